@@ -1,0 +1,1 @@
+"""Stage 1: annotated clips in, sealed shards of latents and text embeddings out."""

@@ -1,0 +1,198 @@
+"""Configuration of stage 1, one section a noun. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from shards.config import Config
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class CorpusConfig(Config):
+    """Where the annotations lie."""
+
+    location: str
+    """A folder, an `s3://bucket/prefix`, a `.jsonl` or `.jsonl.zst`, a `.zip` or `.tar` of JSON files."""
+    limit: Positive | None = None
+    """Take the first N candidates of the full plan's order (a prefix that can grow into it)."""
+
+
+class SieveConfig(Config):
+    """What a record must say of itself to become a candidate; each rule has its reason code."""
+
+    min_seconds: PositiveSeconds = 3.0
+    """Shortest clip, inclusive: on the declared length first, on the probed length finally."""
+    max_seconds: PositiveSeconds = 30.0
+    """Longest clip, inclusive."""
+    images: bool = False
+    """Admit image items as one-frame samples."""
+    min_caption_characters: Annotated[int, Field(ge=0)] = 1
+    """Fewest characters of all captions joined."""
+    max_caption_characters: Positive = 1500
+    """Most characters of all captions joined; longer ones were seen to be defective."""
+    max_word_repeats: Positive | None = 9
+    """A word that occurs more often in one caption is a defect; null switches the rule off."""
+    max_character_repeats: Positive | None = 14
+    """A character repeated in a row more often is a defect; null switches the rule off."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SieveConfig:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds {self.min_seconds} is above max_seconds {self.max_seconds}")
+        return self
+
+
+class WindowConfig(Config):
+    """Which stretch of a clip becomes a sample."""
+
+    num_frames: Positive = 49
+    """Frames of a window, 4k+1 (1 for images)."""
+    fps: Literal[24] = 24
+    """Frame rate of the window; the model's own."""
+    policy: Literal["captions", "start", "middle", "tile", "random"] = "captions"
+    """`captions` aligns windows to the time-coded captions; `random` is seeded by the clip id."""
+    max_windows: Positive = 1
+    """Most windows taken from one clip."""
+    max_scene_score: Annotated[float, Field(gt=0, le=1)] | None = None
+    """No window across a shot change: ffmpeg's scene score above which a frame counts as a cut. null: not looked for."""
+
+    @model_validator(mode="after")
+    def _whole_latents(self) -> WindowConfig:
+        if self.num_frames % 4 != 1:
+            below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
+            raise ValueError(f"num_frames {self.num_frames} is not 4k+1; the nearest are {below} and {below + 4}")
+        return self
+
+
+class Bucket(Config):
+    """A picture size, in pixels."""
+
+    width: Positive
+    height: Positive
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Bucket:
+        if self.width % 32 or self.height % 32:
+            raise ValueError(f"{self.width}×{self.height}: both sides must be multiples of 32")
+        return self
+
+
+class BucketsConfig(Config):
+    """The sizes that samples are encoded at."""
+
+    sizes: Annotated[tuple[Bucket, ...], Field(min_length=1)] = (
+        Bucket(width=832, height=480),
+        Bucket(width=480, height=832),
+        Bucket(width=1280, height=704),
+        Bucket(width=704, height=1280),
+    )
+    """Sizes to choose from, by nearest display shape."""
+    max_upscale: Annotated[float, Field(ge=1)] = 1.0
+    """Largest enlargement of the displayed picture; a clip that no bucket can take within it is refused."""
+
+
+class CaptionsConfig(Config):
+    """How captions are composed."""
+
+    template: str = "{object} {scene} {semantic} {application} {speech}"
+    """Levels in the order they are joined: `{object}`, `{scene}`, `{semantic}`, `{application}`, `{speech}`."""
+    variants: tuple[str, ...] = ()
+    """Further templates; each makes another caption of the sample with its own embedding."""
+    max_tokens: Annotated[int, Field(gt=1, le=512)] = 512
+    """Most tokens, end token included."""
+    negative_prompt: str | None = None
+    """Text of the second null embedding; null: the model's default negative prompt."""
+
+
+class FetchConfig(Config):
+    """How clips are downloaded."""
+
+    allow_hosts: tuple[str, ...] = ("*.cloudfront.net",)
+    """Hosts that may be asked, exact or `*.suffix`; redirects stay within them."""
+    timeout_seconds: PositiveSeconds = 60.0
+    """Longest silence of a connection."""
+    deadline_seconds: PositiveSeconds = 600.0
+    """Longest whole download of one clip."""
+    max_mib: Positive = 2048
+    """Largest clip."""
+    attempts: Positive = 4
+    """Attempts at one clip before it becomes a ledger row."""
+    cache: str | None = None
+    """Folder of a bounded on-disk cache shared by runs; null: a temporary folder."""
+    cache_gib: PositiveSeconds = 50.0
+    """Bound of the cache."""
+
+
+class DecodeConfig(Config):
+    """How clips are decoded."""
+
+    policy: Literal["strict", "tolerant"] = "strict"
+    """`strict` refuses a window whose decoding reported any error; `tolerant` takes it if every frame came."""
+    timeout_seconds: PositiveSeconds = 120.0
+    """Wall-clock limit of one ffmpeg run."""
+    max_megapixels: PositiveSeconds = 40.0
+    """Largest coded picture."""
+    max_memory_mib: Positive = 1024
+    """ffmpeg's limit for one allocation."""
+    sd_display_aspect: Literal["4:3", "16:9"] = "4:3"
+    """Display aspect of an SD raster that nothing else speaks for."""
+    threads: Positive = 1
+    """Threads of one ffmpeg."""
+
+
+class EncodersConfig(Config):
+    """The frozen VAE and text encoder."""
+
+    checkpoint: str | None = None
+    """Folder of Wan2.2-TI2V-5B, official or Diffusers layout; null: small random weights (for demonstrations)."""
+    random_seed: int = 0
+    """Seed of the small random weights when there is no checkpoint."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` …"""
+    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Precision mode of the VAE; `auto` is resolved once, when the plan is made."""
+    text_precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of UMT5; never fp16."""
+
+
+class ShardsConfig(Config):
+    """How shards are cut and stored."""
+
+    unit_size: Positive = 64
+    """Candidates of one unit of work, one tar."""
+    latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type of stored latents; text is always the encoder's bf16."""
+    preview_frames: Annotated[int, Field(ge=0, le=16)] = 4
+    """Small frames in a sample's preview strip; 0: none."""
+
+
+class EngineConfig(Config):
+    """Who does the work. Nothing here changes a byte of the shards."""
+
+    decoders: Positive = 2
+    """Clips fetched and decoded at a time."""
+    max_queue_mib: Positive = 2048
+    """Decoded frames that may wait for the encoder."""
+
+
+class PrepConfig(Config):
+    """`wanprep build-shards`: the whole of stage 1."""
+
+    output: str
+    """Folder or `s3://bucket/prefix` of the dataset."""
+    seed: int = 0
+    """Keys the seeded choices (random windows)."""
+    corpus: CorpusConfig
+    sieve: SieveConfig = SieveConfig()
+    window: WindowConfig = WindowConfig()
+    buckets: BucketsConfig = BucketsConfig()
+    captions: CaptionsConfig = CaptionsConfig()
+    fetch: FetchConfig = FetchConfig()
+    decode: DecodeConfig = DecodeConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    shards: ShardsConfig = ShardsConfig()
+    engine: EngineConfig = EngineConfig()

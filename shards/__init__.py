@@ -1,0 +1,1 @@
+"""The contract between the two stages: sealed shards, their identity, and the reader that cannot be fooled."""

@@ -1,0 +1,159 @@
+"""Strict configuration: YAML for knobs, pydantic for truth, `-o a.b=c` for the exception.
+
+Unknown keys are refused with a suggestion; every problem is reported by its dotted key, its value and what was
+expected, all problems at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import pydantic
+import yaml
+
+from shards.errors import UserError
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+class Config(pydantic.BaseModel):
+    """Base of every configuration and every document of the contract: strict, frozen, no unknown keys."""
+
+    model_config = pydantic.ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML safely. Raises UserError naming `origin`, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
+    """Read a YAML file into `cls`, apply `a.b=c` overrides, validate. Raises UserError naming every bad key."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes", expected="a configuration file")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", expected="a YAML configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the top level is {type(values).__name__}", expected="a mapping of keys to values")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(cls, values, origin=str(path))
+
+
+def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) -> ConfigT:
+    """Validate plain values (as from YAML or JSON) into `cls`. Raises UserError naming every bad key."""
+    try:
+        # JSON mode keeps strictness and still turns lists into tuples and strings into paths.
+        text = json.dumps(values)
+    except TypeError as error:
+        raise UserError(f"{origin}: {error}", expected="text, numbers, true or false, lists and mappings") from None
+    try:
+        return cls.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise UserError(_describe(cls, error, origin)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal value."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"-o {override}: not an override", expected="dotted.key=value, such as optim.lr=2e-4")
+    *parents, leaf = key.split(".")
+    place = values
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if inner is None:
+            inner = place[parent] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"-o {override}: {parent} is {inner!r}, not a group of keys")
+        place = inner
+    place[leaf] = parse_yaml(text, f"-o {override}")
+
+
+def _describe(cls: type[Config], error: pydantic.ValidationError, origin: str) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+        key = ".".join(str(part) for part in location) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(location[-1]), sorted(_names_at(cls, location[:-1])), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{key}: unknown key{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: missing, and it has no default")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {_short(problem.get('input'))}: {message[:1].lower()}{message[1:]}")
+    return "\n  ".join([f"{origin}:", *dict.fromkeys(lines)]) if len(lines) > 1 else f"{origin}: {lines[0]}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and not part.isidentifier() and ("[" in part or "-" in part)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _names_at(cls: type[pydantic.BaseModel], location: list[int | str]) -> set[str]:
+    """Field names of the model that `location` (without its last part) leads to."""
+    models: list[type[pydantic.BaseModel]] = [cls]
+    for part in location:
+        inner: list[type[pydantic.BaseModel]] = []
+        for model in models:
+            field = model.model_fields.get(str(part))
+            inner += _models_in(field.annotation) if field else []
+        models = inner or models if isinstance(part, int) else inner
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,43 @@
+"""What the three command lines share: one way to fail, one way to speak, one way to show progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+import click
+
+from shards.errors import UserError
+
+LOG = logging.getLogger("wan")
+
+
+class CommandGroup(click.Group):
+    """A click group that prints a UserError without a traceback and exits with 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn a UserError into its message and exit code 2, Ctrl-C into 130."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+def print_json(value: Any) -> None:
+    """Write one JSON document to standard output, for programs."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def set_up_logging(prefix: str = "", level: int = logging.INFO) -> None:
+    """Send the project's one logger to standard error, each line behind `prefix` (a rank, a worker)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(level)
+    LOG.propagate = False
