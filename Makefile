@@ -1,0 +1,59 @@
+# Two commands do everything: `make demo` runs the main job, `make test` runs the tests. Both set up what they need.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Where pip finds torch for this kind of machine; empty: pip's own default. See "Set-up" in the README.
+TORCH_INDEX ?=
+# Set QUIET= to see pip at work.
+QUIET  ?= --quiet
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install $(QUIET) --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+STAMP := pyproject.toml constraints.txt
+
+.PHONY: demo demo-clean test test-all lint bench clean help
+
+help:
+	@echo "make demo      set up, then the whole job on a small corpus: clips -> shards -> LoRA (demo/)"
+	@echo "make test      set up, then the tests (make test-all: the long proofs too)"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     the benchmarks: ratios and counts, in tests/benchmarks/"
+	@echo "make clean     remove the environment and the demo's output"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: the venv module is missing (Debian: apt install python3-venv)"; exit 2; }
+
+$(VENV)/.run: $(STAMP) | $(BIN)/python
+	@echo "installing what the demo needs into $(VENV) (two to three minutes) ..."
+	@$(PIP) -e '.[prep,train]'
+	@touch $@
+
+$(VENV)/.dev: $(STAMP) | $(BIN)/python
+	@echo "installing what the tests need into $(VENV) (two to three minutes) ..."
+	@$(PIP) -e '.[prep,train,dev]'
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh configs/demo/run.sh
+
+demo-clean:
+	rm -rf demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+clean: demo-clean
+	rm -rf $(VENV) build *.egg-info
