@@ -1,0 +1,110 @@
+"""A config is strict: every mistake is named by its dotted key, with the value and what was expected."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from shards.config import Config, dump_config, load_config, parse_yaml
+from shards.errors import UserError
+
+
+class Optim(Config):
+    """A section."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    name: str | None = None
+
+
+class Part(Config):
+    """An element of a list."""
+
+    width: int
+
+
+class Run(Config):
+    """A whole file."""
+
+    output: str
+    steps: int = 10
+    optim: Optim = Optim()
+    parts: tuple[Part, ...] = ()
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_text(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_text
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "1_0e-5"])
+def test_every_way_to_write_a_small_number_is_a_number(write, text: str) -> None:
+    assert load_config(Run, write(f"output: x\noptim: {{lr: {text}}}")).optim.lr == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("output: x\nstesp: 3", (), ["stesp", "unknown key", "did you mean steps"]),
+        ("output: x\noptim: {lrr: 3}", (), ["optim.lrr", "did you mean lr"]),
+        ("output: x\nparts: [{width: 1}, {widht: 2}]", (), ["parts.1.widht", "did you mean width"]),
+        ("steps: 3", (), ["output", "missing"]),
+        ("output: x\nsteps: three", (), ["steps", "'three'", "integer"]),
+        ("output: x\nsteps: 3.5", (), ["steps", "3.5", "integer"]),
+        ("output: x\nsteps: yes", (), ["steps", "True", "integer"]),
+        ("output: x\noptim: {lr: '1e-4'}", (), ["optim.lr", "'1e-4'", "number"]),
+        ("output: x\noptim: {lr: .nan}", (), ["optim.lr", "finite"]),
+        ("output: x\noptim: {lr: -1.0}", (), ["optim.lr", "-1.0", "greater than 0"]),
+        ("output: x\nsteps: 1\nsteps: 2", (), ["'steps' is given twice"]),
+        ("output: [", (), ["not valid YAML"]),
+        ("- a", (), ["top level is list"]),
+        ("output: !!python/object/apply:os.system [ls]", (), ["not valid YAML"]),
+        ("output: x", ("optim.lr",), ["optim.lr", "not an override"]),
+        ("output: x", ("steps=2", "steps.a=1"), ["steps is 2"]),
+        ("output: x", ("optim.lrr=1",), ["optim.lrr", "did you mean lr"]),
+    ],
+)
+def test_a_mistake_is_named(write, text: str, overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(Run, write(text), overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_at_once(write) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(Run, write("steps: x\noptim: {lr: y, foo: 1}"))
+    assert all(key in str(caught.value) for key in ("output", "steps", "optim.lr", "optim.foo"))
+
+
+def test_overrides_reach_into_groups(write) -> None:
+    config = load_config(Run, write("output: x"), ["optim.lr=2e-4", "steps=7", "optim.betas=[0.8, 0.9]", "output=a=b"])
+    assert (config.optim.lr, config.steps, config.optim.betas, config.output) == (2e-4, 7, (0.8, 0.9), "a=b")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_config(Run, tmp_path / "nothing.yaml")
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = Run(output="그림", optim=Optim(lr=1e-5, name="x"), parts=(Part(width=3),))
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(Run, path) == config
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Run(output="x").steps = 3
+
+
+def test_yaml_stays_safe() -> None:
+    with pytest.raises(UserError):
+        parse_yaml("!!python/name:os.system", "here")
