@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shards.config import Config
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+
+CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
+"""Levels of captions, the most visual first: the order in which they are kept when not all fit."""
 
 
 class CorpusConfig(Config):
@@ -95,6 +100,24 @@ class BucketsConfig(Config):
     """Largest enlargement of the displayed picture; a clip that no bucket can take within it is refused."""
 
 
+def check_template(template: str) -> str:
+    """A caption template as it is. Raises ValueError unless its fields are levels, at least one."""
+    try:
+        fields = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"not a template: {error}") from None
+    if not fields:
+        raise ValueError(
+            f"names no level; expected one or more of {', '.join(f'{{{name}}}' for name in CAPTION_LEVELS)}"
+        )
+    for _, name, spec, conversion in fields:
+        if name not in CAPTION_LEVELS or spec or conversion:
+            near = difflib.get_close_matches(str(name), CAPTION_LEVELS, n=1)
+            hint = f"; did you mean {{{near[0]}}}?" if near else ""
+            raise ValueError(f"{{{name}}} is no level of {', '.join(CAPTION_LEVELS)}{hint}")
+    return template
+
+
 class CaptionsConfig(Config):
     """How captions are composed."""
 
@@ -107,12 +130,24 @@ class CaptionsConfig(Config):
     negative_prompt: str | None = None
     """Text of the second null embedding; null: the model's default negative prompt."""
 
+    @field_validator("template")
+    @classmethod
+    def _known_levels(cls, template: str) -> str:
+        return check_template(template)
+
+    @field_validator("variants")
+    @classmethod
+    def _known_levels_of_variants(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_template(template) for template in variants)
+
 
 class FetchConfig(Config):
     """How clips are downloaded."""
 
     allow_hosts: tuple[str, ...] = ("*.cloudfront.net",)
-    """Hosts that may be asked, exact or `*.suffix`; redirects stay within them."""
+    """Hosts that may be asked, exact or `*.suffix`, and `s3://bucket`; redirects stay within them."""
+    mirrors: dict[str, str] = {}
+    """URL prefixes that are replaced before asking: `https://a/clips/: http://b/` reads clips from a copy at b."""
     timeout_seconds: PositiveSeconds = 60.0
     """Longest silence of a connection."""
     deadline_seconds: PositiveSeconds = 600.0
