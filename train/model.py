@@ -1,0 +1,371 @@
+"""The Wan2.2 diffusion transformer, with the official names.
+
+    latent ─▶ patches ─▶ blocks × n (self-attention, cross-attention, feed-forward) ─▶ head ─▶ velocity
+
+Shapes: B slots, C channels, T H W latent frames, rows, columns, L tokens, D model width, N heads, K channels a head,
+S text tokens, E text width, P channels of a patch, R modulation rows a sample: one (t), or two (first frame's, then t).
+
+Precision, as the official model under autocast: linears and attention in the compute dtype; residual stream, norms,
+rotation, time embedding, modulation, gates and head in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from train.attention import Backend, attend, choose_backend, device_facts
+from train.model_config import DiTConfig
+from train.rope import rope_table, rotate
+from train.tokens import num_patch_channels, patchify, token_grid, unpatchify
+
+
+class DropoutKey(NamedTuple):
+    """What LoRA dropout is a function of, beside the layer: so no generator, and the same on every layout."""
+
+    slot_B: Tensor
+    """int64, one key a sample, from (seed, step, slot)."""
+    token_offset: int
+    """Global index of the first token held here."""
+
+
+class BlockInputs(NamedTuple):
+    """What every block reads beside the residual stream."""
+
+    rows_BR6D: Tensor
+    text_BSD: Tensor
+    rope: tuple[Tensor, Tensor]
+    num_first: int
+    """Leading tokens that take the first modulation row; 0 where there is one row."""
+    backend: Backend
+    dropout: DropoutKey | None
+
+
+BlockRunner = Callable[[int, "Block", Tensor, BlockInputs], Tensor]
+
+
+class Linear(nn.Linear):
+    """A linear that computes in its input's dtype, whatever dtype its weight is kept in."""
+
+    def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
+        """x W' + b. `dropout` is for the subclass that adds a LoRA."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; float32 out."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries and keys are normalised over all heads before they are split."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, dtype=dtype) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in range(2))
+        self.heads = (config.num_heads, config.head_dim)
+
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor, inputs: BlockInputs, *, rotated: bool) -> Tensor:
+        """Attend from x to the context (x itself for self-attention)."""
+        drop = inputs.dropout
+        # Text is the same on every rank of a sequence, so its tokens count from 0.
+        context_drop = drop if rotated or drop is None else drop._replace(token_offset=0)
+        q_BLNK = self.norm_q(self.q(x_BLD, drop)).unflatten(2, self.heads)
+        k_BSNK = self.norm_k(self.k(context_BSD, context_drop)).unflatten(2, self.heads)
+        v_BSNK = self.v(context_BSD, context_drop).unflatten(2, self.heads)
+        if rotated:
+            q_BLNK, k_BSNK = rotate(q_BLNK, *inputs.rope), rotate(k_BSNK, *inputs.rope)
+        dtype = v_BSNK.dtype
+        return self.o(attend(q_BLNK.to(dtype), k_BSNK.to(dtype), v_BSNK, inputs.backend), drop)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each added to a float32 residual stream."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, dtype)
+        # norm3 stands before the cross-attention; norm1 and norm2 have no parameters.
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
+        self.cross_attn = Attention(config, dtype)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            Linear(config.ffn_dim, config.dim, dtype=dtype),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
+        self.eps = config.eps
+
+    def forward(self, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        """One block; x is float32 before and after (Wan model.py, WanAttentionBlock)."""
+        dtype = inputs.text_BSD.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + inputs.rows_BR6D).unbind(2)
+        y_BLD = modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
+        x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, inputs, rotated=True), gate1, inputs.num_first)
+        y_BLD = self.norm3(x_BLD).to(dtype)
+        x_BLD = x_BLD + self.cross_attn(y_BLD, inputs.text_BSD, inputs, rotated=False)
+        y_BLD = modulate(x_BLD, shift2, scale2, inputs.num_first, eps=self.eps, dtype=dtype)
+        y_BLD = self.ffn[2](self.ffn[1](self.ffn[0](y_BLD, inputs.dropout)), inputs.dropout)
+        return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)
+
+
+class Head(nn.Module):
+    """From the residual stream to patches of velocity, in float32."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, num_patch_channels(config, config.out_channels), dtype=torch.float32)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, dtype=torch.float32))
+        self.eps = config.eps
+
+    def forward(self, x_BLD: Tensor, time_BRD: Tensor, num_first: int) -> Tensor:
+        """Norm, modulate by shift and scale, project (Wan model.py, Head)."""
+        shift, scale = (self.modulation + time_BRD[:, :, None]).unbind(2)
+        return self.head(modulate(x_BLD, shift, scale, num_first, eps=self.eps, dtype=torch.float32))
+
+
+def modulate(
+    x_BLD: Tensor, shift_BRD: Tensor, scale_BRD: Tensor, num_first: int, *, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """LayerNorm(x) · (1 + scale) + shift in float32, rounded once to `dtype`; one multiply-add a segment of tokens."""
+    normal_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
+    scale_BRD = 1 + scale_BRD
+    if not num_first:
+        return torch.addcmul(shift_BRD, normal_BLD, scale_BRD).to(dtype)
+    first = torch.addcmul(shift_BRD[:, :1], normal_BLD[:, :num_first], scale_BRD[:, :1])
+    rest = torch.addcmul(shift_BRD[:, 1:], normal_BLD[:, num_first:], scale_BRD[:, 1:])
+    return torch.cat([first.to(dtype), rest.to(dtype)], dim=1)
+
+
+def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) -> Tensor:
+    """x + y · gate in float32, whatever dtype y has."""
+    if not num_first:
+        return torch.addcmul(x_BLD, y_BLD, gate_BRD)
+    first = torch.addcmul(x_BLD[:, :num_first], y_BLD[:, :num_first], gate_BRD[:, :1])
+    rest = torch.addcmul(x_BLD[:, num_first:], y_BLD[:, num_first:], gate_BRD[:, 1:])
+    return torch.cat([first, rest], dim=1)
+
+
+class WanDiT(nn.Module):
+    """Velocity of a noised latent, given its timestep, its text, and whether its first frame is the clean condition."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, param_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = dtype
+        kept = param_dtype or dtype
+        dim = config.dim
+        # Kept as the official Conv3d's weight; its stride is its size, so it is a linear on patches.
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch, dtype=kept)
+        self.text_embedding = nn.Sequential(
+            Linear(config.text_dim, dim, dtype=kept), nn.GELU(approximate="tanh"), Linear(dim, dim, dtype=kept)
+        )
+        fp32 = torch.float32
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim, dtype=fp32), nn.SiLU(), nn.Linear(dim, dim, dtype=fp32)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, dtype=fp32))
+        self.blocks = nn.ModuleList(Block(config, kept) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.run_block: BlockRunner = run_plain
+
+    def forward(
+        self,
+        latent_BCTHW: Float[Tensor, "b c t h w"],
+        timestep_B: Float[Tensor, " b"],
+        image_first_B: Bool[Tensor, " b"],
+        text_BSE: Float[Tensor, "b s e"],
+        dropout_key_B: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b c2 t h w"]:
+        """Velocity ε − x₀, float32.
+
+        Args:
+            latent_BCTHW: normalised latents, noised; the first frame clean where image_first.
+            timestep_B: 1000 σ, float32 (a 16-bit timestep trains wrong in silence, so it is refused).
+            image_first_B: samples whose first latent frame is clean: its tokens take timestep 0. Best kept on the CPU:
+                the host asks whether any is set.
+            text_BSE: text embeddings, zero-padded to text_len (see `pad_text`); the padding is attended.
+            dropout_key_B: one key a sample; needed when LoRA dropout is on and the model is in training mode.
+
+        Raises: ValueError, TypeError on inputs that would train wrong.
+        """
+        check_inputs(self.config, latent_BCTHW, timestep_B, image_first_B, text_BSE)
+        grid = token_grid(self.config, latent_BCTHW.shape)
+        tokens_BLP = patchify(latent_BCTHW, self.config.patch)
+        velocity_BLP = self.forward_tokens(
+            tokens_BLP,
+            grid,
+            0,
+            timestep_B=timestep_B,
+            image_first_B=image_first_B,
+            text_BSE=text_BSE,
+            dropout_key_B=dropout_key_B,
+        )
+        return unpatchify(velocity_BLP, grid, self.config.patch)
+
+    def forward_tokens(
+        self,
+        tokens_BLP: Float[Tensor, "b l p"],
+        grid: tuple[int, int, int],
+        token_offset: int,
+        *,
+        timestep_B: Float[Tensor, " b"],
+        image_first_B: Bool[Tensor, " b"],
+        text_BSE: Float[Tensor, "b s e"],
+        dropout_key_B: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b l p2"]:
+        """The same on patches: a rank of a sequence passes its stretch of tokens and where it begins in the grid."""
+        num_tokens = tokens_BLP.shape[1]
+        num_first = 0
+        if image_first_B.any():
+            num_first = min(max(grid[1] * grid[2] - token_offset, 0), num_tokens)
+        time_BRD, rows_BR6D = self.embed_time(timestep_B, image_first_B, two_rows=bool(image_first_B.any()))
+        if time_BRD.shape[1] == 2 and num_first == 0:
+            time_BRD, rows_BR6D = time_BRD[:, 1:], rows_BR6D[:, 1:]
+        device, dtype = tokens_BLP.device, self.compute_dtype
+        inputs = BlockInputs(
+            rows_BR6D=rows_BR6D,
+            text_BSD=self.text_embedding(text_BSE.to(dtype)),
+            rope=rope_table(self.config.head_dim, grid, token_offset, num_tokens, device),
+            num_first=num_first,
+            backend=backend_for(device, dtype, grid[0] * grid[1] * grid[2], self.config.head_dim),
+            dropout=None if dropout_key_B is None else DropoutKey(dropout_key_B.to(device), token_offset),
+        )
+        weight, bias = self.patch_embedding.weight.flatten(1), cast(Tensor, self.patch_embedding.bias)
+        x_BLD = F.linear(tokens_BLP.to(dtype), weight.to(dtype), bias.to(dtype)).float()
+        for index, block in enumerate(self.blocks):
+            x_BLD = self.run_block(index, cast(Block, block), x_BLD, inputs)
+        return self.head(x_BLD, time_BRD, num_first)
+
+    def embed_time(self, timestep_B: Tensor, image_first_B: Tensor, *, two_rows: bool) -> tuple[Tensor, Tensor]:
+        """Time embedding B × R × D and its projection B × R × 6 × D, float32.
+
+        With two rows the first is the first frame's: t = 0 where image_first, else t.
+        """
+        rows_BR = timestep_B[:, None]
+        if two_rows:
+            first_B = torch.where(image_first_B.to(timestep_B.device, non_blocking=True), 0.0, timestep_B)
+            rows_BR = torch.stack([first_B, timestep_B], dim=1)
+        time_BRD = self.time_embedding(sinusoids(rows_BR, self.config.freq_dim))
+        return time_BRD, self.time_projection(time_BRD).unflatten(2, (6, -1))
+
+
+def run_plain(index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+    """Run a block and let autograd keep what it wants."""
+    return block(x_BLD, inputs)
+
+
+def run_recomputed(index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+    """Run a block, keep only its input, run it again in the backward pass. Nothing in it draws from a generator."""
+    if not torch.is_grad_enabled():
+        return block(x_BLD, inputs)
+    return checkpoint(block, x_BLD, inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def set_checkpointing(model: WanDiT, mode: Literal["none", "full"]) -> None:
+    """Choose how blocks are run: `none` keeps activations, `full` recomputes every block in the backward pass."""
+    model.run_block = {"none": run_plain, "full": run_recomputed}[mode]
+
+
+def sinusoids(timestep: Float[Tensor, "*shape"], width: int) -> Float[Tensor, "*shape w"]:
+    """Cosines then sines of a timestep, computed in float64, float32 out (Wan model.py, sinusoidal_embedding_1d)."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float64, device=timestep.device)
+    angles = timestep.double()[..., None] * 10_000.0 ** (-steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def check_inputs(
+    config: DiTConfig, latent_BCTHW: Tensor, timestep_B: Tensor, image_first_B: Tensor, text_BSE: Tensor
+) -> None:
+    """Refuse inputs that would be computed without complaint and mean something else."""
+    batch, channels, frames, rows, columns = latent_BCTHW.shape
+    if timestep_B.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"timestep is {timestep_B.dtype}: 713.25 becomes 712 in bfloat16; pass float32")
+    if timestep_B.shape != (batch,) or image_first_B.shape != (batch,):
+        raise ValueError(
+            f"{batch} samples, timestep {tuple(timestep_B.shape)}, image_first {tuple(image_first_B.shape)}"
+        )
+    if image_first_B.dtype != torch.bool:
+        raise TypeError(f"image_first is {image_first_B.dtype}, not bool")
+    if channels != config.in_channels or rows % config.patch[1] or columns % config.patch[2]:
+        raise ValueError(
+            f"latent {channels} × {frames} × {rows} × {columns}: expected {config.in_channels} channels and rows, "
+            f"columns that divide by {config.patch[1]} and {config.patch[2]}"
+        )
+    if text_BSE.shape != (batch, config.text_len, config.text_dim):
+        raise ValueError(
+            f"text is {tuple(text_BSE.shape)}, not {(batch, config.text_len, config.text_dim)}: the model attends the "
+            "zero padding, so text must be padded to text_len (pad_text)"
+        )
+
+
+@lru_cache(maxsize=64)
+def backend_for(device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
+    """`choose_backend` for a real device."""
+    return choose_backend(device_facts(device), dtype, num_tokens, head_dim)
+
+
+def build_model(
+    config: DiTConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    param_dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> WanDiT:
+    """Make a model on a device.
+
+    Args:
+        dtype: what linears and attention compute in; the float32 islands stay float32.
+        param_dtype: what their weights are kept in; float32 for training the whole model. None takes `dtype`.
+        seed: random weights from this seed; None leaves them unset, for `weights.load_dit`.
+    """
+    with torch.device("meta"):
+        model = WanDiT(config, dtype, param_dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    if seed is not None:
+        init_random(model, seed)
+    return model
+
+
+@torch.no_grad()
+def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
+    """Random weights: a function of the seed and each parameter's name, on one kind of device.
+
+    As the official initialisation (Wan model.py, init_weights): Xavier for linears, 0.02 for the embeddings, zero
+    biases, but for the head, whose published zeros let no gradient through and make every untrained model alike.
+    """
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        generator = torch.Generator(parameter.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+        if name.endswith("modulation"):
+            parameter.normal_(0, model.config.dim**-0.5, generator=generator)
+        elif name.endswith("bias") or (name == "head.head.weight" and zero_head):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1)
+        elif name.startswith(("text_embedding", "time_embedding")):
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            fan = parameter.flatten(1).shape
+            bound = (6 / (fan[0] + fan[1])) ** 0.5
+            parameter.uniform_(-bound, bound, generator=generator)
