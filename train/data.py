@@ -1,0 +1,343 @@
+"""From the order to a batch: read, draw, pad, ahead of the step.
+
+    position → ordinals of the step → this rank's slots → [threads: latent, text, noise] → stack → (batch, position)
+
+The position that comes with a batch is the one after it: a checkpoint made when the batch is done resumes with the
+next. Everything random is looked up by (seed, step, slot), so threads and their timing decide nothing.
+
+Shape letters: B slots, C latent channels, T H W latent frames and sides, S text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.keys import is_validation
+from train.config import DataConfig, TrainConfig, slots_per_rank
+from train.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
+from train.order import START, Bucket, Order, Position
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shards.dataset import Dataset, Sample
+
+LOG = logging.getLogger("wan.data")
+MAX_SUBSTITUTES = 8
+SPATIAL_STRIDE = 16
+TEMPORAL_STRIDE = 4
+
+
+class SlotPlan(NamedTuple):
+    """One slot of one step before anything is read: which sample, drawn how."""
+
+    slot: int
+    """Number in the global batch."""
+    ordinal: int
+    """Index into the dataset's samples."""
+    draws: SlotDraws
+
+
+class SlotItem(NamedTuple):
+    """One slot, read and drawn."""
+
+    plan: SlotPlan
+    key: str
+    latent: np.ndarray
+    """C×T×H×W float32."""
+    noise: np.ndarray
+    """C×T×H×W float32."""
+    text: np.ndarray
+    """Tokens×E uint16, the bits of bf16."""
+    replaced: str | None
+    """Key of the unreadable sample that this one stands in for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's slots of one step, on the CPU."""
+
+    step: int
+    epoch: int
+    bucket: Bucket
+    keys: tuple[str, ...]
+    slots: tuple[int, ...]
+    latent_BCTHW: Tensor
+    """float32."""
+    noise_BCTHW: Tensor
+    """float32."""
+    text_BSE: Tensor
+    """bfloat16, zero rows up to the model's text length: the model attends to them."""
+    sigma_quantile_B: Tensor
+    """float64 in (0, 1)."""
+    image_first_B: Tensor
+    """bool: image-to-video."""
+    dropout_key_B: Tensor
+    """int64."""
+    substituted: tuple[tuple[str, str], ...]
+    """(unreadable key, key taken instead)."""
+
+
+def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], list[int]]:
+    """Ordinals of the training and of the validation side, after include and exclude.
+
+    Raises UserError that says why when nothing is left to train on.
+    """
+    chosen = [ordinal for ordinal, sample in enumerate(dataset.samples) if _included(sample.clip_id, config)]
+    sides: tuple[list[int], list[int]] = ([], [])
+    for ordinal in chosen:
+        held_out = is_validation(dataset.samples[ordinal].clip_id, config.validation_fraction)
+        sides[held_out].append(ordinal)
+    if sides[0]:
+        return sides
+    total = len(dataset.samples)
+    if total == 0:
+        raise UserError(
+            "the dataset holds no sample: no shard of it is committed, or every record was rejected",
+            mend="`wanshards ls ROOT` shows the shards, the ledger's reasons are in `wanprep report`; build some",
+        )
+    if not chosen:
+        raise UserError(
+            f"data.include {list(config.include)} and data.exclude {list(config.exclude)} leave none of {total}",
+            mend=f"clip ids look like {dataset.samples[0].clip_id!r}",
+        )
+    raise UserError(
+        f"data.validation_fraction {config.validation_fraction} puts all {len(chosen)} samples on the validation side",
+        mend="lower data.validation_fraction",
+    )
+
+
+def _included(clip_id: str, config: DataConfig) -> bool:
+    wanted = not config.include or any(fnmatch.fnmatchcase(clip_id, glob) for glob in config.include)
+    return wanted and not any(fnmatch.fnmatchcase(clip_id, glob) for glob in config.exclude)
+
+
+def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim: int, text_len: int) -> None:
+    """Raise UserError when latents or text of the dataset are not what the model takes, before the first step."""
+    found, text = dataset.latent_shape(ordinal)[0], dataset.text(ordinal, 0)
+    if found != channels:
+        raise UserError(
+            f"the dataset's latents have {found} channels, the model takes {channels} (model.dims.in_channels)"
+        )
+    if text.shape[1] != text_dim:
+        raise UserError(
+            f"the dataset's text embeddings are {text.shape[1]} wide, the model takes {text_dim} (model.dims.text_dim)",
+            mend="use the text encoder that belongs to the model, or change model.dims",
+        )
+    longest = max(text.shape[0], *(dataset.null_text(name).shape[0] for name in ("empty", "negative")))
+    if longest > text_len:
+        raise UserError(f"a caption has {longest} tokens, the model takes {text_len} (model.dims.text_len)")
+
+
+def plan_step(
+    config: TrainConfig, dataset: Dataset, ordinals: Sequence[int], step: int, slots: range
+) -> list[SlotPlan]:
+    """What each of `slots` of `step` will be: a function of (seed, step, slot) and the step's samples alone."""
+    plans = []
+    for slot in slots:
+        sample = dataset.samples[ordinals[slot]]
+        plans.append(SlotPlan(slot, ordinals[slot], _draw(config, sample, step, slot)))
+    return plans
+
+
+def _draw(config: TrainConfig, sample: Sample, step: int, slot: int) -> SlotDraws:
+    draws = draw_slot(
+        config.seed,
+        step,
+        slot,
+        image_to_video_share=config.objective.image_to_video_share,
+        num_captions=sample.num_variants,
+        caption_dropout=config.data.caption_dropout,
+    )
+    # One latent frame would be all condition and nothing to learn.
+    return draws._replace(image_to_video=draws.image_to_video and sample.frames > 1)
+
+
+class Loader:
+    """Iterates over (batch, position after it) from a position on, reading ahead in threads.
+
+    Args:
+        dataset: the opened dataset.
+        order: over the training side; its ordinals index `train_ordinals`.
+        train_ordinals: from the order's ordinals to the dataset's.
+        text_len: rows that texts are padded to.
+        step: number of the first batch (from 1).
+        position: its place in the order.
+        dp_rank, dp_size: which contiguous share of each step's slots is this process's.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        train_ordinals: Sequence[int],
+        config: TrainConfig,
+        *,
+        text_len: int,
+        step: int = 1,
+        position: Position = START,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        share = slots_per_rank(config.data, dp_size)
+        self._dataset, self._order, self._ordinals, self._config = dataset, order, train_ordinals, config
+        self._text_len = text_len
+        self._slots = range(dp_rank * share, (dp_rank + 1) * share)
+        self._step, self._position = step, position
+        self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
+        self._pending: collections.deque[_Pending] = collections.deque()
+
+    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, Position]:
+        """The next batch and the position after it. Raises what reading raised, UserError for a bad sample."""
+        while len(self._pending) <= self._config.data.prefetch_steps:
+            self._enqueue()
+        pending = self._pending.popleft()
+        limit = self._config.data.read_timeout_seconds
+        try:
+            items = [future.result(timeout=limit) for future in pending.futures]
+        except TimeoutError:
+            raise UserError(
+                f"step {pending.step}: its samples did not arrive within {limit:g} s",
+                mend="see whether the storage answers, or raise data.read_timeout_seconds",
+            ) from None
+        batch = _stack(pending.step, pending.epoch, pending.bucket, items, self._text_len)
+        return batch, pending.after
+
+    def close(self) -> None:
+        """Stop reading ahead. Safe to call twice."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def _enqueue(self) -> None:
+        chosen = self._order.batch(self._position)
+        ordinals = [self._ordinals[place] for place in chosen.ordinals]
+        plans = plan_step(self._config, self._dataset, ordinals, self._step, self._slots)
+        futures = [self._pool.submit(self._load, plan, self._step) for plan in plans]
+        self._position = self._order.next(self._position)
+        self._pending.append(_Pending(self._step, chosen.epoch, chosen.bucket, futures, self._position))
+        self._step += 1
+
+    def _load(self, plan: SlotPlan, step: int) -> SlotItem:
+        try:
+            return self._read(plan, step, None)
+        except (UserError, OSError) as error:
+            bad = self._dataset.samples[plan.ordinal]
+            if self._config.data.on_bad_sample == "fatal":
+                raise UserError(
+                    f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
+                    mend="`wanshards verify` finds what else is damaged; build its unit again, "
+                    "or set data.on_bad_sample=substitute",
+                ) from error
+            LOG.warning("sample %s cannot be read: %s", bad.key, error)
+            return self._substitute(plan, step, bad)
+
+    def _substitute(self, plan: SlotPlan, step: int, bad: Sample) -> SlotItem:
+        """Another sample of the bucket, by a draw of the slot's own: the same on whichever rank has the slot."""
+        pool = [
+            ordinal
+            for ordinal in self._ordinals
+            if _bucket(sample := self._dataset.samples[ordinal]) == _bucket(bad) and sample.key != bad.key
+        ]
+        for attempt in range(MAX_SUBSTITUTES if pool else 0):
+            place = draw_integer(self._config.seed + attempt, step, plan.slot, Purpose.SUBSTITUTE, len(pool))
+            other = self._dataset.samples[pool[place]]
+            try:
+                draws = _draw(self._config, other, step, plan.slot)
+                item = self._read(SlotPlan(plan.slot, pool[place], draws), step, bad.key)
+            except (UserError, OSError) as error:
+                LOG.warning("sample %s cannot be read: %s", other.key, error)
+                continue
+            LOG.warning("step %d slot %d: %s takes the place of %s", step, plan.slot, other.key, bad.key)
+            return item
+        raise UserError(f"sample {bad.key} cannot be read and no readable substitute was found among {len(pool)}")
+
+    def _read(self, plan: SlotPlan, step: int, replaced: str | None) -> SlotItem:
+        sample = self._dataset.samples[plan.ordinal]
+        if plan.draws.drop_caption:
+            text = self._dataset.null_text(self._config.data.null_caption)
+        else:
+            text = self._dataset.text(plan.ordinal, plan.draws.caption)
+        check_text(text, self._text_len, sample.key)
+        latent = read_latent(self._dataset, plan.ordinal, sample)
+        noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
+        return SlotItem(plan, sample.key, latent, noise, text, replaced)
+
+
+class _Pending(NamedTuple):
+    step: int
+    epoch: int
+    bucket: Bucket
+    futures: list[Future[SlotItem]]
+    after: Position
+
+
+def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
+    """A latent as C×T×H×W float32. Raises UserError when its shape is not its bucket's or it is not finite."""
+    latent = to_float32(dataset.latent(ordinal))
+    frames = (sample.frames - 1) // TEMPORAL_STRIDE + 1
+    expected = (frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
+    if latent.shape[1:] != expected:
+        raise UserError(f"sample {sample.key}: its latent is {latent.shape[1:]}, its size says {expected}")
+    if not np.isfinite(latent).all():
+        raise UserError(f"sample {sample.key}: its latent is not finite")
+    return latent
+
+
+def check_text(text: np.ndarray, text_len: int, key: str) -> np.ndarray:
+    """`text` itself. Raises UserError when it is longer than the model takes: it is never cut."""
+    if len(text) > text_len:
+        raise UserError(f"sample {key}: its caption has {len(text)} tokens, the model takes {text_len}")
+    return text
+
+
+def to_float32(stored: np.ndarray) -> np.ndarray:
+    """float16, float32, or bf16 as uint16 bits, to float32."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
+    """uint16 bf16 bits of several lengths to B×text_len×E bfloat16, zero rows behind."""
+    import torch
+
+    padded = np.zeros((len(texts), text_len, texts[0].shape[1]), dtype=np.uint16)
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(padded).view(torch.bfloat16)
+
+
+def _stack(step: int, epoch: int, bucket: Bucket, items: Sequence[SlotItem], text_len: int) -> Batch:
+    import torch
+
+    draws = [item.plan.draws for item in items]
+    return Batch(
+        step=step,
+        epoch=epoch,
+        bucket=bucket,
+        keys=tuple(item.key for item in items),
+        slots=tuple(item.plan.slot for item in items),
+        latent_BCTHW=torch.from_numpy(np.stack([item.latent for item in items])),
+        noise_BCTHW=torch.from_numpy(np.stack([item.noise for item in items])),
+        text_BSE=pad_texts([item.text for item in items], text_len),
+        sigma_quantile_B=torch.tensor([draw.sigma_quantile for draw in draws], dtype=torch.float64),
+        image_first_B=torch.tensor([draw.image_to_video for draw in draws]),
+        dropout_key_B=torch.tensor([draw.dropout_key for draw in draws], dtype=torch.int64),
+        substituted=tuple((item.replaced, item.key) for item in items if item.replaced is not None),
+    )
+
+
+def _bucket(sample: Any) -> Bucket:
+    return Bucket(sample.frames, sample.height, sample.width)

@@ -1,0 +1,276 @@
+"""`fit`: the training loop, top to bottom.
+
+    open, check, build → resume or begin → [batch → loss → update → log → evaluate → checkpoint] → export
+
+`step` counts batches consumed and keys every draw; `updates` counts those applied and drives schedule and average.
+Shape letters: B slots, C latent channels, T H W latent frames and sides, S text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train import checkpoint, evaluate
+from train.config import ObjectiveConfig, TrainConfig
+from train.data import Batch, Loader
+from train.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, read_lines
+from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
+from train.progress import Progress
+from train.session import (
+    choose_checkpoint,
+    describe_data,
+    determinism,
+    locked,
+    log_file,
+    open_session,
+    peak_memory_gib,
+    stop_signals,
+    write_settings,
+)
+from train.trainee import Trainee, describe
+
+
+class FitResult(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    loss_before: float | None
+    """Held-out loss before the first step."""
+    loss_after: float | None
+    """Held-out loss at the end."""
+    export: Path | None
+    """The weights for use elsewhere; None when a signal stopped the run."""
+    stopped_by: int | None
+    """Signal that stopped it."""
+
+
+def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:
+    """Train as configured and leave the run's folder as the design describes it.
+
+    Args:
+        resume: `auto` goes on from the run's newest checkpoint, `never` insists on beginning, else a checkpoint's path.
+        verify: hash every byte of the dataset first.
+
+    Raises UserError for whatever the user can mend, before the first step where it can be known by then.
+    """
+    folder = Path(config.output)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        stack.enter_context(log_file(folder))
+        stack.enter_context(determinism(config.precision.deterministic))
+        checkpoint.remove_leftovers(folder / "checkpoints")
+        start = choose_checkpoint(folder, resume)
+        session = open_session(config, verify=verify, resuming=start is not None)
+        trainee, progress = session.trainee, Progress(session)
+        if start is not None:
+            progress.restore(start)
+        for name in (METRICS_FILE, HELD_OUT_FILE):
+            checkpoint.cut_back(folder / name, progress.step if start else -1)
+        settings = write_settings(session, config)
+        stop = stack.enter_context(stop_signals())
+        log = stack.enter_context(
+            RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
+        )
+        for line in (*describe(trainee, session.dataset), *describe_data(session)):
+            log.say(line)
+        log.say(f"resuming from {start}" if start else f"beginning in {folder}")
+
+        loader = stack.enter_context(
+            contextlib.closing(
+                Loader(
+                    session.dataset,
+                    session.order,
+                    session.ordinals,
+                    config,
+                    text_len=trainee.dims.text_len,
+                    step=progress.step + 1,
+                    position=progress.position,
+                )
+            )
+        )
+        if start is None:
+            _evaluate(progress, log)
+
+        saved_step = progress.step if start else None
+        while progress.step < config.max_steps and stop.signal is None and not _exhausted(progress):
+            began = time.perf_counter()
+            batch, position = next(loader)
+            waited = time.perf_counter() - began
+            if progress.telemetry is not None:
+                progress.telemetry.begin_step()
+            loss = backward(trainee, batch, progress.scaler.scale_loss)
+            rate, norm, overflow = progress.update()
+            progress.step, progress.position = batch.step, position
+            seconds = time.perf_counter() - began
+            progress.seconds += seconds
+            log.write_step(
+                StepRecord(
+                    step=batch.step,
+                    epoch=batch.epoch,
+                    bucket=str(batch.bucket),
+                    loss=loss,
+                    lr=rate,
+                    grad_norm=norm,
+                    updates=progress.updates,
+                    skipped=progress.skipped,
+                    loss_scale=progress.scaler.scale,
+                    seconds=seconds,
+                    data_wait_seconds=waited,
+                    tokens=num_tokens(trainee, batch),
+                    memory_gib=peak_memory_gib(trainee.device),
+                    num_image_to_video=int(batch.image_first_B.sum()),
+                    keys=batch.keys,
+                    overflow=overflow,
+                    substituted=batch.substituted,
+                )
+            )
+            last = progress.step == config.max_steps
+            is_best = False
+            if config.eval and (last or progress.step % config.eval.every_steps == 0):
+                is_best = _evaluate(progress, log)
+            if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
+                _save(progress, log)
+                saved_step, stop.checkpoint = progress.step, False
+
+        if progress.step != saved_step:
+            _save(progress, log)
+        return _finish(progress, log, stop.signal)
+
+
+def backward(trainee: Trainee, batch: Batch, scale_loss: Callable[[Tensor], Tensor]) -> float:
+    """Gather the gradients of a batch's loss, micro-batch by micro-batch, and return the loss.
+
+    A slot's loss is the mean over its own trained elements; the batch's is the sum over its slots ÷ the global batch.
+    """
+    data = trainee.config.data
+    total = torch.zeros((), dtype=torch.float64, device=trainee.device)
+    for start in range(0, len(batch.keys), data.micro_batch):
+        rows = slice(start, start + data.micro_batch)
+        loss = losses(trainee, batch, rows).sum() / data.global_batch
+        scale_loss(loss).backward()
+        total += loss.detach()
+    return float(total)
+
+
+def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
+    """Weighted loss of each slot of a micro-batch, B float32, with its graph."""
+    objective, device = trainee.config.objective, trainee.device
+    density = sigma_density(objective)
+    sigma_B = sample_sigma(batch.sigma_quantile_B[rows], density)
+    image_first_B = batch.image_first_B[rows]
+    noisy_BCTHW, target_BCTHW = add_noise(
+        batch.latent_BCTHW[rows].to(device), batch.noise_BCTHW[rows].to(device), sigma_B, image_first_B
+    )
+    velocity_BCTHW = trainee.model(
+        noisy_BCTHW,
+        model_timestep(sigma_B).to(device),
+        image_first_B,
+        batch.text_BSE[rows].to(device),
+        batch.dropout_key_B[rows],
+    )
+    return slot_losses(velocity_BCTHW, target_BCTHW, image_first_B, loss_weight(sigma_B, objective.weighting, density))
+
+
+def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
+    """The distribution of noise levels."""
+    return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
+
+
+def num_tokens(trainee: Trainee, batch: Batch) -> int:
+    """Video tokens of the global batch."""
+    _, _, *sides = batch.latent_BCTHW.shape
+    per_slot = 1
+    for side, patch in zip(sides, trainee.dims.patch, strict=True):
+        per_slot *= side // patch
+    return per_slot * trainee.config.data.global_batch
+
+
+def _evaluate(progress: Progress, log: RunLog) -> bool:
+    """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
+    config, session, trainee = progress.config, progress.session, progress.trainee
+    if config.eval is None:
+        return False
+    began = time.perf_counter()
+    with _inference(trainee), trainee.holding(progress.average):
+        held_out = evaluate.evaluate(
+            trainee.model,
+            session.dataset,
+            session.held_out,
+            config.eval,
+            sigma_density(config.objective),
+            trainee.dims.text_len,
+            trainee.device,
+        )
+    seconds = time.perf_counter() - began
+    progress.seconds += seconds
+    progress.eval_seconds += seconds
+    before = read_lines(session.folder / HELD_OUT_FILE)
+    log.write_held_out(progress.step, held_out, seconds)
+    share = 100 * progress.eval_seconds / progress.seconds
+    log.say(
+        f"step {progress.step}  {evaluate.describe(held_out, before[0] if before else None)}; {share:.0f} % of the time"
+    )
+    return progress.judge(held_out.mean)
+
+
+@contextlib.contextmanager
+def _inference(trainee: Trainee) -> Iterator[None]:
+    trainee.model.eval()
+    try:
+        yield
+    finally:
+        trainee.model.train()
+
+
+def _exhausted(progress: Progress) -> bool:
+    patience = progress.config.eval.patience if progress.config.eval else None
+    return patience is not None and progress.evaluations_since_best >= patience
+
+
+def _save(progress: Progress, log: RunLog) -> None:
+    log.sync()
+    path = progress.save()
+    log.say(f"checkpoint {path}")
+
+
+def _finish(progress: Progress, log: RunLog, stopped_by: int | None) -> FitResult:
+    evaluations = read_lines(progress.session.folder / HELD_OUT_FILE)
+    before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
+    if stopped_by is not None:
+        log.say(f"stopped by signal {stopped_by} after step {progress.step}; `wantrain fit` goes on from there")
+        return FitResult(progress.step, before, after, None, stopped_by)
+    if _exhausted(progress):
+        log.say(f"stopped early: {progress.evaluations_since_best} evaluations without improvement")
+    if before is not None and after is not None:
+        change = 100 * (after / before - 1)
+        log.say(
+            f"held-out loss {before:.4f} before, {after:.4f} after ({change:+.1f} %), best at step {progress.best_step}"
+        )
+    share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
+    log.say(
+        f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s, held-out loss {share:.0f} %"
+    )
+    path = _export(progress)
+    log.say(f"exported {path}")
+    return FitResult(progress.step, before, after, path, None)
+
+
+def _export(progress: Progress) -> Path:
+    """Write the weights for use elsewhere: the last or the best, of the moving average where there is one."""
+    trainee, step = progress.trainee, progress.step
+    tensors = progress.average or trainee.tensors()
+    if progress.config.checkpoint.export == "best" and progress.best_step is not None and progress.best_step != step:
+        step = progress.best_step
+        folder = progress.folder / checkpoint.checkpoint_name(step)
+        tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
+    metadata = {"step": str(step), "dataset_revision": progress.session.dataset.revision}
+    path = progress.session.folder / trainee.file_name
+    trainee.export(path, tensors, metadata)
+    return path

@@ -1,0 +1,179 @@
+"""What is trained: the base with a LoRA beside it, or the whole model; on which device, in which numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from train import checkpoint
+from train.attention import device_facts
+from train.config import TrainConfig
+from train.lora import inject, load_lora_state, save_export
+from train.model import WanDiT, build_model, set_checkpointing
+from train.model_config import DiTConfig
+from train.precision import Precision, resolve_precision
+from train.weights import load_dit, read_dit_config, save_dit
+
+if TYPE_CHECKING:
+    from shards.dataset import Dataset
+
+LOG = logging.getLogger("wan.trainee")
+DIGEST_WHOLE_BYTES = 64 << 20
+DIGEST_PART_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to train."""
+
+    config: TrainConfig
+    dims: DiTConfig
+    model: WanDiT
+    device: torch.device
+    precision: Precision
+    weights: dict[str, nn.Parameter]
+    """What the optimizer moves, by name."""
+    adapted: tuple[str, ...]
+    """Modules that carry a LoRA; empty when the whole model is trained."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file that holds the trained weights in a checkpoint."""
+        return checkpoint.LORA_FILE if self.adapted else checkpoint.MODEL_FILE
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained weights, detached, not copied."""
+        return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put weights into the model. Raises UserError when names or shapes differ."""
+        if self.adapted:
+            load_lora_state(self.model, dict(tensors))
+            return
+        check_names(self.weights, tensors, "the checkpoint's weights")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Hold other weights for a while, such as the moving average; None: its own."""
+        if tensors is None:
+            yield
+            return
+        kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        self.load(tensors)
+        try:
+            yield
+        finally:
+            self.load(kept)
+
+    def export(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
+        temporary = path.with_name(f".writing-{path.name}")
+        if self.config.lora is not None:
+            save_export(temporary, dict(tensors), self.config.lora, metadata, torch.float32)
+        else:
+            with self.holding(tensors):
+                save_dit(self.model, temporary, metadata)
+        temporary.rename(path)
+
+
+def make_trainee(config: TrainConfig) -> Trainee:
+    """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
+    device = choose_device(config.precision.device)
+    precision = resolve_precision(config.precision.compute, device_facts(device))
+    dims = resolve_dims(config)
+    whole = config.lora is None
+    model = build_model(
+        dims,
+        precision.dtype,
+        device,
+        param_dtype=torch.float32 if whole else None,
+        seed=config.model.random_seed if config.model.checkpoint is None else None,
+    )
+    if config.model.checkpoint is not None:
+        load_dit(model, config.model.checkpoint)
+    adapted = () if config.lora is None else tuple(inject(model, config.lora, config.seed))
+    set_checkpointing(model, config.checkpointing.policy)
+    model.train()
+    suffix = ".weight" if adapted else ""
+    weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Trainee(config, dims, model, device, precision, weights, adapted)
+
+
+def resolve_dims(config: TrainConfig) -> DiTConfig:
+    """The model's size: the config's, else what the checkpoint says of itself."""
+    if config.model.dims is not None:
+        return config.model.dims
+    return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"precision.device: {name!r} is not a device", expected="auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"precision.device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices",
+            mend="`wantrain doctor` says why; precision.device=cpu trains without one",
+        )
+    return device
+
+
+def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError when names or shapes differ, naming the first few."""
+    wrong = sorted(set(expected) ^ set(given))
+    wrong += [name for name in expected if name in given and expected[name].shape != given[name].shape]
+    if wrong:
+        raise UserError(f"{what} do not fit the model: {', '.join(wrong[:5])}, {len(wrong)} in all")
+
+
+def weights_digest(location: str | None) -> str | None:
+    """A digest that knows one checkpoint from another without reading all of 20 GB.
+
+    Of each file: its size, its header, and 1 MiB from each of 16 places; all of it up to 64 MiB. Paths don't count.
+    """
+    if location is None:
+        return None
+    path = Path(location)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= DIGEST_WHOLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for place in range(16):
+                stream.seek(place * (size - DIGEST_PART_BYTES) // 15)
+                digest.update(stream.read(DIGEST_PART_BYTES))
+    return digest.hexdigest()
+
+
+def describe(trainee: Trainee, dataset: Dataset) -> list[str]:
+    """What is about to be trained, for people."""
+    trained = sum(weight.numel() for weight in trainee.weights.values())
+    total = sum(weight.numel() for weight in trainee.model.parameters())
+    base = trainee.config.model.checkpoint or f"random weights, seed {trainee.config.model.random_seed}"
+    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    lines = [
+        f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
+        f"device: {device_facts(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
+    ]
+    lines += [f"dataset note: {name}: {note}" for name, note in sorted(dataset.info.notes.items())]
+    return lines
