@@ -247,7 +247,7 @@ def save_export(
 
     Raises: ValueError for a `lora_adapter_metadata` entry: diffusers would apply the scale a second time.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415 - only an export needs it
+    from safetensors.torch import save_file
 
     if "lora_adapter_metadata" in metadata:
         raise ValueError("lora_adapter_metadata makes diffusers apply the scale twice")

@@ -120,7 +120,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
@@ -132,7 +132,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _stream(places: Mapping[str, tuple[Path, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open  # noqa: PLC0415
+    from safetensors import safe_open
 
     for file in sorted({file for file, _ in places.values()}):
         with safe_open(file, framework="pt") as opened:
@@ -196,7 +196,7 @@ def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = 
 
     The model's sizes go into the file's metadata, where `read_dit_config` finds them.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base_parameters(model).items()}
     config: DiTConfig = model.config  # type: ignore[assignment]
@@ -209,7 +209,7 @@ def read_dit_config(path: str | Path) -> DiTConfig:
 
     Raises: UserError when neither is there or they are not a Wan transformer's.
     """
-    from safetensors import safe_open  # noqa: PLC0415
+    from safetensors import safe_open
 
     path = Path(path)
     files, _ = _files_of(path)
