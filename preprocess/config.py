@@ -70,6 +70,8 @@ class WindowConfig(Config):
         if self.num_frames % 4 != 1:
             below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
             raise ValueError(f"num_frames {self.num_frames} is not 4k+1; the nearest are {below} and {below + 4}")
+        if self.policy in ("start", "middle") and self.max_windows > 1:
+            raise ValueError(f"policy {self.policy} takes one window of a clip, not {self.max_windows}; tile takes more")
         return self
 
 

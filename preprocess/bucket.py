@@ -1,0 +1,40 @@
+"""Which of the configured picture sizes a clip is encoded at."""
+
+from __future__ import annotations
+
+import math
+
+from preprocess.config import Bucket, BucketsConfig
+from preprocess.facts import ClipFacts
+from preprocess.rejection import Rejection
+
+
+def choose_bucket(facts: ClipFacts, config: BucketsConfig) -> Bucket | Rejection:
+    """The size of nearest shape among those that need no more enlargement than `max_upscale`; the larger of equals."""
+    return choose_size(facts.display_width, facts.display_height, config)
+
+
+def choose_size(display_width: float, display_height: float, config: BucketsConfig) -> Bucket | Rejection:
+    """`choose_bucket` for a displayed size in pixels, as the plan estimates it from declared sizes."""
+    fitting = [
+        size for size in config.sizes if upscale(display_width, display_height, size) <= config.max_upscale + 1e-6
+    ]
+    if fitting:
+        shape = display_width / display_height
+        return min(fitting, key=lambda size: (_shape_distance(shape, size), -size.width * size.height))
+    least = min(config.sizes, key=lambda size: upscale(display_width, display_height, size))
+    needed = upscale(display_width, display_height, least)
+    detail = (
+        f"shows as {display_width:.0f}×{display_height:.0f}; {least.width}×{least.height} would enlarge it "
+        f"{needed:.3f} ×, more than max_upscale {config.max_upscale:g}"
+    )
+    return Rejection("bucket", "too-small", detail, False)
+
+
+def upscale(display_width: float, display_height: float, size: Bucket) -> float:
+    """Enlargement of a displayed picture that covers `size`; under 1 it is made smaller."""
+    return max(size.width / display_width, size.height / display_height)
+
+
+def _shape_distance(shape: float, size: Bucket) -> float:
+    return round(abs(math.log(shape * size.height / size.width)), 9)

@@ -1,0 +1,174 @@
+"""From a window of a clip to frames: T×H×W×3, uint8, RGB, the bucket's size.
+
+The order of the filters matters: VBI lines off, fields apart, black bars off, turned, resampled in time, resized over
+the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of the bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from jaxtyping import UInt8
+
+from preprocess.config import Bucket, DecodeConfig, PrepConfig
+from preprocess.facts import ClipFacts
+from preprocess.ffmpeg import file_url, first_line, run_ffmpeg
+from preprocess.rejection import ClipRejected, Rejection
+from preprocess.window import Window
+
+TRANSFORM_VERSION = 1
+"""Raised whenever a change here changes a pixel of any clip: it is part of the dataset's identity."""
+SCALE_FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+SEEK_FRAMES = 4
+"""Frames decoded before a window: the deinterlacer looks back, and the first frame may lie before the window."""
+
+
+def decode_window(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Frames of `window`, exactly `window.num_frames` of them, or ClipRejected (stage `decode`).
+
+    Frame k is the clip's picture at start + k / fps by the `fps` filter's rule: the last whose timestamp rounds to k or
+    less. Decoding starts near the window and stops after it. Not the exit code decides but the count of frames and,
+    under the strict policy, that nothing was reported on stderr.
+    """
+    frame_bytes = 3 * bucket.width * bucket.height
+    result = run_ffmpeg(
+        window_arguments(path, facts, window, bucket, config),
+        timeout_seconds=config.decode.timeout_seconds,
+        max_stdout_bytes=window.num_frames * frame_bytes,
+        max_alloc_mib=config.decode.max_memory_mib,
+        max_cpu_seconds=math.ceil(config.decode.timeout_seconds * config.decode.threads) + 1,
+    )
+    if result.timed_out:
+        _reject("decode-timeout", f"not done within {config.decode.timeout_seconds:g} s", retryable=True)
+    if "hanging video frame properties" in result.stderr or "econfiguring filter graph" in result.stderr:
+        _reject("size-changes", first_line(result.stderr))
+    if result.overflowed:
+        _reject("decode-overflow", f"more than {window.num_frames} frames of {bucket.width}×{bucket.height}")
+    complaint = first_line(result.stderr)
+    if complaint and config.decode.policy == "strict":
+        _reject("decode-errors", complaint)
+    num_frames, rest = divmod(len(result.stdout), frame_bytes)
+    if num_frames < window.num_frames or rest:
+        _reject("missing-frames", f"{num_frames} of {window.num_frames} frames came; {complaint or 'nothing reported'}")
+    frames = np.frombuffer(result.stdout, np.uint8)
+    return frames.reshape(window.num_frames, bucket.height, bucket.width, 3)
+
+
+def window_arguments(path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig) -> list[str]:
+    """ffmpeg's arguments for `decode_window`, without the program and its global limits."""
+    import ffmpeg
+
+    seek = _seek_seconds(facts, window)
+    picture = open_input(path, facts, config.decode, seek_seconds=seek)
+    offset = window.start_seconds - seek
+    if facts.media == "video":
+        picture = _resample(_deinterlace(_crop_vbi(picture, facts), facts), offset, config.window.fps)
+    picture = _fit(_turn(_crop_active(picture, facts), facts), facts, bucket)
+    options = {"format": "rawvideo", "pix_fmt": "rgb24", "frames:v": window.num_frames}
+    arguments: list[str] = ffmpeg.output(picture, "pipe:1", **options).get_args()
+    return ["-loglevel", "error", "-filter_threads", str(config.decode.threads), *arguments]
+
+
+def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_seconds: float = 0.0) -> Any:
+    """ffmpeg-python's stream of the clip's video, with every limit on what opening it may do."""
+    import ffmpeg
+
+    options: dict[str, Any] = {
+        "protocol_whitelist": "file",
+        "format_whitelist": facts.format,
+        "max_pixels": int(config.max_megapixels * 1_000_000),
+        "threads": config.threads,
+        "noautorotate": None,
+        "an": None,
+        "sn": None,
+        "dn": None,
+    }
+    if seek_seconds > 0:
+        options["ss"] = f"{seek_seconds:.3f}"
+    return ffmpeg.input(file_url(path), **options)[str(facts.stream)]
+
+
+def _seek_seconds(facts: ClipFacts, window: Window) -> float:
+    """Where decoding starts: early enough that the frame shown at the window's start is among what is decoded."""
+    margin = facts.max_gap_seconds + SEEK_FRAMES / facts.fps
+    start = window.start_seconds - margin
+    return math.floor(start * 1000) / 1000 if start > facts.start_seconds else 0.0
+
+
+def _crop_vbi(picture: Any, facts: ClipFacts) -> Any:
+    raster = facts.raster
+    if raster.height == facts.height:
+        return picture
+    return picture.filter("crop", raster.width, raster.height, raster.x, raster.y, exact=1)
+
+
+def _deinterlace(picture: Any, facts: ClipFacts) -> Any:
+    """One frame a field: 59.94 fields a second become 59.94 frames, and the resampling chooses among them."""
+    if facts.deinterlace == "none":
+        return picture
+    frames = "all" if facts.deinterlace_frames == "all" else "interlaced"
+    return picture.filter("bwdif", mode="send_field", parity=facts.deinterlace, deint=frames)
+
+
+def _resample(picture: Any, offset_seconds: float, fps: int) -> Any:
+    """Time zero at the window's start, counted in microseconds: a coarse time base must not move the window."""
+    picture = picture.filter("settb", "1/1000000").filter("setpts", f"PTS-{round(offset_seconds * 1_000_000)}")
+    return picture.filter("fps", fps=fps, start_time=0, round="near")
+
+
+def _crop_active(picture: Any, facts: ClipFacts) -> Any:
+    active, raster = facts.active, facts.raster
+    if active == raster:
+        return picture
+    return picture.filter("crop", active.width, active.height, active.x - raster.x, active.y - raster.y, exact=1)
+
+
+def _turn(picture: Any, facts: ClipFacts) -> Any:
+    if facts.mirrored:
+        picture = picture.filter("hflip")
+    if facts.rotation == 90:
+        return picture.filter("transpose", "clock")
+    if facts.rotation == 270:
+        return picture.filter("transpose", "cclock")
+    return picture.filter("hflip").filter("vflip") if facts.rotation == 180 else picture
+
+
+def _fit(picture: Any, facts: ClipFacts, bucket: Bucket) -> Any:
+    """Cover the bucket, Lanczos, then cut the centre out: what the model's own image-to-video pre-processing does."""
+    width, height = cover_size(facts.display_width, facts.display_height, bucket)
+    color: dict[str, Any] = {"flags": SCALE_FLAGS, "out_range": "full"}
+    if facts.matrix != "rgb":
+        color |= {"in_color_matrix": facts.matrix, "in_range": facts.range}
+    picture = picture.filter("scale", width, height, **color).filter("format", "rgb24")
+    x, y = (width - bucket.width) // 2, (height - bucket.height) // 2
+    return picture.filter("crop", bucket.width, bucket.height, x, y, exact=1).filter("setsar", 1)
+
+
+def cover_size(display_width: float, display_height: float, bucket: Bucket) -> tuple[int, int]:
+    """Width and height, in pixels, of the displayed picture when it just covers the bucket."""
+    scale = max(bucket.width / display_width, bucket.height / display_height)
+    return max(bucket.width, round(display_width * scale)), max(bucket.height, round(display_height * scale))
+
+
+def transform_identity(config: PrepConfig) -> dict[str, Any]:
+    """What of probing, windows and decoding decides a sample's numbers; datasets that differ in it do not mix."""
+    return {
+        "version": TRANSFORM_VERSION,
+        "scale": SCALE_FLAGS,
+        "resample": "fps filter, round=near",
+        "deinterlace": "bwdif send_field",
+        "window": config.window.model_dump(mode="json"),
+        "window_seed": config.seed if config.window.policy == "random" else None,
+        "buckets": config.buckets.model_dump(mode="json"),
+        "policy": config.decode.policy,
+        "sd_display_aspect": config.decode.sd_display_aspect,
+    }
+
+
+def _reject(reason: str, detail: str, retryable: bool = False) -> NoReturn:
+    raise ClipRejected(Rejection("decode", reason, detail[:300], retryable))

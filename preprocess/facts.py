@@ -1,0 +1,126 @@
+"""What is known of one clip: what its file says, what its pictures say, and what was decided."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import JsonValue
+
+from shards.config import Config
+
+
+class Crop(Config):
+    """A rectangle of the coded picture, in coded pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class Picture(Config):
+    """Measurements of one decoded picture; see `pictures.py`."""
+
+    seconds: float
+    """Time from the clip's zero."""
+    width: int
+    height: int
+    interlaced: bool
+    """The stream flags this frame as interlaced."""
+    mean: float
+    """Mean luma, 0–255."""
+
+
+class Inspection(Config):
+    """What the inspector (a process of its own) read from a file. Times are in seconds."""
+
+    problem: str | None = None
+    """Reason code when the file cannot be used."""
+    detail: str = ""
+    format: str = ""
+    codec: str = ""
+    pixel_format: str = ""
+    stream: int = 0
+    """Index of the video stream."""
+    width: int = 0
+    height: int = 0
+    sample_aspect: tuple[int, int] | None = None
+    """Flagged sample aspect ratio; None: not flagged."""
+    display_matrix: tuple[float, float, float, float] | None = None
+    """a, b, c, d of the display matrix, when there is one."""
+    field_order: int = 0
+    """libavcodec's AVFieldOrder: 0 unknown, 1 progressive, 2 and 4 top first, 3 and 5 bottom first."""
+    matrix: int = 2
+    """ISO 23091 matrix coefficients; 2: not flagged."""
+    range: int = 0
+    """0 not flagged, 1 limited, 2 full."""
+    transfer: int = 2
+    num_frames: int = 0
+    """Frames shown, counted from the packets."""
+    start_seconds: float = 0.0
+    """Time of the first frame."""
+    end_seconds: float = 0.0
+    """End of the last frame."""
+    period_seconds: float = 0.0
+    """Median distance of frames."""
+    max_gap_seconds: float = 0.0
+    """Largest distance of two frames."""
+    is_constant_rate: bool = True
+    declared_seconds: float | None = None
+    """Duration that the container claims."""
+    truncated: str | None = None
+    """Why the file is thought to be cut, if it is."""
+    is_still: bool = False
+    """A picture file."""
+    pictures: tuple[Picture, ...] = ()
+    vbi_lines: int = 0
+    """Lines above the picture that carry data or nothing."""
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Black left, top, right, bottom of the raster below the VBI lines, in coded pixels."""
+    scan: dict[str, int] | None = None
+    """How many pairs of frames look `progressive`, `tff`, `bff`, `unclear`; see `pictures.fields_of`."""
+    idet: dict[str, int] | None = None
+    """Counts of the idet filter: tff, bff, progressive, undetermined; None: not run."""
+
+
+class ClipFacts(Config):
+    """What window, bucket and decode need of one clip; JSON-able."""
+
+    media: Literal["video", "image"]
+    format: str
+    codec: str
+    pixel_format: str
+    stream: int
+    width: int
+    """Coded width, pixels."""
+    height: int
+    """Coded height, pixels."""
+    raster: Crop
+    """Coded picture without the VBI lines."""
+    active: Crop
+    """Coded picture without VBI lines and black bars: what is trained on."""
+    display_width: float
+    """Width of the active picture as shown (after rotation), in pixels of its shown height."""
+    display_height: float
+    rotation: Literal[0, 90, 180, 270]
+    """Degrees clockwise that the picture must be turned to be shown."""
+    mirrored: bool
+    """Flipped left to right before it is turned."""
+    deinterlace: Literal["none", "tff", "bff", "auto"]
+    """Field order that the deinterlacer assumes; `auto`: each frame's own flag."""
+    deinterlace_frames: Literal["all", "flagged"]
+    matrix: Literal["bt601", "bt709", "fcc", "smpte240m", "bt2020", "rgb"]
+    range: Literal["limited", "full"]
+    fps: float
+    is_constant_rate: bool
+    start_seconds: float
+    """Time of the first frame from the clip's zero (0 but for oddly muxed files)."""
+    end_seconds: float
+    """End of the last frame from the clip's zero."""
+    duration_seconds: float
+    max_gap_seconds: float
+    num_frames: int
+    cuts: tuple[float, ...] = ()
+    """Times of shot changes; looked for only where the config asks."""
+    decisions: dict[str, JsonValue]
+    """One entry a decision: its value and its ground; and how the file differs from its annotation."""
