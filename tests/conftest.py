@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +35,52 @@ def tiny_dit() -> Any:
             # The official start (zero biases, unit norms) would hide a wrong key map.
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.fixture
+def diffusers_twin() -> Callable[[Any], Any]:
+    """A function that makes diffusers' WanTransformer3DModel with a DiT's sizes and weights."""
+    import diffusers
+    import torch
+
+    from train.weights import diffusers_key
+
+    def twin_of(model: Any) -> Any:
+
+        config = model.config
+        with torch.device("meta"):
+            twin = diffusers.WanTransformer3DModel(
+                patch_size=config.patch,
+                num_attention_heads=config.num_heads,
+                attention_head_dim=config.head_dim,
+                in_channels=config.in_channels,
+                out_channels=config.out_channels,
+                text_dim=config.text_dim,
+                freq_dim=config.freq_dim,
+                ffn_dim=config.ffn_dim,
+                num_layers=config.num_layers,
+                cross_attn_norm=True,
+                eps=config.eps,
+            )
+        if model.head.head.weight.is_meta:
+            return twin
+        twin.rope = type(twin.rope)(config.head_dim, config.patch, 1024)
+        state = {diffusers_key(name): weight.detach().clone() for name, weight in model.named_parameters()}
+        twin.load_state_dict(state, strict=True, assign=True)
+        return twin
+
+    return twin_of
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a small sealed dataset, not to be written to: 24 random samples in 3 units.
+
+    Latents 48×5×6×10 and 48×5×10×6 and one-frame images of the same sizes, two windows of some clips, a text set
+    `default` of dim 64 with one or two caption variants a sample and the null embeddings. Copy it to change it.
+    """
+    from shards_data import write_dataset
+
+    root = tmp_path_factory.mktemp("tiny_shards")
+    write_dataset(root, scratch=tmp_path_factory.mktemp("scratch"))
+    return root

@@ -1,0 +1,121 @@
+"""index.jsonl.zst: all commits as columns, one line a unit. A cache: rebuilt from the commits at will, never trusted.
+
+A line counts only while the root's listing shows the commit with the size the line says and the tar it names; any
+other unit is read from its commit. So an index that is stale or lost costs time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import zstandard
+
+from shards.canonical import canonical_json, parse_json
+from shards.columns import unit_columns
+from shards.commit import read_commit
+from shards.console import LOG
+from shards.damage import MissingObject, ShardDamage
+from shards.layout import FORMAT_VERSION, INDEX_NAME, commit_name, parse_name
+from shards.ledger import read_lines
+from shards.storage import Storage
+
+_MAX_INDEX_BYTES = 2**30
+_MAX_LINES = 2**21
+_THREADS = 16
+
+
+class Listing(NamedTuple):
+    """What a root's listing shows: sizes of commits by (kind, unit), and of all other objects by name."""
+
+    commits: dict[tuple[str, int], int]
+    objects: dict[str, int]
+
+
+def list_root(storage: Storage, kinds: list[str]) -> Listing:
+    """List the folders of `kinds`."""
+    commits: dict[tuple[str, int], int] = {}
+    objects: dict[str, int] = {}
+    for kind in kinds:
+        for entry in storage.list(f"{kind}/"):
+            name = parse_name(entry.name)
+            if name and name.what == "commit":
+                commits[name.kind, name.unit] = entry.size
+            else:
+                objects[entry.name] = entry.size
+    return Listing(commits, objects)
+
+
+def text_sets(storage: Storage) -> list[str]:
+    """The text sets that have objects under the root, whatever dataset.json says."""
+    return sorted({entry.name.split("/")[1] for entry in storage.list("text/") if entry.name.count("/") == 2})
+
+
+def write_index(storage: Storage, progress: Callable[[int, int], None] | None = None) -> int:
+    """Rebuild the index from all commits; returns the number of units in it."""
+    kinds = ["latents", *(f"text/{name}" for name in text_sets(storage))]
+    units = sorted(list_root(storage, kinds).commits)
+    out = io.BytesIO()
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    with compressor.stream_writer(out, closefd=False) as stream:
+        stream.write(canonical_json({"format_version": FORMAT_VERSION, "num_units": len(units)}) + b"\n")
+        for done, columns in enumerate(_read_commits(storage, units), 1):
+            stream.write(canonical_json(columns) + b"\n")
+            if progress:
+                progress(done, len(units))
+    storage.put(INDEX_NAME, out.getvalue())
+    return len(units)
+
+
+def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterator[dict[str, Any]]:
+    """The columns of every commit of `kinds`, from the index where it holds, from the commits elsewhere."""
+    left = {unit for unit in listing.commits if unit[0] in kinds}
+    for columns in _read_index(storage):
+        unit = (columns.get("kind"), columns.get("unit"))
+        if unit in left and _holds(columns, listing):
+            left.remove(unit)
+            yield columns
+    yield from _read_commits(storage, sorted(left))
+
+
+def _holds(columns: dict[str, Any], listing: Listing) -> bool:
+    try:
+        unit, (commit_size, _), (tar, size, _) = (columns["kind"], columns["unit"]), columns["commit"], columns["tar"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return listing.commits[unit] == commit_size and listing.objects.get(tar) == size
+
+
+def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:
+    file = storage.url(INDEX_NAME)
+    try:
+        lines = read_lines(storage.get(INDEX_NAME, _MAX_INDEX_BYTES), file)
+    except MissingObject:
+        return
+    try:
+        for number, line in enumerate(lines):
+            value = parse_json(line, file)
+            if number > _MAX_LINES or not isinstance(value, dict):
+                raise ShardDamage(file, f"line {number + 1} is not a unit's columns")
+            if number == 0 and value.get("format_version") != FORMAT_VERSION:
+                raise ShardDamage(file, f"it is of format version {value.get('format_version')!r}")
+            if number:
+                yield value
+    except ShardDamage as damage:
+        LOG.warning("%s (the commits are read instead; `wanshards index` makes it anew)", damage.problem)
+
+
+def _read_commits(storage: Storage, units: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    if not units:
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(units), 256):  # bounded: the columns of a batch, not of the dataset
+            batch = units[start : start + 256]
+            yield from pool.map(lambda unit: unit_columns(read_commit(storage, *unit)), batch)
+
+
+def commit_address(storage: Storage, kind: str, unit: int) -> str:
+    """Where a commit lies, for messages."""
+    return storage.url(commit_name(kind, unit))

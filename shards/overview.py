@@ -1,0 +1,161 @@
+"""What the commands show: values first, for `--json`; then tables of them, for people."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from shards.canonical import canonical_digest
+from shards.commit import dataset_revision
+from shards.dataset import Dataset, open_dataset
+from shards.dataset_info import read_info
+from shards.index import list_root, load_columns, text_sets
+from shards.layout import LATENTS, NULL_UNIT, text_kind
+from shards.storage import open_storage
+from shards.verify import Level, Report, total_bytes, verify
+
+
+def overview(root: str) -> dict[str, Any]:
+    """What a root holds, as plain values. Counts what is there; `verify` says whether it is whole."""
+    storage = open_storage(root)
+    info = read_info(storage)
+    names = sorted({*info.text_sets, *text_sets(storage)})
+    kinds = [LATENTS, *(text_kind(name) for name in names)]
+    listing = list_root(storage, kinds)
+    buckets: Counter[tuple[int, int, int]] = Counter()
+    totals = {kind: {"units": 0, "samples": 0, "bytes": 0, "has_null": False} for kind in kinds}
+    revisions = []
+    for columns in load_columns(storage, kinds, listing):
+        kind, unit = columns["kind"], columns["unit"]
+        revisions.append((kind, unit, columns["revision"]))
+        totals[kind]["bytes"] += columns["tar"][1]
+        if unit == NULL_UNIT:
+            totals[kind]["has_null"] = True
+            continue
+        totals[kind]["units"] += 1
+        totals[kind]["samples"] += len(columns["key"])
+        if kind == LATENTS:
+            buckets.update(zip(columns["frames"], columns["height"], columns["width"], strict=True))
+    return {
+        "root": storage.url(),
+        "format_version": info.format_version,
+        "identity_sha256": info.identity_digest,
+        "identity": info.identity,
+        "revisions": {name: _revision(revisions, name) for name in [*names, None]} if names else {},
+        "revision": _revision(revisions, "default" if "default" in names else None),
+        "planned_units": len(info.planned_units()),
+        "generations": [gen.model_dump(mode="json") for gen in info.generations],
+        "latents": totals[LATENTS],
+        "text_sets": {
+            name: {**totals[text_kind(name)], "identity_sha256": canonical_digest(info.text_sets[name].identity)}
+            for name in names
+            if name in info.text_sets
+        },
+        "unknown_text_sets": [name for name in names if name not in info.text_sets],
+        "buckets": [{"frames": f, "height": h, "width": w, "samples": n} for (f, h, w), n in sorted(buckets.items())],
+        "notes": info.notes,
+        "totals": info.totals,
+    }
+
+
+def _revision(revisions: list[tuple[str, int, str]], text_set: str | None) -> str:
+    kinds = {LATENTS, *([text_kind(text_set)] if text_set else [])}
+    return dataset_revision(item for item in revisions if item[0] in kinds)
+
+
+def print_overview(found: dict[str, Any]) -> None:
+    """Tables of an overview on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{found['root']}   format {found['format_version']}")
+    console.print(f"identity {found['identity_sha256']}\nrevision {found['revision']}")
+    for name, text in found["notes"].items():
+        console.print(f"{name}: {text}")
+    table = Table("shards", "units", "of", "samples", "GiB", "null embeddings")
+    rows = {"latents": found["latents"], **{f"text/{name}": row for name, row in found["text_sets"].items()}}
+    for name, row in rows.items():
+        null = "" if name == "latents" else "yes" if row["has_null"] else "missing"
+        size = f"{row['bytes'] / 2**30:.3f}"
+        table.add_row(name, str(row["units"]), str(found["planned_units"]), str(row["samples"]), size, null)
+    console.print(table)
+    table = Table("frames", "height", "width", "samples")
+    for bucket in found["buckets"]:
+        table.add_row(*(str(bucket[field]) for field in ("frames", "height", "width", "samples")))
+    console.print(table)
+    for name in found["unknown_text_sets"]:
+        console.print(f"text set {name!r} is not in dataset.json")
+
+
+def sample_details(root: str, key: str) -> dict[str, Any]:
+    """Everything about one sample, as plain values."""
+    latents = open_dataset(root, None)
+    ordinal = latents.ordinal(key)
+    shard = latents.shard(ordinal)
+    array = latents.latent(ordinal)
+    captions = {name: _text_details(root, name, key) for name in sorted(latents.info.text_sets)}
+    return {
+        "key": key,
+        "unit": shard.unit,
+        "tar": latents.storage(shard).url(shard.tar),
+        "summary": latents.samples[ordinal]._asdict(),
+        "json": latents.meta(ordinal),
+        "latent": {
+            "dtype": latents.latent_dtype(ordinal),
+            "shape": list(array.shape),
+            **_statistics(array, latents.latent_dtype(ordinal)),
+        },
+        "text_sets": captions,
+    }
+
+
+def _text_details(root: str, name: str, key: str) -> dict[str, Any]:
+    dataset: Dataset = open_dataset(root, name)
+    shard = dataset.text_shard(key)
+    return {"tar": dataset.storage(shard).url(shard.tar), "json": dataset.text_meta(key)}
+
+
+def _statistics(array: np.ndarray, dtype: str) -> dict[str, float]:
+    values = array.astype(np.uint32) << 16 if dtype == "bfloat16" else array
+    numbers = (values.view(np.float32) if dtype == "bfloat16" else values).astype(np.float64)
+    if not numbers.size:
+        return {}
+    return {"mean": float(numbers.mean()), "std": float(numbers.std()), "max_abs": float(np.abs(numbers).max())}
+
+
+def print_sample(found: dict[str, Any]) -> None:
+    """One sample on standard output, for people."""
+    import yaml
+    from rich.console import Console
+
+    text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=110)
+    Console(highlight=False, soft_wrap=True).print(text, markup=False, end="")
+
+
+def run_verify(root: str, level: Level, jobs: int, partial: bool) -> Report:
+    """Verify with a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    storage = open_storage(root)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("verify", *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("verify", total=total_bytes(storage) if level != "fast" else None)
+        return verify(storage, level, jobs=jobs, partial=partial, progress=lambda done: progress.advance(task, done))
+
+
+def print_report(report: Report) -> None:
+    """A verification's result on standard output: one block a problem, then one line."""
+    import click
+
+    for problem in report.problems:
+        place = f": member {problem.member}" if problem.member else ""
+        at = f" at offset {problem.offset}" if problem.offset is not None else ""
+        click.echo(f"{problem.file}{place}{at}: {problem.what}")
+    verdict = f"{len(report.problems)} problems" if report.problems else "whole"
+    size = report.num_bytes / 2**30
+    click.echo(f"{verdict}: {report.num_units} shards, {report.num_samples} samples, {size:.3f} GiB")

@@ -1,0 +1,266 @@
+"""Where a dataset lies: one small seam, with a folder and an S3 prefix behind it.
+
+A name is a relative path with "/" between its parts. What `put` has written is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol
+
+from shards.damage import MissingObject, ShardDamage
+from shards.errors import UserError
+
+MAX_OBJECT_BYTES = 2**30
+"""Most bytes that `get` takes into memory unless told otherwise."""
+_MAX_OPEN_FILES = 64
+_CHUNK = 2**20
+TEMPORARY = ".tmp-"
+"""Start of the base name of a file that is not yet there; no list shows it."""
+
+
+class Entry(NamedTuple):
+    """One object of a list: its name under the root and its size in bytes."""
+
+    name: str
+    size: int
+
+
+class Storage(Protocol):
+    """A root that holds named objects. Implementations can be pickled, forked, and used by several threads."""
+
+    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
+        """Write an object, whole or not at all; a Path is taken over by link where possible: don't write to it later.
+
+        With `if_absent`, False says that another object of this name was there and is left alone (S3 servers that
+        ignore `If-None-Match` overwrite it and say True).
+        """
+        ...
+
+    def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+        """All bytes of an object. Raises MissingObject, or ShardDamage when it has more than `max_bytes`."""
+        ...
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes from `offset`; fewer than `length` only at the object's end. Raises MissingObject."""
+        ...
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset`; the number of bytes read, fewer only at the object's end."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose name starts with `prefix`, sorted by name."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether an object is there."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Its size in bytes. Raises MissingObject."""
+        ...
+
+    def modified(self, name: str) -> float:
+        """When it was last written, in seconds since 1970. Raises MissingObject."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+    def url(self, name: str = "") -> str:
+        """The object's address, for people."""
+        ...
+
+
+def open_storage(root: str | Path) -> Storage:
+    """The storage behind a folder or `s3://bucket/prefix[?endpoint=URL]`; nothing is touched yet."""
+    if str(root).startswith("s3://"):
+        from shards.s3 import open_s3  # boto3 is heavy
+
+        return open_s3(str(root))
+    if "://" in str(root):
+        raise UserError(f"{root}: not a root this project reads", expected="a folder or s3://bucket/prefix")
+    return LocalStorage(Path(root))
+
+
+class LocalStorage:
+    """A folder. Reads are `pread` over a bounded set of open files, opened anew in each process."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(root).absolute()
+        self._forget_all()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self._root}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
+        """Temporary file, fsync, rename (or link, which fails when the name is taken), fsync of the folder."""
+        target = self._path(name)
+        self._make_folder(target.parent)
+        temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        try:
+            _write_whole(temporary, data)
+            if if_absent:
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+            else:
+                temporary.replace(target)
+            _sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+        """See Storage."""
+        data = self.get_range(name, 0, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ShardDamage(name, f"larger than {max_bytes:,} bytes")
+        return data
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """See Storage."""
+        file = self._open(name)
+        length = min(length, max(0, os.fstat(file.descriptor).st_size - offset))
+        parts = []
+        while length > 0:
+            part = os.pread(file.descriptor, length, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """See Storage."""
+        file, done = self._open(name), 0
+        while done < len(buffer):
+            got = os.preadv(file.descriptor, [buffer[done:]], offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See Storage. Temporary files are not shown."""
+        folder = prefix.rpartition("/")[0]
+        entries = [entry for entry in self._walk(folder) if entry.name.startswith(prefix)]
+        return iter(sorted(entries))
+
+    def exists(self, name: str) -> bool:
+        """See Storage."""
+        return self._path(name).is_file()
+
+    def size(self, name: str) -> int:
+        """See Storage."""
+        return self._stat(name).st_size
+
+    def modified(self, name: str) -> float:
+        """See Storage."""
+        return self._stat(name).st_mtime
+
+    def delete(self, name: str) -> None:
+        """See Storage."""
+        self._path(name).unlink(missing_ok=True)
+
+    def url(self, name: str = "") -> str:
+        """See Storage."""
+        return str(self._root / name)
+
+    def temporaries(self) -> Iterator[Path]:
+        """Files that a killed `put` left behind, for the sweep."""
+        return iter(sorted(self._root.rglob(f"{TEMPORARY}*")))
+
+    def _path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts:
+            raise UserError(f"object name {name!r}", expected="a relative path that stays under the root")
+        return self._root.joinpath(*parts)
+
+    def _stat(self, name: str) -> os.stat_result:
+        try:
+            return self._path(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObject(self.url(name)) from None
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _sync_folder(folder.parent)
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        try:
+            found = list(os.scandir(self._root / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for item in found:
+            name = f"{folder}/{item.name}" if folder else item.name
+            if item.is_dir():
+                yield from self._walk(name)
+            elif not item.name.startswith(TEMPORARY):
+                yield Entry(name, item.stat().st_size)
+
+    def _open(self, name: str) -> _OpenFile:
+        if self._pid != os.getpid():
+            self._forget_all()  # another thread may have held the lock when this process was forked
+        with self._lock:
+            file = self._files.pop(name, None) or _OpenFile(self._path(name))
+            self._files[name] = file
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+    def _forget_all(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._pid = os.getpid()
+
+
+class _OpenFile:
+    """A descriptor that closes with its last reference, so that a reader in another thread never loses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObject(str(path)) from None
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _write_whole(path: Path, data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        try:
+            os.link(data, path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(data, path)
+    else:
+        path.write_bytes(data)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

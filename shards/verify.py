@@ -1,0 +1,264 @@
+"""`verify`: does a root hold what its commits say? By sizes (fast), by every byte (hash), or by every array (deep)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from shards.canonical import canonical_digest, canonical_json, parse_json
+from shards.commit import Blob, Commit, StoredCommit, read_commit
+from shards.damage import FutureFormat, MissingObject, ShardDamage
+from shards.dataset_info import DatasetInfo, read_info
+from shards.errors import UserError
+from shards.index import Listing, list_root, text_sets
+from shards.layout import FOOTER_MEMBER, FORMAT_VERSION, HEADER_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.ledger import read_ledger
+from shards.storage import Storage
+from shards.tar import Member, scan_tar
+
+Level = Literal["fast", "hash", "deep"]
+Progress = Callable[[int], None]
+"""Told the bytes done since the last call."""
+_CHUNK = 2**20
+_MAX_HEADER_BYTES = 2**26
+_MAX_LEDGER_BYTES = 2**30
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the file, the tar member and byte offset where known, and what."""
+
+    file: str
+    member: str | None
+    offset: int | None
+    what: str
+
+
+class Report(NamedTuple):
+    """The result of a verification."""
+
+    problems: list[Problem]
+    num_units: int
+    num_samples: int
+    num_bytes: int
+
+
+def verify(
+    storage: Storage, level: Level = "hash", *, jobs: int = 1, partial: bool = False, progress: Progress | None = None
+) -> Report:
+    """Check a whole root: all latents, all text sets, all null embeddings, plans and ledgers.
+
+    Args:
+        storage: the root.
+        level: 'fast' checks documents, sizes and completeness; 'hash' reads every byte; 'deep' also decodes every
+            array and checks that it is finite and what its JSON says.
+        jobs: threads (hashing and decompression run outside the interpreter's lock).
+        partial: units of the plan that are not there are no problem (a build that goes on).
+        progress: told the bytes that were read.
+    """
+    info = read_info(storage)
+    kinds = [LATENTS, *(text_kind(name) for name in sorted({*info.text_sets, *text_sets(storage)}))]
+    listing = list_root(storage, kinds)
+    problems: list[Problem] = []
+    commits = list(_commits(storage, info, listing, problems))
+    problems += _completeness(storage, info, kinds, commits, listing, partial)
+    problems += _plans(storage, info)
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for found in pool.map(lambda item: _unit(storage, item, listing, level, progress or (lambda _: None)), commits):
+            problems += found
+    num_samples = sum(len(item.commit.samples) for item in commits if item.commit.kind == LATENTS)
+    return Report(problems, len(commits), num_samples, sum(item.commit.tar.size for item in commits))
+
+
+def total_bytes(storage: Storage) -> int:
+    """Bytes of all tars under the root, for a progress bar."""
+    return sum(entry.size for entry in storage.list() if entry.name.endswith(".tar"))
+
+
+def _problem(damage: UserError) -> Problem:
+    if isinstance(damage, ShardDamage):
+        return Problem(damage.file, damage.member, damage.offset, damage.what)
+    return Problem("", None, None, damage.problem)
+
+
+def _commits(storage: Storage, info: DatasetInfo, listing: Listing, problems: list[Problem]) -> Iterator[StoredCommit]:
+    for kind, unit in sorted(listing.commits):
+        name = commit_name(kind, unit)
+        try:
+            stored = read_commit(storage, kind, unit)
+            identity = canonical_digest(info.kind_identity(kind))
+        except (ShardDamage, FutureFormat) as damage:
+            problems.append(_problem(damage))
+            continue
+        except UserError as error:  # a text set that dataset.json does not know
+            problems.append(Problem(storage.url(name), None, None, error.problem))
+            continue
+        if stored.commit.identity_sha256 != identity:
+            what = f"its identity is {stored.commit.identity_sha256}, the dataset's {identity}"
+            problems.append(Problem(storage.url(name), None, None, what))
+        yield stored
+
+
+def _completeness(
+    storage: Storage, info: DatasetInfo, kinds: list[str], commits: list[StoredCommit], listing: Listing, partial: bool
+) -> Iterator[Problem]:
+    planned = info.planned_units()
+    latents = {unit for kind, unit in listing.commits if kind == LATENTS}
+    keys: dict[tuple[str, str], str] = {}
+    for kind in kinds:
+        there = {unit for of_kind, unit in listing.commits if of_kind == kind} - {NULL_UNIT}
+        for unit in sorted(there - planned):
+            yield Problem(storage.url(commit_name(kind, unit)), None, None, "this unit is in no generation's plan")
+        for unit in sorted((planned if kind == LATENTS else planned | latents) - there) if not partial else ():
+            what = f"unit {unit} is missing: not built yet, or lost"
+            yield Problem(storage.url(commit_name(kind, unit)), None, None, what)
+        if kind != LATENTS and (kind, NULL_UNIT) not in listing.commits and not partial:
+            yield Problem(storage.url(commit_name(kind, NULL_UNIT)), None, None, "the null embeddings are missing")
+    for stored in commits:
+        where = storage.url(commit_name(stored.commit.kind, stored.commit.unit))
+        for sample in stored.commit.samples:
+            first = keys.setdefault((stored.commit.kind, sample.key), where)
+            if first != where:
+                yield Problem(where, None, None, f"sample {sample.key} is in {first} too")
+    yield from _text_keys(storage, commits)
+
+
+def _text_keys(storage: Storage, commits: list[StoredCommit]) -> Iterator[Problem]:
+    """Every unit of text holds exactly the keys of its unit of latents."""
+    keys = {(item.commit.kind, item.commit.unit): {s.key for s in item.commit.samples} for item in commits}
+    for (kind, unit), found in keys.items():
+        expected = keys.get((LATENTS, unit))
+        if kind == LATENTS or unit == NULL_UNIT or expected is None or found == expected:
+            continue
+        what = f"its keys are not those of the latents: {len(expected - found)} missing, {len(found - expected)} extra"
+        yield Problem(storage.url(commit_name(kind, unit)), None, None, what)
+
+
+def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
+    for gen in info.generations:
+        for name, sha256 in (
+            (f"plan/{gen.name}.jsonl.zst", gen.plan_sha256),
+            (f"plan/{gen.name}.ledger.jsonl.zst", gen.ledger_sha256),
+        ):
+            if sha256 is None:
+                continue
+            try:
+                found = _hash_file(storage, name, storage.size(name), lambda _: None)
+            except MissingObject as damage:
+                yield _problem(damage)
+                continue
+            if found != sha256:
+                yield Problem(storage.url(name), None, None, f"sha256 {found}, dataset.json says {sha256}")
+
+
+def _unit(storage: Storage, stored: StoredCommit, listing: Listing, level: Level, progress: Progress) -> list[Problem]:
+    commit = stored.commit
+    problems: list[Problem] = []
+    for blob in filter(None, (commit.tar, commit.ledger)):
+        try:
+            _check_size(storage, blob, listing)
+            if level != "fast":
+                (_check_tar if blob is commit.tar else _check_ledger)(storage, commit, blob, progress)
+        except (ShardDamage, FutureFormat) as damage:
+            problems.append(_problem(damage))
+    if level == "deep" and not problems:
+        from shards.deep import check_arrays
+
+        problems += [_problem(damage) for damage in check_arrays(storage, commit)]
+    return problems
+
+
+def _check_size(storage: Storage, blob: Blob, listing: Listing) -> None:
+    found = listing.objects.get(blob.name)
+    if found is None:
+        raise MissingObject(storage.url(blob.name), "missing, and its commit is there")
+    if found != blob.size:
+        what = f"{found} bytes, its commit says {blob.size}: {'cut short' if found < blob.size else 'too long'}"
+        raise ShardDamage(storage.url(blob.name), what, offset=min(found, blob.size))
+
+
+def _hash_file(storage: Storage, name: str, size: int, progress: Progress) -> str:
+    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(_CHUNK)), 0
+    while offset < size:
+        got = storage.read_into(name, offset, buffer[: min(_CHUNK, size - offset)])
+        if not got:
+            raise ShardDamage(storage.url(name), "cut short while it was read", offset=offset)
+        digest.update(buffer[:got])
+        progress(got)
+        offset += got
+    return digest.hexdigest()
+
+
+def _check_tar(storage: Storage, commit: Commit, tar: Blob, progress: Progress) -> None:
+    url = storage.url(tar.name)
+    sha256 = _hash_file(storage, tar.name, tar.size, progress)
+    members = list(scan_tar(lambda offset, length: storage.get_range(tar.name, offset, length), url, tar.size))
+    expected = _expected_members(commit)
+    found = [member for member in members if not member.name.startswith("__wanshards__/")]
+    for member, wanted in zip(found, expected, strict=False):
+        if member != wanted:
+            what = f"{member.name} of {member.size} bytes where the commit has {wanted.name} of {wanted.size}"
+            raise ShardDamage(url, what, member=member.name, offset=member.offset)
+    names = [member.name for member in members]
+    if len(found) != len(expected) or (names[0], names[-1]) != (HEADER_MEMBER, FOOTER_MEMBER):
+        raise ShardDamage(url, f"{len(found)} members, its commit has {len(expected)}, between a header and a footer")
+    digests = _check_header_and_footer(storage, commit, url, members)
+    if sha256 != tar.sha256:
+        _locate(storage, tar, url, members, digests)
+        raise ShardDamage(url, f"sha256 {sha256}, its commit says {tar.sha256}")
+
+
+def _expected_members(commit: Commit) -> list[Member]:
+    return [
+        Member(f"{sample.key}.{member.suffix}", member.offset, member.size)
+        for sample in commit.samples
+        for member in sample.members
+    ]
+
+
+def _check_header_and_footer(storage: Storage, commit: Commit, url: str, members: list[Member]) -> dict[str, str]:
+    """Check both against the commit; returns the digest of every other member by its name."""
+    header = _read_json(storage, commit, url, members[0])
+    expected = {"format_version": FORMAT_VERSION, "kind": commit.kind, "unit": commit.unit}
+    expected["identity_sha256"] = commit.identity_sha256
+    for field, value in expected.items():
+        if not isinstance(header, dict) or header.get(field) != value:
+            found = header.get(field) if isinstance(header, dict) else header
+            raise ShardDamage(url, f"{field} is {found!r}, its commit says {value!r}", member=HEADER_MEMBER, offset=512)
+    if canonical_digest(header.get("identity")) != commit.identity_sha256:
+        raise ShardDamage(url, "its identity is not what its digest says", member=HEADER_MEMBER, offset=512)
+    digests = {f"{sample.key}.{member.suffix}": member.sha256 for sample in commit.samples for member in sample.members}
+    digests[HEADER_MEMBER] = hashlib.sha256(canonical_json(header)).hexdigest()
+    listed = [[member.name, member.offset, member.size, digests[member.name]] for member in members[:-1]]
+    if _read_json(storage, commit, url, members[-1]) != {"num_samples": len(commit.samples), "members": listed}:
+        what = "it does not list the members that its commit lists"
+        raise ShardDamage(url, what, member=FOOTER_MEMBER, offset=members[-1].offset)
+    return digests
+
+
+def _read_json(storage: Storage, commit: Commit, url: str, member: Member) -> dict:
+    if member.size > _MAX_HEADER_BYTES:
+        raise ShardDamage(url, f"{member.size:,} bytes are too many", member=member.name, offset=member.offset)
+    data = storage.get_range(commit.tar.name, member.offset, member.size)
+    return parse_json(data, url, member.name, member.offset)
+
+
+def _locate(storage: Storage, tar: Blob, url: str, members: list[Member], digests: dict[str, str]) -> None:
+    """Find the member whose bytes changed: the tar's digest says that one did, or that the footer's did."""
+    for member in members[:-1]:
+        found = hashlib.sha256(storage.get_range(tar.name, member.offset, member.size)).hexdigest()
+        if found != digests[member.name]:
+            what = f"its payload has sha256 {found}, the commit says {digests[member.name]}"
+            raise ShardDamage(url, what, member=member.name, offset=member.offset)
+
+
+def _check_ledger(storage: Storage, commit: Commit, ledger: Blob, progress: Progress) -> None:
+    data = storage.get(ledger.name, _MAX_LEDGER_BYTES)
+    url = storage.url(ledger.name)
+    found = hashlib.sha256(data).hexdigest()
+    if found != ledger.sha256:
+        raise ShardDamage(url, f"sha256 {found}, its commit says {ledger.sha256}")
+    accepted = [w.key for row in read_ledger(data, url) for w in row.windows if w.status == "accepted"]
+    if commit.kind == LATENTS and sorted(map(str, accepted)) != sorted(sample.key for sample in commit.samples):
+        raise ShardDamage(url, "its accepted windows are not the samples of the tar")
