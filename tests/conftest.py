@@ -46,7 +46,6 @@ def diffusers_twin() -> Callable[[Any], Any]:
     from train.weights import diffusers_key
 
     def twin_of(model: Any) -> Any:
-
         config = model.config
         with torch.device("meta"):
             twin = diffusers.WanTransformer3DModel(
