@@ -231,8 +231,8 @@ def describe_data(session: Session) -> list[str]:
     order, dataset = session.order, session.dataset
     batches, batch = order.num_batches(0), order.global_batch
     return [
-        f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, {batches:,} batches of {batch} in the first"
-        f" epoch; revision {dataset.revision[:12]}",
+        f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, the first epoch has {batches:,} batches "
+        f"of {batch}; revision {dataset.revision[:12]}",
         f"held out: {len(session.held_out)} clips" if session.held_out else "held out: nothing, no held-out loss",
     ]
 
@@ -254,7 +254,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def verify_dataset(config: TrainConfig) -> None:
-    """Hash every byte of the dataset; units that are not built yet are no damage. Raises UserError naming the damage."""
+    """Hash every byte of the dataset; units not built yet are no damage. Raises UserError naming the damage."""
     from shards.storage import open_storage
     from shards.verify import verify
 
