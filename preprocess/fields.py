@@ -29,6 +29,7 @@ MAX_CLIP_ID_CHARACTERS = 500
 MAX_URL_CHARACTERS = 4096
 MAX_SIDE = 65_535
 MAX_FPS = 1000.0
+MAX_LABEL_CHARACTERS = 32
 BEYOND_CLIP_SECONDS = 1.0
 """A caption that starts later than this after the declared end is not of this clip's time axis."""
 
@@ -203,34 +204,33 @@ def read_captions(
         if text is None:
             continue
         start, end = item.get("tc_in"), item.get("tc_out")
-        if start or end:
-            span = _span(start, end, fps, seconds, defects)
-            if span is None:
-                continue
-            captions.append({"text": text, "start_seconds": span[0], "end_seconds": span[1]})
-        else:
+        if not start and not end:
             captions.append({"text": text})
+        elif (span := _span(start, end, fps, seconds, defects)) is not None:
+            captions.append({"text": text, "start_seconds": span[0], "end_seconds": span[1]})
     return tuple(captions)
 
 
 def _span(
     start: Any, end: Any, fps: float | None, seconds: float | None, defects: set[str]
 ) -> tuple[float | None, float | None] | None:
-    marks: list[float | None] = []
-    for value in (start, end):
-        mark, defect = _mark(value[:32], fps) if isinstance(value, str) else (None, "bad-timecode" if value else None)
-        if defect is not None:
-            defects.add(defect)
-        if mark is None and defect is not None:
+    first, first_defect = _mark(start, fps) if isinstance(start, str) else _no_mark(start)
+    last, last_defect = _mark(end, fps) if isinstance(end, str) else _no_mark(end)
+    if first_defect or last_defect:
+        defects |= {defect for defect in (first_defect, last_defect) if defect}
+        if "bad-timecode" in (first_defect, last_defect):
             return None
-        marks.append(mark)
-    first, last = marks
-    if first is not None and last is not None and last < first:
-        defects.add("reversed-timecode")
-        return None
-    if first is not None and seconds is not None and first > seconds + BEYOND_CLIP_SECONDS:
-        defects.add("timecode-beyond-clip")
+    if first is not None:
+        if last is not None and last < first:
+            defects.add("reversed-timecode")
+            return None
+        if seconds is not None and first > seconds + BEYOND_CLIP_SECONDS:
+            defects.add("timecode-beyond-clip")
     return first, last
+
+
+def _no_mark(value: Any) -> tuple[None, str | None]:
+    return None, "bad-timecode" if value else None
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -238,6 +238,8 @@ def _mark(text: str, fps: float | None) -> tuple[float | None, str | None]:
     """(seconds, defect) of one end of a span; (None, None) for an empty one. Kept, because labels repeat."""
     if not text.strip():
         return None, None
+    if len(text) > MAX_LABEL_CHARACTERS:
+        return None, "bad-timecode"
     try:
         label = split_label(text)
         rate = label_rate(label, snap_fps(fps) if fps else NTSC)

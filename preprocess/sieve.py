@@ -32,10 +32,14 @@ def caption_texts(record: Record) -> list[str]:
 def repeated_word(text: str, most: int) -> str | None:
     """A word (between spaces) that occurs more than `most` times in the text, or None."""
     words = text.split()
-    if len(words) <= most or len(words) - len(set(words)) < most:
+    if not _may_repeat(words, most):
         return None
     word, count = Counter(words).most_common(1)[0]
     return word if count > most else None
+
+
+def _may_repeat(words: list[str], most: int) -> bool:
+    return len(words) > most and len(words) - len(set(words)) >= most
 
 
 def repeated_character(text: str, most: int) -> str | None:
@@ -87,8 +91,8 @@ def _refuse_captions(record: Record, config: SieveConfig) -> Rejection | None:
 
 def _refuse_repeats(texts: list[str], joined: str, config: SieveConfig) -> Rejection | None:
     most = config.max_word_repeats
-    # What no word of all texts together exceeds, none of one text does: most records are settled by one look.
-    if most is not None and repeated_word(joined, most) is not None:
+    # Where all texts together repeat too few words, no one of them does: one look settles most records.
+    if most is not None and _may_repeat(joined.split(), most):
         for text in texts:
             if word := repeated_word(text, most):
                 return Rejection("sieve", "word-repeated", f"{short(word, 40)} more than {most} times in one caption")

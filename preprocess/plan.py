@@ -1,0 +1,222 @@
+"""The frozen plan: which records are candidates, in which order, in which unit of work.
+
+A plan is a list of generations. Generation N is two objects and a commit, written last:
+
+    plan/gen-000-3fa9c1d2.jsonl.zst          candidates, one JSON record a line, one zstd frame a unit
+    plan/gen-000-3fa9c1d2.ledger.jsonl.zst   one row a record that was refused, and why
+    plan/gen-000.json                        sealed: counts, digests, the length of each unit's frame
+
+The order is by a hash of the clip id, so that neither folders nor machines nor `--limit` have a say in it. Records that
+come later make a further generation behind the others; nothing frozen changes. A unit is read by one ranged read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import NamedTuple
+
+import pydantic
+
+from preprocess.config import SieveConfig
+from preprocess.records import Record
+from shards.canonical import open_document
+from shards.config import Config, validate_config
+from shards.damage import ShardDamage
+from shards.dataset_info import Generation
+from shards.errors import UserError
+from shards.ledger import LedgerRow, read_ledger, read_lines
+from shards.storage import Storage
+
+PLAN_VERSION = 1
+MAX_COMMIT_BYTES = 2**26
+MAX_LEDGER_BYTES = 2**30
+
+
+class Candidate(NamedTuple):
+    """One record of the plan."""
+
+    ordinal: int
+    """Its place in the whole plan, from 0, over all generations."""
+    record: Record
+
+
+class DeclaredSize(Config):
+    """How many candidates declare a size; 0×0: none declared."""
+
+    width: int
+    height: int
+    count: int
+
+
+class GenerationInfo(Config):
+    """The commit of one generation: `records_read` is the sum of the five counts below it."""
+
+    plan_version: int
+    name: str
+    """`gen-000-<digest>`: its objects are `plan/<name>.jsonl.zst` and `plan/<name>.ledger.jsonl.zst`."""
+    plan_sha256: str
+    ledger_sha256: str
+    first_unit: int
+    first_candidate: int
+    unit_size: int
+    """Candidates of a unit; the generation's last unit may have fewer."""
+    frame_bytes: tuple[int, ...]
+    """Length of each unit's frame in the plan object, in order."""
+    records_read: int
+    """Documents found in the corpus, of whatever kind."""
+    num_candidates: int
+    num_refused: int
+    """Rows of this generation's ledger."""
+    num_planned_before: int
+    """Records that are candidates of earlier generations."""
+    num_refused_before: int
+    """Records that earlier ledgers refuse for the same reason."""
+    num_beyond_limit: int
+    """Records that pass, and that `corpus.limit` leaves for a later generation."""
+    refused_by: dict[str, int]
+    """Rows by `stage/reason`."""
+    declared_sizes: tuple[DeclaredSize, ...]
+    """Declared sizes of the candidates, most frequent first, each once."""
+    declared_seconds: float
+    """Sum over the candidates that declare a length."""
+    limit: int | None
+    sieve: SieveConfig
+
+    @property
+    def num_units(self) -> int:
+        """Units of this generation."""
+        return len(self.frame_bytes)
+
+    @property
+    def generation(self) -> Generation:
+        """The entry of `dataset.json`."""
+        return Generation(
+            name=self.name,
+            plan_sha256=self.plan_sha256,
+            first_unit=self.first_unit,
+            num_units=self.num_units,
+            num_candidates=self.num_candidates,
+            num_records=self.num_candidates + self.num_refused,
+            ledger_sha256=self.ledger_sha256,
+        )
+
+
+class Plan:
+    """A frozen plan, opened: counts in memory, units read when asked for. Can be pickled and forked."""
+
+    def __init__(self, storage: Storage, generations: tuple[GenerationInfo, ...]) -> None:
+        self.storage = storage
+        self.generations = generations
+        self._ends = list(accumulate(generation.num_units for generation in generations))
+        self._offsets = [list(accumulate(generation.frame_bytes, initial=0)) for generation in generations]
+
+    @property
+    def num_units(self) -> int:
+        """Units of all generations; they are numbered 0 … num_units − 1."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of all generations."""
+        return sum(generation.num_candidates for generation in self.generations)
+
+    @property
+    def num_refused(self) -> int:
+        """Rows of all the plan's ledgers."""
+        return sum(generation.num_refused for generation in self.generations)
+
+    def unit(self, number: int) -> tuple[Candidate, ...]:
+        """The candidates of one unit, by one ranged read. Raises UserError for no such unit, ShardDamage."""
+        if not 0 <= number < self.num_units:
+            raise UserError(f"unit {number} is not in the plan", expected=f"0 to {self.num_units - 1}")
+        place = bisect_right(self._ends, number)
+        generation = self.generations[place]
+        within = number - generation.first_unit
+        start, end = self._offsets[place][within : within + 2]
+        name = plan_name(generation.name)
+        data = self.storage.get_range(name, start, end - start)
+        file = f"{self.storage.url(name)} (unit {number})"
+        if len(data) != end - start:
+            raise ShardDamage(file, f"cut short: {len(data):,} of {end - start:,} bytes", offset=start)
+        records = list(_read_records(data, file))
+        expected = min(generation.unit_size, generation.num_candidates - within * generation.unit_size)
+        if len(records) != expected:
+            raise ShardDamage(file, f"{len(records)} candidates, the commit says {expected}", offset=start)
+        first = generation.first_candidate + within * generation.unit_size
+        return tuple(Candidate(first + place, record) for place, record in enumerate(records))
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All candidates, in order."""
+        for number in range(self.num_units):
+            yield from self.unit(number)
+
+    def ledger(self) -> Iterator[LedgerRow]:
+        """What the plan refused, and why: one row a record, generation by generation. Raises ShardDamage."""
+        for generation in self.generations:
+            name = ledger_name(generation.name)
+            yield from read_ledger(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
+
+    def ledger_lines(self) -> Iterator[bytes]:
+        """The ledgers' rows as they are written. Raises ShardDamage."""
+        for generation in self.generations:
+            name = ledger_name(generation.name)
+            yield from read_lines(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
+
+    def refused_by(self) -> Mapping[str, int]:
+        """Rows of the ledgers by `stage/reason`, most frequent first."""
+        total: dict[str, int] = {}
+        for generation in self.generations:
+            for reason, count in generation.refused_by.items():
+                total[reason] = total.get(reason, 0) + count
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def open_plan(storage: Storage) -> Plan:
+    """The frozen plan of a dataset; one without generations where there is none yet. Raises ShardDamage."""
+    generations: list[GenerationInfo] = []
+    while storage.exists(commit_name(len(generations))):
+        name = commit_name(len(generations))
+        file = storage.url(name)
+        body = open_document(storage.get(name, MAX_COMMIT_BYTES), file)
+        if body.get("plan_version") != PLAN_VERSION:
+            raise UserError(f"{file}: plan version {body.get('plan_version')!r}", expected=str(PLAN_VERSION))
+        try:
+            generation = validate_config(GenerationInfo, body, origin=file)
+        except UserError as error:
+            raise ShardDamage(file, error.problem) from None
+        _check_follows(generation, generations, file)
+        generations.append(generation)
+    return Plan(storage, tuple(generations))
+
+
+def commit_name(number: int) -> str:
+    """Name of a generation's commit."""
+    return f"plan/gen-{number:03d}.json"
+
+
+def plan_name(generation: str) -> str:
+    """Name of the object that holds a generation's candidates."""
+    return f"plan/{generation}.jsonl.zst"
+
+
+def ledger_name(generation: str) -> str:
+    """Name of the object that holds a generation's refused records."""
+    return f"plan/{generation}.ledger.jsonl.zst"
+
+
+def _check_follows(generation: GenerationInfo, earlier: list[GenerationInfo], file: str) -> None:
+    first_unit = sum(each.num_units for each in earlier)
+    first_candidate = sum(each.num_candidates for each in earlier)
+    if (generation.first_unit, generation.first_candidate) != (first_unit, first_candidate):
+        raise ShardDamage(file, f"starts at unit {generation.first_unit}, expected {first_unit}")
+
+
+def _read_records(data: bytes, file: str) -> Iterator[Record]:
+    for line in read_lines(data, file):
+        try:
+            yield Record.model_validate_json(line)
+        except pydantic.ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise ShardDamage(file, f"not a record: {problem['msg']}") from None
