@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from shards.console import CommandGroup, print_json, set_up_logging
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from shards.verify import Level
@@ -101,3 +103,89 @@ def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int
     else:
         print_report(report)
     sys.exit(1 if report.problems else 0)
+
+
+@main.command()
+@ROOT
+def index(root: str) -> None:
+    """Write index.jsonl.zst: all commits in one file, so that opening a large dataset is quick.
+
+    Only a cache: a stale or missing index changes nothing but the time to open.
+    """
+    from shards.index import write_index
+    from shards.storage import open_storage
+
+    with click.progressbar(length=1, label="index", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        num_units = write_index(open_storage(root), advance)
+    click.echo(f"{num_units} shards indexed")
+
+
+@main.command()
+@ROOT
+@click.argument("member", metavar="KEY.SUFFIX")
+@TEXT_SET
+@click.option("--npy", is_flag=True, help="Undo zstd and write a plain .npy.")
+def cat(root: str, member: str, text_set: str | None, npy: bool) -> None:
+    """Write one member of a sample to standard output, after checking its digest.
+
+    \b
+    wanshards cat demo/shards clip-1@0-49-480x832.json
+    wanshards cat demo/shards clip-1@0-49-480x832.preview.jpg > strip.jpg
+    wanshards cat demo/shards clip-1@0-49-480x832.text.npy.zst --npy > text.npy
+    """
+    from shards.cat import member_bytes
+
+    sys.stdout.buffer.write(member_bytes(root, member, text_set, npy))
+
+
+@main.command()
+@ROOT
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--plain", is_flag=True, help="One uncompressed tar a unit, latent and text together (webdataset).")
+@TEXT_SET
+def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
+    """Copy the samples into the folder TARGET in another form.
+
+    \b
+    wanshards export --plain demo/shards plain/
+    """
+    from shards.dataset import open_dataset
+    from shards.export import export_plain
+
+    if not plain:
+        raise UserError("export needs a form", expected="--plain")
+    dataset = open_dataset(root, text_set or "default")
+    label = f"export to {target}"
+    with click.progressbar(length=len(dataset), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        written = export_plain(dataset, target, lambda: bar.update(1))
+    click.echo(f"{len(written)} tars, {len(dataset)} samples in {target}")
+
+
+@main.command()
+@ROOT
+@AS_JSON
+@click.option("--delete", is_flag=True, help="Remove them; without it they are only listed.")
+@click.option(
+    "--older-than-hours", type=click.FloatRange(0), default=24.0, show_default=True, help="Spare younger ones."
+)
+def sweep(root: str, as_json: bool, delete: bool, older_than_hours: float) -> None:
+    """List or remove what killed writers left: tars and ledgers that no commit names, temporary files, open uploads.
+
+    A running build's newest tar has no commit yet: keep --older-than-hours above the time one unit takes to upload.
+    """
+    from shards.storage import open_storage
+    from shards.sweep import sweep as find
+
+    found = find(open_storage(root), older_than_hours * 3600, delete=delete)
+    if as_json:
+        print_json({"deleted": delete, "orphans": [orphan._asdict() for orphan in found]})
+        return
+    for orphan in found:
+        click.echo(f"{orphan.size:>14,}  {orphan.name}")
+    what = "removed" if delete else "found (--delete removes them)"
+    click.echo(f"{len(found)} orphans, {sum(orphan.size for orphan in found):,} bytes {what}")

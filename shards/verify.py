@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-from shards.canonical import canonical_digest, canonical_json, parse_json
-from shards.commit import Blob, Commit, StoredCommit, read_commit
+from shards.canonical import canonical_digest
+from shards.commit import Blob, StoredCommit, read_commit
 from shards.damage import FutureFormat, MissingObject, ShardDamage
 from shards.dataset_info import DatasetInfo, read_info
 from shards.errors import UserError
 from shards.index import Listing, list_root, text_sets
-from shards.layout import FOOTER_MEMBER, FORMAT_VERSION, HEADER_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
-from shards.ledger import read_ledger
+from shards.layout import LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.storage import Storage
-from shards.tar import Member, scan_tar
+from shards.unit_check import HashingReader, Progress, check_ledger, check_tar
 
 Level = Literal["fast", "hash", "deep"]
-Progress = Callable[[int], None]
-"""Told the bytes done since the last call."""
-_CHUNK = 2**20
-_MAX_HEADER_BYTES = 2**26
-_MAX_LEDGER_BYTES = 2**30
 
 
 class Problem(NamedTuple):
@@ -144,7 +137,7 @@ def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
             if sha256 is None:
                 continue
             try:
-                found = _hash_file(storage, name, storage.size(name), lambda _: None)
+                found = HashingReader(storage, name, storage.size(name), lambda _: None).hexdigest()
             except MissingObject as damage:
                 yield _problem(damage)
                 continue
@@ -159,7 +152,9 @@ def _unit(storage: Storage, stored: StoredCommit, listing: Listing, level: Level
         try:
             _check_size(storage, blob, listing)
             if level != "fast":
-                (_check_tar if blob is commit.tar else _check_ledger)(storage, commit, blob, progress)
+                check_tar(storage, commit, blob, progress) if blob is commit.tar else check_ledger(
+                    storage, commit, blob
+                )
         except (ShardDamage, FutureFormat) as damage:
             problems.append(_problem(damage))
     if level == "deep" and not problems:
@@ -176,89 +171,3 @@ def _check_size(storage: Storage, blob: Blob, listing: Listing) -> None:
     if found != blob.size:
         what = f"{found} bytes, its commit says {blob.size}: {'cut short' if found < blob.size else 'too long'}"
         raise ShardDamage(storage.url(blob.name), what, offset=min(found, blob.size))
-
-
-def _hash_file(storage: Storage, name: str, size: int, progress: Progress) -> str:
-    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(_CHUNK)), 0
-    while offset < size:
-        got = storage.read_into(name, offset, buffer[: min(_CHUNK, size - offset)])
-        if not got:
-            raise ShardDamage(storage.url(name), "cut short while it was read", offset=offset)
-        digest.update(buffer[:got])
-        progress(got)
-        offset += got
-    return digest.hexdigest()
-
-
-def _check_tar(storage: Storage, commit: Commit, tar: Blob, progress: Progress) -> None:
-    url = storage.url(tar.name)
-    sha256 = _hash_file(storage, tar.name, tar.size, progress)
-    members = list(scan_tar(lambda offset, length: storage.get_range(tar.name, offset, length), url, tar.size))
-    expected = _expected_members(commit)
-    found = [member for member in members if not member.name.startswith("__wanshards__/")]
-    for member, wanted in zip(found, expected, strict=False):
-        if member != wanted:
-            what = f"{member.name} of {member.size} bytes where the commit has {wanted.name} of {wanted.size}"
-            raise ShardDamage(url, what, member=member.name, offset=member.offset)
-    names = [member.name for member in members]
-    if len(found) != len(expected) or (names[0], names[-1]) != (HEADER_MEMBER, FOOTER_MEMBER):
-        raise ShardDamage(url, f"{len(found)} members, its commit has {len(expected)}, between a header and a footer")
-    digests = _check_header_and_footer(storage, commit, url, members)
-    if sha256 != tar.sha256:
-        _locate(storage, tar, url, members, digests)
-        raise ShardDamage(url, f"sha256 {sha256}, its commit says {tar.sha256}")
-
-
-def _expected_members(commit: Commit) -> list[Member]:
-    return [
-        Member(f"{sample.key}.{member.suffix}", member.offset, member.size)
-        for sample in commit.samples
-        for member in sample.members
-    ]
-
-
-def _check_header_and_footer(storage: Storage, commit: Commit, url: str, members: list[Member]) -> dict[str, str]:
-    """Check both against the commit; returns the digest of every other member by its name."""
-    header = _read_json(storage, commit, url, members[0])
-    expected = {"format_version": FORMAT_VERSION, "kind": commit.kind, "unit": commit.unit}
-    expected["identity_sha256"] = commit.identity_sha256
-    for field, value in expected.items():
-        if not isinstance(header, dict) or header.get(field) != value:
-            found = header.get(field) if isinstance(header, dict) else header
-            raise ShardDamage(url, f"{field} is {found!r}, its commit says {value!r}", member=HEADER_MEMBER, offset=512)
-    if canonical_digest(header.get("identity")) != commit.identity_sha256:
-        raise ShardDamage(url, "its identity is not what its digest says", member=HEADER_MEMBER, offset=512)
-    digests = {f"{sample.key}.{member.suffix}": member.sha256 for sample in commit.samples for member in sample.members}
-    digests[HEADER_MEMBER] = hashlib.sha256(canonical_json(header)).hexdigest()
-    listed = [[member.name, member.offset, member.size, digests[member.name]] for member in members[:-1]]
-    if _read_json(storage, commit, url, members[-1]) != {"num_samples": len(commit.samples), "members": listed}:
-        what = "it does not list the members that its commit lists"
-        raise ShardDamage(url, what, member=FOOTER_MEMBER, offset=members[-1].offset)
-    return digests
-
-
-def _read_json(storage: Storage, commit: Commit, url: str, member: Member) -> dict:
-    if member.size > _MAX_HEADER_BYTES:
-        raise ShardDamage(url, f"{member.size:,} bytes are too many", member=member.name, offset=member.offset)
-    data = storage.get_range(commit.tar.name, member.offset, member.size)
-    return parse_json(data, url, member.name, member.offset)
-
-
-def _locate(storage: Storage, tar: Blob, url: str, members: list[Member], digests: dict[str, str]) -> None:
-    """Find the member whose bytes changed: the tar's digest says that one did, or that the footer's did."""
-    for member in members[:-1]:
-        found = hashlib.sha256(storage.get_range(tar.name, member.offset, member.size)).hexdigest()
-        if found != digests[member.name]:
-            what = f"its payload has sha256 {found}, the commit says {digests[member.name]}"
-            raise ShardDamage(url, what, member=member.name, offset=member.offset)
-
-
-def _check_ledger(storage: Storage, commit: Commit, ledger: Blob, progress: Progress) -> None:
-    data = storage.get(ledger.name, _MAX_LEDGER_BYTES)
-    url = storage.url(ledger.name)
-    found = hashlib.sha256(data).hexdigest()
-    if found != ledger.sha256:
-        raise ShardDamage(url, f"sha256 {found}, its commit says {ledger.sha256}")
-    accepted = [w.key for row in read_ledger(data, url) for w in row.windows if w.status == "accepted"]
-    if commit.kind == LATENTS and sorted(map(str, accepted)) != sorted(sample.key for sample in commit.samples):
-        raise ShardDamage(url, "its accepted windows are not the samples of the tar")

@@ -1,0 +1,51 @@
+"""One member of a sample, by name, checked against the commit's sha256."""
+
+from __future__ import annotations
+
+import hashlib
+
+import zstandard
+
+from shards.codec import MAX_ARRAY_BYTES, decode_array
+from shards.commit import MemberInfo, read_commit
+from shards.damage import ShardDamage
+from shards.dataset import open_dataset
+from shards.errors import UserError
+from shards.layout import JSON_MEMBER, LATENTS, text_kind
+from shards.storage import Storage, open_storage
+
+
+def member_bytes(root: str, name: str, text_set: str | None = None, npy: bool = False) -> bytes:
+    """The bytes of `<key>.<suffix>`, from the latents or, when they have no such member, from the text set.
+
+    With a text set named, of that set alone. Raises UserError when no such sample or member is there, ShardDamage when
+    it is not what its commit says; with `npy` the zstd frame is undone.
+    """
+    key, _, suffix = name.partition(".")
+    storage = open_storage(root)
+    kinds = [text_kind(text_set)] if text_set else [LATENTS, text_kind("default")]
+    dataset = open_dataset(root, None)
+    unit = dataset.shard(key).unit
+    there: list[str] = []
+    for kind in kinds:
+        commit = read_commit(storage, kind, unit).commit
+        sample = next((sample for sample in commit.samples if sample.key == key), None)
+        member = sample.member(suffix) if sample else None
+        if member:
+            return _read(storage, commit.tar.name, name, member, npy)
+        there += [item.suffix for item in sample.members] if sample else []
+    raise UserError(f"sample {key} has no member {suffix!r}", expected=f"one of {', '.join(there)}")
+
+
+def _read(storage: Storage, tar: str, name: str, member: MemberInfo, npy: bool) -> bytes:
+    data = storage.get_range(tar, member.offset, member.size)
+    found = hashlib.sha256(data).hexdigest()
+    if found != member.sha256:
+        what = f"sha256 {found}, its commit says {member.sha256}"
+        raise ShardDamage(storage.url(tar), what, member=name, offset=member.offset)
+    if not npy:
+        return data
+    if member.shape is None or member.dtype is None:
+        raise UserError(f"{name} is no array", expected=f"a member in .npy.zst, not .{JSON_MEMBER}")
+    decode_array(data, shape=member.shape, dtype=member.dtype)
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_ARRAY_BYTES)

@@ -1,0 +1,75 @@
+"""Orphans: what killed or beaten writers left behind. No reader looks at them; the sweep removes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from shards.commit import read_commit
+from shards.damage import FutureFormat, MissingObject, ShardDamage
+from shards.dataset_info import read_info
+from shards.index import list_root, text_sets
+from shards.layout import LATENTS, parse_name, text_kind
+from shards.s3 import S3Storage
+from shards.storage import LocalStorage, Storage
+
+
+class Orphan(NamedTuple):
+    """An object that no commit names."""
+
+    name: str
+    size: int
+
+
+def find_orphans(storage: Storage, older_than_seconds: float) -> Iterator[Orphan]:
+    """Tars and ledgers that no commit names, last written more than `older_than_seconds` ago.
+
+    A writer puts its tar before its commit: the age must exceed the time a put takes, or a running build loses its
+    unit (and makes it again). A unit whose commit is damaged keeps all its objects. Raises UserError without a dataset.
+    """
+    info = read_info(storage)
+    kinds = [LATENTS, *(text_kind(name) for name in sorted({*info.text_sets, *text_sets(storage)}))]
+    listing = list_root(storage, kinds)
+    named: set[str] = set()
+    damaged: set[tuple[str, int]] = set()
+    for kind, unit in listing.commits:
+        try:
+            commit = read_commit(storage, kind, unit).commit
+        except (ShardDamage, FutureFormat):
+            damaged.add((kind, unit))
+            continue
+        named.update(blob.name for blob in (commit.tar, commit.ledger) if blob)
+    newest = time.time() - older_than_seconds
+    for name, size in sorted(listing.objects.items()):
+        what = parse_name(name)
+        if what is None or name in named or (what.kind, what.unit) in damaged:
+            continue
+        try:
+            if storage.modified(name) <= newest:
+                yield Orphan(name, size)
+        except MissingObject:  # gone meanwhile
+            continue
+
+
+def sweep(storage: Storage, older_than_seconds: float, *, delete: bool) -> list[Orphan]:
+    """The orphans under a root, with temporary files and unfinished uploads; removed when `delete`."""
+    found = list(find_orphans(storage, older_than_seconds))
+    if delete:
+        for orphan in found:
+            storage.delete(orphan.name)
+    newest = time.time() - older_than_seconds
+    if isinstance(storage, LocalStorage):
+        found += _sweep_temporaries(storage, newest, delete)
+    elif isinstance(storage, S3Storage) and delete:
+        found += [Orphan(f"{name} (unfinished upload)", 0) for name in storage.abort_uploads(newest)]
+    return found
+
+
+def _sweep_temporaries(storage: LocalStorage, newest: float, delete: bool) -> Iterator[Orphan]:
+    for path in storage.temporaries():
+        stat = path.stat()
+        if stat.st_mtime <= newest:
+            if delete:
+                path.unlink(missing_ok=True)
+            yield Orphan(path.name, stat.st_size)
