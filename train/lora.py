@@ -8,8 +8,6 @@ them raw; only an export folds the scale into B.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import hashlib
 import math
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.lora_targets import match_targets
 from train.model import DropoutKey, Linear, WanDiT
 from train.model_config import LoRAConfig
 
@@ -114,26 +113,6 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
         _init_a(adapted.lora_A, name, seed)
         setattr(model.get_submodule(parent), leaf, adapted)
     return [name for name in names if name in chosen]
-
-
-def match_targets(names: list[str], targets: tuple[str, ...]) -> set[str]:
-    """Module names that the targets select: by a dotted part (`self_attn`, `q`) or a pattern of the whole name.
-
-    Raises: UserError naming each target that selects nothing, with the nearest that would.
-    """
-    chosen: set[str] = set()
-    for target in targets:
-        matched = {name for name in names if fnmatch.fnmatchcase(name, target) or target in name.split(".")}
-        if not matched:
-            parts = {part for name in names for part in name.split(".")[2:] if not part.isdigit()}
-            near = difflib.get_close_matches(target, sorted(parts) + names, n=1, cutoff=0.5)
-            raise UserError(
-                f"lora.targets: {target!r} matches no linear of the blocks"
-                + (f"; did you mean {near[0]!r}?" if near else ""),
-                expected=f"one of {', '.join(sorted(parts))}, or a pattern such as blocks.*.self_attn.q",
-            )
-        chosen |= matched
-    return chosen
 
 
 @torch.no_grad()
