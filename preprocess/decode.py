@@ -15,13 +15,17 @@ from jaxtyping import UInt8
 
 from preprocess.config import Bucket, DecodeConfig, PrepConfig
 from preprocess.facts import ClipFacts
-from preprocess.ffmpeg import file_url, first_line, run_ffmpeg
+from preprocess.ffmpeg import Result, file_url, first_line, run_ffmpeg
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.window import Window
 
 TRANSFORM_VERSION = 1
 """Raised whenever a change here changes a pixel of any clip: it is part of the dataset's identity."""
 SCALE_FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+TICKS_PER_SECOND = 23_040_000
+"""A multiple of 1000, 12288, 12800, 15360, 24000, 30000, 60000 and 90000: of the time bases that files have."""
+SEEKABLE_FORMATS = {"mov", "matroska", "avi", "mxf", "mpegts"}
+"""Containers in which a seek lands where it should. In an MPEG program stream the timestamps after it are wrong."""
 SEEK_FRAMES = 4
 """Frames decoded before a window: the deinterlacer looks back, and the first frame may lie before the window."""
 
@@ -35,46 +39,64 @@ def decode_window(
     less. Decoding starts near the window and stops after it. Not the exit code decides but the count of frames and,
     under the strict policy, that nothing was reported on stderr.
     """
-    frame_bytes = 3 * bucket.width * bucket.height
-    result = run_ffmpeg(
-        window_arguments(path, facts, window, bucket, config),
-        timeout_seconds=config.decode.timeout_seconds,
-        max_stdout_bytes=window.num_frames * frame_bytes,
-        max_alloc_mib=config.decode.max_memory_mib,
-        max_cpu_seconds=math.ceil(config.decode.timeout_seconds * config.decode.threads) + 1,
+    seek = _seek_seconds(facts, window)
+    result = _run(path, facts, window, bucket, config, seek)
+    if seek is not None and result.stderr and config.decode.policy == "strict":
+        # Entering an open group of pictures makes libavcodec complain of references that it has not seen. Whether
+        # the file is sound only a decoding from its start can tell.
+        result = _run(path, facts, window, bucket, config, None)
+    return _frames_of(result, window, bucket, config)
+
+
+def _run(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek: float | None
+) -> Result:
+    limits = config.decode
+    return run_ffmpeg(
+        window_arguments(path, facts, window, bucket, config, seek),
+        timeout_seconds=limits.timeout_seconds,
+        max_stdout_bytes=window.num_frames * bucket.width * bucket.height * 3,
+        max_alloc_mib=limits.max_memory_mib,
+        max_cpu_seconds=math.ceil(limits.timeout_seconds * limits.threads) + 1,
     )
+
+
+def _frames_of(result: Result, window: Window, bucket: Bucket, config: PrepConfig) -> UInt8[np.ndarray, "T H W 3"]:
+    """The frames of a run, or the reason why they cannot be used."""
     if result.timed_out:
         _reject("decode-timeout", f"not done within {config.decode.timeout_seconds:g} s", retryable=True)
-    if "hanging video frame properties" in result.stderr or "econfiguring filter graph" in result.stderr:
-        _reject("size-changes", first_line(result.stderr))
     if result.overflowed:
         _reject("decode-overflow", f"more than {window.num_frames} frames of {bucket.width}×{bucket.height}")
     complaint = first_line(result.stderr)
     if complaint and config.decode.policy == "strict":
         _reject("decode-errors", complaint)
-    num_frames, rest = divmod(len(result.stdout), frame_bytes)
+    num_frames, rest = divmod(len(result.stdout), 3 * bucket.width * bucket.height)
     if num_frames < window.num_frames or rest:
         _reject("missing-frames", f"{num_frames} of {window.num_frames} frames came; {complaint or 'nothing reported'}")
     frames = np.frombuffer(result.stdout, np.uint8)
     return frames.reshape(window.num_frames, bucket.height, bucket.width, 3)
 
 
-def window_arguments(path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig) -> list[str]:
-    """ffmpeg's arguments for `decode_window`, without the program and its global limits."""
+def window_arguments(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek_seconds: float | None
+) -> list[str]:
+    """ffmpeg's arguments for `decode_window`, without the program and its global limits.
+
+    `seek_seconds`: time of the key frame to start at, from the clip's zero; None: the clip's start.
+    """
     import ffmpeg
 
-    seek = _seek_seconds(facts, window)
-    picture = open_input(path, facts, config.decode, seek_seconds=seek)
-    offset = window.start_seconds - seek
+    picture = open_input(path, facts, config.decode, seek_seconds=seek_seconds)
     if facts.media == "video":
-        picture = _resample(_deinterlace(_crop_vbi(picture, facts), facts), offset, config.window.fps)
+        picture = _deinterlace(_crop_vbi(_skip(picture, facts, window), facts), facts)
+        picture = _resample(picture, facts, window, config.window.fps)
     picture = _fit(_turn(_crop_active(picture, facts), facts), facts, bucket)
     options = {"format": "rawvideo", "pix_fmt": "rgb24", "frames:v": window.num_frames}
     arguments: list[str] = ffmpeg.output(picture, "pipe:1", **options).get_args()
-    return ["-loglevel", "error", "-filter_threads", str(config.decode.threads), *arguments]
+    return ["-loglevel", "error", "-copyts", "-filter_threads", str(config.decode.threads), *arguments]
 
 
-def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_seconds: float = 0.0) -> Any:
+def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_seconds: float | None = None) -> Any:
     """ffmpeg-python's stream of the clip's video, with every limit on what opening it may do."""
     import ffmpeg
 
@@ -88,16 +110,31 @@ def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_secon
         "sn": None,
         "dn": None,
     }
-    if seek_seconds > 0:
-        options["ss"] = f"{seek_seconds:.3f}"
+    if seek_seconds is not None:
+        options |= {"ss": f"{math.ceil(seek_seconds * 1000) / 1000:.3f}", "noaccurate_seek": None}
     return ffmpeg.input(file_url(path), **options)[str(facts.stream)]
 
 
-def _seek_seconds(facts: ClipFacts, window: Window) -> float:
-    """Where decoding starts: early enough that the frame shown at the window's start is among what is decoded."""
-    margin = facts.max_gap_seconds + SEEK_FRAMES / facts.fps
-    start = window.start_seconds - margin
-    return math.floor(start * 1000) / 1000 if start > facts.start_seconds else 0.0
+def _seek_seconds(facts: ClipFacts, window: Window) -> float | None:
+    """The last key frame from which everything that the window needs can be decoded; None: the clip's start.
+
+    A key frame's own time is asked for: demuxers without an index (MPEG-TS) go to a place near a time, and the decoder
+    then waits for the next key frame, which may lie within the window.
+    """
+    if facts.format.split(",")[0] not in SEEKABLE_FORMATS:
+        return None
+    keys = [time for time in facts.key_seconds[1:] if time <= _first_needed(facts, window)]
+    return keys[-1] if keys else None
+
+
+def _first_needed(facts: ClipFacts, window: Window) -> float:
+    """Time before which no frame matters: what is shown at the window's start may have begun a gap earlier."""
+    return window.start_seconds - facts.max_gap_seconds - SEEK_FRAMES / facts.fps
+
+
+def _skip(picture: Any, facts: ClipFacts, window: Window) -> Any:
+    """Drop what is decoded only for reference, before any filter works on it."""
+    return picture.filter("trim", start=f"{facts.zero_seconds + _first_needed(facts, window):.3f}")
 
 
 def _crop_vbi(picture: Any, facts: ClipFacts) -> Any:
@@ -115,9 +152,15 @@ def _deinterlace(picture: Any, facts: ClipFacts) -> Any:
     return picture.filter("bwdif", mode="send_field", parity=facts.deinterlace, deint=frames)
 
 
-def _resample(picture: Any, offset_seconds: float, fps: int) -> Any:
-    """Time zero at the window's start, counted in microseconds: a coarse time base must not move the window."""
-    picture = picture.filter("settb", "1/1000000").filter("setpts", f"PTS-{round(offset_seconds * 1_000_000)}")
+def _resample(picture: Any, facts: ClipFacts, window: Window, fps: int) -> Any:
+    """Time zero at the window's start, in ticks so fine that no common time base is rounded.
+
+    `-copyts` keeps the file's own timestamps until here: where ffmpeg shifts them it rounds to the stream's time base,
+    which in AVI is a whole frame.
+    """
+    start = round(facts.zero_seconds * 1_000_000) * TICKS_PER_SECOND // 1_000_000
+    start += round(window.start_seconds * 1000) * TICKS_PER_SECOND // 1000
+    picture = picture.filter("settb", f"1/{TICKS_PER_SECOND}").filter("setpts", f"PTS-{start}")
     return picture.filter("fps", fps=fps, start_time=0, round="near")
 
 

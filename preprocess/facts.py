@@ -57,6 +57,8 @@ class Inspection(Config):
     transfer: int = 2
     num_frames: int = 0
     """Frames shown, counted from the packets."""
+    zero_seconds: float = 0.0
+    """The clip's zero on the file's own clock: where its earliest stream starts. All other times count from here."""
     start_seconds: float = 0.0
     """Time of the first frame."""
     end_seconds: float = 0.0
@@ -66,6 +68,8 @@ class Inspection(Config):
     max_gap_seconds: float = 0.0
     """Largest distance of two frames."""
     is_constant_rate: bool = True
+    key_seconds: tuple[float, ...] = ()
+    """Times of key frames where decoding can start, half a second or more apart."""
     declared_seconds: float | None = None
     """Duration that the container claims."""
     truncated: str | None = None
@@ -113,6 +117,8 @@ class ClipFacts(Config):
     range: Literal["limited", "full"]
     fps: float
     is_constant_rate: bool
+    zero_seconds: float
+    """The clip's zero on the file's own clock; other times count from it."""
     start_seconds: float
     """Time of the first frame from the clip's zero (0 but for oddly muxed files)."""
     end_seconds: float
@@ -120,6 +126,8 @@ class ClipFacts(Config):
     duration_seconds: float
     max_gap_seconds: float
     num_frames: int
+    key_seconds: tuple[float, ...] = ()
+    """Times of key frames where decoding can start, half a second or more apart."""
     cuts: tuple[float, ...] = ()
     """Times of shot changes; looked for only where the config asks."""
     decisions: dict[str, JsonValue]

@@ -26,6 +26,7 @@ MAX_PACKETS = 2_000_000
 NUM_POSITIONS = 6
 """Places of the clip whose pictures are looked at."""
 NUM_IDET_FRAMES = 60
+MIN_KEY_DISTANCE_SECONDS = 0.5
 FIELD_VERDICTS = ("progressive", "tff", "bff", "unclear")
 BASE_MEMORY_MIB = 3072
 """Address space of Python and the libraries before a file is opened."""
@@ -140,13 +141,25 @@ def _timing(container: Any, stream: Any, shown: list) -> dict:
     end = times[-1] * base + (period if gaps else max(period, (last.duration or 0) * base))
     return {
         "num_frames": len(times),
+        "zero_seconds": zero,
         "start_seconds": float(times[0] * base) - zero,
         "end_seconds": float(end) - zero,
         "period_seconds": _mean_period(times, base, period, uneven),
         "max_gap_seconds": float(max(gaps, default=period)),
         "is_constant_rate": bool(uneven <= _tolerance(base, period)),
+        "key_seconds": _key_times(shown, base, zero),
         "declared_seconds": container.duration / 1_000_000 if container.duration else None,
     }
+
+
+def _key_times(shown: list, base: Any, zero: float) -> tuple[float, ...]:
+    """Thinned, because every frame of an intra-coded clip is one."""
+    times: list[float] = []
+    for pts in sorted(packet.pts for packet in shown if packet.is_keyframe):
+        time = float(pts * base) - zero
+        if not times or time - times[-1] >= MIN_KEY_DISTANCE_SECONDS:
+            times.append(time)
+    return tuple(times)
 
 
 def _tolerance(base: Any, period: Any) -> Any:

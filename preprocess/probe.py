@@ -129,11 +129,13 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
         range=color_range,
         fps=fps,
         is_constant_rate=inspection.is_constant_rate,
+        zero_seconds=inspection.zero_seconds,
         start_seconds=inspection.start_seconds,
         end_seconds=inspection.end_seconds,
         duration_seconds=duration,
         max_gap_seconds=inspection.max_gap_seconds,
         num_frames=inspection.num_frames,
+        key_seconds=inspection.key_seconds,
         decisions=decisions,
     )
 
