@@ -53,7 +53,6 @@ class CachedStorage:
     def forget(self, name: str) -> None:
         """Drop the copy of a tar, which was found damaged."""
         self._local.delete(name.replace("/", "-"))
-        self._local = LocalStorage(self._folder)
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """See Storage."""

@@ -121,6 +121,7 @@ class LocalStorage:
             _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+        self._forget(name)
         return True
 
     def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
@@ -174,6 +175,7 @@ class LocalStorage:
     def delete(self, name: str) -> None:
         """See Storage."""
         self._path(name).unlink(missing_ok=True)
+        self._forget(name)
 
     def url(self, name: str = "") -> str:
         """See Storage."""
@@ -213,6 +215,8 @@ class LocalStorage:
                 yield Entry(name, item.stat().st_size)
 
     def _open(self, name: str) -> _OpenFile:
+        if not name.endswith(".tar"):
+            return _OpenFile(self._path(name))  # only a tar never changes under its name
         if self._pid != os.getpid():
             self._forget_all()  # another thread may have held the lock when this process was forked
         with self._lock:
@@ -221,6 +225,11 @@ class LocalStorage:
             if len(self._files) > _MAX_OPEN_FILES:
                 self._files.popitem(last=False)
             return file
+
+    def _forget(self, name: str) -> None:
+        if self._pid == os.getpid():
+            with self._lock:
+                self._files.pop(name, None)
 
     def _forget_all(self) -> None:
         self._lock = threading.Lock()
