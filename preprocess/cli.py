@@ -1,0 +1,226 @@
+"""`wanprep`: annotated clips in, sealed shards out. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards.console import CommandGroup, print_json, set_up_logging
+
+if TYPE_CHECKING:
+    from preprocess.config import PrepConfig
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_CONFIG = click.argument("config", type=click.Path(path_type=Path))
+_OVERRIDES = click.option(
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the config, such as corpus.limit=100.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+_QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
+
+
+@click.group(cls=CommandGroup, context_settings=CONTEXT)
+@click.version_option(package_name="wan-broadcast-lora", prog_name="wanprep")
+def main() -> None:
+    """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
+
+    \b
+    wanprep demo-corpus demo/corpus                  a small archive to try everything on
+    wanprep plan CONFIG                              freeze what is to be done, and say how much it is
+    wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
+    wanprep recaption SET CONFIG                     another set of captions over the same latents
+    wanprep status CONFIG                            how far a build is
+    """
+
+
+@main.command("demo-corpus")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--clip", "clips", multiple=True, type=click.Path(path_type=Path), help="Add a video file of your own.")
+@click.option("--base-url", default=None, help="Where OUT will be served.  [default: http://127.0.0.1:8765/]")
+@_QUIET
+def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet: bool) -> None:
+    """Write a small annotated corpus with moving pictures, good clips and bad ones, into OUT.
+
+    \b
+    wanprep demo-corpus demo/corpus
+    wanprep demo-corpus demo/corpus --clip holiday.mp4 --clip news.mov
+    """
+    from preprocess.demo import BASE_URL, write_corpus
+
+    _start(quiet)
+    written = write_corpus(out, clips, base_url or BASE_URL)
+    click.echo(f"{out}: {written.num_records} records, {written.num_media} media files ({written.num_made} made now)")
+
+
+@main.command("serve-corpus")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free one.")
+def serve_corpus(folder: Path, port: int) -> None:
+    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C: the CDN's stand-in.
+
+    \b
+    wanprep serve-corpus demo/corpus --port 8765
+    """
+    from preprocess.serve import FolderServer
+
+    with FolderServer(folder, port) as server:
+        click.echo(f"serving {folder} at {server.url} (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_QUIET
+def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
+
+    Records that were added since the last plan become a further generation; nothing frozen changes.
+
+    \b
+    wanprep plan configs/mbc_832x480.yaml
+    wanprep plan configs/mbc_832x480.yaml -o corpus.limit=1000
+    """
+    from preprocess.freeze import freeze_plan
+    from preprocess.outlook import count_plan, describe_plan
+    from preprocess.scratch import scratch_folder
+    from shards.storage import open_storage
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    with scratch_folder(loaded.output) as scratch:
+        counts = count_plan(freeze_plan(open_storage(loaded.output), loaded, scratch=scratch), loaded)
+    _show(counts, describe_plan(counts), as_json)
+
+
+@main.command("build-shards")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing, download nothing.")
+@_JSON
+@_QUIET
+def build_shards(
+    config: Path, overrides: tuple[str, ...], serve: Path | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
+
+    \b
+    wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
+    wanprep build-shards configs/mbc_832x480.yaml -o corpus.limit=100 -o output=/data/try
+    wanprep build-shards configs/mbc_832x480.yaml --dry-run
+    """
+    from preprocess.pipeline import build_shards as build
+    from preprocess.report import describe
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    if dry_run:
+        _dry_run(loaded, as_json)
+        return
+    with ExitStack() as stack:
+        if serve is not None:
+            loaded = _serve(stack, serve, loaded)
+        counts = build(loaded, quiet=quiet)
+    _show(counts, describe(counts), as_json)
+
+
+@main.command()
+@click.argument("text_set", metavar="SET")
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_QUIET
+def recaption(text_set: str, config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Write another text set, SET, over all finished latents, by CONFIG's captions; no video is touched.
+
+    \b
+    wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template={object}'
+    """
+    from preprocess.pipeline import recaption as write
+    from preprocess.report import describe
+
+    _start(quiet)
+    counts = write(_load(config, overrides), text_set, quiet=quiet)
+    _show(counts, describe(counts), as_json)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say how far the build of CONFIG's output is, and what was rejected so far and why.
+
+    \b
+    wanprep status configs/mbc_832x480.yaml
+    """
+    from preprocess.plan import open_plan
+    from preprocess.report import count_dataset, describe
+    from shards.errors import UserError
+    from shards.storage import open_storage
+
+    loaded = _load(config, overrides)
+    storage = open_storage(loaded.output)
+    frozen = open_plan(storage)
+    if not frozen.generations:
+        mend = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
+        raise UserError(f"output: {loaded.output!r}: nothing has been planned there", mend=mend)
+    counts = count_dataset(storage, frozen, loaded, "default")
+    _show(counts, describe(counts), as_json)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
+    from preprocess.config import PrepConfig
+    from shards.config import load_config
+
+    return load_config(PrepConfig, path, overrides)
+
+
+def _start(quiet: bool) -> None:
+    import logging
+
+    set_up_logging(level=logging.ERROR if quiet else logging.INFO)
+
+
+def _show(counts: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json(counts)
+    else:
+        click.echo("\n".join(lines))
+
+
+def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
+    """Serve `folder` on a free port, and ask there for what the demo corpus's fixed URLs name."""
+    from preprocess.demo import BASE_URL
+    from preprocess.serve import served
+
+    mirrors = {**config.fetch.mirrors, BASE_URL: stack.enter_context(served(folder))}
+    return config.model_copy(update={"fetch": config.fetch.model_copy(update={"mirrors": mirrors})})
+
+
+def _dry_run(config: PrepConfig, as_json: bool) -> None:
+    """Count on a plan that is thrown away, or on the one that is frozen already."""
+    from preprocess.freeze import freeze_plan
+    from preprocess.outlook import count_plan, describe_plan
+    from preprocess.plan import open_plan
+    from shards.storage import open_storage
+
+    frozen = open_plan(open_storage(config.output))
+    if frozen.generations:
+        counts = count_plan(frozen, config)
+    else:
+        with tempfile.TemporaryDirectory(prefix="wanprep-dry-run-") as folder:
+            counts = count_plan(freeze_plan(open_storage(folder), config), config)
+    _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)

@@ -1,0 +1,129 @@
+"""`build-shards` and `recaption` from end to end: plan, latents, texts, summary. Everything resumes by units."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from preprocess.config import PrepConfig
+from preprocess.freeze import ensure_plan
+from preprocess.info import find_info, set_totals
+from preprocess.latents import build_latents, check_settled_identity, pending_units
+from preprocess.plan import Plan, open_plan
+from preprocess.progress import show_progress
+from preprocess.report import count_dataset
+from preprocess.scratch import scratch_folder
+from preprocess.texts import TextCounts, build_texts, check_settled_texts
+from shards.commit import committed_units
+from shards.console import LOG
+from shards.errors import UserError
+from shards.layout import LATENTS, text_kind
+from shards.storage import Storage, open_storage
+
+DEFAULT_SET = "default"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_GONE = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM}
+
+
+def build_shards(config: PrepConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Plan, encode and embed what is not there yet; the counts of the dataset as it then is.
+
+    Raises UserError: a bad setting, a changed identity, a full disk, a dataset that stayed empty.
+    """
+    storage = open_storage(config.output)
+    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
+        plan = ensure_plan(storage, config)
+        LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
+        _latent_pass(storage, plan, config, scratch, quiet)
+        _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet)
+        counts = count_dataset(storage, plan, config, DEFAULT_SET)
+        set_totals(storage, counts)
+    if not counts["samples"]:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
+        raise UserError(f"{config.output}: the dataset is empty: {reasons or 'the plan has no candidates'}")
+    return counts
+
+
+def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Write text set `set_name` over all finished latents; the counts of the dataset as it then is."""
+    text_kind(set_name)
+    storage = open_storage(config.output)
+    plan = open_plan(storage)
+    if not committed_units(storage, LATENTS):
+        mend = "`wanprep build-shards CONFIG` first"
+        raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
+    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
+        _text_pass(storage, plan, set_name, config, scratch, quiet)
+        return count_dataset(storage, plan, config, set_name)
+
+
+def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, quiet: bool) -> None:
+    pending = pending_units(storage, plan, LATENTS)
+    info = find_info(storage)
+    if info is not None:
+        check_settled_identity(info, config, f"the dataset at {storage.url()}")
+    if not pending.units:
+        LOG.info("latents: all %d units are there", plan.num_units)
+        return
+    num_units = len(pending.units)
+    with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, quiet=quiet) as progress:
+        build_latents(storage, plan, pending.units, config, scratch, on_row=progress.row, on_unit=progress.unit)
+
+
+def _text_pass(storage: Storage, plan: Plan, set_name: str, config: PrepConfig, scratch: Path, quiet: bool) -> None:
+    done = committed_units(storage, LATENTS)
+    there = committed_units(storage, text_kind(set_name))
+    units = sorted(done - there)
+    info = find_info(storage)
+    if info is not None and set_name in info.text_sets:
+        check_settled_texts(info.text_sets[set_name].identity, config, f"text set {set_name!r} at {storage.url()}")
+    if not units and done:
+        LOG.info("text set %r: all %d units are there", set_name, len(there))
+        return
+    with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, quiet=quiet) as progress:
+
+        def on_unit(unit: int, counts: TextCounts) -> None:
+            if counts.without_words:
+                LOG.warning("text set %r: unit %d: %d samples without words", set_name, unit, counts.without_words)
+            progress.unit(unit)
+
+        build_texts(storage, plan, set_name, units, config, scratch, on_unit=on_unit)
+
+
+@contextmanager
+def _terminate_cleanly() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C: scratch files go, the open unit is dropped, what is committed stays."""
+
+    def leave(number: int, frame: object) -> None:
+        LOG.warning("asked to stop: the open unit is dropped, the next run does it again")
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: whoever runs us there has its own way to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _storage_errors(output: str) -> Iterator[None]:
+    """A full or vanished disk is the user's to mend: one message, no traceback; committed work is intact."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            mend = "free some space or move the output, then run the same command: it goes on from the last unit"
+            raise UserError(f"no space left while writing to {output}", mend=mend) from None
+        if error.errno in _GONE:
+            mend = "mend it, then run the same command: it goes on from the last unit"
+            raise UserError(f"{output}: {error.strerror}: {error.filename}", mend=mend) from None
+        raise

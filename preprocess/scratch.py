@@ -1,0 +1,63 @@
+"""A scratch folder that a killed process leaves nothing of for long: the next one on the same root sweeps it up."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+_PREFIX = ".tmp-build-"
+
+
+@contextmanager
+def scratch_folder(output: str) -> Iterator[Path]:
+    """A folder for the length of the block, on the dataset's own file system where it is a folder.
+
+    Each process holds a lock on its own; folders of the same root whose lock nobody holds are removed first.
+    """
+    parent = _parent(output)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    except OSError as error:
+        problem = f"output: {output!r}: {error.strerror}"
+        raise UserError(problem, expected="a folder that can be written, or s3://bucket/prefix") from None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _sweep(parent, folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _parent(output: str) -> Path:
+    if not output.startswith("s3://"):
+        return Path(output)
+    digest = hashlib.sha256(output.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"wanprep-{os.getuid()}-{digest}"
+
+
+def _sweep(parent: Path, own: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        if folder == own:
+            continue
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:  # its process lives
+            continue
+        finally:
+            os.close(lock)

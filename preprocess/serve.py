@@ -1,0 +1,102 @@
+"""A folder over HTTP on the loopback interface, with ranges: what stands in for the CDN in the demonstration."""
+
+from __future__ import annotations
+
+import mimetypes
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from shards.errors import UserError
+
+HOST = "127.0.0.1"
+_CHUNK_BYTES = 1 << 18
+
+
+class FolderServer(ThreadingHTTPServer):
+    """Serves the files below one folder; `port` 0 takes a free one. Raises UserError when the port is taken."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder", expected="the folder that `wanprep demo-corpus` wrote")
+        self.folder = folder.resolve()
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            mend = "another --port, or 0 for any free one"
+            raise UserError(f"port {port} on {HOST}: {error.strerror}", mend=mend) from None
+
+    @property
+    def url(self) -> str:
+        """Where it answers, with a slash at the end."""
+        return f"http://{HOST}:{self.server_address[1]}/"
+
+
+@contextmanager
+def served(folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve `folder` for the length of the block, in a thread; yields the base URL."""
+    with FolderServer(folder, port) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FolderServer
+
+    def do_GET(self) -> None:
+        """Answer with the file, or the asked part of it."""
+        path = self._path()
+        if path is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            tag = f'"{size:x}-{path.stat().st_mtime_ns:x}"'
+            start, end, is_part = self._range(size, tag)
+            if start >= size > 0:
+                self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+                return
+            self._head(path, size, tag, start, end, is_part)
+            file.seek(start)
+            while start < end and (chunk := file.read(min(_CHUNK_BYTES, end - start))):
+                self.wfile.write(chunk)
+                start += len(chunk)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: the build's ledger tells what came."""
+
+    def _head(self, path: Path, size: int, tag: str, start: int, end: int, is_part: bool) -> None:
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if is_part else HTTPStatus.OK)
+        self.send_header("Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", tag)
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        self.end_headers()
+
+    def _path(self) -> Path | None:
+        """The file asked for, when it lies below the folder and is not hidden."""
+        path = (self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
+        inside = path.is_relative_to(self.server.folder) and not path.name.startswith(".")
+        return path if inside and path.is_file() else None
+
+    def _range(self, size: int, tag: str) -> tuple[int, int, bool]:
+        """Start, end (exclusive) and whether a part was asked for; a range of other content is answered whole."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None or self.headers.get("If-Range", tag) != tag:
+            return 0, size, False
+        return int(asked[1]), min(size, int(asked[2]) + 1 if asked[2] else size), True
