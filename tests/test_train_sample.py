@@ -188,13 +188,14 @@ def test_a_sample_of_the_shards_gives_text_size_and_first_frame(model, tiny_shar
     assert not ready[0].null_SE[len(null) :].any()
 
 
-def test_sampling_leaves_a_training_model_in_training(model, prompts_file, tmp_path):
+def test_sampling_drops_nothing_and_leaves_a_training_model_in_training(prompts_file, tmp_path):
+    model = build_model(DIMS, seed=1)
+    inject(model, LORA.model_copy(update={"dropout": 0.5}), seed=5)
     prompt = Prompt(name="p", embeddings=str(prompts_file), width=64, height=64, num_frames=1)
     sampler = SamplerConfig(steps=1)
     model.train()
     sample_prompts(model, prepare_prompts([prompt], sampler, DIMS, None), sampler, tmp_path)
     assert model.training
-    model.eval()
 
 
 def _refused(prompt, dims=DIMS, dataset=None):
