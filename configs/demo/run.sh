@@ -1,0 +1,29 @@
+#!/bin/sh
+# The whole job on a small corpus: annotated clips in, a LoRA out. `make demo` runs this.
+set -eu
+
+step() { printf '\n== %s\n$ %s\n' "$1" "$2"; sh -c "$2"; }
+
+step "1. A small annotated corpus, made by ffmpeg" \
+    "wanprep demo-corpus demo/corpus ${CLIPS:-}"
+step "2. Download from the CDN's stand-in, filter, decode, encode, seal (encoders: small, random weights)" \
+    "wanprep build-shards configs/demo/prep.yaml --serve demo/corpus"
+step "3. What is in the shards" "wanshards ls demo/shards"
+step "   Is every byte what it was?" "wanshards verify demo/shards"
+key=$(wanshards ls demo/shards --keys | head -n 1)
+step "   One sample" "wanshards show demo/shards $key"
+step "4. A base that has learnt something: a small DiT of the real architecture, trained whole on the base-… clips" \
+    "wantrain fit configs/demo/base.yaml"
+step "5. The LoRA, on the other clips" "wantrain fit configs/demo/train.yaml"
+
+cat <<'END'
+
+The shards are in  demo/shards   (latents and text of small random encoders: good for a demonstration, not for use)
+The LoRA is in     demo/run/lora.safetensors
+
+With the real checkpoint and your own corpus:
+  wantrain doctor
+  wanprep scan         configs/mbc_832x480.yaml -o corpus.location=/data/mbc
+  wanprep build-shards configs/mbc_832x480.yaml -o corpus.location=/data/mbc -o encoders.checkpoint=/models/Wan2.2-TI2V-5B -o output=/data/shards
+  wantrain fit configs/ti2v_5b_2xv100.yaml -o data.root=/data/shards -o model.checkpoint=/models/Wan2.2-TI2V-5B
+END
