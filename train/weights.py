@@ -59,14 +59,26 @@ def load_dit(model: nn.Module, path: str | Path) -> None:
 
     Raises: UserError naming every missing, unexpected and wrongly shaped key, and its file; nothing is copied then.
     """
-    places = find_tensors(Path(path))
     targets = base_parameters(model)
-    names = _names_in(places, targets)
-    _check_keys(path, places, names, targets)
+    places, names = match_tensors(path, targets)
     ours = {theirs: official for official, theirs in names.items()}
     with torch.no_grad():
         for theirs, tensor in _stream(places):
             targets[ours[theirs]].copy_(tensor)
+
+
+def match_tensors(
+    path: str | Path, targets: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[Path, tuple[int, ...]]], dict[str, str]]:
+    """Find a checkpoint's tensors and match them with a model's by official name.
+
+    Returns: the checkpoint's name → file and shape, and the official name → the checkpoint's name.
+    Raises: UserError naming every missing, unexpected and wrongly shaped key, and its file.
+    """
+    places = find_tensors(Path(path))
+    names = _names_in(places, targets)
+    _check_keys(path, places, names, targets)
+    return places, names
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
