@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Bool, Float, Int16, UInt8
 
 DARK_MEAN = 36
 """A picture darker than this (mean luma) says nothing about bars."""
@@ -99,22 +99,36 @@ def find_vbi(lumas: Sequence[UInt8[np.ndarray, "H W"]]) -> int:
 
 
 def _vbi_of(luma: np.ndarray) -> int:
-    rows = luma[: SEARCHED_LINES + 4].astype(np.float32)
-    if len(rows) < SEARCHED_LINES + 4:
+    rows = luma[: luma.shape[0] // 3].astype(np.float32)
+    if len(rows) < SEARCHED_LINES:
         return 0
-    rows_mean, rows_std = rows.mean(axis=1), rows.std(axis=1)
-    empty = (rows_mean < 40) & (rows_std < 6)
+    empty = _is_empty(rows)
     likeness = np.full(len(rows), -1.0)
     for step in (1, 2):
         pair = _correlation(rows[:-step], rows[step:])
         likeness[:-step] = np.maximum(likeness[:-step], pair)
         likeness[step:] = np.maximum(likeness[step:], pair)
-    data = ~empty & (likeness < 0.5)
-    foreign = np.flatnonzero((empty | data)[:SEARCHED_LINES])
-    if not foreign.size or foreign[-1] >= MAX_VBI_LINES:
+    foreign = empty | (likeness < 0.5)
+    if not foreign[:SEARCHED_LINES].any():
         return 0
-    lines = int(foreign[-1]) + 1
-    return lines if (~empty[:lines]).any() and foreign.size >= min(4, lines) else 0
+    lines = int(np.flatnonzero(foreign[:SEARCHED_LINES])[-1]) + 1
+    if lines > MAX_VBI_LINES:
+        lines = _above_letterbox(luma, foreign)
+    signs_of_life = (~empty[:lines]).any() and foreign[:lines].sum() >= min(4, lines)
+    return lines if signs_of_life and lines <= MAX_VBI_LINES else 0
+
+
+def _above_letterbox(luma: np.ndarray, foreign: np.ndarray) -> int:
+    """Lines of the interval where a letterbox follows it: what is black above beyond what is black below."""
+    shown = np.flatnonzero(~foreign[MAX_VBI_LINES:])
+    below = np.flatnonzero(~_is_empty(luma[::-1].astype(np.float32)))
+    if not shown.size or not below.size:
+        return 0
+    return max(0, MAX_VBI_LINES + int(shown[0]) - int(below[0]))
+
+
+def _is_empty(rows: Float[np.ndarray, "R W"]) -> Bool[np.ndarray, " R"]:
+    return (rows.mean(axis=1) < 40) & (rows.std(axis=1) < 6)
 
 
 def _correlation(a: Float[np.ndarray, "R W"], b: Float[np.ndarray, "R W"]) -> Float[np.ndarray, " R"]:
