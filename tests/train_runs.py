@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +52,36 @@ def checkpoint_bytes(output: Path | str, step: int) -> dict[str, bytes]:
     state = json.loads(files["state.json"])
     files["state.json"] = json.dumps({k: v for k, v in state.items() if "seconds" not in k}).encode()
     return files
+
+
+def fit_in_child(config: TrainConfig, resume: str = "auto", kill_at: str | None = None) -> int:
+    """Run `fit` in a process of its own and return its exit code.
+
+    Args:
+        kill_at: the child kills itself with SIGKILL as soon as this path under the run's folder exists.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Each child would import these anew: torch._dynamo comes with the first optimizer.
+    context.set_forkserver_preload(["train.loop", "torch._dynamo", "torch.utils.tensorboard", "bitsandbytes"])
+    process = context.Process(target=_fit, args=(config, resume, kill_at))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None, "the child hangs"
+    return process.exitcode
+
+
+def _fit(config: TrainConfig, resume: str, kill_at: str | None) -> None:
+    import torch
+
+    from train.loop import fit
+
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        threading.Thread(target=_kill_when, args=(Path(config.output) / kill_at,), daemon=True).start()
+    fit(config, resume=resume)
+
+
+def _kill_when(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
 def weights_digest(location: str | None) -> str | None:
     """A digest that knows one checkpoint from another without reading all of 20 GB.
 
-    Of each file: its size, its header, and 1 MiB from each of 16 places; all of it up to 64 MiB. Paths don't count.
+    Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all of them
+    up to 64 MiB. Neither paths nor the file's free text count.
     """
     if location is None:
         return None
@@ -153,14 +155,17 @@ def weights_digest(location: str | None) -> str | None:
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_bytes))
+            header.pop("__metadata__", None)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            begin, size = stream.tell(), file.stat().st_size - stream.tell()
             if size <= DIGEST_WHOLE_BYTES:
                 digest.update(stream.read())
                 continue
             for place in range(16):
-                stream.seek(place * (size - DIGEST_PART_BYTES) // 15)
+                stream.seek(begin + place * (size - DIGEST_PART_BYTES) // 15)
                 digest.update(stream.read(DIGEST_PART_BYTES))
     return digest.hexdigest()
 

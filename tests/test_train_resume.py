@@ -1,0 +1,211 @@
+"""Kill, stop, resume: to the bit the run that never stopped."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from shards_data import write_dataset
+from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics
+
+from shards.errors import UserError
+from train import checkpoint
+from train.loop import fit
+
+KILLED = -signal.SIGKILL
+VARIED = {"optim__ema_decay": 0.9, "lora__dropout": 0.1, "data__caption_dropout": 0.3, "optim__warmup_updates": 4}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_killed_and_resumed_is_bit_identical(tiny_shards, tmp_path, optimizer, compute, micro_batch):
+    def config(name: str, **more):
+        changes = {"optim__name": optimizer, "optim__min_8bit_size": 32, "precision__compute": compute} | VARIED | more
+        return make_config(tiny_shards, tmp_path / name, data__micro_batch=micro_batch, **changes)
+
+    assert fit_in_child(config("straight")) == 0
+    # Killed while it writes the second checkpoint, half a run after the first.
+    half = "checkpoints/.writing-step-0000010/lora.safetensors"
+    assert fit_in_child(config("killed"), kill_at=half) == KILLED
+    assert [path.name for path in checkpoint.find_checkpoints(tmp_path / "killed/checkpoints")] == ["step-0000005"]
+    assert fit_in_child(config("killed")) == 0
+    assert checkpoint_bytes(tmp_path / "killed", 10) == checkpoint_bytes(tmp_path / "straight", 10)
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "straight")
+    killed, straight = (
+        checkpoint.load_tensors(tmp_path / name / "lora.safetensors") for name in ("killed", "straight")
+    )
+    assert killed.keys() == straight.keys() and all(killed[name].equal(straight[name]) for name in killed)
+    assert not list((tmp_path / "killed/checkpoints").glob(".*"))
+
+
+def test_killed_between_checkpoints_cuts_the_metrics_back(tiny_shards, tmp_path):
+    # Fast checkpoints and an endless run: wherever the kill falls, there are steps beyond the newest checkpoint or not.
+    endless = make_config(tiny_shards, tmp_path / "run", max_steps=100_000, checkpoint__every_steps=3)
+    assert fit_in_child(endless, kill_at="checkpoints/step-0000003") == KILLED
+    newest = checkpoint.find_checkpoints(tmp_path / "run/checkpoints")[-1]
+    step = checkpoint.read_checkpoint(newest).step
+    with (tmp_path / "run/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 99, "loss"')  # a line that the kill cut short
+    fit(endless.model_copy(update={"max_steps": step + 4}))
+    fit(make_config(tiny_shards, tmp_path / "straight", max_steps=step + 4, checkpoint__every_steps=3))
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, step + 5))
+    assert [line["keys"] for line in lines] == [line["keys"] for line in read_metrics(tmp_path / "straight")]
+
+
+def test_stopped_before_the_first_checkpoint_begins_again(tiny_shards, tmp_path):
+    config = make_config(tiny_shards, tmp_path / "run", eval={"num_clips": 2})
+    assert fit_in_child(config, kill_at="held_out.jsonl") == KILLED
+    assert fit_in_child(config) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 11))
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "held_out.jsonl")] == [0, 10]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends(tiny_shards, tmp_path, number):
+    config = make_config(tiny_shards, tmp_path / "run", max_steps=100_000, checkpoint__every_steps=50_000)
+    before = signal.getsignal(number)
+    send_when(tmp_path / "run/metrics.jsonl", number)
+    result = fit(config)
+    assert result.stopped_by == number and result.export is None
+    assert [path.name for path in checkpoint.find_checkpoints(tmp_path / "run/checkpoints")] == [
+        checkpoint.checkpoint_name(result.step)
+    ]
+    assert signal.getsignal(number) is before
+    # And it goes on from there.
+    assert fit(config.model_copy(update={"max_steps": result.step + 2})).step == result.step + 2
+
+
+def test_usr1_writes_a_checkpoint_and_goes_on(tiny_shards, tmp_path):
+    send_when(tmp_path / "run/metrics.jsonl", signal.SIGUSR1)
+    result = fit(make_config(tiny_shards, tmp_path / "run", max_steps=30, checkpoint__every_steps=50_000))
+    assert result.step == 30 and result.stopped_by is None
+    assert len(checkpoint.find_checkpoints(tmp_path / "run/checkpoints")) == 2
+
+
+def send_when(metrics: Path, number: int) -> None:
+    """Send this process a signal as soon as a step is in the metrics."""
+
+    def watch() -> None:
+        while not metrics.exists() or not metrics.stat().st_size:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_what_decides_the_numbers_may_not_change(tiny_shards, tmp_path):
+    fit(make_config(tiny_shards, tmp_path / "run", max_steps=2))
+    for change, field in (
+        ({"optim__lr": 2e-3}, "config.optim.lr"),
+        ({"seed": 1}, "config.seed"),
+        ({"data__global_batch": 2}, "config.data.global_batch"),
+        ({"lora__alpha": 8.0}, "config.lora.alpha"),
+        ({"model__random_seed": 3}, "config.model.random_seed"),
+        ({"objective__shift": 3.0}, "config.objective.shift"),
+    ):
+        with pytest.raises(UserError, match="differ") as caught:
+            fit(make_config(tiny_shards, tmp_path / "run", **({"max_steps": 4} | change)))
+        assert field in str(caught.value)
+        digests = [word.strip(",;.") for word in str(caught.value).split() if len(word.strip(",;.")) == 64]
+        assert len(set(digests)) == 2
+    # What only says where, how often or how split may.
+    fit(
+        make_config(
+            tiny_shards, tmp_path / "run", max_steps=4, data__micro_batch=1, data__workers=1, checkpoint__every_steps=1
+        )
+    )
+
+
+def test_max_steps_may_not_change_under_a_schedule_that_leans_on_it(tiny_shards, tmp_path):
+    fit(make_config(tiny_shards, tmp_path / "run", max_steps=2, optim__schedule="cosine"))
+    with pytest.raises(UserError, match="schedule_steps"):
+        fit(make_config(tiny_shards, tmp_path / "run", max_steps=4, optim__schedule="cosine"))
+
+
+def test_added_shards_do_not_change_a_run(tmp_path):
+    root = tmp_path / "shards"
+    write_dataset(root, num_units=2, scratch=tmp_path / "scratch")
+    straight = make_config(root, tmp_path / "straight", max_steps=6)
+    fit(straight)
+    fit(make_config(root, tmp_path / "run", max_steps=3))
+    write_more(root, tmp_path / "scratch")
+    fit(make_config(root, tmp_path / "run", max_steps=6))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
+    fit(make_config(root, tmp_path / "new", max_steps=6))
+    assert read_metrics(tmp_path / "new") != read_metrics(tmp_path / "straight")
+
+
+def write_more(root: Path, scratch: Path) -> None:
+    info = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").unlink()
+    write_dataset(root, num_units=1, first_unit=2, seed=9, prefix="late", scratch=scratch)
+    assert json.loads((root / "dataset.json").read_text()) != info
+
+
+def test_another_dataset_is_refused(tiny_shards, tmp_path):
+    fit(make_config(tiny_shards, tmp_path / "run", max_steps=2))
+    write_dataset(tmp_path / "other", seed=5, scratch=tmp_path / "scratch")
+    with pytest.raises(UserError):
+        fit(make_config(tmp_path / "other", tmp_path / "run", max_steps=4))
+
+
+def test_resume_never_and_by_path(tiny_shards, tmp_path):
+    config = make_config(tiny_shards, tmp_path / "run", checkpoint__keep_last=5, checkpoint__every_steps=2)
+    fit(config, resume="never")
+    with pytest.raises(UserError, match="holds a run already"):
+        fit(config, resume="never")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        fit(config, resume=str(tmp_path / "nowhere"))
+    before = checkpoint_bytes(tmp_path / "run", 10)
+    fit(config, resume=str(tmp_path / "run/checkpoints/step-0000004"))
+    assert checkpoint_bytes(tmp_path / "run", 10) == before
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("name", ["state.json", "lora.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named(tiny_shards, tmp_path, name):
+    config = make_config(tiny_shards, tmp_path / "run", max_steps=4)
+    fit(config)
+    file = tmp_path / "run/checkpoints/step-0000004" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=name):
+        fit(config)
+
+
+def test_last_n_and_the_best_are_kept_without_pickles(tiny_shards, tmp_path):
+    config = make_config(
+        tiny_shards,
+        tmp_path / "run",
+        optim__lr=0.5,  # so high that the first evaluation stays the best
+        max_steps=12,
+        checkpoint__every_steps=2,
+        checkpoint__keep_last=2,
+        eval={"num_clips": 2, "every_steps": 2},
+    )
+    fit(config)
+    folder = tmp_path / "run/checkpoints"
+    state = checkpoint.read_checkpoint(folder / "step-0000012")
+    kept = {path.name for path in checkpoint.find_checkpoints(folder)}
+    assert (
+        {"step-0000010", "step-0000012"}
+        <= kept
+        <= {
+            "step-0000010",
+            "step-0000012",
+            checkpoint.checkpoint_name(state.best_step or 0),
+        }
+    )
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert names == {"lora.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_two_processes_do_not_share_a_folder(tiny_shards, tmp_path):
+    from train.session import locked
+
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        fit(make_config(tiny_shards, tmp_path / "run"))
