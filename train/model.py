@@ -113,8 +113,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, dtype=torch.float32))
         self.eps = config.eps
 
-    def forward(self, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
-        """One block; x is float32 before and after (Wan model.py, WanAttentionBlock)."""
+    def forward(self, x_BLD: Tensor, inputs: BlockInputs, body: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """One block; x is float32 before and after (Wan model.py, WanAttentionBlock).
+
+        `body` computes the same in another way (train/lean.py), inside this call for the sake of the block's hooks.
+        """
+        if body is not None:
+            return body(x_BLD)
         dtype = inputs.text_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + inputs.rows_BR6D).unbind(2)
         y_BLD = modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
@@ -149,18 +154,21 @@ def modulate(
     scale_BRD = 1 + scale_BRD
     if not num_first:
         return torch.addcmul(shift_BRD, normal_BLD, scale_BRD).to(dtype)
-    first = torch.addcmul(shift_BRD[:, :1], normal_BLD[:, :num_first], scale_BRD[:, :1])
-    rest = torch.addcmul(shift_BRD[:, 1:], normal_BLD[:, num_first:], scale_BRD[:, 1:])
-    return torch.cat([first.to(dtype), rest.to(dtype)], dim=1)
+    segments = zip(shift_BRD.split(1, 1), split_first(normal_BLD, num_first), scale_BRD.split(1, 1), strict=True)
+    return torch.cat([torch.addcmul(shift, x, scale).to(dtype) for shift, x, scale in segments], dim=1)
 
 
 def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) -> Tensor:
     """x + y · gate in float32, whatever dtype y has."""
     if not num_first:
         return torch.addcmul(x_BLD, y_BLD, gate_BRD)
-    first = torch.addcmul(x_BLD[:, :num_first], y_BLD[:, :num_first], gate_BRD[:, :1])
-    rest = torch.addcmul(x_BLD[:, num_first:], y_BLD[:, num_first:], gate_BRD[:, 1:])
-    return torch.cat([first, rest], dim=1)
+    segments = zip(split_first(x_BLD, num_first), split_first(y_BLD, num_first), gate_BRD.split(1, 1), strict=True)
+    return torch.cat([torch.addcmul(x, y, gate) for x, y, gate in segments], dim=1)
+
+
+def split_first(x_BLD: Tensor, num_first: int) -> tuple[Tensor, ...]:
+    """The first frame's tokens and the rest. A split: the gradient of a slice would be as large as the whole, twice."""
+    return x_BLD.split((num_first, x_BLD.shape[1] - num_first), dim=1)
 
 
 class WanDiT(nn.Module):
