@@ -61,11 +61,12 @@ def choose_windows(facts: ClipFacts, record: Record, config: PrepConfig) -> tupl
 
 def _free_spans(facts: ClipFacts, length_ms: float) -> list[_Span]:
     """Where a window may start. A window's last frame is its last picture, so a cut may come right after it."""
-    borders = [facts.start_seconds, *[c for c in facts.cuts if c > facts.start_seconds], facts.end_seconds]
+    begin, end = facts.start_seconds, facts.end_seconds
+    borders = [begin, *[cut for cut in facts.cuts if begin < cut < end], end]
     spans = []
-    for begin, end in itertools.pairwise(borders):
-        first = math.ceil(round(begin * 1000, 3))
-        last = math.floor(round(end * 1000 - length_ms, 3))
+    for one, other in itertools.pairwise(borders):
+        first = math.ceil(round(one * 1000, 3))
+        last = math.floor(round(other * 1000 - length_ms, 3))
         if last >= first:
             spans.append(_Span(first, last))
     return spans
@@ -80,8 +81,9 @@ def _wishes(facts: ClipFacts, record: Record, config: PrepConfig, length_ms: flo
     elif policy == "middle":
         yield _Wish(round((begin + end - length_ms) / 2), "middle")
     elif policy == "tile":
-        for n in range(int((end - begin) / length_ms + 1e-9)):
-            yield _Wish(math.ceil(begin + n * length_ms), f"tile {n}")
+        length = math.ceil(length_ms)
+        for n in range(max(1, int((end - begin) // length))):
+            yield _Wish(math.ceil(begin) + n * length, f"tile {n}")
     elif policy == "random":
         yield from _random_wishes(begin, end, length_ms, config, record.clip_id)
     else:
