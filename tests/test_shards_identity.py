@@ -69,7 +69,7 @@ def test_a_dataset_grows_and_never_changes(root: Path) -> None:
     with pytest.raises(IdentityMismatch, match=r"encoder\.weights"):
         write_info(storage, grown.model_copy(update={"identity": {**IDENTITY, "encoder": {"weights": "9"}}}))
     other = {"default": TextSetInfo(identity={**TEXT_IDENTITY, "template": "{scene}"})}
-    with pytest.raises(IdentityMismatch, match="text set 'default'(.|\n)*template(.|\n)*another name"):
+    with pytest.raises(IdentityMismatch, match=r"text set 'default'(.|\n)*template(.|\n)*another name"):
         write_info(storage, grown.model_copy(update={"text_sets": other}))
     with pytest.raises(UserError, match="would vanish"):
         write_info(storage, grown.model_copy(update={"text_sets": {}}))
@@ -156,7 +156,7 @@ def test_a_union_reads_as_one_and_refuses_another_identity(tiny_shards: Path, tm
     assert np.array_equal(both.latent(30), two.latent(6))
     assert np.array_equal(both.text(25, 1), two.text(1, 1))
     assert both.revision == open_dataset([tmp_path / "b", tiny_shards]).revision != one.revision
-    with pytest.raises(ShardDamage, match="is in .* too"):
+    with pytest.raises(ShardDamage, match=r"is in .* too"):
         open_dataset([tiny_shards, Path(shutil.copytree(tiny_shards, tmp_path / "twin"))])
     with pytest.raises(UserError, match="named twice"):
         open_dataset([tiny_shards, tiny_shards])
@@ -171,7 +171,7 @@ def test_a_unit_of_another_identity_is_refused(root: Path, tmp_path: Path) -> No
         path.unlink()
     for path in (tmp_path / "c" / "latents").glob("shard-000001*"):
         shutil.copy(path, root / "latents")
-    with pytest.raises(IdentityMismatch, match="shard-000001.json: its identity is"):
+    with pytest.raises(IdentityMismatch, match=r"shard-000001\.json: its identity is"):
         open_dataset(root)
     assert any("identity" in problem.what for problem in verify(open_storage(root), "fast").problems)
 
