@@ -121,6 +121,9 @@ def test_real_configuration_has_the_published_keys(diffusers_twin: Twin) -> None
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     assert len(shapes) == 825
     assert sum(weight.numel() for weight in model.parameters()) == 4_999_787_712
+    assert sum(4 * weight.numel() for weight in model.parameters()) == 19_999_150_848, (
+        "the published fp32 shards' bytes"
+    )
     theirs = {name: tuple(weight.shape) for name, weight in diffusers_twin(model).state_dict().items()}
     assert {diffusers_key(name): shape for name, shape in shapes.items()} == theirs
     assert sum(isinstance(module, nn.Linear) for module in model.blocks.modules()) == 300

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,36 @@ def test_loading_rounds_into_the_models_own_dtypes(tiny_dit: WanDiT, tmp_path: P
     load_dit(model, tmp_path)
     assert torch.equal(model.blocks[0].modulation, tiny_dit.blocks[0].modulation)
     assert torch.equal(model.blocks[0].ffn[0].weight, tiny_dit.blocks[0].ffn[0].weight.bfloat16())
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from train.model import build_model
+from train.model_config import DiTConfig
+from train.weights import load_dit, read_dit_config
+
+def peak_bytes():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+folder = Path(sys.argv[1])
+model = build_model(read_dit_config(folder), seed=0)  # its own pages are touched
+before = peak_bytes()
+load_dit(model, folder)
+print(peak_bytes() - before, max(file.stat().st_size for file in folder.glob("*.safetensors")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_loading_streams(tmp_path: Path) -> None:
+    """Peak host memory beyond the model's own: at most 1.2 × the largest shard, of three."""
+    config = DiTConfig(dim=512, num_heads=4, num_layers=3, ffn_dim=3072, text_len=16, text_dim=64)
+    folder = official_folder(build_model(config, seed=0), tmp_path / "official")
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
+    extra, largest = map(int, run.stdout.split())
+    assert largest > 20e6
+    assert extra < 1.2 * largest
 
 
 def spoiled(tiny_dit: WanDiT, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None]) -> Path:

@@ -101,8 +101,7 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError("the model has a LoRA already", mend="merge it or build the model anew")
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear) and ".attn" not in name]
-    names = [name for name in names if name.startswith("blocks.")]
+    names = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, Linear)]
     chosen = match_targets(names, config.targets)
     model.requires_grad_(False)
     for layer, name in enumerate(names):
@@ -111,6 +110,7 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
         parent, _, leaf = name.rpartition(".")
         adapted = LoRALinear(model.get_submodule(name), config, layer)  # type: ignore[arg-type]
         _init_a(adapted.lora_A, name, seed)
+        adapted.train(model.training)
         setattr(model.get_submodule(parent), leaf, adapted)
     return [name for name in names if name in chosen]
 

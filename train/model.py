@@ -241,12 +241,9 @@ class WanDiT(nn.Module):
     ) -> Float[Tensor, "b l p2"]:
         """The same on patches: a rank of a sequence passes its stretch of tokens and where it begins in the grid."""
         num_tokens = tokens_BLP.shape[1]
-        num_first = 0
-        if image_first_B.any():
-            num_first = min(max(grid[1] * grid[2] - token_offset, 0), num_tokens)
-        time_BRD, rows_BR6D = self.embed_time(timestep_B, image_first_B, two_rows=bool(image_first_B.any()))
-        if time_BRD.shape[1] == 2 and num_first == 0:
-            time_BRD, rows_BR6D = time_BRD[:, 1:], rows_BR6D[:, 1:]
+        # A rank that holds none of the first frame needs one row, like a batch without image-to-video samples.
+        num_first = min(max(grid[1] * grid[2] - token_offset, 0), num_tokens) if image_first_B.any() else 0
+        time_BRD, rows_BR6D = self.embed_time(timestep_B, image_first_B, two_rows=num_first > 0)
         device, dtype = tokens_BLP.device, self.compute_dtype
         inputs = BlockInputs(
             rows_BR6D=rows_BR6D,
