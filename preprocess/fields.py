@@ -200,8 +200,9 @@ def read_captions(
         if not isinstance(item, dict):
             defects.add("wrong-type-captions")
             item = {text_name: item}  # noqa: PLW2901 - a bare text is read as what it must have been
-        text = read_text(item.get(text_name), "captions", defects)
-        if text is None:
+        text = item.get(text_name)
+        text = text.strip() if isinstance(text, str) else read_text(text, "captions", defects)
+        if not text:
             continue
         start, end = item.get("tc_in"), item.get("tc_out")
         if not start and not end:

@@ -17,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
+from preprocess.archives import Document
 from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus import Chunk, map_chunks, read_chunk
 from preprocess.plan import (
@@ -29,17 +32,19 @@ from preprocess.plan import (
     open_plan,
     plan_name,
 )
-from preprocess.records import Record, parse_record
+from preprocess.records import read_about, read_json, read_words
 from preprocess.rejection import Rejection, short
-from preprocess.sieve import sieve
+from preprocess.sieve import sieve_about, sieve_words
 from preprocess.spill import Batch, Spill
-from shards.canonical import canonical_json, seal_document
+from shards.canonical import seal_document
 from shards.console import LOG
 from shards.errors import UserError
 from shards.keys import clip_hash
 from shards.storage import Storage
 
-_TO_JSON = Record.__pydantic_serializer__.to_json
+_CAPTIONS = ("object", "scene", "semantic", "application")
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+"""`shards.canonical.canonical_json`, made once: a quarter of a million rows are written with it."""
 
 Progress = Callable[[int], None]
 """Told how many documents have been read since it was last told."""
@@ -114,20 +119,34 @@ def ensure_plan(storage: Storage, config: PrepConfig, *, progress: Progress | No
 
 def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
     """Read, parse and sieve the documents of a chunk; their lines for the plan and its ledger."""
-    candidates, refused = Batch.empty(), Batch.empty()
-    num_documents = 0
+    result = ChunkResult(len(chunk.items), Batch.empty(), Batch.empty())
     for document in read_chunk(chunk):
-        num_documents += 1
-        record = document.rejection or parse_record(document.data, document.source)
-        if isinstance(record, Rejection):
-            append_refused(refused, "", document.source, record)
-        elif (rejection := sieve(record, config)) is not None:
-            append_refused(refused, record.clip_id, record.source, rejection)
-        else:
-            line = _TO_JSON(record, exclude_defaults=True)
-            size = f"{record.declared_width or 0}x{record.declared_height or 0}"
-            candidates.append(clip_hash(record.clip_id), line, size, record.declared_seconds or 0.0)
-    return ChunkResult(num_documents, candidates, refused)
+        _sort_document(document, config, result)
+    return result
+
+
+def _sort_document(document: Document, config: SieveConfig, result: ChunkResult) -> None:
+    """Put one document among the candidates or the refused. Its words are read only where the rest passes."""
+    defects: set[str] = set()
+    root = document.rejection or read_json(document.data, defects)
+    if isinstance(root, Rejection):
+        append_refused(result.refused, "", document.source, root)
+        return
+    about = read_about(root, document.source, defects)
+    if isinstance(about, Rejection):
+        append_refused(result.refused, "", document.source, about)
+        return
+    rejection = sieve_about(about["media_type"], about["declared_seconds"], config)
+    if rejection is None:
+        words = read_words(root, about, defects)
+        rejection = sieve_words([caption["text"] for level in _CAPTIONS for caption in words[level]], config)
+    if rejection is not None:
+        append_refused(result.refused, about["clip_id"], document.source, rejection)
+        return
+    # Absent fields are left out of the line; `Record.model_validate_json` gives the record that `parse_record` gives.
+    line = to_json({name: value for name, value in (about | words).items() if value})
+    size = f"{about['declared_width'] or 0}x{about['declared_height'] or 0}"
+    result.candidates.append(clip_hash(about["clip_id"]), line, size, about["declared_seconds"] or 0.0)
 
 
 def append_refused(batch: Batch, clip_id: str, source: str, rejection: Rejection) -> None:
@@ -146,7 +165,8 @@ def append_refused(batch: Batch, clip_id: str, source: str, rejection: Rejection
         "status": "rejected",
         "windows": [],
     }
-    batch.append(clip_hash(clip_id or source), canonical_json(row), f"{rejection.stage}/{rejection.reason}")
+    line = _CANONICAL.encode(row).encode()
+    batch.append(clip_hash(clip_id or source), line, f"{rejection.stage}/{rejection.reason}")
 
 
 def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:

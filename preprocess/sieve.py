@@ -20,13 +20,31 @@ _SEPARATOR = "\n"
 
 def sieve(record: Record, config: SieveConfig) -> Rejection | None:
     """Refuse a record on its metadata, or return None. An unknown length passes: the probe decides."""
-    return _refuse_media(record, config) or _refuse_length(record, config) or _refuse_captions(record, config)
+    rejection = sieve_about(record.media_type, record.declared_seconds, config)
+    return rejection or sieve_words(caption_texts(record), config)
+
+
+def sieve_about(media_type: str | None, declared_seconds: float | None, config: SieveConfig) -> Rejection | None:
+    """The rules on what the item is; they come first."""
+    return _refuse_media(media_type, config) or _refuse_length(media_type, declared_seconds, config)
 
 
 def caption_texts(record: Record) -> list[str]:
     """The texts of all caption levels, whole clip. Speech is a transcript, not a caption, and is not among them."""
     levels = (record.object, record.scene, record.semantic, record.application)
     return [caption.text for level in levels for caption in level]
+
+
+def sieve_words(texts: list[str], config: SieveConfig) -> Rejection | None:
+    """The rules on the texts of all caption levels."""
+    if not texts:
+        return Rejection("sieve", "no-caption", "no text at any level (speech is not a caption)")
+    joined = _SEPARATOR.join(texts)
+    if len(joined) < config.min_caption_characters:
+        return Rejection("sieve", "caption-too-short", f"{len(joined)} characters < {config.min_caption_characters}")
+    if len(joined) > config.max_caption_characters:
+        return Rejection("sieve", "caption-too-long", f"{len(joined)} characters > {config.max_caption_characters}")
+    return _refuse_repeats(texts, joined, config)
 
 
 def repeated_word(text: str, most: int) -> str | None:
@@ -58,35 +76,22 @@ def _run(most: int) -> re.Pattern[str]:
     return re.compile(rf"(\S)\1{{{most},}}")
 
 
-def _refuse_media(record: Record, config: SieveConfig) -> Rejection | None:
-    if record.media_type == "video":
+def _refuse_media(media_type: str | None, config: SieveConfig) -> Rejection | None:
+    if media_type == "video":
         return None
-    if record.media_type is None:
+    if media_type is None:
         return Rejection("sieve", "unknown-media-type", "neither media_type nor the URL's suffix says video or image")
     return None if config.images else Rejection("sieve", "image", "sieve.images is false")
 
 
-def _refuse_length(record: Record, config: SieveConfig) -> Rejection | None:
-    seconds = record.declared_seconds
-    if seconds is None or record.media_type == "image":
+def _refuse_length(media_type: str | None, seconds: float | None, config: SieveConfig) -> Rejection | None:
+    if seconds is None or media_type == "image":
         return None
     if seconds < config.min_seconds:
         return Rejection("sieve", "too-short", f"declared {seconds:g} s < {config.min_seconds:g} s")
     if seconds > config.max_seconds:
         return Rejection("sieve", "too-long", f"declared {seconds:g} s > {config.max_seconds:g} s")
     return None
-
-
-def _refuse_captions(record: Record, config: SieveConfig) -> Rejection | None:
-    texts = caption_texts(record)
-    if not texts:
-        return Rejection("sieve", "no-caption", "no text at any level (speech is not a caption)")
-    joined = _SEPARATOR.join(texts)
-    if len(joined) < config.min_caption_characters:
-        return Rejection("sieve", "caption-too-short", f"{len(joined)} characters < {config.min_caption_characters}")
-    if len(joined) > config.max_caption_characters:
-        return Rejection("sieve", "caption-too-long", f"{len(joined)} characters > {config.max_caption_characters}")
-    return _refuse_repeats(texts, joined, config)
 
 
 def _refuse_repeats(texts: list[str], joined: str, config: SieveConfig) -> Rejection | None:
