@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from preprocess.demo_media import Media
 
-NUM_BASE_CLIPS = 32
+NUM_BASE_CLIPS = 24
 _SQUARE = "setsar=1"
 
 

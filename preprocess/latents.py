@@ -60,7 +60,7 @@ def build_latents(
 
     Left by an exception (Ctrl-C among them) it drops the open unit; what is committed stays.
     """
-    from preprocess.encoders import load_tokenizer, load_vae_encoder
+    from preprocess.encoders import cpu_threads, load_tokenizer, load_vae_encoder
 
     tokenizer = load_tokenizer(config.encoders)
     vae = load_vae_encoder(config.encoders)
@@ -79,7 +79,7 @@ def build_latents(
             max_bytes=config.engine.max_queue_mib << 20,
             stop=stop,
         )
-        with closing(results):
+        with closing(results), cpu_threads(config.engine.decoders):
             for unit in units:
                 with ShardWriter(storage, LATENTS, unit, identity, scratch, provenance) as writer:
                     num_candidates = len(plan.unit(unit))
