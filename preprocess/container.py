@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 PLAYLISTS = {
     b"#EXTM3U": "an M3U8 playlist",
@@ -22,30 +23,60 @@ PLAYLISTS = {
 }
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx", b"uuid", b"meta"}
 MAX_BOXES = 100_000
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
-def sniff(path: Path) -> tuple[str, str] | None:
-    """A reason code and a detail when the file must not be opened as a clip, else None."""
-    size = path.stat().st_size
+def sniff_playlist(path: Path) -> str | None:
+    """What kind of list of other files this is, if it is one; such a file must not be opened as a clip."""
     with path.open("rb") as file:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        for mark, name in PLAYLISTS.items():
-            if head[: len(mark)].lower() == mark.lower():
-                return "playlist", name
-        file.seek(0)
-        if file.read(8)[4:8] not in BOXES:
-            return None
-        return _cut_short(file, size)
+    return next((name for mark, name in PLAYLISTS.items() if head[: len(mark)].lower() == mark.lower()), None)
 
 
-def _cut_short(file: object, size: int) -> tuple[str, str] | None:
+def sniff_cut(path: Path) -> str | None:
+    """Where the file's own sizes say that its end is missing (MP4 and MOV, Matroska, AVI); None: they do not."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[4:8] in BOXES:
+            return _cut_boxes(file, size)
+    if head[:4] == b"RIFF":
+        return _beyond("RIFF chunk", 8 + int.from_bytes(head[4:8], "little"), size)
+    if head[:4] == EBML:
+        return _cut_segment(head, size)
+    return None
+
+
+def _beyond(name: str, end: int, size: int) -> str | None:
+    return f"the {name} ends at byte {end:,} of {size:,}" if end > size else None
+
+
+def _cut_segment(head: bytes, size: int) -> str | None:
+    """A Matroska file is an EBML header and one segment, whose size is all ones where the writer could not seek."""
+    length, at = _ebml_size(head, 4)
+    at += length
+    if head[at : at + 4] != SEGMENT or at + 12 > len(head):
+        return None
+    length, begin = _ebml_size(head, at + 4)
+    unknown = (1 << 7 * (begin - at - 4)) - 1
+    return None if length == unknown else _beyond("segment", begin + length, size)
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """A variable-length integer at `at`, and the place after it."""
+    num_bytes = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + num_bytes], "big")
+    return value & ((1 << 7 * num_bytes) - 1), at + num_bytes
+
+
+def _cut_boxes(file: BinaryIO, size: int) -> str | None:
     """Walk an ISO base media file's boxes: one that ends beyond the file was cut."""
     at, seen = 0, set()
     for _ in range(MAX_BOXES):
         if at + 8 > size:
             break
-        file.seek(at)  # type: ignore[attr-defined]
-        header = file.read(16)  # type: ignore[attr-defined]
+        file.seek(at)
+        header = file.read(16)
         length, kind = struct.unpack(">I4s", header[:8])
         seen.add(kind)
         if length == 1 and len(header) == 16:
@@ -55,8 +86,8 @@ def _cut_short(file: object, size: int) -> tuple[str, str] | None:
         if length < 8:
             return None
         if at + length > size:
-            return "truncated", f"the {kind.decode('latin-1')} box ends at byte {at + length:,} of {size:,}"
+            return _beyond(f"{kind.decode('latin-1')} box", at + length, size)
         at += length
     if b"mdat" in seen and not seen & {b"moov", b"moof"}:
-        return "truncated", "media data without an index (moov)"
+        return "media data without an index (moov)"
     return None

@@ -7,6 +7,8 @@ the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of th
 from __future__ import annotations
 
 import math
+import re
+import signal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ from jaxtyping import UInt8
 
 from preprocess.config import Bucket, DecodeConfig, PrepConfig
 from preprocess.facts import ClipFacts
-from preprocess.ffmpeg import Result, file_url, first_line, run_ffmpeg
+from preprocess.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.window import Window
 
@@ -41,10 +43,11 @@ def decode_window(
     """
     seek = _seek_seconds(facts, window)
     result = _run(path, facts, window, bucket, config, seek)
-    if seek is not None and result.stderr and config.decode.policy == "strict":
+    if seek is not None and complaints(result.stderr) and config.decode.policy == "strict":
         # Entering an open group of pictures makes libavcodec complain of references that it has not seen. Whether
         # the file is sound only a decoding from its start can tell.
         result = _run(path, facts, window, bucket, config, None)
+    _refuse_new_size(result, facts)
     return _frames_of(result, window, bucket, config)
 
 
@@ -61,15 +64,25 @@ def _run(
     )
 
 
+def _refuse_new_size(result: Result, facts: ClipFacts) -> None:
+    """When the size changes ffmpeg rebuilds its filters, and would crop and stretch the new picture in silence."""
+    for line in re.findall(r"econfiguring filter graph because .*", result.stderr):
+        size = re.search(r"\b(\d+)x(\d+)\b", line)
+        if size is not None and size[0] != f"{facts.width}x{facts.height}":
+            _reject("size-changes", f"{facts.width}×{facts.height}, then {size[1]}×{size[2]}")
+
+
 def _frames_of(result: Result, window: Window, bucket: Bucket, config: PrepConfig) -> UInt8[np.ndarray, "T H W 3"]:
     """The frames of a run, or the reason why they cannot be used."""
     if result.timed_out:
         _reject("decode-timeout", f"not done within {config.decode.timeout_seconds:g} s", retryable=True)
     if result.overflowed:
         _reject("decode-overflow", f"more than {window.num_frames} frames of {bucket.width}×{bucket.height}")
-    complaint = first_line(result.stderr)
-    if complaint and config.decode.policy == "strict":
-        _reject("decode-errors", complaint)
+    if result.returncode < 0:
+        _reject("decoder-crashed", f"ffmpeg ended by {signal.Signals(-result.returncode).name}")
+    complaint = next(iter(complaints(result.stderr)), "")
+    if (complaint or result.returncode) and config.decode.policy == "strict":
+        _reject("decode-errors", complaint or f"exit code {result.returncode}: {first_line(result.stderr)}")
     num_frames, rest = divmod(len(result.stdout), 3 * bucket.width * bucket.height)
     if num_frames < window.num_frames or rest:
         _reject("missing-frames", f"{num_frames} of {window.num_frames} frames came; {complaint or 'nothing reported'}")
@@ -93,7 +106,7 @@ def window_arguments(
     picture = _fit(_turn(_crop_active(picture, facts), facts), facts, bucket)
     options = {"format": "rawvideo", "pix_fmt": "rgb24", "frames:v": window.num_frames}
     arguments: list[str] = ffmpeg.output(picture, "pipe:1", **options).get_args()
-    return ["-loglevel", "error", "-copyts", "-filter_threads", str(config.decode.threads), *arguments]
+    return ["-loglevel", "level+info", "-copyts", "-filter_threads", str(config.decode.threads), *arguments]
 
 
 def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_seconds: float | None = None) -> Any:

@@ -74,6 +74,8 @@ class Inspection(Config):
     """Duration that the container claims."""
     truncated: str | None = None
     """Why the file is thought to be cut, if it is."""
+    damaged: str | None = None
+    """What the container itself reports as corrupt, if anything."""
     is_still: bool = False
     """A picture file."""
     pictures: tuple[Picture, ...] = ()

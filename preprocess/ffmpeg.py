@@ -32,6 +32,9 @@ VIDEO_FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mxf
 IMAGE_FORMATS = ("image2", "jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 
 
+COMPLAINT = re.compile(r"(\[[^\]]* @ 0x[0-9a-f]+\] )*\[(error|fatal|panic)\] ")
+
+
 class Result(NamedTuple):
     """What became of one run."""
 
@@ -195,6 +198,14 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 def file_url(path: Path) -> str:
     """`path` as ffmpeg must be given it: a name like `concat:a|b` or `-i` then stays a plain file name."""
     return f"file:{path.resolve()}"
+
+
+def complaints(stderr: str) -> list[str]:
+    """Lines of level error or worse in a log written with `-loglevel level+…`, without addresses, 200 characters each.
+
+    The level is looked for at its own place only: a file's metadata is logged too, and may hold anything.
+    """
+    return [first_line(line) for line in stderr.splitlines() if COMPLAINT.match(line)]
 
 
 def first_line(stderr: str) -> str:

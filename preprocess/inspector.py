@@ -38,11 +38,13 @@ def main(arguments: list[str]) -> None:
     limit = (BASE_MEMORY_MIB + int(max_memory_mib)) << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    inspection = inspect(Path(path), max_pixels=int(max_pixels), images=kind == "images")
+    inspection = inspect(
+        Path(path), max_pixels=int(max_pixels), max_memory_mib=int(max_memory_mib), images=kind == "images"
+    )
     sys.stdout.write(inspection.model_dump_json())
 
 
-def inspect(path: Path, *, max_pixels: int, images: bool) -> Inspection:
+def inspect(path: Path, *, max_pixels: int, max_memory_mib: int, images: bool) -> Inspection:
     """Everything `Inspection` holds. What the file does wrong is in `problem`; a bug of ours raises."""
     av.logging.set_level(av.logging.ERROR)
     formats = VIDEO_FORMATS + IMAGE_FORMATS if images else VIDEO_FORMATS
@@ -50,25 +52,25 @@ def inspect(path: Path, *, max_pixels: int, images: bool) -> Inspection:
     with av.logging.Capture() as log:
         try:
             with av.open(file_url(path), options=options, metadata_errors="replace") as container:
-                return _inspect_open(container, max_pixels)
+                found = _inspect_open(container, max_pixels)
         except av.FFmpegError as error:
-            return Inspection(problem=_problem(error, log), detail=_detail(error, log))
-        except MemoryError as error:
-            return Inspection(problem="too-large", detail=f"memory limit: {error}")
+            found = Inspection(problem="cannot-open", detail=str(error.strerror))
+        except MemoryError:
+            found = Inspection(problem="too-large", detail=f"needs more than {max_memory_mib} MiB")
+    return _explained(found, [message.strip() for _, _, message in log if message.strip()], path)
 
 
-def _problem(error: Exception, log: list) -> str:
-    text = " ".join(message for _, _, message in log) + str(error)
-    if "whitelist" in text:
-        return "format-refused"
-    if "Picture size" in text or "max_pixels" in text:
-        return "too-large"
-    return "cannot-open"
-
-
-def _detail(error: Exception, log: list) -> str:
-    lines = [message.strip() for _, _, message in log if message.strip()]
-    return "; ".join([*lines[:2], str(error)])[:300]
+def _explained(found: Inspection, log: list[str], path: Path) -> Inspection:
+    """A problem whose true reason is only in the library's log; its paths, which differ from run to run, taken out."""
+    if found.problem not in ("cannot-open", "no-frames"):
+        return found
+    lines = [line.replace(file_url(path), "file").replace(str(path), "file") for line in log]
+    reasons = {"whitelist": "format-refused", "Picture size": "too-large", "max_pixels": "too-large"}
+    for line in lines:
+        for word, reason in reasons.items():
+            if word in line:
+                return Inspection(problem=reason, detail=line[:200])
+    return found.model_copy(update={"detail": "; ".join([*lines[:1], found.detail])[:200]})
 
 
 def _inspect_open(container: Any, max_pixels: int) -> Inspection:
@@ -87,7 +89,8 @@ def _inspect_open(container: Any, max_pixels: int) -> Inspection:
     if not shown:
         return Inspection(problem="no-frames", detail=f"{len(packets)} packets, none to be shown")
     facts = _timing(container, stream, shown) | _codec_facts(container, stream)
-    facts["truncated"] = _truncation(container, stream, packets, facts)
+    facts["truncated"] = _truncation(stream, packets, facts)
+    facts["damaged"] = _damage(packets)
     pictures = _look(codec, stream, packets, container, facts)
     return Inspection(**(facts | pictures))
 
@@ -174,9 +177,14 @@ def _mean_period(times: list, base: Any, period: Any, uneven: Any) -> float:
     return float(period)
 
 
-def _truncation(container: Any, stream: Any, packets: list, facts: dict) -> str | None:
-    if any(packet.is_corrupt for packet in packets):
-        return "a packet is cut short"
+def _damage(packets: list) -> str | None:
+    num_corrupt = sum(packet.is_corrupt for packet in packets)
+    return f"{num_corrupt} of {len(packets)} packets are marked corrupt" if num_corrupt else None
+
+
+def _truncation(stream: Any, packets: list, facts: dict) -> str | None:
+    if packets[-1].is_corrupt:
+        return "the last packet is cut short"
     if stream.frames and len(packets) < stream.frames:
         return f"the index names {stream.frames} frames, {len(packets)} are there"
     declared = facts["declared_seconds"]

@@ -19,7 +19,7 @@ from pydantic import JsonValue, ValidationError
 
 from preprocess.aspect import Raster, decide_aspect
 from preprocess.config import PrepConfig
-from preprocess.container import sniff
+from preprocess.container import sniff_cut, sniff_playlist
 from preprocess.facts import ClipFacts, Crop, Inspection
 from preprocess.ffmpeg import first_line, run_killable
 from preprocess.interlace import Scan, decide_interlace
@@ -46,7 +46,12 @@ def probe_clip(path: Path, record: Record, config: PrepConfig) -> ClipFacts:
     `decode.timeout_seconds`.
     """
     _refuse_odd_file(path)
+    cut = sniff_cut(path)
+    if cut and config.decode.policy == "strict":
+        _reject("truncated", cut)
     inspection = inspect_file(path, config)
+    if cut and not inspection.truncated:
+        inspection = inspection.model_copy(update={"truncated": cut})
     _refuse_unusable(inspection, config)
     _refuse_length(inspection, config)
     facts = weigh(inspection, record, config)
@@ -107,8 +112,9 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
         "duration_seconds": {"value": round(duration, 6), "ground": "packet timestamps"},
         "differences": _differences(inspection, record, fps, duration),
     }
-    if inspection.truncated:
-        decisions["truncated"] = {"value": True, "ground": inspection.truncated}
+    for name, ground in (("truncated", inspection.truncated), ("damaged", inspection.damaged)):
+        if ground:
+            decisions[name] = {"value": True, "ground": ground}
     return ClipFacts(
         media="image" if inspection.is_still else "video",
         format=inspection.format,
@@ -253,9 +259,9 @@ def _refuse_odd_file(path: Path) -> None:
         _reject("not-a-file", stat.filemode(status.st_mode))
     if status.st_size == 0:
         _reject("empty-file", "0 bytes", retryable=True)
-    verdict = sniff(path)
-    if verdict is not None:
-        _reject(*verdict)
+    kind = sniff_playlist(path)
+    if kind is not None:
+        _reject("playlist", kind)
 
 
 def _refuse_unusable(inspection: Inspection, config: PrepConfig) -> None:
@@ -263,11 +269,11 @@ def _refuse_unusable(inspection: Inspection, config: PrepConfig) -> None:
         _reject(inspection.problem, inspection.detail)
     if inspection.is_still != config.sieve.images and inspection.is_still:
         _reject("image", inspection.format)
-    if inspection.truncated and config.decode.policy == "strict":
-        _reject("truncated", inspection.truncated)
     sizes = sorted({(picture.width, picture.height) for picture in inspection.pictures})
     if len(sizes) > 1:
         _reject("size-changes", ", ".join(f"{width}×{height}" for width, height in sizes))
+    if config.decode.policy == "strict" and (inspection.truncated or inspection.damaged):
+        _reject("truncated" if inspection.truncated else "damaged", inspection.truncated or inspection.damaged or "")
     if inspection.transfer in HDR_TRANSFERS:
         _reject("hdr", HDR_TRANSFERS[inspection.transfer])
 
