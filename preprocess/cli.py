@@ -34,6 +34,7 @@ def main() -> None:
 
     \b
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
+    wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
     wanprep plan CONFIG                              freeze what is to be done, and say how much it is
     wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
     wanprep recaption SET CONFIG                     another set of captions over the same latents
@@ -81,6 +82,42 @@ def serve_corpus(folder: Path, port: int) -> None:
 @_OVERRIDES
 @_JSON
 @_QUIET
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="scan.json",
+    show_default=True,
+    help="The figures as a JSON file.",
+)
+def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, out: Path) -> None:
+    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the sieve would keep.
+
+    Nothing is planned. Caption tokens are counted by the text encoder's tokenizer, for a sample of the records.
+
+    \b
+    wanprep scan configs/mbc_832x480.yaml
+    wanprep scan configs/mbc_832x480.yaml --out mbc.json -o sieve.max_seconds=60
+    """
+    from preprocess.encoders import load_tokenizer
+    from preprocess.progress import count_documents
+    from preprocess.scan import scan_corpus
+    from preprocess.scan_table import describe_scan, write_scan
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    tokenizer = load_tokenizer(loaded.encoders)
+    with count_documents("annotations read", quiet=quiet) as progress:
+        report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
+    write_scan(report, out)
+    note = [] if loaded.encoders.checkpoint else ["caption tokens by the demonstration's tokenizer, not the model's"]
+    _show(report.model_dump(mode="json"), [*describe_scan(report), *note, f"written to {out}"], as_json)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_QUIET
 def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
 
@@ -92,13 +129,15 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -
     """
     from preprocess.freeze import freeze_plan
     from preprocess.outlook import count_plan, describe_plan
+    from preprocess.progress import count_documents
     from preprocess.scratch import scratch_folder
     from shards.storage import open_storage
 
     _start(quiet)
     loaded = _load(config, overrides)
-    with scratch_folder(loaded.output) as scratch:
-        counts = count_plan(freeze_plan(open_storage(loaded.output), loaded, scratch=scratch), loaded)
+    storage = open_storage(loaded.output)
+    with scratch_folder(loaded.output) as scratch, count_documents("annotations read", quiet=quiet) as progress:
+        counts = count_plan(freeze_plan(storage, loaded, scratch=scratch, progress=progress), loaded)
     _show(counts, describe_plan(counts), as_json)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shards.console import LOG
 from shards.ledger import LedgerRow
+
+_SECONDS_A_LINE = 10.0
 
 
 class Progress:
@@ -73,3 +75,34 @@ def show_progress(title: str, *, num_units: int, num_clips: int | None, quiet: b
         with RichProgress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=num_units if num_clips is None else num_clips, counts="")
             yield _Bar(bar, task, num_clips is not None)
+
+
+@contextmanager
+def count_documents(title: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """How many documents of a corpus have been read, told by calls with further ones; None where nothing is shown."""
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _counted_lines(title)
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as RichProgress
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f}"), TimeElapsedColumn())
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda number: bar.update(task, advance=number)
+
+
+def _counted_lines(title: str) -> Callable[[int], None]:
+    num_read, told = 0, time.monotonic()
+
+    def tell(number: int) -> None:
+        nonlocal num_read, told
+        num_read += number
+        if time.monotonic() - told >= _SECONDS_A_LINE:
+            told = time.monotonic()
+            LOG.info("%s %d", title, num_read)
+
+    return tell
