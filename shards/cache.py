@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shards.damage import MissingObject, ShardDamage
-from shards.storage import TEMPORARY, Entry, LocalStorage, Storage
+from shards.damage import ShardDamage
+from shards.storage import Entry, Storage
 
 _CHUNK = 8 * 2**20
 
@@ -31,7 +31,6 @@ class CachedStorage:
         self._all = Path(folder).absolute()
         self._folder = self._all / hashlib.sha256(source.url().encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._local = LocalStorage(self._folder)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """See Storage."""
@@ -41,18 +40,15 @@ class CachedStorage:
         for _ in range(2):
             if not (self._folder / local).exists() and not self._fetch(name, local):
                 break
-            try:
-                got = self._local.read_into(local, offset, buffer)
-            except MissingObject:  # evicted by another process between the two lines above
-                continue
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # evicted by another process between the two lines
+                got = _read(self._folder / local, offset, buffer)
                 os.utime(self._folder / local)  # its last use, for the eviction
-            return got
+                return got
         return self._source.read_into(name, offset, buffer)
 
     def forget(self, name: str) -> None:
         """Drop the copy of a tar, which was found damaged."""
-        self._local.delete(name.replace("/", "-"))
+        (self._folder / name.replace("/", "-")).unlink(missing_ok=True)
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """See Storage."""
@@ -98,7 +94,7 @@ class CachedStorage:
             size = self._source.size(name)
             if size > self._max_bytes:
                 return False
-            temporary = self._folder / f"{TEMPORARY}{os.getpid()}-{local}"
+            temporary = self._folder / f"{local}.part"  # one name: what a killed process left is written over
             try:
                 self._download(name, size, temporary)
                 with self._locked("eviction.lock", self._all):
@@ -142,3 +138,13 @@ class CachedStorage:
         with ((folder or self._folder) / name).open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _read(path: Path, offset: int, buffer: memoryview) -> int:
+    # Opened for each read: a descriptor kept would keep an evicted shard on the disk.
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(buffer) and (got := file.readinto(buffer[done:])):
+            done += got
+    return done

@@ -53,8 +53,12 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
 
     Returns a writable array. Raises ShardDamage when the bytes are not such an array.
     """
+    try:
+        num_bytes = _check_size(shape, dtype)
+    except (ValueError, KeyError, TypeError):
+        raise ShardDamage("array", f"{dtype!r} {list(shape)} is no array of the format") from None
     header = npy_header(shape, dtype)
-    num_bytes = len(header) + _check_size(shape, dtype)
+    num_bytes += len(header)
     _check_frame(data, num_bytes)
     content = np.empty(num_bytes, np.uint8)
     try:
@@ -132,21 +136,29 @@ def _check_size(shape: tuple[int, ...], dtype: str) -> int:
 
 def _check_frame(data: bytes | memoryview, num_bytes: int | None) -> int:
     """Check that `data` is exactly one frame with checksum and content size (of `num_bytes`); return that size."""
+    size = check_frame(data, "array")
+    if size > MAX_ARRAY_BYTES + 2**16 or (num_bytes is not None and size != num_bytes):
+        what = f"its frame announces {size} bytes, expected {num_bytes or 'an array of the format'}"
+        raise ShardDamage("array", what)
+    return size
+
+
+def check_frame(data: bytes | memoryview, file: str) -> int:
+    """Check that `data` is exactly one whole zstd frame with checksum; the content size it announces.
+
+    That may be zstandard.CONTENTSIZE_UNKNOWN. Raises ShardDamage naming `file`.
+    """
     try:
         frame = zstandard.get_frame_parameters(data)
         end = _frame_end(data, zstandard.frame_header_size(data))
     except zstandard.ZstdError as error:
-        raise ShardDamage("array", f"zstd: {error}") from None
+        raise ShardDamage(file, f"zstd: {error}") from None
     if bytes(data[:4]) != _FRAME_MAGIC or not frame.has_checksum or frame.dict_id:
-        raise ShardDamage("array", "not a zstd frame with checksum and without dictionary")
+        raise ShardDamage(file, "not a zstd frame with checksum and without dictionary")
     if end != len(data):
-        raise ShardDamage("array", f"its frame ends at byte {end}, the member at {len(data)}")
-    size = int(frame.content_size)
-    if size > MAX_ARRAY_BYTES + 2**16 or (num_bytes is not None and size != num_bytes):
-        raise ShardDamage(
-            "array", f"its frame announces {size} bytes, expected {num_bytes or 'an array of the format'}"
-        )
-    return size
+        found = "does not end" if end < 0 or end > len(data) else f"ends at byte {end}"
+        raise ShardDamage(file, f"cut short or overwritten: its frame {found} within its {len(data)} bytes")
+    return int(frame.content_size)
 
 
 def _frame_end(data: bytes | memoryview, place: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from shards.commit import StoredCommit
 from shards.damage import ShardDamage
-from shards.layout import JSON_MEMBER, LATENTS
+from shards.layout import JSON_MEMBER, KEY, LATENTS
 
 _JSON_CHECK_DIGITS = 16
 SUMMARY_FIELDS = {"clip": str, "start_ms": int, "frames": int, "height": int, "width": int, "source_media": str}
@@ -140,8 +140,8 @@ class TableBuilder:
         _same_length(sum(counts), offsets, sizes, checks, spec_of)
         if len(json_columns) != 3 or min(counts, default=1) < 1 or min(spec_of, default=0) < 0:
             raise ValueError("counts out of range")
-        if not all(type(key) is str for key in keys):
-            raise TypeError("a key that is no text")
+        if not all(map(KEY.fullmatch, keys)):
+            raise ValueError("a key that is none")
         name, size, sha256 = columns["tar"]
         self._arrays[3].extend([ordinals[spec] for spec in spec_of])
         for column, values in zip(self._arrays, (offsets, sizes, checks), strict=False):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import numpy as np
 
 from shards.canonical import parse_json
-from shards.codec import decode_array, frame_checksum
+from shards.codec import MAX_ARRAY_BYTES, decode_array, frame_checksum
 from shards.columns import Shard, Table
 from shards.damage import ShardDamage
 from shards.dataset_info import DatasetInfo
@@ -30,6 +30,7 @@ from shards.tar import BLOCK, tar_header
 __all__ = ["Dataset", "Sample", "is_validation", "open_dataset"]
 
 _ATTEMPTS = 2
+_MAX_MEMBER_BYTES = 2 * MAX_ARRAY_BYTES
 _NULL_KEYS = ("empty", "negative")
 Value = TypeVar("Value")
 
@@ -235,6 +236,9 @@ class Dataset:
         """Read one member and decode it; a damaged one is read once more before it is an error."""
         shard = table.shards[int(table.shard[row])]
         name = f"{table.keys[row]}.{suffix}"
+        if size > _MAX_MEMBER_BYTES:
+            what = f"{size:,} bytes are more than a member of the format has"
+            raise ShardDamage(shard.tar, what, member=name, offset=offset)
         header = tar_header(name, size)
         storage = self._opened.storages[shard.root]
         for attempt in range(_ATTEMPTS):

@@ -18,6 +18,7 @@ from shards.columns import unit_columns
 from shards.commit import read_commit
 from shards.console import LOG
 from shards.damage import MissingObject, ShardDamage
+from shards.dataset_info import read_info
 from shards.layout import FORMAT_VERSION, INDEX_NAME, commit_name, parse_name
 from shards.ledger import read_lines
 from shards.storage import Storage
@@ -54,7 +55,8 @@ def text_sets(storage: Storage) -> list[str]:
 
 
 def write_index(storage: Storage, progress: Callable[[int, int], None] | None = None) -> int:
-    """Rebuild the index from all commits; returns the number of units in it."""
+    """Rebuild the index from all commits; returns the number of units in it. Raises UserError without a dataset."""
+    read_info(storage)
     kinds = ["latents", *(f"text/{name}" for name in text_sets(storage))]
     units = sorted(list_root(storage, kinds).commits)
     out = io.BytesIO()
@@ -73,19 +75,23 @@ def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterat
     """The columns of every commit of `kinds`, from the index where it holds, from the commits elsewhere."""
     left = {unit for unit in listing.commits if unit[0] in kinds}
     for columns in _read_index(storage):
-        unit = (columns.get("kind"), columns.get("unit"))
-        if unit in left and _holds(columns, listing):
+        if _holds(columns, listing) and (unit := _unit_of(columns)) in left:
             left.remove(unit)
             yield columns
     yield from _read_commits(storage, sorted(left))
 
 
 def _holds(columns: dict[str, Any], listing: Listing) -> bool:
+    """Whether a line of the index is that of a commit in the listing, and its tar is there."""
     try:
-        unit, (commit_size, _), (tar, size, _) = (columns["kind"], columns["unit"]), columns["commit"], columns["tar"]
+        unit, (commit_size, _), (tar, size, _) = _unit_of(columns), columns["commit"], columns["tar"]
     except (KeyError, TypeError, ValueError):
         return False
-    return listing.commits[unit] == commit_size and listing.objects.get(tar) == size
+    return listing.commits.get(unit) == commit_size and listing.objects.get(str(tar)) == size
+
+
+def _unit_of(columns: dict[str, Any]) -> tuple[str, int]:
+    return str(columns["kind"]), int(columns["unit"])
 
 
 def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:

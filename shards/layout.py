@@ -20,6 +20,8 @@ _STEM = r"(?P<folder>latents|text/[a-z0-9][a-z0-9_-]{0,39})/(?:shard-(?P<unit>\d
 _OBJECT = re.compile(
     _STEM + r"(?:(?P<commit>\.json)|-(?P<digest>[0-9a-f]{8})(?:(?P<tar>\.tar)|(?P<ledger>\.ledger\.jsonl\.zst)))"
 )
+KEY = re.compile(r"[a-z0-9_@~-]{1,80}")
+"""What a key looks like."""
 _SET = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 

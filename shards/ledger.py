@@ -10,6 +10,7 @@ import pydantic
 import zstandard
 
 from shards.canonical import canonical_json
+from shards.codec import check_frame
 from shards.config import Config
 from shards.damage import ShardDamage
 
@@ -68,9 +69,10 @@ def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
 
 
 def read_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
-    """Lines of zstd-compressed bytes, streamed: memory is bounded by one line. Raises ShardDamage naming `file`."""
+    """Lines of one zstd frame with checksum, streamed: memory is bounded by one line. Raises ShardDamage."""
+    check_frame(data, file)
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
-    reader = io.BufferedReader(decompressor.stream_reader(data, read_across_frames=True), 2**17)
+    reader = io.BufferedReader(decompressor.stream_reader(data), 2**17)
     try:
         while line := reader.readline(max_line_bytes + 1):
             if not line.endswith(b"\n"):

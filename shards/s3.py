@@ -30,6 +30,9 @@ _TAKEN = {"412", "PreconditionFailed"}
 _AGAIN = {"409", "ConditionalRequestConflict", "500", "502", "503", "504", "InternalError", "SlowDown",
           "ServiceUnavailable", "RequestTimeout", "429", "Throttling", "ThrottlingException"}  # fmt: skip
 _NO_CONDITIONS = {"501", "NotImplemented"}
+_BEYOND = {"416", "InvalidRange"}
+_NO_UPLOADS = {"NoSuchUpload"}
+_FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
 
@@ -144,11 +147,15 @@ class S3Storage:
 
     def abort_uploads(self, older_than: float) -> Iterator[str]:
         """Abort the multipart uploads under the root begun before `older_than` (seconds since 1970); their names."""
-        page = self._retry(
-            "list uploads",
-            "",
-            lambda: self._s3().list_multipart_uploads(Bucket=self._root.bucket, Prefix=self._root.prefix),
-        )
+        from botocore.exceptions import ClientError
+
+        where = {"Bucket": self._root.bucket, "Prefix": self._root.prefix}
+        try:
+            page = self._retry("list uploads", "", partial(self._s3().list_multipart_uploads, **where))
+        except ClientError as error:
+            if _code(error) in _NO_UPLOADS:  # rclone's word for an empty list
+                return
+            raise self._failure("list uploads", "", error) from None
         for upload in page.get("Uploads", ()):
             if upload["Initiated"].timestamp() < older_than:
                 name = upload["Key"].removeprefix(self._root.prefix)
@@ -202,7 +209,7 @@ class S3Storage:
         try:
             answer = self._call("get_object", name, Range=f"bytes={offset}-{offset + len(buffer) - 1}")
         except ClientError as error:
-            if _code(error) in {"416", "InvalidRange"}:
+            if _code(error) in _BEYOND:
                 return 0
             raise self._failure("read", name, error) from None
         body = answer["Body"]
@@ -221,7 +228,7 @@ class S3Storage:
         return self._retry(operation, name, lambda: call(Bucket=self._root.bucket, Key=key, **arguments))
 
     def _retry(self, operation: str, name: str, send: Callable[[], Result]) -> Result:
-        """Send, again with growing pauses on errors that pass; ClientErrors of other kinds go to the caller."""
+        """Send, again with growing pauses on errors that pass. ClientErrors that have a meaning go to the caller."""
         from botocore.exceptions import ClientError, NoCredentialsError
 
         for attempt in range(1, ATTEMPTS + 1):
@@ -231,11 +238,9 @@ class S3Storage:
                 code = _code(error)
                 if code in _ABSENT:
                     raise MissingObject(self.url(name)) from None
-                if code == "NoSuchBucket" or code in {"403", "AccessDenied"}:
-                    raise self._failure(operation, name, error) from None
-                if code not in _AGAIN:
+                if code in _FOR_THE_CALLER:
                     raise
-                if attempt == ATTEMPTS:
+                if code not in _AGAIN or attempt == ATTEMPTS:
                     raise self._failure(operation, name, error) from None
             except NoCredentialsError as error:
                 raise self._failure(operation, name, error) from None

@@ -30,6 +30,7 @@ from shards.layout import (
     FORMAT_VERSION,
     HEADER_MEMBER,
     JSON_MEMBER,
+    KEY,
     LATENTS,
     NULL_UNIT,
     array_members,
@@ -45,7 +46,6 @@ from shards.storage import Storage
 from shards.tar import TarWriter
 
 _SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
-_KEY = re.compile(r"[a-z0-9_@~-]{1,80}")
 _SPOOL_BYTES = 2**20
 
 
@@ -106,7 +106,7 @@ class ShardWriter:
         Raises UserError on a sample that the reader would refuse: what it lacks or which field is wrong.
         """
         where = f"{stem(self._kind, self._unit)}: sample {key!r}"
-        if not _KEY.fullmatch(key) or key in self._keys:
+        if not KEY.fullmatch(key) or key in self._keys:
             raise UserError(
                 f"{where}: this key is in the unit already, or is no key", expected="a new key, by sample_key"
             )

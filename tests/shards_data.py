@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from pathlib import Path
 
@@ -19,6 +20,14 @@ IDENTITY = {"format_version": 1, "encoder": {"weights": "0" * 64}, "transform": 
 TEXT_IDENTITY = {"format_version": 1, "encoder": {"weights": "1" * 64}, "template": "{object} {scene}", "dim": 64}
 PROVENANCE = {"torch": "2.13.0", "device": "cpu"}
 TEXT_DIM = 64
+# A grey JPEG of 8×8 pixels.
+PREVIEW = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI////////////////////////////////"
+    "////////////////////wAALCAAIAAgBAREA/8QAHwAAAQUBAQEBAQEAAAAAAAAAAAECAwQFBgcICQoL/8QAtRAAAgEDAwIEAwUF"
+    "BAQAAAF9AQIDAAQRBRIhMUEGE1FhByJxFDKBkaEII0KxwRVS0fAkM2JyggkKFhcYGRolJicoKSo0NTY3ODk6Q0RFRkdISUpTVFVW"
+    "V1hZWmNkZWZnaGlqc3R1dnd4eXqDhIWGh4iJipKTlJWWl5iZmqKjpKWmp6ipqrKztLW2t7i5usLDxMXGx8jJytLT1NXW19jZ2uHi"
+    "4+Tl5ufo6erx8vP09fb3+Pn6/9oACAEBAAA/ACv/2Q=="
+)
 # One bucket lies, one stands; frames × height × width, and the latent's C × T × H × W.
 SIZES = ((17, 96, 160), (17, 160, 96))
 
@@ -33,6 +42,7 @@ def write_dataset(
     channels: int = 48,
     identity: dict | None = None,
     scratch: Path | None = None,
+    max_variants: int = 2,
 ) -> None:
     """Write `num_units` units of latents and of the text set `default`, the null embeddings and dataset.json."""
     storage = open_storage(root)
@@ -41,7 +51,7 @@ def write_dataset(
     scratch = scratch or Path(root) / "scratch"
     sizes = [size for size in SIZES for size in (size, (1, *size[1:]))]
     for unit in range(first_unit, first_unit + num_units):
-        _write_unit(storage, unit, samples_per_unit, rng, prefix, channels, identity, scratch)
+        _write_unit(storage, unit, samples_per_unit, rng, prefix, channels, identity, scratch, max_variants)
     null = [_embedding(rng, tokens) for tokens in (1, 9)]
     write_null_embeddings(
         storage, "default", TEXT_IDENTITY, *null, scratch=scratch, provenance=PROVENANCE, negative_prompt="blurred"
@@ -75,6 +85,7 @@ def _write_unit(
     channels: int,
     identity: dict,
     scratch: Path,
+    max_variants: int,
 ) -> None:
     latents = ShardWriter(storage, "latents", unit, identity, scratch, PROVENANCE)
     texts = ShardWriter(storage, "text/default", unit, TEXT_IDENTITY, scratch, PROVENANCE)
@@ -84,14 +95,20 @@ def _write_unit(
             number = unit * num_samples + place
             # Two windows of every third clip; every fourth sample is an image.
             clip = f"{prefix}-{number - (place % 3 == 2)}"
-            rows.append(_write_sample(latents, texts, clip, place, rng, channels))
+            rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants))
         rows.append(_rejected(f"{prefix}-{unit}-gone"))
         latents.seal([row.model_copy(update={"candidate": place}) for place, row in enumerate(rows)])
         texts.seal()
 
 
 def _write_sample(
-    latents: ShardWriter, texts: ShardWriter, clip: str, place: int, rng: np.random.Generator, channels: int
+    latents: ShardWriter,
+    texts: ShardWriter,
+    clip: str,
+    place: int,
+    rng: np.random.Generator,
+    channels: int,
+    max_variants: int,
 ) -> LedgerRow:
     _, height, width = SIZES[place // 2 % 2]
     frames = 1 if place % 4 == 3 else 17
@@ -113,10 +130,10 @@ def _write_sample(
     summary = {"clip": clip, "start_ms": start_ms, "frames": frames, "height": height, "width": width}
     latents.add(
         key,
-        {"json": canonical_json(meta), "latent.npy.zst": encode_array(latent), "preview.jpg": b"\xff\xd8 preview"},
+        {"json": canonical_json(meta), "latent.npy.zst": encode_array(latent), "preview.jpg": PREVIEW},
         {**summary, "source_media": media, "category": category},
     )
-    embeddings = [_embedding(rng, int(rng.integers(2, 20))) for _ in range(1 + place % 2)]
+    embeddings = [_embedding(rng, int(rng.integers(2, 20))) for _ in range(1 + place % max_variants)]
     tokens = [len(embedding) for embedding in embeddings]
     captions = [f"caption {variant} of {clip}" for variant in range(len(embeddings))]
     members = {f"text{variant or ''}.npy.zst": encode_array(array) for variant, array in enumerate(embeddings)}

@@ -1,0 +1,109 @@
+"""`wanshards` as a user types it: tables, --json, exit codes, messages without tracebacks."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from shards.cli import main
+from shards.dataset import open_dataset
+
+
+@pytest.fixture
+def root(tiny_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_shards, tmp_path / "copy"))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_ls_says_what_is_there(tiny_shards: Path) -> None:
+    dataset = open_dataset(tiny_shards)
+    shown = run("ls", tiny_shards)
+    assert shown.exit_code == 0
+    for text in (dataset.identity_digest, dataset.revision, "latents", "text/default", "random arrays", "17"):
+        assert text in shown.output
+    found = json.loads(run("ls", tiny_shards, "--json").stdout)
+    assert found["revision"] == dataset.revision and found["identity_sha256"] == dataset.identity_digest
+    assert found["latents"]["samples"] == found["text_sets"]["default"]["samples"] == 24
+    assert sum(bucket["samples"] for bucket in found["buckets"]) == 24
+    keys = [sample.key for sample in dataset.samples]
+    assert run("ls", tiny_shards, "--keys").stdout.split() == keys
+    assert json.loads(run("ls", tiny_shards, "--keys", "--json").stdout) == keys
+
+
+def test_show_tells_one_sample(tiny_shards: Path) -> None:
+    key = open_dataset(tiny_shards).samples[1].key
+    shown = run("show", tiny_shards, key)
+    assert shown.exit_code == 0 and "caption 1 of clip-1" in shown.stdout
+    found = json.loads(run("show", tiny_shards, key, "--json").stdout)
+    assert found["latent"]["shape"] == [48, 5, 6, 10] and 0.9 < found["latent"]["std"] < 1.1
+    assert found["text_sets"]["default"]["json"]["captions"][0] == "caption 0 of clip-1"
+
+
+def test_verify_by_exit_code(root: Path) -> None:
+    for option in ((), ("--fast",), ("--deep", "--jobs", "2")):
+        assert run("verify", root, *option).exit_code == 0
+    (tar,) = (root / "latents").glob("shard-000001-*.tar")
+    data = bytearray(tar.read_bytes())
+    data[5000] ^= 1
+    tar.write_bytes(data)
+    assert run("verify", root, "--fast").exit_code == 0
+    shown = run("verify", root)
+    assert shown.exit_code == 1 and str(tar) in shown.stdout and "offset" in shown.stdout
+    report = json.loads(run("verify", root, "--json").stdout)
+    assert report["problems"][0]["file"] == str(tar) and report["problems"][0]["offset"] > 0
+    tar.write_bytes(data[:4000])
+    assert run("verify", root, "--fast").exit_code == 1
+
+
+def test_index_makes_the_index(root: Path) -> None:
+    assert run("index", root).stdout == "7 shards indexed\n"
+    assert (root / "index.jsonl.zst").exists()
+
+
+def test_cat_writes_members(tiny_shards: Path) -> None:
+    dataset = open_dataset(tiny_shards)
+    key = dataset.samples[1].key
+    assert json.loads(run("cat", tiny_shards, f"{key}.json").stdout) == dataset.meta(key)
+    assert json.loads(run("cat", tiny_shards, f"{key}.json", "--text-set", "default").stdout) == dataset.text_meta(key)
+    assert run("cat", tiny_shards, f"{key}.preview.jpg").stdout_bytes.startswith(b"\xff\xd8")
+    for member, array in (("latent", dataset.latent(key)), ("text1", dataset.text(key, 1))):
+        data = run("cat", tiny_shards, f"{key}.{member}.npy.zst", "--npy").stdout_bytes
+        assert np.array_equal(np.load(io.BytesIO(data)), array)
+    missing = run("cat", tiny_shards, f"{key}.mp4")
+    assert missing.exit_code == 2 and "one of json, latent.npy.zst, preview.jpg" in missing.stderr
+
+
+def test_export_wants_a_form_and_an_empty_folder(tiny_shards: Path, tmp_path: Path) -> None:
+    assert run("export", tiny_shards, tmp_path / "out").exit_code == 2
+    assert run("export", "--plain", tiny_shards, tmp_path / "out").stdout.startswith("3 tars, 24 samples")
+    again = run("export", "--plain", tiny_shards, tmp_path / "out")
+    assert again.exit_code == 2 and "not an empty folder" in again.stderr
+
+
+def test_sweep_lists_and_removes(root: Path) -> None:
+    orphan = root / "latents" / "shard-000009-00000000.tar"
+    orphan.write_bytes(b"half")
+    temporary = root / "latents" / ".tmp-0123"
+    temporary.write_bytes(b"x")
+    assert run("sweep", root).stdout.startswith("0 orphans")
+    listed = json.loads(run("sweep", root, "--older-than-hours", 0, "--json").stdout)
+    assert {item["name"] for item in listed["orphans"]} == {"latents/shard-000009-00000000.tar", ".tmp-0123"}
+    assert orphan.exists()
+    assert run("sweep", root, "--older-than-hours", 0, "--delete").exit_code == 0
+    assert not orphan.exists() and not temporary.exists()
+    assert run("verify", root).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show", "x"], ["verify"], ["index"], ["cat", "x.json"], ["sweep"]])
+def test_no_dataset_is_a_users_error(tmp_path: Path, command: list[str]) -> None:
+    result = run(command[0], tmp_path, *command[1:])
+    assert result.exit_code == 2 and "no dataset here" in result.stderr and "Traceback" not in result.output
