@@ -53,6 +53,8 @@ def write_corpus(
     folder: Path,
     clips: Sequence[Path] = (),
     base_url: str = BASE_URL,
+    *,
+    with_base: bool = True,
     on_media: Callable[[str], None] = lambda name: None,
 ) -> Written:
     """Write the corpus into `folder`; running it again remakes only what is missing or changed. Raises UserError.
@@ -60,13 +62,14 @@ def write_corpus(
     Args:
         clips: the user's own video files, added as further records.
         base_url: where `folder` will be served.
+        with_base: whether to write the clips for the base model too.
         on_media: told the name of every media file that is ready.
     """
     _claim(folder)
     media_folder = folder / "media"
     media_folder.mkdir(exist_ok=True)
     own = [_own_clip(path, media_folder) for path in clips]
-    records = [*archive_clips(), *base_clips(), *own]
+    records = [*archive_clips(), *(base_clips() if with_base else ()), *own]
     made = _make_all(media_folder, [clip.media for clip in records if clip.media and clip not in own], on_media)
     for number, clip in enumerate(records):
         path = folder / clip.media_type / "batch_0001" / f"{clip.clip_id}.json"

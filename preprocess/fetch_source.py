@@ -190,6 +190,9 @@ def _attempt_http(source: Source, url: str, partial: Partial, limits: Limits, st
             raise
         response.release_conn()
     # The texts of these errors name the URL, query and all: only their types are passed on.
+    except urllib3.exceptions.NewConnectionError as error:  # a kind of ConnectTimeoutError, but not silence
+        detail = f"{urlsplit(url).hostname}: {type(error).__name__}"
+        raise Trouble("fetch-connection", detail, again=True) from None
     except (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ReadTimeoutError):
         detail = f"silent for {limits.silence_seconds:g} s after {partial.num_bytes:,} bytes"
         raise Trouble("fetch-timeout", detail, again=True) from None

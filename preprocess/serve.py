@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mimetypes
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import UserError
@@ -32,6 +34,11 @@ class FolderServer(ThreadingHTTPServer):
         except OSError as error:
             mend = "another --port, or 0 for any free one"
             raise UserError(f"port {port} on {HOST}: {error.strerror}", mend=mend) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no error; anything else is a bug and is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
