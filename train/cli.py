@@ -8,6 +8,8 @@ import click
 
 from shards.config import load_config
 from shards.console import CommandGroup, set_up_logging
+from train.lora_cli import export, lora, merge, unmerge
+from train.sample_cli import sample
 
 SIGNAL_EXIT = 128
 
@@ -61,6 +63,10 @@ def fit(config: Path, overrides: tuple[str, ...], resume: str, verify: bool) -> 
     result = run(loaded, resume=resume, verify=verify)
     if result.stopped_by is not None:
         raise SystemExit(SIGNAL_EXIT + result.stopped_by)
+
+
+for command in (sample, export, merge, unmerge, lora):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from shards.config import Config
 from shards.errors import UserError
 from train.model_config import DiTConfig, LoRAConfig
+from train.sample_config import SampleConfig
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
@@ -155,6 +156,8 @@ class CheckpointConfig(Config):
     """Newest checkpoints that are kept; the best by held-out loss is kept beside them."""
     export: Literal["last", "best"] = "last"
     """Which one `lora.safetensors` of the run is exported from."""
+    licence: str | None = None
+    """Licence of what is trained, for the exported file's header; it follows from the training material."""
 
 
 class EvalConfig(Config):
@@ -202,6 +205,8 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig | None = EvalConfig()
     """null: no held-out loss."""
+    sample: SampleConfig | None = None
+    """Pictures during training; null: none."""
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -230,6 +235,8 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     identity = {name: values[name] for name in ("seed", "lora", "objective", "optim")}
+    if config.lora is not None:
+        del identity["lora"]["start_from"]  # a path; the checkpoint that a resume reads holds what became of it
     data = values["data"]
     moving = ("root", "revision", "cache", "micro_batch", "workers", "prefetch_steps", "read_timeout_seconds")
     identity["data"] = {name: value for name, value in data.items() if name not in moving}

@@ -156,7 +156,7 @@ def _write_next(file: BinaryIO, spec: TensorSpec, tensors: Iterator[tuple[Tensor
     came, tensor = next(tensors)
     if came != spec or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
         raise ValueError(f"{came.name} came where {spec.name} {spec.shape} {spec.dtype} was to be written")
-    file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _check_place(place: Path, num_bytes: int) -> None:

@@ -20,10 +20,13 @@ from torch import Tensor
 from train import checkpoint, evaluate
 from train.config import ObjectiveConfig, TrainConfig
 from train.data import Batch, Loader
+from train.export import export_metadata
 from train.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, read_lines
 from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
 from train.progress import Progress
+from train.sample import Ready, prepare_prompts, sample_prompts
 from train.session import (
+    Session,
     choose_checkpoint,
     describe_data,
     determinism,
@@ -35,6 +38,8 @@ from train.session import (
     write_settings,
 )
 from train.trainee import Trainee, describe
+
+SAMPLES_FOLDER = "samples"
 
 
 class FitResult(NamedTuple):
@@ -95,8 +100,10 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
         )
+        pictures = _prepare_pictures(session, config)
         if start is None:
             _evaluate(progress, log)
+            _sample(progress, pictures)
 
         saved_step = progress.step if start else None
         while progress.step < config.max_steps and stop.signal is None and not _exhausted(progress):
@@ -135,6 +142,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             is_best = False
             if config.eval and (last or progress.step % config.eval.every_steps == 0):
                 is_best = _evaluate(progress, log)
+            if config.sample and (last or progress.step % config.sample.every_steps == 0):
+                _sample(progress, pictures)
             if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
                 _save(progress, log)
                 saved_step, stop.checkpoint = progress.step, False
@@ -220,6 +229,23 @@ def _evaluate(progress: Progress, log: RunLog) -> bool:
     return progress.judge(held_out.mean)
 
 
+def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
+    if config.sample is None:
+        return []
+    return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
+
+
+def _sample(progress: Progress, pictures: list[Ready]) -> None:
+    """Write latents of the configured prompts; `wanprep decode --watch` shows them, the trainer has no VAE."""
+    if progress.config.sample is None:
+        return
+    trainee, began = progress.trainee, time.perf_counter()
+    folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
+    with trainee.holding(progress.average):
+        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder)
+    progress.seconds += time.perf_counter() - began
+
+
 @contextlib.contextmanager
 def _inference(trainee: Trainee) -> Iterator[None]:
     trainee.model.eval()
@@ -270,7 +296,7 @@ def _export(progress: Progress) -> Path:
         step = progress.best_step
         folder = progress.folder / checkpoint.checkpoint_name(step)
         tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
-    metadata = {"step": str(step), "dataset_revision": progress.session.dataset.revision}
+    metadata = export_metadata(progress.session.identity, step, progress.config.checkpoint.licence)
     path = progress.session.folder / trainee.file_name
     trainee.export(path, tensors, metadata)
     return path

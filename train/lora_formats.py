@@ -29,6 +29,8 @@ from torch import Tensor
 
 from shards.config import parse_yaml, validate_config
 from shards.errors import UserError
+from train.lora import inject, load_lora_state
+from train.model import WanDiT
 from train.model_config import LoRAConfig
 from train.weights import diffusers_key
 
@@ -308,3 +310,22 @@ def refuse_other_model(lora: LoRAFile, sizes: Mapping[str, tuple[int, int]], ori
                 f"{lora.origin}: {module} adapts a {theirs[0]} × {theirs[1]} linear, which {there} in {origin}",
                 expected="a LoRA for this model",
             )
+
+
+def attach_lora(model: WanDiT, lora: LoRAFile, strength: float = 1.0) -> None:
+    """Put a file's LoRA beside the model's weights, for inference. Pairs of several ranks are padded with zeros.
+
+    Raises UserError when a module is not there or has another size.
+    """
+    weights = {name.removesuffix(".weight"): w for name, w in model.named_parameters() if w.ndim == 2}
+    refuse_other_model(lora, {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}, "the model")
+    rank = max(pair.rank for pair in lora.pairs.values())
+    config = LoRAConfig(rank=rank, targets=tuple(lora.pairs))
+    inject(model, config, seed=0)
+    state = {}
+    for module, pair in lora.pairs.items():
+        room = rank - pair.rank
+        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.down_rI.float(), (0, 0, 0, room))
+        up_Or = pair.up_Or.float() * (pair.scale * strength)
+        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(up_Or, (0, room))
+    load_lora_state(model, state, lora.origin)

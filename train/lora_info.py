@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from train.lora_formats import BLOCK, LoRAFile, Pair
 
@@ -18,7 +19,7 @@ _BY_NAMING = {
 }
 
 
-def describe_lora(lora: LoRAFile) -> dict[str, object]:
+def describe_lora(lora: LoRAFile) -> dict[str, Any]:
     """What `wantrain lora info` prints: rank, alpha, targets, norms, tool, model, metadata."""
     norms = {module: update_norm(pair) for module, pair in lora.pairs.items()}
     by_target: dict[str, list[float]] = {}
@@ -75,3 +76,22 @@ def base_model(lora: LoRAFile) -> str:
         return "unknown"
     width = next(iter(widths))
     return _MODELS.get(width, f"a model of width {width}")
+
+
+def lines_of(facts: dict[str, Any]) -> list[str]:
+    """`describe_lora`'s facts for people."""
+    lines = [
+        f"{name.replace('_', ' ')}: {_words(value)}" for name, value in facts.items() if not isinstance(value, dict)
+    ]
+    lines.append("update norms (mean, largest):")
+    lines += [f"  {name}: {norm['mean']:.4g}, {norm['max']:.4g}" for name, norm in facts["update_norms"].items()]
+    lines.append("header:")
+    lines += [f"  {name}: {value[:200]}" for name, value in sorted(facts["metadata"].items())]
+    return lines
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        shown = [str(item) for item in value[:8]]
+        return ", ".join(shown) + (f" and {len(value) - 8} more" if len(value) > 8 else "") if shown else "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

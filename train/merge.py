@@ -94,8 +94,8 @@ def _rewrite(
     config = read_dit_config(base)
     targets = base_parameters(build_model(config, device="meta"))
     places, names = match_tensors(base, targets)
-    sizes = {name.removesuffix(".weight"): tuple(w.shape) for name, w in targets.items() if w.ndim == 2}
-    refuse_other_model(lora, sizes, str(base))  # type: ignore[arg-type]
+    sizes = {name.removesuffix(".weight"): (w.shape[0], w.shape[1]) for name, w in targets.items() if w.ndim == 2}
+    refuse_other_model(lora, sizes, str(base))
     shards = plan_shards({name: tuple(weight.shape) for name, weight in targets.items()}, layout, dtype)
     tensors = _changed(shards, places, names, lora.pairs, scale)
     metadata = {MERGED_KEY: json.dumps(record)} if record else {}

@@ -75,6 +75,9 @@ class LoRAConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the update's inputs zeroed in training."""
 
+    start_from: str | None = None
+    """A LoRA file of any tool, a run or a checkpoint to go on from; its rank must be `rank`, its modules `targets`."""
+
     @property
     def scale(self) -> float:
         """What B A x is multiplied by."""

@@ -36,8 +36,8 @@ class Grid(NamedTuple):
 def make_grid(solver: SolverName, num_steps: int, shift: float, grid: GridName = "diffusers") -> Grid:
     """The noise levels of `num_steps` steps under a shift: sigma' = shift·sigma / (1 + (shift − 1)·sigma).
 
-    `official` starts at 0.999 before the shift and ends at 0 (Wan2.2's `set_timesteps`), `diffusers` starts at 1 and ends
-    at 0.001: sigmas differ by at most 0.0043. UniPC's timesteps are cut to whole numbers as in both references.
+    `official` starts at 0.999 before the shift and ends at 0 (Wan2.2's `set_timesteps`), `diffusers` starts at 1 and
+    ends at 0.001: sigmas differ by at most 0.0043. UniPC's timesteps are cut to whole numbers as in both references.
     """
     if num_steps < 1:
         raise UserError(f"sampler.steps: {num_steps}", expected="at least 1")
@@ -94,7 +94,7 @@ class UniPC:
         """Correct `x` with the new evaluation, then predict the sample at the grid's next noise level."""
         x0 = x - self._sigmas[self._index] * velocity
         if self._last_x is not None:
-            x = self._correct(x0)
+            x = self._correct(self._last_x, x0)
         self._x0s = [*self._x0s[-1:], x0]
         steps_left = len(self._sigmas) - 1 - self._index
         self._order = min(2, steps_left, self._index + 1)
@@ -112,11 +112,10 @@ class UniPC:
             x_next = x_next - alpha * b * 0.5 * (self._x0s[-2] - x0) / ratio
         return x_next
 
-    def _correct(self, x0_here: Tensor) -> Tensor:
-        assert self._last_x is not None
+    def _correct(self, last_x: Tensor, x0_here: Tensor) -> Tensor:
         alpha, sigma_ratio, h, b = self._coefficients(self._index - 1, self._index)
         x0_before = self._x0s[-1]
-        x = sigma_ratio * self._last_x - alpha * b * x0_before
+        x = sigma_ratio * last_x - alpha * b * x0_before
         if self._order == 1:
             return x - alpha * b * 0.5 * (x0_here - x0_before)
         ratio = self._ratio(self._index - 2, self._index - 1, h)

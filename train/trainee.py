@@ -18,7 +18,9 @@ from shards.errors import UserError
 from train import checkpoint
 from train.attention import device_facts
 from train.config import TrainConfig
+from train.export import locate_lora
 from train.lora import inject, load_lora_state, save_export
+from train.lora_formats import read_lora, to_raw_state
 from train.model import WanDiT, build_model, set_checkpointing
 from train.model_config import DiTConfig
 from train.precision import Precision, resolve_precision
@@ -105,6 +107,9 @@ def make_trainee(config: TrainConfig) -> Trainee:
     if config.model.checkpoint is not None:
         load_dit(model, config.model.checkpoint)
     adapted = () if config.lora is None else tuple(inject(model, config.lora, config.seed))
+    if config.lora is not None and config.lora.start_from is not None:
+        start = read_lora(locate_lora(Path(config.lora.start_from))[0])
+        load_lora_state(model, to_raw_state(start, config.lora), start.origin)
     set_checkpointing(model, config.checkpointing.policy)
     model.train()
     suffix = ".weight" if adapted else ""
@@ -146,7 +151,7 @@ def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
 def weights_digest(location: str | None) -> str | None:
     """A digest that knows one checkpoint from another without reading all of 20 GB.
 
-    Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all of them
+    Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all
     up to 64 MiB. Neither paths nor the file's free text count.
     """
     if location is None:
