@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
+
+# Shapes in the hints of public functions are checked in the tests, and only there.
+SHAPE_CHECKED = ["attention", "lora", "model", "objective", "rope", "tokens"]
+jaxtyping.install_import_hook([f"train.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
 
 
 @pytest.fixture
@@ -83,3 +88,13 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny_shards")
     write_dataset(root, scratch=tmp_path_factory.mktemp("scratch"))
     return root
+
+
+@pytest.fixture(scope="session")
+def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration's corpus without the base model's clips, not to be written to: 16 records, good and bad."""
+    from preprocess.demo import write_corpus
+
+    folder = tmp_path_factory.mktemp("demo_corpus")
+    write_corpus(folder, with_base=False)
+    return folder

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train.model import Block, BlockInputs, WanDiT, build_model, init_random, set_checkpointing, sinusoids
+from train.attention import Backend, attend
+from train.model import Block, BlockInputs, WanDiT, build_model, check_inputs, init_random, set_checkpointing, sinusoids
 from train.model_config import TI2V_5B, DiTConfig
 from train.rope import axis_sizes, rope_table, rotate
 from train.tokens import pad_text, patchify, token_grid, unpatchify
@@ -179,6 +180,31 @@ def test_sixteen_bit_compute_keeps_the_islands_in_fp32(tiny_dit: WanDiT) -> None
     assert cos.dtype == sin.dtype == torch.float32
 
 
+def test_queries_and_keys_are_turned_in_float32(tiny_dit: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 3: under bf16 compute q, k and their angles meet in float32; only the result is rounded."""
+    seen: list[torch.dtype] = []
+    attended: list[torch.dtype] = []
+
+    def spy_rotate(*tensors: Tensor) -> Tensor:
+        seen.extend(tensor.dtype for tensor in tensors)
+        return rotate(*tensors)
+
+    def spy_attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+        attended.extend((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v, backend)
+
+    monkeypatch.setattr("train.model.rotate", spy_rotate)
+    monkeypatch.setattr("train.model.attend", spy_attend)
+    model = build_model(tiny_dit.config, torch.bfloat16)
+    model.load_state_dict(tiny_dit.state_dict())
+    latent, timestep, text = batch(model, 3, 4, 6)
+    model(latent, timestep, torch.tensor([True, False]), text)
+    assert len(seen) == 2 * 2 * 3
+    assert set(seen) == {torch.float32}
+    assert len(attended) == 2 * 2 * 3
+    assert set(attended) == {torch.bfloat16}
+
+
 def test_the_residual_stream_is_never_rounded(tiny_dit: WanDiT) -> None:
     """Trap 3: blocks whose branches add nothing hand on a float32 stream to the bit, rounded nowhere inside."""
     model = build_model(tiny_dit.config, torch.bfloat16)
@@ -317,7 +343,7 @@ def test_first_frame_flags_must_be_bool(tiny_dit: WanDiT) -> None:
     with pytest.raises(TypeError, match=r"not bool|Bool\[Tensor"):  # shape checks of the tests may see it first
         tiny_dit(latent, timestep, torch.ones(2, dtype=torch.int64), text)
     with pytest.raises(ValueError, match="image_first"):
-        tiny_dit(latent, timestep, torch.ones(3, dtype=torch.bool), text)
+        check_inputs(tiny_dit.config, latent, timestep, torch.ones(3, dtype=torch.bool), text)
 
 
 @pytest.mark.parametrize("image_first", [(False, False), (True, False)])
