@@ -196,7 +196,7 @@ def _freeze(
     number = len(plan.generations)
     plan_file, ledger_file = folder / "plan", folder / "ledger"
     frame_bytes = candidates.write_frames(selection.candidates, config.shards.unit_size, plan_file)
-    refused.write_frames(selection.refused, 4096, ledger_file)
+    refused.write_frame(selection.refused, ledger_file)
     plan_sha256, ledger_sha256 = _sha256(plan_file), _sha256(ledger_file)
     info = GenerationInfo(
         plan_version=PLAN_VERSION,

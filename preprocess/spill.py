@@ -112,6 +112,14 @@ class Spill:
                 sizes.append(len(frame))
         return tuple(sizes)
 
+    def write_frame(self, places: Sequence[int], path: Path) -> None:
+        """Write lines, each with its newline, as one zstd frame, in bounded memory."""
+        self.flush()
+        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+        with path.open("wb") as file, compressor.stream_writer(file) as writer:
+            for place in places:
+                writer.write(self.line(place) + b"\n")
+
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()

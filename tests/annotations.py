@@ -10,7 +10,7 @@ CAPTION = "상인이 시장에서 과일을 판다."
 
 
 def annotation(clip_id: str = "3338987", **changes: Any) -> dict[str, Any]:
-    """One good annotation; `changes` by dotted path with `__`: `raw_data_info__source_media_info__media_type="image"`."""
+    """One good annotation; `changes` name a path with `__`: `source_data_info__clip_proxy_url=None`."""
     value: dict[str, Any] = {
         "file_id": clip_id,
         "source_data_info": {

@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -256,10 +255,3 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     alone = list(map_chunks(location, count_chunk, 1))
     assert list(map_chunks(location, count_chunk, 3)) == alone
     assert sum(map(len, alone)) == 40
-
-
-def test_open_files_do_not_pile_up(tree):
-    before = len(os.listdir("/proc/self/fd"))
-    list(iter_documents(str(tree)))
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0

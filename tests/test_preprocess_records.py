@@ -221,7 +221,8 @@ def object_level(*captions):
 
 def test_a_caption_of_unreadable_time_is_left_out():
     """It may speak of another scene, and nobody would notice."""
-    record = parsed(object_level({"text": "가.", "tc_in": "soon", "tc_out": ""}, {"text": "나.", "tc_in": "", "tc_out": ""}))
+    unreadable = {"text": "가.", "tc_in": "soon", "tc_out": ""}
+    record = parsed(object_level(unreadable, {"text": "나.", "tc_in": "", "tc_out": ""}))
     assert [caption.text for caption in record.object] == ["나."]
     assert record.defects == ("bad-timecode",)
 
@@ -245,7 +246,8 @@ def test_mangled_captions(caption, num_left, defect):
 
 
 def test_the_same_scene_throughout_is_a_defect():
-    scenes = [{"description": "같은 장면이다.", "tc_in": f"00:00:0{n};00", "tc_out": f"00:00:0{n + 1};00"} for n in range(3)]
+    spans = [{"tc_in": f"00:00:0{n};00", "tc_out": f"00:00:0{n + 1};00"} for n in range(3)]
+    scenes = [{"description": "같은 장면이다.", **span} for span in spans]
     assert parsed(annotation(**{f"{GENERATED}__scene_description_auto": scenes})).defects == ("same-scene-throughout",)
 
 
