@@ -53,6 +53,8 @@ def _beyond(name: str, end: int, size: int) -> str | None:
 
 def _cut_segment(head: bytes, size: int) -> str | None:
     """A Matroska file is an EBML header and one segment, whose size is all ones where the writer could not seek."""
+    if len(head) < 64:
+        return None
     length, at = _ebml_size(head, 4)
     at += length
     if head[at : at + 4] != SEGMENT or at + 12 > len(head):

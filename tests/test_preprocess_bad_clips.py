@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import SMALL, a_record, ffmpeg_run, number_picture, only_bucket, prep_config, probed, write_clip
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from preprocess.config import PrepConfig
-from preprocess.container import PLAYLISTS
+from preprocess.container import PLAYLISTS, sniff_cut, sniff_playlist
 from preprocess.decode import decode_window
 from preprocess.facts import ClipFacts
 from preprocess.ffmpeg import (
@@ -392,3 +394,15 @@ def test_limits_reach_ffmpeg(good_clip: Path) -> None:
         max_alloc_mib=0,
     )
     assert result.returncode != 0, "no allocation at all is allowed"
+
+
+HEADS = [b"RIFF", b"\x1a\x45\xdf\xa3", b"\0\0\0\x18ftyp", b"\0\0\0\x01mdat", b"#EXTM3U", b""]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(head=st.sampled_from(HEADS), rest=st.binary(max_size=200))
+def test_looking_at_first_bytes_never_raises(tmp_path: Path, head: bytes, rest: bytes) -> None:
+    path = tmp_path / "any.bin"
+    path.write_bytes(head + rest)
+    assert sniff_playlist(path) in {None, *PLAYLISTS.values()}
+    sniff_cut(path)

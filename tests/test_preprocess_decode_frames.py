@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from clips import (
     SMALL,
+    a_record,
     interlaced,
     number_picture,
     only_bucket,
@@ -19,10 +20,12 @@ from clips import (
     with_audio,
     write_clip,
 )
+from PIL import Image
 
 from preprocess.decode import decode_window
 from preprocess.facts import ClipFacts
-from preprocess.window import Window
+from preprocess.rejection import ClipRejected
+from preprocess.window import Window, choose_windows
 
 CONFIG = prep_config(((160, 96),))
 RATES = {
@@ -151,3 +154,39 @@ def test_the_last_window_of_a_clip_is_whole(clip_folder: Path) -> None:
         facts = probed(path, CONFIG)
         start = np.floor((facts.end_seconds - 49 / 24) * 1000) / 1000
         assert decoded_numbers(path, facts, start) == asked_for([n / rate for n in range(num)], start)
+
+
+def test_an_early_window_does_not_decode_the_rest_of_the_clip(clip_folder: Path, tmp_path: Path) -> None:
+    """Damage after the window is never met under the strict policy; a window over it is."""
+    noise = np.random.default_rng(0).integers(0, 40, (720, 96, 160), dtype=np.uint8)
+    frames = np.repeat(numbered(120), 6, axis=0) + noise
+    whole = write_clip(clip_folder / "long.mp4", frames, 24, *SMALL, "-movflags", "+faststart")
+    data = bytearray(whole.read_bytes())
+    begin = data.index(b"mdat") + 4
+    for place in np.random.default_rng(1).integers(begin + (len(data) - begin) // 2, len(data) - 9, 3000):
+        data[place] ^= 0xFF
+    path = tmp_path / "damaged-later.mp4"
+    path.write_bytes(data)
+    facts = probed(path, CONFIG)
+    assert facts.duration_seconds == pytest.approx(30.0)
+    assert decoded_numbers(path, facts, 1.0)[0] == 4
+    with pytest.raises(ClipRejected) as caught:
+        decoded_numbers(path, facts, 20.0)
+    assert caught.value.rejection[:2] == ("decode", "decode-errors")
+
+
+def test_an_image_is_one_frame_in_its_own_colours(tmp_path: Path) -> None:
+    colors = np.zeros((96, 160, 3), np.uint8)
+    colors[:, :80], colors[:, 80:] = (200, 30, 40), (20, 60, 220)
+    config = prep_config(((160, 96),), sieve={"images": True, "min_seconds": 3.0})
+    for name in ("picture.png", "picture.jpg"):
+        path = tmp_path / name
+        Image.fromarray(colors).save(path, quality=98, subsampling=0)
+        facts = probed(path, config)
+        (window,) = choose_windows(facts, a_record(media_type="image"), config)
+        frames = decode_window(path, facts, window, only_bucket(config), config)
+        assert frames.shape == (1, 96, 160, 3)
+        assert np.abs(frames[0].astype(int) - colors)[:, 4:76].max() <= 3, name
+        with pytest.raises(ClipRejected) as caught:
+            probed(path, CONFIG)
+        assert caught.value.rejection[:2] == ("probe", "format-refused")
