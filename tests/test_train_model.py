@@ -350,13 +350,16 @@ def test_first_frame_flags_must_be_bool(tiny_dit: WanDiT) -> None:
 def test_full_checkpointing_changes_nothing(tiny_dit: WanDiT, image_first: tuple[bool, bool]) -> None:
     """Recomputing blocks gives the same loss and gradients, to the bit."""
     latent, timestep, text = batch(tiny_dit, 3, 4, 6)
-    results = []
+    results, runs = [], []
+    for block in tiny_dit.blocks:
+        block.register_forward_hook(lambda module, inputs, output: runs.append(mode))
     for mode in ("none", "full"):
         set_checkpointing(tiny_dit, mode)
         tiny_dit.zero_grad()
         loss = tiny_dit(latent, timestep, torch.tensor(image_first), text).square().mean()
         loss.backward()
         results.append([loss, *(weight.grad.clone() for weight in tiny_dit.parameters())])
+    assert (runs.count("none"), runs.count("full")) == (2, 4), "blocks run once, and once more in the backward pass"
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
