@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from shards.config import load_config
-from shards.console import CommandGroup, set_up_logging
+from shards.console import CommandGroup, print_json, set_up_logging
+from shards.errors import UserError
 from train.lora_cli import export, lora, merge, unmerge
 from train.sample_cli import sample
 
@@ -63,6 +64,65 @@ def fit(config: Path, overrides: tuple[str, ...], resume: str, verify: bool) -> 
     result = run(loaded, resume=resume, verify=verify)
     if result.stopped_by is not None:
         raise SystemExit(SIGNAL_EXIT + result.stopped_by)
+
+
+@main.command("show-step")
+@CONFIG
+@click.argument("step", type=click.IntRange(min=1))
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List the clips, windows, timesteps, modes and captions that STEP (from 1) trains on.
+
+    Nothing is trained and no model is built: all of it is a function of the seed and the step.
+
+    \b
+    wantrain show-step configs/demo/train.yaml 7
+    wantrain show-step demo/run/config.yaml 7 --json
+    """
+    from train.config import TrainConfig
+    from train.show import describe_slots, print_slots
+
+    slots = describe_slots(load_config(TrainConfig, config, overrides), step)
+    if as_json:
+        print_json(slots)
+    else:
+        print_slots(slots)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@OVERRIDES
+@click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
+    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to mend it.
+
+    Exits with 1 when something is.
+
+    \b
+    wantrain doctor
+    wantrain doctor configs/demo/train.yaml
+    wantrain doctor configs/ti2v_5b_2xv100.yaml --ranges
+    """
+    from train.config import TrainConfig
+    from train.doctor import examine, is_healthy, measure_ranges
+    from train.show import print_findings, print_ranges
+
+    if config is None and (ranges or overrides):
+        raise UserError("--ranges and -o need a CONFIG", mend="wantrain doctor CONFIG --ranges")
+    loaded = None if config is None else load_config(TrainConfig, config, overrides)
+    if ranges and loaded is not None:
+        measured = measure_ranges(loaded)
+        print_json(measured) if as_json else print_ranges(measured)
+        return
+    findings = list(examine(loaded))
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_findings(findings)
+    if not is_healthy(findings):
+        raise SystemExit(1)
 
 
 for command in (sample, export, merge, unmerge, lora):
