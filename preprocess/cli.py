@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from preprocess.model_cli import decode, embed, encode_image, fetch_model
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
@@ -263,3 +264,11 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
         with tempfile.TemporaryDirectory(prefix="wanprep-dry-run-") as folder:
             counts = count_plan(freeze_plan(open_storage(folder), config), config)
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
+
+
+for command in (fetch_model, embed, encode_image, decode):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()
