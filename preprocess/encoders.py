@@ -150,7 +150,7 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
     device = find_device(config.device)
     # Until the fast modes are measured against fp32 on the card, `auto` takes the mode that cannot be wrong.
     precision = "fp32" if config.vae_precision == "auto" else config.vae_precision
-    _quiet_libraries()
+    quiet_libraries()
     if config.checkpoint is None:
         vae = random_encoders.build_random_vae(config.random_seed).eval().requires_grad_(False)
         return VaeEncoder(vae, device=device, precision=precision, note=random_encoders.NOTE)
@@ -159,7 +159,7 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
 
 def load_tokenizer(config: EncodersConfig) -> Tokenizer:
     """Load the tokenizer that the config names, without the encoder's weights."""
-    _quiet_libraries()
+    quiet_libraries()
     if config.checkpoint is None:
         model_bytes = random_encoders.train_tokenizer_model()
         return Tokenizer(random_encoders.load_tokenizer_model(model_bytes), hashlib.sha256(model_bytes).hexdigest())
@@ -170,7 +170,7 @@ def load_tokenizer(config: EncodersConfig) -> Tokenizer:
 def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncoder:
     """Load the text encoder that the config names; small random weights without a checkpoint."""
     device = find_device(config.device)
-    _quiet_libraries()
+    quiet_libraries()
     if config.checkpoint is None:
         model = random_encoders.build_random_text_encoder(config.random_seed, len(tokenizer))
         note: str | None = random_encoders.NOTE
@@ -238,7 +238,7 @@ def cpu_threads(num_decoders: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries off the network and their start-up chatter off the terminal."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

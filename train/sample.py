@@ -128,6 +128,9 @@ def prepare_prompts(
 def _prepare(prompt: Prompt, sampler: SamplerConfig, dims: DiTConfig, dataset: Dataset | None) -> Ready:
     where = f"prompt {prompt.name}"
     facts = {"name": prompt.name, "fps": "24"}
+    vae = dataset.identity.get("vae") if dataset is not None else None
+    if isinstance(vae, dict) and "weights_sha256" in vae:
+        facts["vae"] = str(vae["weights_sha256"])  # whose space the model's latents lie in
     source: Dataset | Prompts
     if prompt.key is not None:
         if dataset is None:
