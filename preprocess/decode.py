@@ -55,13 +55,15 @@ def _run(
     path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek: float | None
 ) -> Result:
     limits = config.decode
-    return run_ffmpeg(
+    result = run_ffmpeg(
         window_arguments(path, facts, window, bucket, config, seek),
         timeout_seconds=limits.timeout_seconds,
         max_stdout_bytes=window.num_frames * bucket.width * bucket.height * 3,
         max_alloc_mib=limits.max_memory_mib,
-        max_cpu_seconds=math.ceil(limits.timeout_seconds * limits.threads) + 1,
+        max_cpu_seconds=math.ceil(4 * limits.timeout_seconds * limits.threads),  # never before the deadline
     )
+    # What is reported becomes a ledger row, whose bytes must not depend on where the clip lay.
+    return result._replace(stderr=result.stderr.replace(file_url(path), "file"))
 
 
 def _refuse_new_size(result: Result, facts: ClipFacts) -> None:

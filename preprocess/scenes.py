@@ -8,7 +8,7 @@ from pathlib import Path
 from preprocess.config import PrepConfig
 from preprocess.decode import open_input
 from preprocess.facts import ClipFacts
-from preprocess.ffmpeg import first_line, run_ffmpeg
+from preprocess.ffmpeg import file_url, first_line, run_ffmpeg
 from preprocess.rejection import ClipRejected, Rejection
 
 MAX_LIST_BYTES = 16 << 20
@@ -33,7 +33,7 @@ def find_cuts(path: Path, facts: ClipFacts, config: PrepConfig) -> tuple[float, 
     if result.timed_out:
         detail = f"shot changes not found within {config.decode.timeout_seconds:g} s"
         raise ClipRejected(Rejection("window", "decode-timeout", detail, True))
-    complaint = first_line(result.stderr)
+    complaint = first_line(result.stderr.replace(file_url(path), "file"))
     if result.overflowed or result.returncode or (complaint and config.decode.policy == "strict"):
         raise ClipRejected(Rejection("window", "decode-errors", complaint or "too many shot changes", False))
     return tuple(float(time) for time in re.findall(rb"pts_time:(-?[0-9.]+)", bytes(result.stdout)))

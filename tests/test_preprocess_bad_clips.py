@@ -232,6 +232,7 @@ def test_the_libraries_refuse_playlists_too(tmp_path: Path, good_clip: Path, mon
         with pytest.raises(ClipRejected) as caught:
             decode_window(path, facts, WINDOW, only_bucket(CONFIG), CONFIG)
         assert caught.value.rejection[:2] == ("decode", "decode-errors")
+        assert str(tmp_path) not in caught.value.rejection.detail
 
 
 def test_a_name_that_looks_like_a_protocol_is_a_file(good_clip: Path, tmp_path: Path) -> None:
