@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
@@ -92,7 +92,12 @@ class Commit(Config):
     @property
     def revision(self) -> str:
         """Digest of the content: of all fields but the ledger and the provenance."""
-        return canonical_digest(self.model_dump(mode="json", exclude={"ledger", "provenance"}))
+        return content_digest(self.model_dump(mode="json"))
+
+
+def content_digest(body: Mapping[str, Any]) -> str:
+    """The revision of a commit given as plain values: the digest of all but its ledger and its provenance."""
+    return canonical_digest({name: value for name, value in body.items() if name not in ("ledger", "provenance")})
 
 
 class StoredCommit(Config):
@@ -120,8 +125,8 @@ def parse_commit(data: bytes, file: str, kind: str, unit: int) -> StoredCommit:
         raise ShardDamage(file, error.problem) from None
     if (commit.kind, commit.unit) != (kind, unit):
         raise ShardDamage(file, f"it is the commit of unit {commit.unit} of {commit.kind}, not of {unit} of {kind}")
-    if revision != commit.revision:
-        raise ShardDamage(file, f"its revision is {revision}, its content's {commit.revision}")
+    if revision != (found := content_digest(body)):
+        raise ShardDamage(file, f"its revision is {revision}, its content's {found}")
     _check_content(commit, file)
     return StoredCommit(commit=commit, revision=revision, size=len(data), seal=document_seal(data))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.canonical import canonical_digest, canonical_json
+from shards.canonical import canonical_digest
 from shards.columns import Shard, Table, TableBuilder
 from shards.commit import dataset_revision
 from shards.console import LOG
@@ -83,7 +83,7 @@ def open_roots(
     kinds = [LATENTS, *([text_kind(text_set)] if text_set else [])]
     builders = {kind: TableBuilder(kind) for kind in (*kinds, "null")}
     pinned = Counter((kind, unit, seal) for kind, unit, seal in pin["commits"]) if pin else None
-    provenance: Counter[bytes] = Counter()
+    provenance: Counter[str] = Counter()
     for root, (storage, info) in enumerate(zip(storages, infos, strict=True)):
         _add_root(root, storage, info, kinds, builders, pinned, provenance)
     where = ", ".join(storage.url() for storage in storages)
@@ -134,12 +134,12 @@ def _add_root(
     kinds: list[str],
     builders: dict[str, TableBuilder],
     pinned: Counter[tuple[str, int, str]] | None,
-    provenance: Counter[bytes],
+    provenance: Counter[str],
 ) -> None:
     listing = list_root(storage, kinds)
     digests = {kind: canonical_digest(info.kind_identity(kind)) for kind in kinds}
     has_null = False
-    for columns in sorted(load_columns(storage, kinds, listing), key=lambda line: (line["kind"], line["unit"])):
+    for columns in load_columns(storage, kinds, listing):
         kind, unit = columns["kind"], columns["unit"]
         if pinned is not None:
             pinned[kind, unit, columns["revision"]] -= 1
@@ -152,7 +152,7 @@ def _add_root(
         if not (is_null and root > 0 and has_null):
             builders["null" if is_null else kind].add(root, columns, file)
         has_null = has_null or is_null
-        provenance[canonical_json(columns.get("provenance"))] += 1
+        provenance[str(columns.get("provenance"))] += 1
 
 
 def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storage: Storage, file: str) -> None:
@@ -178,27 +178,38 @@ def _join(storages: list[Storage], info: DatasetInfo, text_set: str | None, tabl
     rows = np.zeros(len(latents.keys), np.int64)
     variants = np.zeros(len(latents.keys), np.int64)
     if text is not None:
-        rows = np.array(list(_text_rows(latents, text, text_set or "", storages)), np.int64)
-        variants = np.diff(text.start)[rows] if len(rows) else variants
+        rows = _text_rows(latents, text, text_set or "", storages)
+        variants = np.diff(text.start)[rows]
     shards = [shard for table in (latents, text, null) if table for shard in table.shards]
     revision = dataset_revision((shard.kind, shard.unit, shard.revision) for shard in shards)
     return Opened(storages, info, text_set, latents, text, rows, variants, null if null.keys else None, revision)
 
 
-def _text_rows(latents: Table, text: Table, text_set: str, storages: list[Storage]) -> Iterator[int]:
-    """The row in `text` of every latent: the same key, in the same root and unit."""
-    by_place = {
-        (shard.root, shard.unit, key): row
-        for row, (key, shard) in enumerate(zip(text.keys, _shard_of_rows(text), strict=True))
-    }
+def _text_rows(latents: Table, text: Table, text_set: str, storages: list[Storage]) -> np.ndarray:
+    """The row in `text` of every latent, int64 [N]: the same key, in the same root and unit."""
+    spans = {(shard.root, shard.unit): span for shard, span in _spans(text)}
     missing: dict[tuple[int, int], int] = {}
-    for key, shard in zip(latents.keys, _shard_of_rows(latents), strict=True):
-        row = by_place.get((shard.root, shard.unit, key))
-        if row is None:
-            missing[shard.root, shard.unit] = missing.get((shard.root, shard.unit), 0) + 1
-        yield row or 0
+    found = np.zeros(len(latents.keys), np.int64)
+    for shard, rows in _spans(latents):
+        there = spans.get((shard.root, shard.unit), slice(0, 0))
+        if latents.keys[rows] == text.keys[there]:
+            found[rows] = np.arange(there.start, there.stop)
+            text.keys[there] = latents.keys[rows]  # one object for each key
+            continue
+        by_key = {key: row for row, key in enumerate(text.keys[there], there.start)}
+        found[rows] = [by_key.get(key, -1) for key in latents.keys[rows]]
+        if absent := int((found[rows] < 0).sum()):
+            missing[shard.root, shard.unit] = absent
     if missing:
         raise missing_text(missing, text_set, storages)
+    return found
+
+
+def _spans(table: Table) -> Iterator[tuple[Shard, slice]]:
+    """Every shard with the rows it holds, which are together."""
+    ends = np.searchsorted(table.shard, np.arange(len(table.shards)), side="right").tolist()
+    for shard, start, end in zip(table.shards, [0, *ends], ends, strict=False):
+        yield shard, slice(start, end)
 
 
 def _shard_of_rows(table: Table) -> Iterator[Shard]:
@@ -235,7 +246,7 @@ def _refuse_doubled(opened: Opened) -> None:
         seen[key] = shard
 
 
-def _warn_provenance(found: Counter[bytes]) -> None:
+def _warn_provenance(found: Counter[str]) -> None:
     if len(found) > 1:
-        kinds = "; ".join(f"{count} shards: {text.decode()}" for text, count in found.most_common(4))
+        kinds = "; ".join(f"{count} shards: {text}" for text, count in found.most_common(4))
         LOG.warning("shards of %d different provenances (versions or devices): %s", len(found), kinds)

@@ -1,0 +1,163 @@
+"""Samples a second of the reader, as a ratio to a bare loop of `readinto` and zstd over the same bytes, warm.
+
+Promises: one process at least 0.85 × the bare loop (which checks zstd's checksum too, and nothing else); two processes
+at least 1.7 × one. Runs alternate; the median counts. Also: bytes a sample against raw float16 and padded text.
+"""
+
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import zstandard
+from shards_data import IDENTITY, PROVENANCE, TEXT_IDENTITY
+
+from shards.canonical import canonical_json
+from shards.codec import array_facts, encode_array
+from shards.commit import read_commit
+from shards.dataset import Dataset, open_dataset
+from shards.dataset_info import DatasetInfo, Generation, TextSetInfo, write_info
+from shards.keys import sample_key
+from shards.storage import open_storage
+from shards.writer import ShardWriter
+
+RUNS = 9
+UNITS, SAMPLES = 2, 32
+SHAPE = (48, 13, 44, 80)
+TOKENS, DIM = 120, 4096
+
+
+def write(root: Path) -> None:
+    """Units of 1280×704×49 latents, N(0, 1) in float16, and embeddings of 120 tokens in bfloat16."""
+    storage, rng = open_storage(root), np.random.default_rng(0)
+    for unit in range(UNITS):
+        with (
+            ShardWriter(storage, "latents", unit, IDENTITY, root / "scratch", PROVENANCE) as latents,
+            ShardWriter(storage, "text/default", unit, TEXT_IDENTITY, root / "scratch", PROVENANCE) as texts,
+        ):
+            for place in range(SAMPLES):
+                write_sample(latents, texts, f"clip-{unit}-{place}", rng)
+            latents.seal([])
+            texts.seal()
+    (root / "plan").mkdir()
+    generation = Generation(
+        name="gen-000", plan_sha256="0" * 64, first_unit=0, num_units=UNITS, num_candidates=0, num_records=0
+    )
+    text_sets = {"default": TextSetInfo(identity=TEXT_IDENTITY)}
+    write_info(storage, DatasetInfo(identity=IDENTITY, text_sets=text_sets, generations=(generation,)))
+
+
+def write_sample(latents: ShardWriter, texts: ShardWriter, clip: str, rng: np.random.Generator) -> None:
+    """One sample of both kinds."""
+    latent = rng.standard_normal(SHAPE, np.float32).astype(np.float16)
+    text = (rng.standard_normal((TOKENS, DIM), np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    key = sample_key(clip, 0, 49, 704, 1280)
+    summary = {"clip": clip, "start_ms": 0, "frames": 49, "height": 704, "width": 1280}
+    meta = canonical_json({"clip": clip, "latent": array_facts(latent)})
+    members = {"json": meta, "latent.npy.zst": encode_array(latent)}
+    latents.add(key, members, {**summary, "source_media": "video", "category": None})
+    members = {"json": canonical_json({"text": [array_facts(text)]}), "text.npy.zst": encode_array(text)}
+    texts.add(key, members, {"variants": 1, "tokens": [TOKENS]})
+
+
+def bare_loop(root: Path) -> Callable[[], None]:
+    """`readinto` of every array into one buffer, zstd with its checksum, nothing else."""
+    storage, places = open_storage(root), []
+    for kind in ("latents", "text/default"):
+        for unit in range(UNITS):
+            commit = read_commit(storage, kind, unit).commit
+            file = (root / commit.tar.name).open("rb", buffering=0)
+            places += [(file, item.offset, item.size) for sample in commit.samples for item in sample.arrays()]
+    buffer = memoryview(bytearray(max(size for _, _, size in places)))
+
+    def loop() -> None:
+        decompressor = zstandard.ZstdDecompressor()
+        for file, offset, size in places:
+            file.seek(offset)
+            file.readinto(buffer[:size])
+            decompressor.decompress(buffer[:size])
+
+    return loop
+
+
+def read_all(dataset: Dataset, part: int = 0, parts: int = 1) -> None:
+    """Every sample's latent and text."""
+    for place in range(part, len(dataset), parts):
+        dataset.latent(place)
+        dataset.text(place)
+
+
+def worker(dataset: Dataset, part: int, parts: int, barrier: object) -> None:
+    """A process that reads its share, three times over, between two barriers."""
+    read_all(dataset, part, parts)
+    barrier.wait()
+    for _ in range(3):
+        read_all(dataset, part, parts)
+    barrier.wait()
+
+
+def processes_seconds(dataset: Dataset, parts: int) -> float:
+    """Seconds in which `parts` processes read the whole dataset three times, shared out."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(parts + 1)
+    workers = [context.Process(target=worker, args=(dataset, part, parts, barrier)) for part in range(parts)]
+    for process in workers:
+        process.start()
+    barrier.wait()
+    start = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - start
+    for process in workers:
+        process.join()
+    return seconds
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def print_sizes(dataset: Dataset) -> None:
+    """Stored bytes a sample against what they hold."""
+    bytes_of = {}
+    for kind, shard in (("latent", dataset.shard(0)), ("text", dataset.text_shard(0))):
+        bytes_of[kind] = shard.size / SAMPLES
+    raw, padded = int(np.prod(SHAPE)) * 2, 512 * DIM * 2
+    print(f"latent {bytes_of['latent']:,.0f} bytes a sample, raw float16 {raw:,}: {bytes_of['latent'] / raw:.3f} ×")
+    print(
+        f"text {bytes_of['text']:,.0f} bytes a sample of {TOKENS} tokens, padded to 512 {padded:,}: "
+        f"{bytes_of['text'] / padded:.3f} ×"
+    )
+
+
+def main() -> None:
+    """Print the ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "shards"
+        write(root)
+        dataset = open_dataset(root)
+        print_sizes(dataset)
+        bare = bare_loop(root)
+        bare()
+        read_all(dataset)
+        seconds = [(timed(bare), timed(lambda: read_all(dataset))) for _ in range(RUNS)]
+        ratio = statistics.median(loop / reader for loop, reader in seconds)
+        speed = len(dataset) / statistics.median(reader for _, reader in seconds)
+        print(f"reader / bare loop: {ratio:.2f} × (promise ≥ 0.85), {speed:.0f} samples/s")
+        pairs = [(processes_seconds(dataset, 1), processes_seconds(dataset, 2)) for _ in range(5)]
+        ratio = statistics.median(one / two for one, two in pairs)
+        load = os.getloadavg()[0]
+        print(f"two processes / one: {ratio:.2f} × (promise ≥ 1.7) on {os.cpu_count()} cores, load {load:.1f}")
+
+
+if __name__ == "__main__":
+    main()
