@@ -58,6 +58,7 @@ def in_order(
     num_workers: int,
     max_bytes: int,
     stop: threading.Event,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> Generator[Result, None, None]:
     """Results of `work(item, reserve)` in the order of `items`, made by threads ahead of the consumer.
 
@@ -67,6 +68,7 @@ def in_order(
         num_workers: threads.
         max_bytes: what may be reserved and not yet consumed.
         stop: set when the iterator is left early (an exception, Ctrl-C): work should look at it.
+        on_stop: called then, to end what cannot look.
     """
     budget = ByteBudget(max_bytes, stop)
     waiting: deque[tuple[int, Future[Result]]] = deque()
@@ -87,6 +89,7 @@ def in_order(
         if waiting:
             stop.set()
             budget.wake()
+            on_stop()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

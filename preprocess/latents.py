@@ -12,7 +12,7 @@ from preprocess.build import Prepared, Preparer, encode_clip, latent_identity
 from preprocess.config import PrepConfig
 from preprocess.engine import in_order
 from preprocess.fetch import Fetcher
-from preprocess.ffmpeg import ffmpeg_version
+from preprocess.ffmpeg import ffmpeg_version, runs_that_end
 from preprocess.info import grow_info
 from preprocess.plan import Candidate, Plan
 from shards.canonical import canonical_json
@@ -70,7 +70,10 @@ def build_latents(
         LOG.warning("encoders: %s: the latents are for demonstration only", vae.note)
     provenance = library_versions()
     stop = threading.Event()
-    with Fetcher(config.fetch, config.corpus, scratch, stop, config.engine.decoders) as fetcher:
+    with (
+        runs_that_end() as end_runs,
+        Fetcher(config.fetch, config.corpus, scratch, stop, config.engine.decoders) as fetcher,
+    ):
         preparer = Preparer(config, fetcher, tokenizer.count)
         results = in_order(
             _candidates(plan, units),
@@ -78,6 +81,7 @@ def build_latents(
             num_workers=config.engine.decoders,
             max_bytes=config.engine.max_queue_mib << 20,
             stop=stop,
+            on_stop=end_runs,
         )
         with closing(results), cpu_threads(config.engine.decoders):
             for unit in units:
