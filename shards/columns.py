@@ -5,8 +5,9 @@ A dataset of 160,000 samples is then a few arrays and two lists of text, not a m
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+import base64
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from shards.damage import ShardDamage
 from shards.layout import JSON_MEMBER, KEY, LATENTS
 
 _JSON_CHECK_DIGITS = 16
-SUMMARY_FIELDS = {"clip": str, "start_ms": int, "frames": int, "height": int, "width": int, "source_media": str}
+NUMBERS = ("start_ms", "frames", "height", "width")
+"""Fields of a latent's summary that are whole numbers."""
 
 
 def unit_columns(stored: StoredCommit) -> dict[str, Any]:
@@ -36,24 +38,37 @@ def unit_columns(stored: StoredCommit) -> dict[str, Any]:
         "provenance": commit.provenance,
         "key": [sample.key for sample in commit.samples],
         "json": [
-            [member.offset for member in json_members if member],
-            [member.size for member in json_members if member],
-            [int(member.sha256[:_JSON_CHECK_DIGITS], 16) for member in json_members if member],
+            pack(member.offset for member in json_members if member),
+            pack(member.size for member in json_members if member),
+            pack(int(member.sha256[:_JSON_CHECK_DIGITS], 16) for member in json_members if member),
         ],
-        "num_arrays": [len(of_sample) for of_sample in arrays],
+        "num_arrays": pack(len(of_sample) for of_sample in arrays),
         "specs": [[dtype, list(shape)] for dtype, shape in specs],
         "arrays": [
-            [member.offset for member in flat],
-            [member.size for member in flat],
-            [int(member.check or "", 16) for member in flat],
-            [specs.index((str(member.dtype), member.shape or ())) for member in flat],
+            pack(member.offset for member in flat),
+            pack(member.size for member in flat),
+            pack(int(member.check or "", 16) for member in flat),
+            pack(specs.index((str(member.dtype), member.shape or ())) for member in flat),
         ],
     }
     if commit.kind == LATENTS:
         summaries = [sample.summary.model_dump() for sample in commit.samples]
-        for field in (*SUMMARY_FIELDS, "category"):
-            columns[field] = [summary[field] for summary in summaries]
+        for field in NUMBERS:
+            columns[field] = pack(summary[field] for summary in summaries)
+        columns["is_image"] = pack(summary["source_media"] == "image" for summary in summaries)
+        columns["clip"] = [summary["clip"] for summary in summaries]
+        columns["category"] = [summary["category"] for summary in summaries]
     return columns
+
+
+def pack(values: Iterable[int]) -> str:
+    """Whole numbers as base64 of little-endian 64-bit words: to parse millions of decimals takes seconds."""
+    return base64.b64encode(np.array(list(values), "<u8").tobytes()).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    """int64 of what `pack` wrote. Raises ValueError or TypeError on anything else."""
+    return np.frombuffer(base64.b64decode(text, validate=True), "<i8").astype(np.int64, copy=False)
 
 
 class Spec(NamedTuple):
@@ -90,7 +105,7 @@ class Table(NamedTuple):
     arrays: np.ndarray
     """int64 [4, A]: offset, size, frame checksum, index into specs."""
     summary: dict[str, Any]
-    """For latents: clip and category as lists, the rest as int64 [N]; source_media is 1 for an image."""
+    """For latents: clip and category as lists, the rest as int64 [N]; is_image is 1 or 0."""
 
 
 class TableBuilder:
@@ -105,12 +120,10 @@ class TableBuilder:
         self._specs: dict[Spec, int] = {}
         self._keys: list[str] = []
         self._rows_of_shard: list[int] = []
-        self._num_arrays = array("q")
-        # Flat machine numbers: as Python objects they would be most of the memory of a large dataset.
-        self._json = (array("q"), array("q"), array("Q"))
-        self._arrays = (array("q"), array("q"), array("q"), array("q"))
-        self._summary: dict[str, Any] = {name: array("q") for name, kind in SUMMARY_FIELDS.items() if kind is int}
-        self._summary |= {"clip": [], "category": [], "source_media": []}
+        # Flat machine words: as Python objects they would be most of the memory of a large dataset.
+        self._words: dict[str, bytearray] = defaultdict(bytearray)
+        self._clips: list[str] = []
+        self._categories: list[str | None] = []
         self._shared: dict[str | None, str | None] = {}
 
     def add(self, root: int, columns: Mapping[str, Any], file: str) -> None:
@@ -123,40 +136,55 @@ class TableBuilder:
 
     def table(self, file: str) -> Table:
         """The table of all units added. Raises ShardDamage on numbers out of range."""
-        start = np.concatenate([[0], np.cumsum(np.frombuffer(self._num_arrays, np.int64))]).astype(np.int64)
-        documents = np.stack([np.frombuffer(column, np.int64) for column in self._json])
-        arrays = np.stack([np.frombuffer(column, np.int64) for column in self._arrays])
+        start = np.concatenate([[0], np.cumsum(self._column("num_arrays"))]).astype(np.int64)
+        documents = np.stack([self._column(f"json{place}") for place in range(3)])
+        arrays = np.stack([self._column(f"arrays{place}") for place in range(4)])
         shard = np.repeat(np.arange(len(self._shards), dtype=np.int32), self._rows_of_shard)
-        summary = self._summary_columns() if self._kind == LATENTS else {}
+        summary: dict[str, Any] = {}
+        if self._kind == LATENTS:
+            summary = {field: self._column(field) for field in (*NUMBERS, "is_image")}
+            summary |= {"clip": self._clips, "category": self._categories}
         table = Table(self._keys, self._shards, list(self._specs), shard, documents, start, arrays, summary)
         _check_places(table, file)
         return _in_order(table)
 
     def _append(self, root: int, columns: Mapping[str, Any]) -> None:
-        keys, counts = columns["key"], columns["num_arrays"]
-        ordinals = [self._spec(dtype, tuple(shape)) for dtype, shape in columns["specs"]]
-        documents, (offsets, sizes, checks, spec_of) = columns["json"], columns["arrays"]
-        summary = {field: columns[field] for field in self._summary} if self._kind == LATENTS else {}
-        _same_length(len(keys), counts, *documents, *summary.values())
-        _same_length(sum(counts), offsets, sizes, checks, spec_of)
-        if len(documents) != 3 or min(counts, default=1) < 1 or min(spec_of, default=0) < 0:
+        keys, counts = columns["key"], unpack(columns["num_arrays"])
+        documents = [unpack(column) for column in columns["json"]]
+        offsets, sizes, checks, spec_of = (unpack(column) for column in columns["arrays"])
+        ordinals = np.array([self._spec(dtype, tuple(shape)) for dtype, shape in columns["specs"]], np.int64)
+        _same_length(len(keys), counts, *documents)
+        _same_length(int(counts.sum()), offsets, sizes, checks, spec_of)
+        if len(documents) != 3 or (counts < 1).any() or (spec_of < 0).any():
             raise ValueError("counts out of range")
         if not all(map(KEY.fullmatch, keys)):
             raise ValueError("a key that is none")
+        words = {"num_arrays": counts, **{f"json{place}": column for place, column in enumerate(documents)}}
+        arrays = (offsets, sizes, checks, ordinals[spec_of] if len(spec_of) else spec_of)
+        words |= {f"arrays{place}": column for place, column in enumerate(arrays)}
+        if self._kind == LATENTS:
+            words |= self._summary(columns, len(keys))
         name, size, sha256 = columns["tar"]
         shard = Shard(root, columns["kind"], columns["unit"], name, int(size), sha256, columns["revision"])
-        for column, values in zip(self._arrays, (offsets, sizes, checks, [ordinals[s] for s in spec_of]), strict=True):
-            column.extend(values)
-        for column, values in zip(self._json, documents, strict=True):
-            column.extend(values)
-        for field, values in summary.items():
-            # Equal texts become one object: 160,000 categories are a few dozen.
-            shared = field in ("category", "source_media")
-            self._summary[field].extend([self._shared.setdefault(v, v) for v in values] if shared else values)
+        for field, column in words.items():
+            self._words[field] += column.tobytes()
         self._keys.extend(keys)
-        self._num_arrays.extend(counts)
         self._rows_of_shard.append(len(keys))
         self._shards.append(shard)
+
+    def _summary(self, columns: Mapping[str, Any], num_rows: int) -> dict[str, np.ndarray]:
+        words = {field: unpack(columns[field]) for field in (*NUMBERS, "is_image")}
+        clips, categories = columns["clip"], columns["category"]
+        _same_length(num_rows, clips, categories, *words.values())
+        if not all(type(clip) is str for clip in clips):
+            raise TypeError("a clip id that is no text")
+        self._clips.extend(clips)
+        # Equal texts become one object: 160,000 categories are a few dozen.
+        self._categories.extend([self._shared.setdefault(value, value) for value in categories])
+        return words
+
+    def _column(self, field: str) -> np.ndarray:
+        return np.frombuffer(self._words[field], np.int64)
 
     def _spec(self, dtype: Any, shape: tuple[Any, ...]) -> int:
         ordinal = self._specs.get(Spec(dtype, shape))
@@ -165,16 +193,6 @@ class TableBuilder:
                 raise TypeError(f"spec {dtype!r} {shape!r}")
             ordinal = self._specs[Spec(dtype, shape)] = len(self._specs)
         return ordinal
-
-    def _summary_columns(self) -> dict[str, Any]:
-        numbers = {name: np.frombuffer(v, np.int64) for name, v in self._summary.items() if isinstance(v, array)}
-        is_image = np.array([value == "image" for value in self._summary["source_media"]], np.int64)
-        return {
-            **numbers,
-            "clip": self._summary["clip"],
-            "category": self._summary["category"],
-            "source_media": is_image,
-        }
 
 
 def _check_places(table: Table, file: str) -> None:
@@ -207,6 +225,6 @@ def _in_order(table: Table) -> Table:
     return Table(keys, shards, table.specs, shard, table.json[:, rows], start, table.arrays[:, flat], summary)
 
 
-def _same_length(expected: int, *columns: Sequence[Any]) -> None:
+def _same_length(expected: int, *columns: Sized) -> None:
     if any(len(column) != expected for column in columns):
         raise ValueError(f"columns of {sorted({len(column) for column in columns})} values, expected {expected}")

@@ -291,7 +291,7 @@ class SampleView(Sequence[Sample]):
             int(row["frames"][place]),
             int(row["height"][place]),
             int(row["width"][place]),
-            "image" if row["source_media"][place] else "video",
+            "image" if row["is_image"][place] else "video",
             row["category"][place],
             int(self._num_variants[place]),
         )

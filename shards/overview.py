@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shards.canonical import canonical_digest
+from shards.columns import NUMBERS, unpack
 from shards.commit import dataset_revision
 from shards.dataset import Dataset, open_dataset
 from shards.dataset_info import read_info
@@ -38,7 +39,7 @@ def overview(root: str) -> dict[str, Any]:
         totals[kind]["units"] += 1
         totals[kind]["samples"] += len(columns["key"])
         if kind == LATENTS:
-            buckets.update(zip(columns["frames"], columns["height"], columns["width"], strict=True))
+            buckets.update(zip(*(unpack(columns[field]).tolist() for field in NUMBERS[1:]), strict=True))
     return {
         "root": storage.url(),
         "format_version": info.format_version,
