@@ -93,7 +93,9 @@ def write_flat_dataset(root: Path) -> None:
     """Ten samples, each of one latent value, so that what is behind the noise can be known."""
     import shards_data
 
-    def flat(latents, texts, clip, place, rng, channels, write=shards_data._write_sample):
+    write = shards_data._write_sample
+
+    def flat(latents, texts, clip, place, rng, *rest):
         class Flat:
             def standard_normal(self, shape):
                 return np.full(shape, rng.standard_normal()) if len(shape) == 4 else rng.standard_normal(shape)
@@ -101,7 +103,7 @@ def write_flat_dataset(root: Path) -> None:
             def integers(self, *bounds):
                 return rng.integers(*bounds)
 
-        return write(latents, texts, f"{clip}-{place}", 0, Flat(), channels)
+        return write(latents, texts, f"{clip}-{place}", 0, Flat(), *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards_data, "_write_sample", flat)

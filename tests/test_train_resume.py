@@ -165,9 +165,14 @@ def test_resume_never_and_by_path(tiny_shards, tmp_path):
     fit(config, resume=str(tmp_path / "run/checkpoints/step-0000004"))
     assert checkpoint_bytes(tmp_path / "run", 10) == before
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 11))
+    # Into another folder: a run of its own from there on.
+    elsewhere = make_config(tiny_shards, tmp_path / "elsewhere")
+    fit(elsewhere, resume=str(tmp_path / "run/checkpoints/step-0000004"))
+    assert [line["step"] for line in read_metrics(tmp_path / "elsewhere")] == list(range(5, 11))
+    assert checkpoint_bytes(tmp_path / "elsewhere", 10) == before
 
 
-@pytest.mark.parametrize("name", ["state.json", "lora.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "lora.safetensors", "optimizer.safetensors", "dataset-pin.json"])
 def test_a_damaged_checkpoint_is_named(tiny_shards, tmp_path, name):
     config = make_config(tiny_shards, tmp_path / "run", max_steps=4)
     fit(config)
@@ -201,7 +206,7 @@ def test_last_n_and_the_best_are_kept_without_pickles(tiny_shards, tmp_path):
         }
     )
     names = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert names == {"lora.safetensors", "optimizer.safetensors", "state.json"}
+    assert names == {"lora.safetensors", "optimizer.safetensors", "state.json", "dataset-pin.json"}
 
 
 def test_two_processes_do_not_share_a_folder(tiny_shards, tmp_path):

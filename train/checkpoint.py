@@ -4,6 +4,7 @@
                              average.safetensors    their moving average, where there is one
                              optimizer.safetensors  moments, or 8-bit codes with their scales
                              state.json             step, updates, position in the order, loss scale, versions, identity
+                             dataset-pin.json       the very commits of the dataset that the run reads
 
 There is no pickle, and no state of a random generator: every draw is a function of the step.
 """
@@ -31,6 +32,7 @@ MODEL_FILE = "model.safetensors"
 AVERAGE_FILE = "average.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+PIN_FILE = "dataset-pin.json"
 _NAME = re.compile(r"step-(\d{7,})")
 Count = Annotated[int, Field(ge=0)]
 
@@ -75,13 +77,16 @@ class RunState(Config):
     """Versions and hardware; a difference is told, not refused."""
 
 
-def write_checkpoint(folder: Path, state: RunState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def write_checkpoint(
+    folder: Path, state: RunState, tensors: Mapping[str, Mapping[str, Tensor]], pin: Mapping[str, Any]
+) -> Path:
     """Write `checkpoints/step-N` under `folder`, whole or not at all, and return its path.
 
     Args:
         folder: the run's `checkpoints` folder.
         state: goes into state.json.
         tensors: named tensors by file name; they are written as they are, from the CPU.
+        pin: opens the dataset again as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(state.step)
@@ -91,6 +96,7 @@ def write_checkpoint(folder: Path, state: RunState, tensors: Mapping[str, Mappin
     temporary.mkdir()
     for name, named in tensors.items():
         save_tensors(temporary / name, named)
+    write_text(temporary / PIN_FILE, json.dumps(pin) + "\n")
     write_text(temporary / STATE_FILE, state.model_dump_json(indent=1) + "\n")
     _sync(temporary)
     if final.exists():  # left by a run that was then resumed from an earlier checkpoint
@@ -118,6 +124,17 @@ def read_checkpoint(path: Path) -> RunState:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {STATE_FILE} holds {type(values).__name__}", expected="an object")
     return validate_config(RunState, values, origin=str(path / STATE_FILE))
+
+
+def read_pin(folder: Path) -> dict[str, Any]:
+    """The commits of the dataset that a checkpoint, or a run, was begun with."""
+    try:
+        pin = json.loads((folder / PIN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {PIN_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
+    if not isinstance(pin, dict):
+        raise UserError(f"{folder}: {PIN_FILE} holds {type(pin).__name__}", expected="an object")
+    return pin
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

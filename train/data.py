@@ -212,6 +212,8 @@ class Loader:
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
                 mend="see whether the storage answers, or raise data.read_timeout_seconds",
             ) from None
+        for item in items:  # not in the threads: a text that is too long is a mistake, not a damaged sample
+            check_text(item.text, self._text_len, item.key)
         batch = _stack(pending.step, pending.epoch, pending.bucket, items, self._text_len)
         return batch, pending.after
 
@@ -269,7 +271,6 @@ class Loader:
             text = self._dataset.null_text(self._config.data.null_caption)
         else:
             text = self._dataset.text(plan.ordinal, plan.draws.caption)
-        check_text(text, self._text_len, sample.key)
         latent = read_latent(self._dataset, plan.ordinal, sample)
         noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
         return SlotItem(plan, sample.key, latent, noise, text, replaced)

@@ -59,10 +59,10 @@ class RunLog:
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
         self._config = config
+        self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
+        self._board = _open_tensorboard(folder / "tensorboard", first_step)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._held_out = (folder / HELD_OUT_FILE).open("a", encoding="utf-8")
-        self._board = _open_tensorboard(folder / "tensorboard", first_step)
-        self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
         self._bar = _Bar(first_step - 1, max_steps)
 
     def __enter__(self) -> RunLog:

@@ -72,7 +72,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stack.enter_context(determinism(config.precision.deterministic))
         checkpoint.remove_leftovers(folder / "checkpoints")
         start = choose_checkpoint(folder, resume)
-        session = open_session(config, verify=verify, resuming=start is not None)
+        session = open_session(config, verify=verify, start=start)
         trainee, progress = session.trainee, Progress(session)
         if start is not None:
             progress.restore(start)

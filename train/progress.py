@@ -122,7 +122,7 @@ class Progress:
         }
         if self.average is not None:
             tensors[checkpoint.AVERAGE_FILE] = self.average
-        path = checkpoint.write_checkpoint(self.folder, self._state(), tensors)
+        path = checkpoint.write_checkpoint(self.folder, self._state(), tensors, self.session.dataset.pin())
         checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.best_step)
         return path
 

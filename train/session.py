@@ -24,14 +24,13 @@ from shards.config import dump_config
 from shards.console import LOG
 from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
-from train.checkpoint import find_checkpoints, write_text
+from train.checkpoint import PIN_FILE, find_checkpoints, read_checkpoint, read_pin, write_text
 from train.config import TrainConfig, dataset_roots, run_identity, slots_per_rank
 from train.data import check_model_fits, select_samples
 from train.evaluate import choose_held_out
 from train.order import Order, describe_buckets
 from train.trainee import Trainee, make_trainee, weights_digest
 
-PIN_FILE = "dataset-pin.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -51,14 +50,14 @@ class Session:
     """What decides the numbers; a resume insists on it."""
 
 
-def open_session(config: TrainConfig, *, verify: bool = False, resuming: bool = False) -> Session:
+def open_session(config: TrainConfig, *, verify: bool = False, start: Path | None = None) -> Session:
     """Open the dataset, check it against the model, build the model. Raises UserError for whatever does not fit.
 
-    `resuming` opens the very commits the run began with, though others were added to the dataset since.
+    `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
     """
     check_single_process()
     slots_per_rank(config.data, 1)
-    dataset = open_data(config, read_pin(Path(config.output)) if resuming else None)
+    dataset = open_data(config, None if start is None else read_pin(start))
     if verify:
         verify_dataset(config)
     ordinals, validation = select_samples(dataset, config.data)
@@ -83,17 +82,6 @@ def open_data(config: TrainConfig, pin: dict[str, Any] | None = None) -> Dataset
     data = config.data
     cache = None if data.cache is None else Path(data.cache)
     return open_dataset(dataset_roots(data), data.text_set, revision=data.revision, pin=pin, cache=cache)
-
-
-def read_pin(folder: Path) -> dict[str, Any] | None:
-    """The commits that the run in `folder` was begun with."""
-    path = folder / PIN_FILE
-    if not path.exists():
-        raise UserError(f"{path} is missing, so the run's shards are not known", mend="begin a new run")
-    pin = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(pin, dict):
-        raise UserError(f"{path}: holds {type(pin).__name__}", expected="an object")
-    return pin
 
 
 def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> dict[str, Any]:
@@ -130,6 +118,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     if resume == "auto":
         return found[-1] if found else None
     if resume != "never":
+        read_checkpoint(Path(resume))
         return Path(resume)
     if found:
         raise UserError(

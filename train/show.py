@@ -21,9 +21,10 @@ def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
     """What each slot of a step is, as JSON values: a function of the seed, the step and the dataset's revision."""
     import torch
 
+    from train.checkpoint import PIN_FILE, read_pin
     from train.loop import sigma_density
     from train.objective import loss_weight, model_timestep, sample_sigma
-    from train.session import PIN_FILE, open_data, read_pin
+    from train.session import open_data
 
     folder = Path(config.output)
     dataset = open_data(config, read_pin(folder) if (folder / PIN_FILE).exists() else None)
