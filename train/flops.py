@@ -127,6 +127,9 @@ def recompute_flops(dims: DiTConfig, shape: Shape, group: str, adapted: Collecti
         return score_flops(dims, shape)
     inside = {"ffn_up": ("ffn.0",)}.get(group) or tuple(n for n in block_linears(dims) if not n.startswith("ffn"))
     base = sum(linear_flops(dims, shape, name) for name in inside)
+    if group == "ffn_up" and "ffn.2" in adapted:
+        # Of the way down only its LoRA's low-rank product is needed again.
+        base += 2 * shape.all_tokens * rank * dims.ffn_dim
     return base + sum(lora_flops(dims, shape, name, rank) for name in inside if name in adapted)
 
 
