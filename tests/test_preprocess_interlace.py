@@ -170,6 +170,14 @@ def inspection(
         (inspection([True] * 4, {"progressive": 4}, {"progressive": 50}, order=2), "none", "all"),
         (inspection([True] * 4, {"progressive": 4}, {"tff": 50}, order=2), "tff", "all"),  # idet decides
         (inspection([True] * 4, {"unclear": 4}, {"undetermined": 60}), "auto", "all"),
+        (inspection([True] * 4, {"unclear": 4}, {"undetermined": 60}, order=2), "tff", "all"),
+        (inspection([True] * 4, {"unclear": 4}, {"undetermined": 60}, order=3), "bff", "all"),
+        (
+            inspection([True] * 4, {"unclear": 4}, {"undetermined": 60}, order=4),
+            "bff",
+            "all",
+        ),  # top coded, bottom shown
+        (inspection([True] * 4, {"unclear": 4}, {"undetermined": 60}, order=5), "tff", "all"),
         (inspection([True, False] * 2, {"tff": 2, "progressive": 1}), "auto", "flagged"),
     ],
 )
