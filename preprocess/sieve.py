@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from operator import eq
 
 from preprocess.config import SieveConfig
 from preprocess.records import Record
@@ -50,30 +49,23 @@ def sieve_words(texts: list[str], config: SieveConfig) -> Rejection | None:
 def repeated_word(text: str, most: int) -> str | None:
     """A word (between spaces) that occurs more than `most` times in the text, or None."""
     words = text.split()
-    if not _may_repeat(words, most):
+    if len(words) - len(set(words)) < most:
         return None
     word, count = Counter(words).most_common(1)[0]
     return word if count > most else None
 
 
-def _may_repeat(words: list[str], most: int) -> bool:
-    return len(words) > most and len(words) - len(set(words)) >= most
-
-
 def repeated_character(text: str, most: int) -> str | None:
     """The first run of one visible character longer than `most`, or None."""
-    # A run of most + 1 fills two neighbours of any sampling at stride `most // 2`: a cheap look before the real one.
-    stride = max(1, most // 2)
-    sampled = text[::stride]
-    if not any(map(eq, sampled, sampled[1:])):
-        return None
-    match = _run(most).search(text)
-    return match[0] if match else None
+    for word in text.split():
+        if len(word) > most and (match := _run(most).search(word)) is not None:
+            return match[0]
+    return None
 
 
 @functools.cache
 def _run(most: int) -> re.Pattern[str]:
-    return re.compile(rf"(\S)\1{{{most},}}")
+    return re.compile(rf"(.)\1{{{most},}}", re.DOTALL)
 
 
 def _refuse_media(media_type: str | None, config: SieveConfig) -> Rejection | None:
@@ -95,13 +87,16 @@ def _refuse_length(media_type: str | None, seconds: float | None, config: SieveC
 
 
 def _refuse_repeats(texts: list[str], joined: str, config: SieveConfig) -> Rejection | None:
+    # One look at the words of all texts together settles most records: where they repeat too little, no text of them
+    # does, and a run of one character lies within a word that is as long.
+    words = joined.split()
+    unique = set(words)
     most = config.max_word_repeats
-    # Where all texts together repeat too few words, no one of them does: one look settles most records.
-    if most is not None and _may_repeat(joined.split(), most):
+    if most is not None and len(words) - len(unique) >= most:
         for text in texts:
             if word := repeated_word(text, most):
                 return Rejection("sieve", "word-repeated", f"{short(word, 40)} more than {most} times in one caption")
     most = config.max_character_repeats
-    if most is not None and (run := repeated_character(joined, most)):
+    if most is not None and max(map(len, unique), default=0) > most and (run := repeated_character(joined, most)):
         return Rejection("sieve", "character-repeated", f"{short(run[0])} {len(run)} times in a row, more than {most}")
     return None
