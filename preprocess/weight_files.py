@@ -6,7 +6,6 @@ Nothing is read before it is needed: files are mapped, tensors are views of them
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +36,7 @@ def read_pickle(path: Path, rename: Callable[[str], str | None]) -> dict[str, We
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, torch.serialization.pickle.UnpicklingError) as error:
         raise damaged(path, error) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not a dictionary of tensors", expected="the published file")

@@ -278,3 +278,14 @@ def test_sizes_that_cannot_work_are_refused(sizes: dict[str, Any], message: str)
     """Before anything is built."""
     with pytest.raises(ValueError, match=message):
         DiTConfig(**{"dim": 96, "num_heads": 4, "num_layers": 1, "ffn_dim": 96, **sizes})
+
+
+def test_another_wan_is_refused_by_name_though_its_own_config_fits_it(tmp_path: Path) -> None:
+    """Without model.dims the sizes come from the checkpoint, so nothing else would notice."""
+    save_file({"patch_embedding.weight": torch.zeros(5120, 16, 1, 2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"this is Wan2\.1-T2V-14B or Wan2\.2-T2V-A14B"):
+        read_dit_config(tmp_path)
+    (tmp_path / "high_noise_model").mkdir()
+    with pytest.raises(UserError, match=r"this is Wan2\.2-A14B"):
+        read_dit_config(tmp_path)

@@ -18,6 +18,7 @@ from train.model_config import DiTConfig
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 CONFIG_KEY = "wan_dit_config"
+TI2V_NAME = "Wan2.2-TI2V-5B"
 MAX_JSON_BYTES = 10_000_000
 
 _TO_DIFFUSERS = (
@@ -78,6 +79,7 @@ def match_tensors(
     places = find_tensors(Path(path))
     names = _names_in(places, targets)
     _check_keys(path, places, names, targets)
+    refuse_other_wan(path, places)
     return places, names
 
 
@@ -108,6 +110,9 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 def _files_of(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if path.is_file():
         return [path], None
+    if (path / "high_noise_model").is_dir() or (path / "transformer_2").is_dir():
+        mend = "`wanprep fetch-model FOLDER` fetches it"
+        raise UserError(f"model.checkpoint: {path}: this is Wan2.2-A14B (two experts)", expected=TI2V_NAME, mend=mend)
     for folder in (path, path / "transformer"):
         if (folder / INDEX).is_file():
             indexed = _read_json(folder / INDEX).get("weight_map")
@@ -194,11 +199,18 @@ def recognise(places: Mapping[str, tuple[Path, tuple[int, ...]]]) -> str | None:
         return None
     dim, channels = places["patch_embedding.weight"][1][:2]
     return {
-        (3072, 48): "Wan2.2-TI2V-5B",
+        (3072, 48): TI2V_NAME,
         (1536, 16): "Wan2.1-T2V-1.3B",
         (5120, 16): "Wan2.1-T2V-14B or Wan2.2-T2V-A14B",
         (5120, 36): "Wan2.1-I2V-14B or Wan2.2-I2V-A14B",
     }.get((dim, channels))
+
+
+def refuse_other_wan(path: str | Path, places: Mapping[str, tuple[Path, tuple[int, ...]]]) -> None:
+    """Raise UserError for a checkpoint that is another Wan's: its latents and its text are not the shards'."""
+    other = recognise(places)
+    if other not in (None, TI2V_NAME):
+        raise UserError(f"{path}: this is {other}", expected=TI2V_NAME, mend="`wanprep fetch-model FOLDER` fetches it")
 
 
 def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -233,7 +245,9 @@ def read_dit_config(path: str | Path) -> DiTConfig:
     config_file = files[0].parent / "config.json"
     if not config_file.is_file():
         raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's whole folder")
-    return _parse_config(_read_json(config_file), find_tensors(path), config_file)
+    places = find_tensors(path)
+    refuse_other_wan(path, places)
+    return _parse_config(_read_json(config_file), places, config_file)
 
 
 def _parse_config(values: dict[str, Any], places: Mapping[str, tuple[Path, tuple[int, ...]]], file: Path) -> DiTConfig:
