@@ -25,6 +25,8 @@ class ModelConfig(Config):
     """Seed of the random weights when there is no checkpoint."""
     dims: DiTConfig | None = None
     """Size of the transformer; null: what the checkpoint says of itself."""
+    compile: bool = False
+    """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
 
     @model_validator(mode="after")
     def _known(self) -> ModelConfig:
@@ -132,10 +134,19 @@ class PrecisionConfig(Config):
 
 
 class CheckpointingConfig(Config):
-    """What is recomputed in the backward pass instead of stored."""
+    """What is computed again in the backward pass instead of stored. It moves no bit of loss or gradients."""
 
-    policy: Literal["none", "full"] = "none"
-    """Nothing, or every block."""
+    policy: Literal["auto", "none", "full", "selective"] = "auto"
+    """`auto`: store all that fits the GPU, on a CPU everything; `none`: nothing is computed again but norms and the
+    like; `full`: every block; `selective`: store what is worth most within `budget_gib`. Per block, and per bucket."""
+    budget_gib: PositiveNumber | None = None
+    """GiB a process for what blocks keep from forward to backward; only with `selective`."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> CheckpointingConfig:
+        if (self.policy == "selective") != (self.budget_gib is not None):
+            raise ValueError(f"policy {self.policy}, budget_gib {self.budget_gib}: selective takes one, no other does")
+        return self
 
 
 class ParallelConfig(Config):
@@ -213,6 +224,10 @@ class TrainConfig(Config):
     def _consistent(self) -> TrainConfig:
         if self.eval is not None and self.data.validation_fraction == 0:
             raise ValueError("eval needs held-out clips and data.validation_fraction is 0; raise it or set eval: null")
+        if self.lora is None and self.checkpointing.policy == "selective":
+            raise ValueError("checkpointing.policy: selective is for a LoRA beside a frozen base, and lora is null")
+        if self.model.compile and self.lora is not None and self.lora.dropout:
+            raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
             raise ValueError("checkpoint.export: best needs the held-out loss, and eval is null")
         if self.optim.schedule != "constant" and self.optim.warmup_updates >= self.max_steps:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from train import checkpoint
 from train.attention import device_facts
+from train.checkpointing import ChooseSaves, keep
 from train.config import TrainConfig
 from train.export import locate_lora
 from train.lora import inject, load_lora_state, save_export
 from train.lora_formats import read_lora, to_raw_state
-from train.model import WanDiT, build_model, set_checkpointing
+from train.model import WanDiT, build_model
 from train.model_config import DiTConfig
+from train.policy import make_chooser
 from train.precision import Precision, resolve_precision
 from train.weights import load_dit, read_dit_config, save_dit
 
@@ -110,11 +112,20 @@ def make_trainee(config: TrainConfig) -> Trainee:
     if config.lora is not None and config.lora.start_from is not None:
         start = read_lora(locate_lora(Path(config.lora.start_from))[0])
         load_lora_state(model, to_raw_state(start, config.lora), start.origin)
-    set_checkpointing(model, config.checkpointing.policy)
+    keep(model, choose_policy(config, dims, device, precision.dtype), compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return Trainee(config, dims, model, device, precision, weights, adapted)
+
+
+def choose_policy(config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype) -> ChooseSaves | str:
+    """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if config.lora is not None:
+        return make_chooser(config, dims, device_bytes=memory, compute_bytes=dtype.itemsize)
+    policy = config.checkpointing.policy
+    return policy if policy in ("none", "full") else "none" if memory is None else "full"
 
 
 def resolve_dims(config: TrainConfig) -> DiTConfig:
