@@ -37,7 +37,7 @@ RATES = {
     "50": Fraction(50),
     "59.94": Fraction(60000, 1001),
 }
-STARTS = (0.0, 0.417, 1.234, 2.9)
+STARTS = (0.0, 0.417, 2.9)
 SECONDS = 5
 
 
