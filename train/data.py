@@ -24,7 +24,7 @@ from shards.errors import UserError
 from shards.keys import is_validation
 from train.config import DataConfig, TrainConfig, slots_per_rank
 from train.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
-from train.order import START, Bucket, Order, Position
+from train.order import START, Bucket, Order, OrderedBatch, Position
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,15 +206,12 @@ class Loader:
         pending = self._pending.popleft()
         limit = self._config.data.read_timeout_seconds
         try:
-            items = [future.result(timeout=limit) for future in pending.futures]
+            batch = pending.batch.result(timeout=limit)
         except TimeoutError:
             raise UserError(
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
                 mend="see whether the storage answers, or raise data.read_timeout_seconds",
             ) from None
-        for item in items:  # not in the threads: a text that is too long is a mistake, not a damaged sample
-            check_text(item.text, self._text_len, item.key)
-        batch = _stack(pending.step, pending.epoch, pending.bucket, items, self._text_len)
         return batch, pending.after
 
     def close(self) -> None:
@@ -226,10 +223,18 @@ class Loader:
         chosen = self._order.batch(self._position)
         ordinals = [self._ordinals[place] for place in chosen.ordinals]
         plans = plan_step(self._config, self._dataset, ordinals, self._step, self._slots)
-        futures = [self._pool.submit(self._load, plan, self._step) for plan in plans]
+        items = [self._pool.submit(self._load, plan, self._step) for plan in plans]
+        # Behind its items in the queue, so that when it runs they are done or running: it cannot wait for itself.
+        batch = self._pool.submit(self._stack, self._step, chosen, items)
         self._position = self._order.next(self._position)
-        self._pending.append(_Pending(self._step, chosen.epoch, chosen.bucket, futures, self._position))
+        self._pending.append(_Pending(self._step, batch, self._position))
         self._step += 1
+
+    def _stack(self, step: int, chosen: OrderedBatch, futures: Sequence[Future[SlotItem]]) -> Batch:
+        items = [future.result() for future in futures]
+        for item in items:  # a text that is too long is a mistake, not a damaged sample: nothing replaces it
+            check_text(item.text, self._text_len, item.key)
+        return _stack(step, chosen.epoch, chosen.bucket, items, self._text_len)
 
     def _load(self, plan: SlotPlan, step: int) -> SlotItem:
         try:
@@ -278,9 +283,7 @@ class Loader:
 
 class _Pending(NamedTuple):
     step: int
-    epoch: int
-    bucket: Bucket
-    futures: list[Future[SlotItem]]
+    batch: Future[Batch]
     after: Position
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from train.config import OptimConfig
 
-STATE_8BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
+CODE_BOOKS = ("qmap1", "qmap2")
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -106,7 +107,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     tensors: dict[str, Tensor] = {}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if key in ("qmap1", "qmap2"):
+            if key in CODE_BOOKS:
                 tensors[key] = value.detach().cpu()
             else:
                 tensors[f"{name}.{key}"] = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
@@ -117,27 +118,25 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Restore what `optimizer_tensors` gave. Raises UserError when the tensors belong to another optimizer or model."""
-    left = set(tensors) - {"qmap1", "qmap2"}
-    restored: dict[nn.Parameter, dict[str, Any]] = {}
-    for parameter, name in names.items():
-        mine = [key for key in left if key.startswith(f"{name}.")]
-        state: dict[str, Any] = {}
-        for key in mine:
-            state[key.removeprefix(f"{name}.")] = _placed(tensors[key], parameter)
-        if "absmax1" in state:
-            state |= {key: tensors[key].to(parameter.device) for key in ("qmap1", "qmap2")}
-        left.difference_update(mine)
-        restored[parameter] = state
+    owners = {name: parameter for parameter, name in names.items()}
     expected = _expected_keys(optimizer)
-    strange = {key for state in restored.values() for key in state} - expected
-    if left or strange:
+    restored: dict[nn.Parameter, dict[str, Any]] = {}
+    strange = []
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        if name in owners and key in expected:
+            restored.setdefault(owners[name], {})[key] = _placed(tensor, owners[name])
+        elif full_name not in CODE_BOOKS:
+            strange.append(full_name)
+    if strange or (restored and len(restored) < len(names)):
         raise UserError(
-            f"the checkpoint's optimizer state does not fit: {', '.join(sorted(left | strange)[:5])}",
+            f"the checkpoint's optimizer state does not fit: {len(restored)} tensors, and {sorted(strange)[:5]}",
             expected=f"state of {type(optimizer).__name__} for {len(names)} tensors",
         )
     for parameter, state in restored.items():
-        if state:
-            optimizer.state[parameter] = state
+        if "absmax1" in state:
+            state |= {key: tensors[key].to(parameter.device) for key in CODE_BOOKS}
+        optimizer.state[parameter] = state
 
 
 def _expected_keys(optimizer: torch.optim.Optimizer) -> set[str]:
