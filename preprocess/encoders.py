@@ -222,16 +222,16 @@ def find_device(name: str) -> torch.device:
 
 
 @contextmanager
-def cpu_threads(num_decoders: int) -> Iterator[None]:
-    """Leave the decoders' cores to the decoders while the encoder runs on the CPU; no thread count changes a byte.
+def cpu_threads(num_others: int) -> Iterator[None]:
+    """Leave so many cores to others (the decoders) while an encoder runs on the CPU; no thread count changes a byte.
 
-    torch's threads wait by spinning: with as many as there are cores, beside busy decoders, an encoder of small
+    torch's threads wait by spinning: with as many as there are cores, on a busy machine, an encoder of small
     convolutions was measured to take ten times the CPU time.
     """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - num_decoders))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - num_others))
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ def build_texts(
     on_unit: Callable[[int, TextCounts], None],
 ) -> None:
     """Embed the captions of `units` (their latents are committed) into text set `set_name`. Raises UserError."""
-    from preprocess.encoders import load_text_encoder, load_tokenizer
+    from preprocess.encoders import cpu_threads, load_text_encoder, load_tokenizer
 
     encoder = load_text_encoder(config.encoders, load_tokenizer(config.encoders))
     identity = text_identity(config, encoder)
@@ -74,14 +74,15 @@ def build_texts(
     embed = _remember(encoder.embed)
     if not is_committed(storage, kind, NULL_UNIT):
         _write_nulls(storage, set_name, identity, config, encoder, scratch, provenance)
-    for unit in units:
-        records = {candidate.record.clip_id: candidate.record for candidate in plan.unit(unit)}
-        with ShardWriter(storage, kind, unit, identity, scratch, provenance) as writer:
-            counts = TextCounts()
-            for sample in read_commit(storage, LATENTS, unit).commit.samples:
-                counts = _add(counts, _write_sample(writer, sample, records, config, encoder, embed))
-            writer.seal()
-        on_unit(unit, counts)
+    with cpu_threads(1):
+        for unit in units:
+            records = {candidate.record.clip_id: candidate.record for candidate in plan.unit(unit)}
+            with ShardWriter(storage, kind, unit, identity, scratch, provenance) as writer:
+                counts = TextCounts()
+                for sample in read_commit(storage, LATENTS, unit).commit.samples:
+                    counts = _add(counts, _write_sample(writer, sample, records, config, encoder, embed))
+                writer.seal()
+            on_unit(unit, counts)
 
 
 def text_identity(config: PrepConfig, encoder: TextEncoder) -> dict[str, Any]:
