@@ -41,7 +41,8 @@ def make_config(root: Path | str, output: Path | str, **changes: Any) -> TrainCo
 def read_metrics(output: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (Path(output) / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k and k != "memory_gib"} for line in lines]
+    clocked = ("memory_gib", "tflops", "mfu")
+    return [{k: v for k, v in line.items() if "seconds" not in k and k not in clocked} for line in lines]
 
 
 def checkpoint_bytes(output: Path | str, step: int) -> dict[str, bytes]:
