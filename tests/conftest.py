@@ -6,12 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 
 # Shapes in the hints of public functions are checked in the tests, and only there.
 SHAPE_CHECKED = ["attention", "lora", "model", "objective", "rope", "tokens"]
 jaxtyping.install_import_hook([f"train.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
+
+# A busy machine is no failure: an example has no time limit of its own, a test has pytest's.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture

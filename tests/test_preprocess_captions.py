@@ -210,6 +210,8 @@ def test_the_same_sentence_whatever_its_marks():
 REFERENCE_CASES = [
     "시장，골목（서울）을 걷는다。",
     "&amp;amp;lt;b&gt; 하늘",
+    "<i> &amp;amp;lt; 하늘",  # ftfy leaves entities beside a tag alone: html.unescape must be called twice
+    "<i> &amp;lt; 하늘",
     "schÃ¶n caf\u00e9",
     "  줄\n바꿈\t과   빈칸 ",
     "“따옴표” ﬁne ＡＢＣ",
