@@ -20,6 +20,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
 from shards.index import write_index
 from shards.keys import sample_key
+from shards.ledger import read_ledger, write_ledger
 from shards.storage import open_storage
 from shards.tar import BLOCK, Member, padding, scan_tar
 from shards.verify import Problem, verify
@@ -247,6 +248,16 @@ def test_a_flipped_bit_of_ledger_and_plan_is_named(root: Path, pattern: str) -> 
     for place in range(0, len(good), max(1, len(good) // 40)):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         assert [problem.file for problem in problems(root)] == [str(path)]
+
+
+def test_another_good_ledger_is_named(root: Path) -> None:
+    """A ledger of another run of the unit: whole, of the same samples, and not the commit's."""
+    (path,) = root.glob("latents/*1-*.ledger*")
+    rows = list(read_ledger(path.read_bytes()))
+    other = write_ledger([row.model_copy(update={"attempts": 3}) for row in rows])
+    assert len(other) == path.stat().st_size  # nothing but its digest tells
+    path.write_bytes(other)
+    assert {problem.file for problem in problems(root)} == {str(path)}
 
 
 def test_a_damaged_sample_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
