@@ -186,7 +186,7 @@ def recaption(text_set: str, config: Path, overrides: tuple[str, ...], as_json: 
     """Write another text set, SET, over all finished latents, by CONFIG's captions; no video is touched.
 
     \b
-    wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template={object}'
+    wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template="{object}"'
     """
     from preprocess.pipeline import recaption as write
     from preprocess.report import describe

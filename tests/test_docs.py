@@ -1,0 +1,136 @@
+"""The documents say what the program does: generated references, commands that parse, messages, links."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from preprocess.cli import main as wanprep
+from preprocess.config import PrepConfig
+from shards.cli import main as wanshards
+from shards.config import load_config
+from train.cli import main as wantrain
+from train.config import TrainConfig
+from train.sample_cli import SampleRun
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "README.ko.md", *(ROOT / "docs").rglob("*.md")])
+PROGRAMS = {"wanprep": wanprep, "wanshards": wanshards, "wantrain": wantrain}
+CONFIGS = {
+    "wanprep": PrepConfig,
+    "fit": TrainConfig,
+    "doctor": TrainConfig,
+    "show-step": TrainConfig,
+    "sample": SampleRun,
+}
+# What the tests cannot run: the published checkpoint, a real corpus, a run of one's own, a display that is watched.
+NEEDS_MORE = (
+    "/models/",
+    "/data/",
+    "configs/ti2v_5b_",
+    "configs/mbc_",
+    " RUN ",
+    "lora.safetensors for-",
+    "--watch",
+    "info lora-16",
+)
+
+
+def _commands(path, with_make=False):
+    """Commands of a document's shell blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [" ".join(shlex.split(line, comments=True)) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and (with_make or line.startswith(tuple(PROGRAMS)))]
+
+
+ALL_COMMANDS = sorted({(path.name, line) for path in DOCUMENTS for line in _commands(path)})
+
+
+def _generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["cli", "config"])
+def test_the_reference_is_what_the_program_says(name):
+    written = (ROOT / "docs/reference" / f"{name}.md").read_text(encoding="utf-8")
+    assert written == getattr(_generator(), f"{name}_text")(), "run: python docs/reference/generate.py"
+
+
+@pytest.mark.parametrize(("document", "line"), ALL_COMMANDS, ids=[f"{d}: {c[:60]}" for d, c in ALL_COMMANDS])
+def test_every_command_in_the_documents_parses_and_its_config_loads(document, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *words = next(
+        shlex.split(one, comments=True)
+        for path in DOCUMENTS if path.name == document
+        for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for one in block.splitlines() if " ".join(shlex.split(one, comments=True)) == line
+    )  # fmt: skip
+    command, context = PROGRAMS[program], click.Context(PROGRAMS[program], info_name=program)
+    path = []
+    while isinstance(command, click.Group):
+        assert words, f"{line}: a group without a command"
+        path.append(words[0])
+        assert words[0] in command.commands, f"{line}: no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(path[-1], list(words))
+    config = context.params.get("config")
+    cls = CONFIGS.get(program) or CONFIGS.get(path[-1])
+    if config is not None and cls is not None:
+        load_config(cls, config, context.params.get("overrides", ()))
+
+
+def test_the_korean_readme_has_the_same_commands():
+    english, korean = (_commands(ROOT / name, with_make=True) for name in ("README.md", "README.ko.md"))
+    assert korean == english
+
+
+def test_every_command_is_run_by_a_test_or_needs_what_tests_lack():
+    run = set(_commands(ROOT / "docs/tutorial.md"))
+    for document, line in ALL_COMMANDS:
+        if any(mark in f" {line} " for mark in NEEDS_MORE):
+            continue
+        assert line in run or document in ("README.md", "pictures.md"), f"{document}: {line}: nothing runs it"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_the_tutorials_commands_on_the_small_corpus_run_in_order(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8").split("## On the real corpus")[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in "".join(blocks).splitlines():
+        shell = ["sh", "-c", line]
+        done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for made in ("samples/text-to-video.mp4", "prompts.safetensors", "lora-16.safetensors", "merged/transformer"):
+        assert (tmp_path / "demo" / made).exists(), made
+
+
+def test_quoted_messages_are_the_programs():
+    source = "\n".join(path.read_text(encoding="utf-8") for name in PACKAGES for path in (ROOT / name).glob("*.py"))
+    rows = re.findall(r"^\| (`.+?`[^|]*) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for quoted in (piece for row in rows for piece in re.findall(r"`([^`]+)`", row)):
+        for part in quoted.split(" … "):
+            assert part in source, f"no message says {part!r}"
+
+
+PACKAGES = ("shards", "preprocess", "train")
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            if target == "docs/performance.md":  # written by the measurements that `make bench` is run for
+                continue
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
