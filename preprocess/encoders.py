@@ -20,6 +20,7 @@ from preprocess import checkpoint as checkpoints
 from preprocess import random_encoders
 from preprocess.config import EncodersConfig
 from preprocess.vae_config import LATENT_MEAN, LATENT_STD
+from shards.console import LOG
 from shards.errors import UserError
 from shards.identity import canonical_digest
 
@@ -149,7 +150,10 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
     """Load the VAE that the config names; small random weights without a checkpoint."""
     device = find_device(config.device)
     # Until the fast modes are measured against fp32 on the card, `auto` takes the mode that cannot be wrong.
-    precision = "fp32" if config.vae_precision == "auto" else config.vae_precision
+    precision = config.vae_precision
+    if precision == "auto":
+        precision = "fp32"
+        LOG.info("encoders.vae_precision: auto takes fp32")
     quiet_libraries()
     if config.checkpoint is None:
         vae = random_encoders.build_random_vae(config.random_seed).eval().requires_grad_(False)
