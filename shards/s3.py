@@ -95,19 +95,22 @@ class S3Storage:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """See Storage. A read that breaks off goes on where it broke off, at most ATTEMPTS times."""
-        done, failures = 0, 0
+        done, broken = 0, 0
         while done < len(buffer):
             try:
                 got = self._read_once(name, offset + done, buffer[done:])
+                if got == 0:
+                    break
             except _connection_errors() as error:
-                failures += 1
-                if failures >= ATTEMPTS:
+                got = 0
+                if broken + 1 == ATTEMPTS:
                     raise self._failure("read", name, error) from None
-                time.sleep(_FIRST_PAUSE_SECONDS * 2**failures)
-                continue
-            if got == 0:
-                break
             done += got
+            if done < len(buffer):
+                broken += 1
+                if broken == ATTEMPTS:
+                    raise self._failure("read", name, f"{done} of {len(buffer)} bytes after {ATTEMPTS} answers")
+                time.sleep(_FIRST_PAUSE_SECONDS * 2**broken)
         return done
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -250,7 +253,7 @@ class S3Storage:
             time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _failure(self, operation: str, name: str, error: Exception) -> StorageFailure:
+    def _failure(self, operation: str, name: str, error: Exception | str) -> StorageFailure:
         return StorageFailure(
             f"{self.url(name)}: {operation} failed: {error}",
             mend="check the bucket, the credentials (AWS_…), and the endpoint (?endpoint= or AWS_ENDPOINT_URL)",
@@ -307,7 +310,12 @@ def _is_whole(answer: Any, offset: int) -> bool:
 def _fill(body: Any, buffer: memoryview) -> int:
     done = 0
     while done < len(buffer):
-        part = body.read(min(len(buffer) - done, 2**20))
+        try:
+            part = body.read(min(len(buffer) - done, 2**20))
+        except _connection_errors():
+            if done == 0:
+                raise
+            break  # what came before the break is kept
         if not part:
             break
         buffer[done : done + len(part)] = part

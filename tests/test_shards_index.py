@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from shards_data import write_dataset
 from shards_scale import write_commits
 
-from shards.columns import pack, unit_columns, unpack
+from shards.columns import TableBuilder, pack, unit_columns, unpack
 from shards.commit import read_commit
+from shards.damage import ShardDamage
 from shards.dataset import Dataset, open_dataset
 from shards.index import write_index
 from shards.ledger import read_lines
@@ -138,6 +139,19 @@ def test_a_lying_index_gives_the_right_bytes_or_a_typed_error(root: Path, data: 
             assert found in expected
     except UserError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(0, -512), (0, 0), (0, 2**63 - 1), (1, -1), (1, 2**40), (3, 99), (3, -1)]
+)
+def test_a_place_outside_its_tar_is_refused_at_opening(root: Path, column: int, value: int) -> None:
+    columns = unit_columns(read_commit(open_storage(root), "latents", 1))
+    words = unpack(columns["arrays"][column]).tolist()
+    columns["arrays"][column] = pack(word % 2**64 for word in [*words[:-1], value])
+    builder = TableBuilder("latents")
+    with pytest.raises(ShardDamage, match=r"outside its tar|don't fit"):
+        builder.add(0, columns, "index")
+        builder.table("index")
 
 
 @pytest.mark.long

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from s3_servers import BUCKET, serve
 from shards_data import IDENTITY, PROVENANCE, write_dataset
+from urllib3.exceptions import ProtocolError
 
 import shards.s3
 from shards.canonical import canonical_json
 from shards.codec import array_facts, encode_array
-from shards.commit import is_committed, read_commit
+from shards.commit import Commit, is_committed, read_commit
 from shards.damage import MissingObject, ShardDamage, StorageFailure
 from shards.dataset import open_dataset
 from shards.errors import UserError
 from shards.index import write_index
 from shards.keys import sample_key
+from shards.ledger import LedgerRow, WindowRow
 from shards.s3 import S3Root, S3Storage, open_s3
 from shards.storage import LocalStorage, Storage, open_storage
 from shards.sweep import sweep
@@ -150,7 +152,22 @@ def write_unit(storage: Storage, scratch: Path, value: float) -> Any:
         members = {"json": canonical_json({"latent": array_facts(array)}), "latent.npy.zst": encode_array(array)}
         summary = {"clip": "a", "start_ms": 0, "frames": 1, "height": 32, "width": 32}
         writer.add(key, members, {**summary, "source_media": "image", "category": None})
-        return writer.seal([])
+        return writer.seal([ledger_row(key, value)])
+
+
+def ledger_row(key: str, seconds: float) -> LedgerRow:
+    """A row of which two runs differ in their seconds, as they do."""
+    window = WindowRow(key=key, start_seconds=0.0, status="accepted", reason=None, detail=None)
+    return LedgerRow(
+        candidate=0, clip_id="a", source="a.json", status="accepted", stage=None, reason=None, detail=None,
+        retryable=False, attempts=1, windows=(window,), seconds={"fetch": seconds}, bytes=1,
+    )  # fmt: skip
+
+
+def assert_whole(storage: Storage, commit: Commit) -> None:
+    """The tar and the ledger under a commit are its own."""
+    for blob in (commit.tar, commit.ledger):
+        assert blob and hashlib.sha256(storage.get(blob.name)).hexdigest() == blob.sha256
 
 
 def test_a_race_of_two_writers_leaves_one_whole_unit(either: Storage, tmp_path: Path) -> None:
@@ -162,9 +179,7 @@ def test_a_race_of_two_writers_leaves_one_whole_unit(either: Storage, tmp_path: 
         for thread in threads:
             thread.join()
         commit = read_commit(either, "latents", 0).commit
-        data = either.get(commit.tar.name)
-        assert hashlib.sha256(data).hexdigest() == commit.tar.sha256
-        assert commit.ledger and either.exists(commit.ledger.name)
+        assert_whole(either, commit)
         for entry in list(either.list("latents/")):
             either.delete(entry.name)
 
@@ -175,7 +190,7 @@ def test_the_second_writer_is_told(either: Storage, tmp_path: Path, endpoint: st
     stored = read_commit(either, "latents", 0).commit
     # Where conditions are honoured the first stands; where not, the last: either way a commit with its own tar.
     assert second == stored and stored in (first, second)
-    assert either.exists(stored.tar.name)
+    assert_whole(either, stored)
     if isinstance(either, LocalStorage):
         assert stored == first
 
@@ -253,8 +268,11 @@ def test_errors_that_pass_are_retried(storage: Storage, monkeypatch: pytest.Monk
         storage.get_range("x", 2, 4)
 
 
-def test_a_read_that_breaks_off_goes_on(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.put("x", bytes(range(256)))
+@pytest.mark.parametrize("with_error", [False, True])
+def test_a_read_that_breaks_off_goes_on(storage: Storage, monkeypatch: pytest.MonkeyPatch, with_error: bool) -> None:
+    """Every answer ends after 100 bytes, in silence or with a broken connection."""
+    data = bytes(range(256)) * 4
+    storage.put("x", data)
     client = storage._s3()  # type: ignore[attr-defined]
     real, ranges = client.get_object, []
 
@@ -263,9 +281,11 @@ def test_a_read_that_breaks_off_goes_on(storage: Storage, monkeypatch: pytest.Mo
             self.body, self.left = body, 100
 
         def read(self, length: int) -> bytes:
-            data = self.body.read(min(length, self.left))
-            self.left -= len(data)
-            return data
+            found = self.body.read(min(length, self.left))
+            self.left -= len(found)
+            if not found and with_error:
+                raise ProtocolError("broken")
+            return found
 
         def close(self) -> None:
             self.body.close()
@@ -276,8 +296,10 @@ def test_a_read_that_breaks_off_goes_on(storage: Storage, monkeypatch: pytest.Mo
         return {**answer, "Body": Broken(answer["Body"])}
 
     monkeypatch.setattr(client, "get_object", short)
-    assert storage.get_range("x", 0, 256) == bytes(range(256))
+    assert storage.get_range("x", 0, 256) == data[:256]
     assert ranges == ["bytes=0-255", "bytes=100-255", "bytes=200-255"]
+    with pytest.raises(StorageFailure, match="read failed"):
+        storage.get_range("x", 0, 1024)
 
 
 def test_a_server_that_ignores_ranges_is_read_rightly(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
