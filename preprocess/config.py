@@ -148,7 +148,7 @@ class FetchConfig(Config):
 
     allow_hosts: tuple[str, ...] = ("*.cloudfront.net",)
     """Hosts that may be asked, exact or `*.suffix`, and `s3://bucket`; redirects stay within them."""
-    mirrors: dict[str, str] = {}
+    mirrors: dict[str, str] = Field(default_factory=dict)
     """URL prefixes that are replaced before asking: `https://a/clips/: http://b/` reads clips from a copy at b."""
     timeout_seconds: PositiveSeconds = 60.0
     """Longest silence of a connection."""
