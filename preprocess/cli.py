@@ -119,7 +119,14 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 @_OVERRIDES
 @_JSON
 @_QUIET
-def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+@click.option(
+    "--probe",
+    "num_probed",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Fetch and look at N clips: buckets by the files themselves.",
+)
+def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, num_probed: int | None) -> None:
     """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
 
     Records that were added since the last plan become a further generation; nothing frozen changes.
@@ -127,8 +134,10 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -
     \b
     wanprep plan configs/mbc_832x480.yaml
     wanprep plan configs/mbc_832x480.yaml -o corpus.limit=1000
+    wanprep plan configs/mbc_832x480.yaml --probe 200
     """
     from preprocess.freeze import freeze_plan
+    from preprocess.look import describe_look, look_at_clips
     from preprocess.outlook import count_plan, describe_plan
     from preprocess.progress import count_documents
     from preprocess.scratch import scratch_folder
@@ -137,9 +146,15 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -
     _start(quiet)
     loaded = _load(config, overrides)
     storage = open_storage(loaded.output)
-    with scratch_folder(loaded.output) as scratch, count_documents("annotations read", quiet=quiet) as progress:
-        counts = count_plan(freeze_plan(storage, loaded, scratch=scratch, progress=progress), loaded)
-    _show(counts, describe_plan(counts), as_json)
+    with scratch_folder(loaded.output) as scratch:
+        with count_documents("annotations read", quiet=quiet) as progress:
+            frozen = freeze_plan(storage, loaded, scratch=scratch, progress=progress)
+        counts = count_plan(frozen, loaded)
+        lines = describe_plan(counts)
+        if num_probed is not None:
+            counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
+            lines += describe_look(counts["probed"])
+    _show(counts, lines, as_json)
 
 
 @main.command("build-shards")
