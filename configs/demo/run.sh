@@ -6,15 +6,17 @@ step() { printf '\n== %s\n$ %s\n' "$1" "$2"; sh -c "$2"; }
 
 step "1. A small annotated corpus, made by ffmpeg" \
     "wanprep demo-corpus demo/corpus ${CLIPS:-}"
-step "2. Download from the CDN's stand-in, filter, decode, encode, seal (encoders: small, random weights)" \
+step "2. What is to be done: frozen, so that a build that is killed goes on with the same units" \
+    "wanprep plan configs/demo/prep.yaml"
+step "3. Download from the CDN's stand-in, filter, decode, encode, seal (encoders: small, random weights)" \
     "wanprep build-shards configs/demo/prep.yaml --serve demo/corpus"
-step "3. What is in the shards" "wanshards ls demo/shards"
+step "4. What is in the shards" "wanshards ls demo/shards"
 step "   Is every byte what it was?" "wanshards verify demo/shards"
 key=$(wanshards ls demo/shards --keys | head -n 1)
 step "   One sample" "wanshards show demo/shards $key"
-step "4. A base that has learnt something: a small DiT of the real architecture, trained whole on the base-… clips" \
+step "5. A base that has learnt something: a small DiT of the real architecture, trained whole on the base-… clips" \
     "wantrain fit configs/demo/base.yaml"
-step "5. The LoRA, on the other clips" "wantrain fit configs/demo/train.yaml"
+step "6. The LoRA, on the other clips" "wantrain fit configs/demo/train.yaml"
 
 cat <<'END'
 
