@@ -154,7 +154,8 @@ def backward_block(
     values: Values, parts: BlockParts, shared: Shared, grad_BLD: Tensor, needs_input_gradient: bool
 ) -> tuple[Tensor | None, Gradients]:
     """Gradients of the block's input (float32) and of its LoRA, from the values kept."""
-    values, grads = dict(values), Gradients()
+    values = dict(values)
+    grads: Gradients = {}
     mod = _modulation(parts, shared)
     _fill(values, parts, shared, mod)
     values.pop("x", None)

@@ -43,6 +43,10 @@ class StepRecord(NamedTuple):
     """Of it, waiting for the batch."""
     tokens: int
     """Video tokens of the global batch."""
+    tflops: float
+    """Executed a second by a process, recomputation included, 10¹²."""
+    mfu: float | None
+    """The model's own FLOPs a second ÷ the GPU's peak; None where that is not known."""
     memory_gib: float
     """Peak of the device so far; of the process on a CPU."""
     num_image_to_video: int
@@ -76,7 +80,10 @@ class RunLog:
     def write_step(self, record: StepRecord) -> None:
         """One step, everywhere."""
         _append(self._metrics, record._asdict())
-        values = {name: getattr(record, name) for name in ("loss", "lr", "grad_norm", "loss_scale", "memory_gib")}
+        values = {
+            name: getattr(record, name)
+            for name in ("loss", "lr", "grad_norm", "loss_scale", "memory_gib", "tflops", "mfu")
+        }
         values["tokens_per_second"] = record.tokens / max(record.seconds, 1e-9)
         values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
         self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
@@ -128,8 +135,10 @@ def describe_step(record: StepRecord) -> str:
     line = (
         f"step {record.step}  loss {record.loss:.4f}  lr {record.lr:.2e}  grad {record.grad_norm or math.nan:.3g}  "
         f"{record.seconds:.2f} s/step  {record.tokens / max(record.seconds, 1e-9):,.0f} tokens/s  "
-        f"data wait {wait:.0f} %  {record.memory_gib:.1f} GiB"
+        f"{record.tflops:.3g} TFLOP/s  data wait {wait:.0f} %  {record.memory_gib:.1f} GiB"
     )
+    if record.mfu is not None:
+        line += f"  MFU {record.mfu:.0%}"
     if record.overflow:
         line += f"  SKIPPED: overflow in {record.overflow}, loss scale now {record.loss_scale:g}"
     for bad, taken in record.substituted:

@@ -22,6 +22,7 @@ from train.config import ObjectiveConfig, TrainConfig
 from train.data import Batch, Loader
 from train.export import export_metadata
 from train.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, read_lines
+from train.meter import Meter
 from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
 from train.progress import Progress
 from train.sample import Ready, prepare_prompts, sample_prompts
@@ -101,6 +102,9 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             )
         )
         pictures = _prepare_pictures(session, config)
+        meter = Meter(trainee)
+        for line in meter.before(list(session.order.buckets)):
+            log.say(line)
         if start is None:
             _evaluate(progress, log)
             _sample(progress, pictures)
@@ -131,6 +135,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     seconds=seconds,
                     data_wait_seconds=waited,
                     tokens=num_tokens(trainee, batch),
+                    **meter.rate(batch.bucket, seconds)._asdict(),
                     memory_gib=peak_memory_gib(trainee.device),
                     num_image_to_video=int(batch.image_first_B.sum()),
                     keys=batch.keys,
@@ -150,6 +155,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
 
         if progress.step != saved_step:
             _save(progress, log)
+        for line in meter.after():
+            log.say(line)
         return _finish(progress, log, stop.signal)
 
 
@@ -174,17 +181,23 @@ def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
     density = sigma_density(objective)
     sigma_B = sample_sigma(batch.sigma_quantile_B[rows], density)
     image_first_B = batch.image_first_B[rows]
-    noisy_BCTHW, target_BCTHW = add_noise(
-        batch.latent_BCTHW[rows].to(device), batch.noise_BCTHW[rows].to(device), sigma_B, image_first_B
+    latent_BCTHW, noise_BCTHW, text_BSE = (
+        send(x[rows], device) for x in (batch.latent_BCTHW, batch.noise_BCTHW, batch.text_BSE)
     )
+    noisy_BCTHW, target_BCTHW = add_noise(latent_BCTHW, noise_BCTHW, sigma_B, image_first_B)
     velocity_BCTHW = trainee.model(
         noisy_BCTHW,
         model_timestep(sigma_B).to(device),
         image_first_B,
-        batch.text_BSE[rows].to(device),
+        text_BSE,
         batch.dropout_key_B[rows],
     )
     return slot_losses(velocity_BCTHW, target_BCTHW, image_first_B, loss_weight(sigma_B, objective.weighting, density))
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Move to the device; to a GPU from pinned memory, so that the host goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def sigma_density(config: ObjectiveConfig) -> SigmaDensity:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from train.attention import device_facts
 from train.checkpointing import ChooseSaves, keep
 from train.config import TrainConfig
 from train.export import locate_lora
+from train.flops import Shape
 from train.lora import inject, load_lora_state, save_export
 from train.lora_formats import read_lora, to_raw_state
 from train.model import WanDiT, build_model
@@ -49,11 +50,19 @@ class Trainee:
     """What the optimizer moves, by name."""
     adapted: tuple[str, ...]
     """Modules that carry a LoRA; empty when the whole model is trained."""
+    policy: ChooseSaves | str
+    """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
 
     @property
     def file_name(self) -> str:
         """Name of the file that holds the trained weights in a checkpoint."""
         return checkpoint.LORA_FILE if self.adapted else checkpoint.MODEL_FILE
+
+    def saves(self, shape: Shape) -> Sequence[Collection[str]] | None:
+        """The groups that each block keeps in a micro-batch of this shape; None where autograd keeps what it wants."""
+        if callable(self.policy):
+            return self.policy(shape)
+        return None if self.policy == "none" else ((),) * self.dims.num_layers
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights, detached, not copied."""
@@ -112,11 +121,12 @@ def make_trainee(config: TrainConfig) -> Trainee:
     if config.lora is not None and config.lora.start_from is not None:
         start = read_lora(locate_lora(Path(config.lora.start_from))[0])
         load_lora_state(model, to_raw_state(start, config.lora), start.origin)
-    keep(model, choose_policy(config, dims, device, precision.dtype), compiled=config.model.compile)
+    policy = choose_policy(config, dims, device, precision.dtype)
+    keep(model, policy, compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Trainee(config, dims, model, device, precision, weights, adapted)
+    return Trainee(config, dims, model, device, precision, weights, adapted, policy)
 
 
 def choose_policy(config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype) -> ChooseSaves | str:

@@ -1,0 +1,124 @@
+"""What a run was planned to take, said at its start, and what it took, said at its end and in every step's line."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+
+from train.attention import device_facts
+from train.flops import Shape, num_tokens, step_flops
+from train.hardware import Gpu, by_driver_name
+from train.memory import Memory
+from train.order import Bucket
+from train.plan import Setting, describe_memory
+from train.policy import GIB, describe_saves, run_memory
+from train.trainee import Trainee
+
+WARM_UP_STEPS = 3
+"""Left out of the comparison: kernels are chosen and memory is gathered in them."""
+
+
+class Rate(NamedTuple):
+    """How fast a step was, a GPU."""
+
+    tflops: float
+    """Executed FLOPs, recomputation included, ÷ seconds, in 10¹²/s."""
+    mfu: float | None
+    """The model's own FLOPs, without recomputation, ÷ seconds ÷ the peak; None where no peak is known."""
+
+
+class Meter:
+    """Counts a run's FLOPs by its buckets, against the peak of the GPU where that is known."""
+
+    def __init__(self, trainee: Trainee, num_processes: int = 1) -> None:
+        self._trainee, self._config, self._dims = trainee, trainee.config, trainee.dims
+        self._num_processes = num_processes
+        self._gpu = gpu_of(trainee)
+        self._rates: list[Rate] = []
+        self._seconds: dict[Bucket, list[float]] = {}
+
+    def rate(self, bucket: Bucket, seconds: float) -> Rate:
+        """Take note of a step of a bucket."""
+        executed, own = self._flops(bucket)
+        peak = self._gpu.peak_tflops * 1e12 if self._gpu else None
+        rate = Rate(executed / seconds / 1e12, own / seconds / peak if peak else None)
+        self._rates.append(rate)
+        self._seconds.setdefault(bucket, []).append(seconds)
+        return rate
+
+    def before(self, buckets: list[Bucket]) -> list[str]:
+        """The plan's figures for the bucket that takes most, for people."""
+        largest = max(buckets, key=self._tokens)
+        executed, own = self._flops(largest)
+        lines = [
+            f"plan, largest bucket {largest}: {executed / 1e12:.3g} TFLOP a step and process, {executed / own:.2f} × "
+            "what it takes without recomputing" + self._expected_seconds(largest)
+        ]
+        memory, saves = self._memory(largest), self._saves(largest)
+        if memory is not None and saves is not None:
+            setting = Setting(self._config.checkpointing.policy, describe_saves(saves), memory, None, 0, 0, 0)
+            parts = [" ".join(line.split()) for line in describe_memory(setting)]
+            lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
+        return lines
+
+    def after(self) -> list[str]:
+        """What was measured beside what was planned."""
+        rates = self._rates[WARM_UP_STEPS:]
+        if not rates:
+            return []
+        mfu = [rate.mfu for rate in rates if rate.mfu is not None]
+        line = f"measured: {statistics.median(rate.tflops for rate in rates):.3g} TFLOP/s a GPU"
+        line += f", MFU {statistics.median(mfu):.1%}" if mfu else ""
+        lines = [line]
+        for bucket, seconds in sorted(self._seconds.items()):
+            median = statistics.median(seconds)
+            lines.append(f"measured, {bucket}: {median:.3g} s a step" + self._expected_seconds(bucket))
+        largest = max(self._seconds, key=self._tokens)
+        memory = self._memory(largest)
+        if memory is not None and self._trainee.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._trainee.device)
+            lines.append(
+                f"measured: {peak / GIB:.2f} GiB allocated at the peak, {peak / memory.allocated:.3f} × the planned "
+                f"{memory.allocated / GIB:.2f}"
+            )
+        return lines
+
+    def _tokens(self, bucket: Bucket) -> int:
+        return num_tokens(self._dims, *bucket)
+
+    def _shape(self, bucket: Bucket) -> Shape:
+        return Shape(self._config.data.micro_batch, self._tokens(bucket))
+
+    def _saves(self, bucket: Bucket) -> Sequence[Collection[str]] | None:
+        return self._trainee.saves(self._shape(bucket))
+
+    def _flops(self, bucket: Bucket) -> tuple[float, float]:
+        """Of one process's share of a step: executed, and without recomputation."""
+        shape, data = self._shape(bucket), self._config.data
+        passes = data.global_batch / data.micro_batch / self._num_processes
+        executed = step_flops(self._dims, shape, self._config.lora, self._saves(bucket), num_rows=2)
+        own = step_flops(self._dims, shape, self._config.lora, num_rows=2)
+        return executed * passes, own * passes
+
+    def _memory(self, bucket: Bucket) -> Memory | None:
+        saves = self._saves(bucket)
+        if saves is None or self._config.lora is None:
+            return None
+        compute_bytes = self._trainee.precision.dtype.itemsize
+        return run_memory(self._config, self._dims, self._shape(bucket), saves, compute_bytes)
+
+    def _expected_seconds(self, bucket: Bucket) -> str:
+        if self._gpu is None:
+            return "; the device's peak is not known here"
+        at_peak = self._flops(bucket)[0] / (self._gpu.peak_tflops * 1e12)
+        share, name = self._gpu.efficiency, self._gpu.name
+        return f"; planned {at_peak / share:.3g} s at {share:.0%} of {name}'s peak ({at_peak:.3g} s at 100 %)"
+
+
+def gpu_of(trainee: Trainee) -> Gpu | None:
+    """The GPU a run is on, when it is one whose peak is known and the run computes in 16 bits."""
+    facts = device_facts(trainee.device)
+    return by_driver_name(facts.name) if facts.kind == "cuda" and trainee.precision.dtype.itemsize == 2 else None
