@@ -197,6 +197,17 @@ def test_fp16_overflow_skips_halves_and_names_the_block(tiny_shards, tmp_path, s
     assert step_once(session, again)[2] is None
 
 
+def test_the_loss_scale_is_taken_out_of_the_gradients(tiny_shards, tmp_path):
+    # AdamW would hide a factor; the logged norm and the clipping would not.
+    norms = {}
+    for compute, scale in (("fp32", 65536.0), ("fp16", 65536.0), ("fp16", 128.0)):
+        config = make_config(tiny_shards, tmp_path / "run", precision__compute=compute, precision__initial_scale=scale)
+        session = open_session(config)
+        norms[compute, scale] = step_once(session, Progress(session))[1]
+    assert norms["fp16", 65536.0] == pytest.approx(norms["fp32", 65536.0], rel=0.02)
+    assert norms["fp16", 128.0] == pytest.approx(norms["fp32", 65536.0], rel=0.02)
+
+
 @pytest.mark.parametrize("compute", ["fp16", "fp32"])
 def test_skips_in_a_row_are_bounded(tiny_shards, tmp_path, compute):
     config = make_config(
