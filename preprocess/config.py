@@ -63,7 +63,7 @@ class WindowConfig(Config):
     max_windows: Positive = 1
     """Most windows taken from one clip."""
     max_scene_score: Annotated[float, Field(gt=0, le=1)] | None = None
-    """No window across a shot change: ffmpeg's scene score above which a frame counts as a cut. null: not looked for."""
+    """No window across a shot change: ffmpeg's scene score above which a frame is a cut; null: not looked for."""
 
     @model_validator(mode="after")
     def _whole_latents(self) -> WindowConfig:
@@ -71,7 +71,7 @@ class WindowConfig(Config):
             below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
             raise ValueError(f"num_frames {self.num_frames} is not 4k+1; the nearest are {below} and {below + 4}")
         if self.policy in ("start", "middle") and self.max_windows > 1:
-            raise ValueError(f"policy {self.policy} takes one window of a clip, not {self.max_windows}; tile takes more")
+            raise ValueError(f"policy {self.policy} takes one window of a clip, not {self.max_windows}; see tile")
         return self
 
 

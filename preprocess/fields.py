@@ -195,7 +195,7 @@ def read_captions(
     if not isinstance(items, list):
         defects.add("wrong-type-captions")
         items = [items]
-    captions = []
+    captions: list[dict[str, Any]] = []
     for item in items:
         if not isinstance(item, dict):
             defects.add("wrong-type-captions")

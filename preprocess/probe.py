@@ -81,7 +81,8 @@ def inspect_file(path: Path, config: PrepConfig) -> Inspection:
     if result.overflowed or result.returncode:
         lines = result.stderr.strip().splitlines()
         reason = "too-large" if lines and "MemoryError" in lines[-1] else "inspector-failed"
-        _reject(reason, lines[-1] if lines else f"exit code {result.returncode}")
+        # It answers for every file it can read or not; that it failed itself says nothing of the file for good.
+        _reject(reason, lines[-1] if lines else f"exit code {result.returncode}", retryable=reason != "too-large")
     try:
         return Inspection.model_validate_json(bytes(result.stdout))
     except ValidationError as error:

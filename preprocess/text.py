@@ -58,7 +58,7 @@ def _split_line(line: str) -> list[str]:
 @functools.cache
 def _ftfy() -> ModuleType:
     try:
-        import ftfy  # noqa: PLC0415 - only captions need it
+        import ftfy
     except ImportError:
         raise UserError(
             "ftfy is not installed",
