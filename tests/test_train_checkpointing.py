@@ -200,3 +200,26 @@ def test_cuda_kernels_take_what_they_are_given(name: str) -> None:
         grads = kernels.attend_backward(name, grad, q, k, v, out, residue)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
         assert all(x.is_contiguous() for x in (out, *grads))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, inside Inductor
+@pytest.mark.parametrize("image_first", [False, True])
+def test_compiled_blocks_are_two_graphs_without_a_break(image_first: bool) -> None:
+    """Forward and backward; the first trained block's backward pass has no input gradient and runs as it is."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+
+    lora = LoRAConfig(rank=4)
+    eager, compiled = make_model(lora), make_model(lora)
+    keep(eager, "none")
+    keep(compiled, lambda shape: [("attention",)] * DIMS.num_layers, compiled=True)
+    dynamo.reset()
+    counters.clear()
+    velocity, grads = run(eager, image_first)
+    our_velocity, our_grads = run(compiled, image_first)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert float((our_velocity - velocity).norm() / velocity.norm()) < 1e-6
+    for name, grad in grads.items():
+        assert float((our_grads[name] - grad).norm() / grad.norm()) < 2e-6, name

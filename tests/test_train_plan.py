@@ -94,9 +94,9 @@ def test_auto_keeps_as_much_as_fits(gpu: str, tokens: int) -> None:
         return
     saves = choose(shape)
     memory = run_memory(config(), TI2V_5B, shape, saves, 2).total
-    assert memory <= limit
+    assert memory <= 0.97 * limit
     if saves != (SAVE_GROUPS,) * 30 and any(len(groups) < 3 for groups in saves):
-        assert memory > 0.97 * limit
+        assert memory > 0.94 * limit
     fewest, most = len(saves[0]), len(saves[-1])
     assert fewest <= most
 

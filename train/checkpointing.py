@@ -107,7 +107,8 @@ def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
 class _LeanBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, call: _Call, *weights: Tensor) -> Tensor:
-        out_BLD, values = call.forward(x_BLD, _parts(call), call.shared, tuple(call.saves))
+        # Detached, so that the first block's input is like the others' and one compiled graph serves all.
+        out_BLD, values = call.forward(x_BLD.detach(), _parts(call), call.shared, tuple(call.saves))
         ctx.call, ctx.names = call, list(values)
         ctx.save_for_backward(*values.values())
         return out_BLD

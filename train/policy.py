@@ -19,6 +19,8 @@ from train.model_config import DiTConfig, LoRAConfig
 
 Saves = tuple[Collection[str], ...]
 GIB = 2**30
+AUTO_SHARE = 0.97
+"""Share of a GPU's memory that `auto` plans with: the workspace within it is an estimate."""
 
 
 def rank_groups(
@@ -103,7 +105,7 @@ def make_chooser(
         if policy == "full":
             return nothing
         if policy == "auto":
-            limit = device_bytes or 0
+            limit = int(AUTO_SHARE * (device_bytes or 0))
             chosen = save_most(
                 dims,
                 shape,
@@ -139,7 +141,7 @@ def _refuse_device(config: TrainConfig, dims: DiTConfig, shape: Shape, limit: in
         mend = f"data.micro_batch: 1 (it is {shape.batch}); " + mend
     raise UserError(
         f"{shape.batch} samples of {shape.tokens:,} tokens need {need.total / GIB:.1f} GiB with every block recomputed",
-        expected=f"at most {limit / GIB:.1f} GiB, what this GPU has",
+        expected=f"at most {limit / GIB:.1f} GiB, {AUTO_SHARE:.0%} of what this GPU has",
         mend=mend,
     )
 
