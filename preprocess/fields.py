@@ -30,6 +30,8 @@ MAX_URL_CHARACTERS = 4096
 MAX_SIDE = 65_535
 MAX_FPS = 1000.0
 MAX_LABEL_CHARACTERS = 32
+MAX_FIGURE_CHARACTERS = 64
+"""A size, rate or length written longer than this is none."""
 BEYOND_CLIP_SECONDS = 1.0
 """A caption that starts later than this after the declared end is not of this clip's time axis."""
 
@@ -61,7 +63,8 @@ def read_text(value: Any, name: str, defects: set[str]) -> str | None:
 
 
 def read_clip_id(clip_id: Any, file_id: Any, source: str, defects: set[str]) -> str | Rejection:
-    first, second = _id_text(clip_id, "clip_id", defects), _id_text(file_id, "file_id", defects)
+    first = _id_text(clip_id, "clip_id", defects)
+    second = first if file_id == clip_id else _id_text(file_id, "file_id", defects)
     if first and second and first != second:
         defects.add("id-conflict")
     chosen = first or second
@@ -77,6 +80,8 @@ def read_clip_id(clip_id: Any, file_id: Any, source: str, defects: set[str]) -> 
 
 
 def _id_text(value: Any, name: str, defects: set[str]) -> str | None:
+    if isinstance(value, str):
+        return value.strip() or None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
         defects.add(f"wrong-type-{name}")
         return str(value)
@@ -101,7 +106,7 @@ def read_media_type(value: Any, url: str | None, defects: set[str]) -> str | Non
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     return float(value) if -MAX_SECONDS < value < MAX_SECONDS and math.isfinite(value) else math.nan
 
@@ -110,9 +115,7 @@ def read_seconds(value: Any, defects: set[str]) -> float | None:
     """Declared length in seconds: a number, `HH:MM:SS.ss`, or a timecode."""
     if value is None or value == "":
         return None
-    seconds = _number(value)
-    if seconds is None and isinstance(value, str):
-        seconds = _length_of(value[:64])
+    seconds = _length_of(value) if isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS else _number(value)
     if seconds is None or not 0 < seconds < MAX_SECONDS:
         defects.add("bad-length")
         return None
@@ -132,14 +135,19 @@ def _length_of(text: str) -> float | None:
 def read_fps(value: Any, defects: set[str]) -> float | None:
     if value is None or value == "":
         return None
-    fps = _number(value)
-    if fps is None and isinstance(value, str) and (match := _RATE.fullmatch(value[:32])):
-        above, below = float(match[1]), float(match[2] or 1)
-        fps = above / below if below else None
+    fps = _rate_of(value) if isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS else _number(value)
     if fps is None or not 0 < fps <= MAX_FPS:
         defects.add("bad-frame-rate")
         return None
     return fps
+
+
+@functools.lru_cache(maxsize=4096)
+def _rate_of(text: str) -> float | None:
+    match = _RATE.fullmatch(text)
+    if match is None or not float(match[2] or 1):
+        return None
+    return float(match[1]) / float(match[2] or 1)
 
 
 def read_resolution(direct: Any, detailed: Any, defects: set[str]) -> tuple[int | None, int | None]:
@@ -148,7 +156,8 @@ def read_resolution(direct: Any, detailed: Any, defects: set[str]) -> tuple[int 
     for value in (direct, detailed):
         if value is None or value == "":
             continue
-        size = _size_of(value[:64]) if isinstance(value, str) else _size_of_parts(value)
+        is_text = isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS
+        size = _size_of(value) if is_text else _size_of_parts(value)
         if size is None:
             defects.add("bad-resolution")
         else:
