@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from preprocess.clip_cache import ClipCache
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.fetch_source import Limits, Partial, Source, Trouble, open_source, redact
+from preprocess.fetch_source import Limits, Partial, Source, Trouble, cache_name, open_source, redact
 from preprocess.records import Record
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
@@ -84,10 +84,11 @@ class Fetcher:
     def _cached(self, url: str, path: Path) -> Clip:
         if self._cache is None:
             return self._download(url, path)
-        if self._cache.take(redact(url), path):
+        name = cache_name(url)
+        if self._cache.take(name, path):
             return Clip(path, path.stat().st_size, attempts=0)
         clip = self._download(url, path)
-        self._cache.keep(redact(url), path)
+        self._cache.keep(name, path)
         return clip
 
     def _download(self, url: str, path: Path) -> Clip:

@@ -20,6 +20,7 @@ CHUNK_BYTES = 1 << 18
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
+_SIGNING = {"Expires", "Signature", "Key-Pair-Id", "Policy", "AWSAccessKeyId", "Hash-Algorithm"}
 _S3_REASONS = {"NoSuchKey": 404, "NoSuchBucket": 404, "AccessDenied": 403, "SlowDown": 503}
 
 
@@ -164,6 +165,20 @@ def redact(url: str) -> str:
     except ValueError:
         return "(not a URL)"
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+
+
+def cache_name(url: str) -> str:
+    """What tells one clip's URL from another's, however often it is signed anew; to be hashed, never written.
+
+    The query is kept but for the parameters of a signature (CloudFront's, S3's): it may well name the clip.
+    """
+    query = url.partition("#")[0].partition("?")[2]
+    kept = [item for item in query.split("&") if item and not _signs(item.partition("=")[0])]
+    return f"{redact(url)}?{'&'.join(kept)}"
+
+
+def _signs(parameter: str) -> bool:
+    return parameter in _SIGNING or parameter.lower().startswith("x-amz-")
 
 
 def open_source(source: Source, url: str, partial: Partial, limits: Limits, stopped: Callable[[], bool]) -> None:

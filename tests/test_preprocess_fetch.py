@@ -11,7 +11,7 @@ from odd_server import BODY, cut, drip, odd_server, other_content, stall, status
 from preprocess import fetch as fetching
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.fetch import Fetcher, attempts_of
-from preprocess.fetch_source import redact
+from preprocess.fetch_source import cache_name, redact
 from preprocess.records import Record
 from preprocess.rejection import ClipRejected
 
@@ -228,6 +228,17 @@ def test_the_cache_is_shared_and_bounded(fetch, tmp_path):
         assert len(kept) == 2 and sum(path.stat().st_size for path in kept) == 2 * len(BODY)
         assert fetch(f"{server.url}/a{SECRET}", cache=str(cache), cache_gib=2 * one) == BODY  # b went: least recent
         assert len(server.requests) == 3
+
+
+def test_the_cache_tells_clips_apart_by_their_query_but_not_by_their_signature(fetch, tmp_path):
+    cache = str(tmp_path / "cache")
+    with odd_server(get=[whole, other_content]) as server:
+        assert fetch(f"{server.url}/get?id=1", cache=cache) == BODY
+        assert fetch(f"{server.url}/get?id=2", cache=cache) == b"new" * 1000
+        assert fetch(f"{server.url}/get?id=1&X-Amz-Signature=hush&Expires=2#f", cache=cache) == BODY
+        assert len(server.requests) == 2
+    assert cache_name(f"http://a/b{SECRET}") == cache_name("http://a/b") != cache_name("http://a/b?id=1")
+    assert not [path for path in (tmp_path / "cache").rglob("*id=*")]
 
 
 def test_stopping_interrupts_a_wait(tmp_path):
