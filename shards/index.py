@@ -1,7 +1,7 @@
 """index.jsonl.zst: all commits as columns, one line a unit. A cache: rebuilt from the commits at will, never trusted.
 
-A line counts only while the root's listing shows the commit with the size the line says and the tar it names; any
-other unit is read from its commit. So an index that is stale or lost costs time and changes nothing.
+A line counts only while the root's listing shows the commit with the size the line says and, as the unit's only tar,
+the one it names; any other unit is read from its commit. So a stale or lost index costs time and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,24 +29,29 @@ _THREADS = 16
 
 
 class Listing(NamedTuple):
-    """What a root's listing shows: sizes of commits by (kind, unit), and of all other objects by name."""
+    """What a root's listing shows: sizes of commits by (kind, unit), of all other objects by name, each unit's tars."""
 
     commits: dict[tuple[str, int], int]
     objects: dict[str, int]
+    tars: dict[tuple[str, int], list[str]]
+    """More than one where a killed or beaten writer left its own, or a unit was made anew."""
 
 
 def list_root(storage: Storage, kinds: list[str]) -> Listing:
     """List the folders of `kinds`."""
     commits: dict[tuple[str, int], int] = {}
     objects: dict[str, int] = {}
+    tars: dict[tuple[str, int], list[str]] = {}
     for kind in kinds:
         for entry in storage.list(f"{kind}/"):
             name = parse_name(entry.name)
             if name and name.what == "commit":
                 commits[name.kind, name.unit] = entry.size
-            else:
-                objects[entry.name] = entry.size
-    return Listing(commits, objects)
+                continue
+            objects[entry.name] = entry.size
+            if name and name.what == "tar":
+                tars.setdefault((name.kind, name.unit), []).append(entry.name)
+    return Listing(commits, objects, tars)
 
 
 def text_sets(storage: Storage) -> list[str]:
@@ -82,12 +87,17 @@ def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterat
 
 
 def _holds(columns: dict[str, Any], listing: Listing) -> bool:
-    """Whether a line of the index is that of a commit in the listing, and its tar is there."""
+    """Whether a line of the index is that of a commit in the listing, and its tar is the only one of the unit.
+
+    A unit made anew can have a commit of the same size, and the old tar may lie there still: with two tars the listing
+    does not say which one the commit names. With one, it is that one, for a tar's name carries its digest.
+    """
     try:
         unit, (commit_size, _), (tar, size, _) = _unit_of(columns), columns["commit"], columns["tar"]
     except (KeyError, TypeError, ValueError):
         return False
-    return listing.commits.get(unit) == commit_size and listing.objects.get(str(tar)) == size
+    is_only_tar = listing.tars.get(unit) == [tar] and listing.objects.get(tar) == size
+    return is_only_tar and listing.commits.get(unit) == commit_size
 
 
 def _unit_of(columns: dict[str, Any]) -> tuple[str, int]:
