@@ -19,7 +19,7 @@ from shards.canonical import parse_json
 from shards.codec import MAX_ARRAY_BYTES, decode_array, frame_checksum
 from shards.columns import Shard, Table
 from shards.damage import ShardDamage
-from shards.dataset_info import DatasetInfo
+from shards.dataset_info import DatasetInfo, text_command
 from shards.errors import UserError
 from shards.keys import is_validation
 from shards.layout import JSON_MEMBER, LATENT_MEMBER, text_member
@@ -172,7 +172,7 @@ class Dataset:
         if table is None:
             raise UserError(
                 f"text set {self._opened.text_set!r} has no null embeddings in {self._opened.where()}",
-                mend="`wanprep build-shards CONFIG` (or `wanprep recaption`) writes them",
+                mend=f"{text_command(self._opened.text_set or 'default')} writes them",
             )
         return self._array(table, table.keys.index(which), 0, text_member(0))
 

@@ -81,13 +81,18 @@ class DatasetInfo(Config):
             raise UserError(
                 f"text set {name!r} is not in the dataset",
                 expected=f"one of its text sets: {there}",
-                mend=f"`wanprep recaption CONFIG --text-set {name}` makes it",
+                mend=f"{text_command(name)} makes it",
             )
         return self.text_sets[name].identity
 
     def planned_units(self) -> set[int]:
         """The units of all generations."""
         return {unit for gen in self.generations for unit in range(gen.first_unit, gen.first_unit + gen.num_units)}
+
+
+def text_command(text_set: str) -> str:
+    """The command that makes a text set, in backticks, for messages."""
+    return "`wanprep build-shards CONFIG`" if text_set == "default" else f"`wanprep recaption {text_set} CONFIG`"
 
 
 def read_info(storage: Storage) -> DatasetInfo:
@@ -140,7 +145,7 @@ def _check_growth(old: DatasetInfo, new: DatasetInfo, root: str) -> None:
     refuse_mismatch(new.identity, old.identity, f"the dataset at {root}")
     for name, text_set in old.text_sets.items():
         if name in new.text_sets:
-            mend = "give the new text set another name (`--text-set NAME`), or take back the change"
+            mend = f"give the new text set another name ({text_command('NAME')}), or take back the change"
             refuse_mismatch(new.text_sets[name].identity, text_set.identity, f"text set {name!r} at {root}", mend)
     if new.generations[: len(old.generations)] != old.generations:
         raise UserError(

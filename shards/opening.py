@@ -14,7 +14,7 @@ from shards.columns import Shard, Table, TableBuilder
 from shards.commit import dataset_revision
 from shards.console import LOG
 from shards.damage import MissingObject, ShardDamage
-from shards.dataset_info import DatasetInfo, read_info
+from shards.dataset_info import DatasetInfo, read_info, text_command
 from shards.errors import UserError
 from shards.identity import IdentityMismatch, refuse_mismatch
 from shards.index import Listing, commit_address, list_root, load_columns
@@ -222,11 +222,10 @@ def missing_text(missing: dict[tuple[int, int], int], text_set: str, storages: l
     shown = ", ".join(f"{unit} ({missing[root, unit]} samples)" for root, unit in units[:_MAX_NAMED])
     more = f" and {len(units) - _MAX_NAMED} more" if len(units) > _MAX_NAMED else ""
     where = ", ".join(sorted({storages[root].url() for root, _ in units}))
-    command = "build-shards CONFIG" if text_set == "default" else f"recaption CONFIG --text-set {text_set}"
     return UserError(
         f"{where}: text set {text_set!r} has no embeddings for samples of units {shown}{more}",
         expected="a text shard for every unit of latents",
-        mend=f"`wanprep {command}` makes them",
+        mend=f"{text_command(text_set)} makes them",
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import preprocess.cli
+import shards
+import train.cli
 from shards.cli import main
 from shards.dataset import open_dataset
 
@@ -37,6 +43,32 @@ def test_ls_says_what_is_there(tiny_shards: Path) -> None:
     keys = [sample.key for sample in dataset.samples]
     assert run("ls", tiny_shards, "--keys").stdout.split() == keys
     assert json.loads(run("ls", tiny_shards, "--keys", "--json").stdout) == keys
+
+
+def named_commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command in backticks in the text of `shards/`: program and words; what a message fills in is `x`."""
+    for path in sorted(Path(shards.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if id(node) in inner or not all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                continue
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "x" for part in parts)
+            for program, words in re.findall(r"`(wanprep|wanshards|wantrain) ([^`]+)`", text):
+                yield program, words.split()
+
+
+def test_every_command_that_a_message_names_is_there() -> None:
+    """With arguments it parses; without any, the command exists."""
+    programs = {"wanprep": preprocess.cli.main, "wanshards": main, "wantrain": train.cli.main}
+    found = list(named_commands())
+    assert ("wanprep", ["recaption", "x", "CONFIG"]) in found and len(found) > 8
+    for program, (name, *arguments) in found:
+        command = programs[program].commands.get(name)
+        assert command is not None, f"{program} {name}"
+        if arguments:
+            command.make_context(name, arguments).close()
 
 
 def test_show_tells_one_sample(tiny_shards: Path) -> None:

@@ -181,7 +181,7 @@ def test_missing_text_names_the_units_and_the_command(root: Path) -> None:
     with pytest.raises(UserError, match=r"units 1 \(8 samples\)(.|\n)*`wanprep build-shards CONFIG`"):
         open_dataset(root)
     assert len(open_dataset(root, None)) == 24
-    with pytest.raises(UserError, match=r"text set 'short'(.|\n)*default(.|\n)*recaption CONFIG --text-set short"):
+    with pytest.raises(UserError, match=r"text set 'short'(.|\n)*default(.|\n)*`wanprep recaption short CONFIG`"):
         open_dataset(root, "short")
 
 
