@@ -13,7 +13,10 @@ from shards.errors import UserError
 
 
 class ClipCache:
-    """Clips by the digest of `fetch_source.cache_name`, which is itself never written. A clip in use is linked, so that evicting it harms nobody."""
+    """Clips by the digest of `fetch_source.cache_name`, which is itself never written.
+
+    A clip in use is linked, so that evicting it harms nobody.
+    """
 
     def __init__(self, folder: Path, max_gib: float) -> None:
         self._folder = folder
