@@ -36,6 +36,7 @@ from preprocess.records import read_about, read_json, read_words
 from preprocess.rejection import Rejection, short
 from preprocess.sieve import sieve_about, sieve_words
 from preprocess.spill import Batch, Spill
+from preprocess.standing import Standing
 from shards.canonical import seal_document
 from shards.console import LOG
 from shards.errors import UserError
@@ -107,7 +108,7 @@ def ensure_plan(storage: Storage, config: PrepConfig, *, progress: Progress | No
     `freeze_plan` takes in records that were added later. A limit above what is planned grows the plan.
     """
     plan = open_plan(storage)
-    grows = any(generation.num_beyond_limit for generation in plan.generations[-1:]) and (
+    grows = any(each.num_beyond_limit + each.num_refused_beyond_limit for each in plan.generations[-1:]) and (
         config.corpus.limit is None or config.corpus.limit > plan.num_candidates
     )
     if not plan.generations or grows:
@@ -176,6 +177,7 @@ class _Selection(NamedTuple):
     candidates: list[int]
     refused: list[int]
     counts: dict[str, int]
+    superseded_by: dict[str, int]
 
 
 def _freeze(
@@ -207,6 +209,7 @@ def _freeze(
         declared_seconds=candidates.total_seconds(selection.candidates),
         limit=config.corpus.limit,
         sieve=config.sieve,
+        superseded_by=selection.superseded_by,
         **selection.counts,
     )
     _check_counts(info)
@@ -241,15 +244,21 @@ def _select(plan: Plan, config: PrepConfig, candidates: Spill, refused: Spill) -
                     rejection = Rejection("read", "duplicate-clip", detail)
                     append_refused(duplicates, other.clip_id, other.source, rejection)
     refused.add(duplicates)
-    rows, num_known, num_planned_rows = _new_rows(plan, refused, planned, planned_hashes)
     limit = config.corpus.limit
     room = len(chosen) if limit is None else max(0, limit - plan.num_candidates)
+    standing = Standing(plan, planned.values())
+    for place in chosen[:room]:
+        standing.supersede(candidates.line(place))
+    # Until such a record is a candidate its row stands: it is not counted as beyond the limit too.
+    num_refused_beyond = sum(standing.has_source(candidates.line(place)) for place in chosen[room:])
+    rows, num_known, num_planned_rows = _new_rows(standing, refused, planned, planned_hashes)
     counts = {
         "num_planned_before": num_planned + num_planned_rows,
-        "num_refused_before": num_known,
-        "num_beyond_limit": max(0, len(chosen) - room),
+        "num_refused_before": num_known + num_refused_beyond,
+        "num_beyond_limit": len(chosen[room:]) - num_refused_beyond,
+        "num_refused_beyond_limit": num_refused_beyond,
     }
-    return _Selection(chosen[:room], rows, counts)
+    return _Selection(chosen[:room], rows, counts, dict(sorted(standing.superseded_by.items())))
 
 
 class _Found(NamedTuple):
@@ -276,20 +285,20 @@ def _kept(clip: list[_Found], planned: dict[str, str]) -> _Found:
 
 
 def _new_rows(
-    plan: Plan, refused: Spill, planned: dict[str, str], planned_hashes: set[int]
+    standing: Standing, refused: Spill, planned: dict[str, str], planned_hashes: set[int]
 ) -> tuple[list[int], int, int]:
-    """Places of rows that no earlier ledger has, in order; how many it has; how many are of planned candidates."""
+    """Places of rows that do not stand yet, in order; how many do; how many are of planned candidates."""
     refused.flush()
-    known = {_row_digest(line) for line in plan.ledger_lines()}
     new: list[int] = []
     num_known = num_planned = 0
     for line_hash, places in refused.groups():
         for place in sorted(places, key=refused.line) if len(places) > 1 else places:
-            if known and _row_digest(refused.line(place)) in known:
+            if standing.knows(refused.line(place)):
                 num_known += 1
             elif line_hash in planned_hashes and _is_planned(refused.line(place), planned):
                 num_planned += 1
             else:
+                standing.supersede(refused.line(place))
                 new.append(place)
     return new, num_known, num_planned
 
@@ -300,10 +309,6 @@ def _is_planned(line: bytes, planned: dict[str, str]) -> bool:
     if row["clip_id"]:
         return planned.get(row["clip_id"]) == row["source"]
     return row["source"] in planned.values()
-
-
-def _row_digest(line: bytes) -> bytes:
-    return hashlib.blake2b(line, digest_size=16).digest()
 
 
 def _sizes(counts: dict[str, int]) -> tuple[DeclaredSize, ...]:

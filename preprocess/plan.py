@@ -13,6 +13,7 @@ come later make a further generation behind the others; nothing frozen changes. 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
@@ -72,11 +73,16 @@ class GenerationInfo(Config):
     num_planned_before: int
     """Records that are candidates of earlier generations."""
     num_refused_before: int
-    """Records that earlier ledgers refuse for the same reason."""
+    """Records that a row of an earlier ledger still stands for."""
     num_beyond_limit: int
     """Records that pass, and that `corpus.limit` leaves for a later generation."""
     refused_by: dict[str, int]
     """Rows by `stage/reason`."""
+    superseded_by: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Earlier ledgers' rows that count no longer, by their `stage/reason`: the record is a candidate of this
+    generation now, or has a row in it."""
+    num_refused_beyond_limit: int = 0
+    """Of `num_refused_before`: records that pass now, and that `corpus.limit` leaves for a later generation."""
     declared_sizes: tuple[DeclaredSize, ...]
     """Declared sizes of the candidates, most frequent first, each once."""
     declared_seconds: float
@@ -124,8 +130,8 @@ class Plan:
 
     @property
     def num_refused(self) -> int:
-        """Rows of all the plan's ledgers."""
-        return sum(generation.num_refused for generation in self.generations)
+        """Records that the plan refuses: rows of all its ledgers but those that later generations supersede."""
+        return sum(each.num_refused - sum(each.superseded_by.values()) for each in self.generations)
 
     def unit(self, number: int) -> tuple[Candidate, ...]:
         """The candidates of one unit, by one ranged read. Raises UserError for no such unit, ShardDamage."""
@@ -158,19 +164,18 @@ class Plan:
             name = ledger_name(generation.name)
             yield from read_ledger(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
 
-    def ledger_lines(self) -> Iterator[bytes]:
-        """The ledgers' rows as they are written. Raises ShardDamage."""
-        for generation in self.generations:
-            name = ledger_name(generation.name)
-            yield from read_lines(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
+    def ledger_lines(self, generation: int) -> Iterator[bytes]:
+        """The rows of one generation's ledger as they are written. Raises ShardDamage."""
+        name = ledger_name(self.generations[generation].name)
+        yield from read_lines(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
 
     def refused_by(self) -> Mapping[str, int]:
-        """Rows of the ledgers by `stage/reason`, most frequent first."""
-        total: dict[str, int] = {}
+        """Records that the plan refuses by `stage/reason`, most frequent first; the latest row of each counts."""
+        total: Counter[str] = Counter()
         for generation in self.generations:
-            for reason, count in generation.refused_by.items():
-                total[reason] = total.get(reason, 0) + count
-        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+            total.update(generation.refused_by)
+            total.subtract(generation.superseded_by)
+        return dict(sorted((+total).items(), key=lambda item: (-item[1], item[0])))
 
 
 def open_plan(storage: Storage) -> Plan:

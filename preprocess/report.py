@@ -18,7 +18,7 @@ MAX_LEDGER_BYTES = 2**28
 def count_dataset(storage: Storage, plan: Plan, config: PrepConfig, set_name: str) -> dict[str, Any]:
     """Everything `build-shards` and `status` say, as plain JSON. Raises ShardDamage.
 
-    `accepted` + `rejected` + `waiting` is always `records`.
+    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out comes on top of these.
     """
     reasons: Counter[str] = Counter(dict(plan.refused_by()))
     buckets: Counter[str] = Counter({_bucket_name(size.width, size.height): 0 for size in config.buckets.sizes})
@@ -38,6 +38,7 @@ def count_dataset(storage: Storage, plan: Plan, config: PrepConfig, set_name: st
         "accepted": totals["accepted"],
         "rejected": totals["rejected"] + refused,
         "waiting": plan.num_candidates - totals["accepted"] - totals["rejected"],
+        "beyond_limit": plan.generations[-1].num_beyond_limit if plan.generations else 0,
         "rejected_by": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         "retryable": totals["retryable"],
         "units": {"planned": plan.num_units, "latents": len(units)},
@@ -53,9 +54,12 @@ def count_dataset(storage: Storage, plan: Plan, config: PrepConfig, set_name: st
 def describe(counts: dict[str, Any]) -> list[str]:
     """The counts as lines for people."""
     units, text = counts["units"], counts["text"]
+    beyond = counts["beyond_limit"]
     lines = [
-        f"records  {counts['records']:,} read = {counts['accepted']:,} accepted + {counts['rejected']:,} rejected"
-        + (f" + {counts['waiting']:,} waiting" if counts["waiting"] else ""),
+        f"records  {counts['records'] + beyond:,} read = {counts['accepted']:,} accepted + "
+        f"{counts['rejected']:,} rejected"
+        + (f" + {counts['waiting']:,} waiting" if counts["waiting"] else "")
+        + (f" + {beyond:,} beyond corpus.limit" if beyond else ""),
         *(f"  {count:>7,}  {reason}" for reason, count in counts["rejected_by"].items()),
         f"samples  {counts['samples']:,} in {units['latents']:,} of {units['planned']:,} units, "
         f"{_mib(counts['bytes']['latents'])} of latents"

@@ -111,6 +111,14 @@ def test_plan_and_status_before_a_build(config, tmp_path):
     assert json.loads(run("plan", path, "--json", "--quiet").output) == counts  # again: nothing new
 
 
+def test_status_names_what_the_limit_leaves_out(config):
+    path = config()
+    assert run("plan", path, "-o", "corpus.limit=5", "--quiet").exit_code == 0
+    told = run("status", path, "-o", "corpus.limit=5").output
+    assert "16 read = 0 accepted + 5 rejected + 5 waiting + 6 beyond corpus.limit" in told
+    assert json.loads(run("status", path, "-o", "corpus.limit=5", "--json").output)["beyond_limit"] == 6
+
+
 def test_a_bad_text_set_name_is_refused(config):
     done = run("recaption", "../up", config())
     assert done.exit_code == 2 and "text set '../up'" in done.output

@@ -3,6 +3,8 @@
 import json
 import pickle
 import random
+import warnings
+import zipfile
 from collections import Counter
 
 import pytest
@@ -29,6 +31,7 @@ from shards.ledger import LedgerRow, read_ledger
 from shards.storage import open_storage
 
 IMAGE = {"raw_data_info__source_media_info__media_type": "image"}
+LONG = {"raw_data_info__source_media_info__details__length": "00:00:50.00"}
 SHORT = {"raw_data_info__source_media_info__details__length": "00:00:02.00"}
 
 
@@ -59,7 +62,9 @@ def clip_ids(plan):
 def check_counts(plan, num_documents):
     """Accepted + rejected = records read, by the rows themselves and not by the plan's own sums."""
     last = plan.generations[-1]
-    rows = list(plan.ledger())
+    planned = {candidate.record.source for candidate in plan.candidates()}
+    latest = {row.source: row for row in plan.ledger()}
+    rows = [row for row in latest.values() if row.source not in planned]
     assert len(rows) == plan.num_refused
     assert Counter(f"{row.stage}/{row.reason}" for row in rows) == Counter(plan.refused_by())
     assert len(clip_ids(plan)) == plan.num_candidates == len(set(clip_ids(plan)))
@@ -200,6 +205,52 @@ def test_a_changed_sieve_bears_on_what_is_not_planned_yet(mixed, tmp_path, caplo
     assert plan.generations[1].num_candidates == 8
     assert plan.generations[1].refused_by == {"sieve/too-long": 2}
     assert plan.generations[1].num_planned_before == 40
+
+
+def test_a_refused_record_that_passes_later_counts_once(tmp_path):
+    corpus = write_tree(
+        tmp_path / "corpus", numbered(5) | {f"{n}.json": annotation(f"long-{n}", **LONG) for n in "abc"}
+    )
+    out, loose = tmp_path / "out", {"min_seconds": 3.0, "max_seconds": 60.0}
+    check_counts(frozen(out, config(corpus, sieve={"max_seconds": 30.0})), 8)
+    # Another limit: other words in the rows, the same records.
+    plan = frozen(out, config(corpus, sieve={"max_seconds": 25.0}))
+    assert (plan.num_refused, plan.generations[1].superseded_by) == (3, {"sieve/too-long": 3})
+    check_counts(plan, 8)
+    check_counts(frozen(out, config(corpus, sieve={"max_seconds": 30.0})), 8)
+    # One of them comes in, two are beyond the limit and stay refused until it is raised.
+    part = frozen(out, limited(corpus, 6, sieve=loose))
+    assert (part.num_candidates, part.num_refused) == (6, 2)
+    check_counts(part, 8)
+    plan = ensure_plan(open_storage(out), config(corpus, sieve=loose))
+    assert (plan.num_candidates, plan.num_refused, plan.refused_by()) == (8, 0, {})
+    check_counts(plan, 8)
+    # Candidates stay, whatever the sieve says later; nothing is superseded twice.
+    assert frozen(out, config(corpus)).generations == plan.generations
+
+
+def test_a_mended_record_counts_once(tmp_path):
+    corpus = write_tree(tmp_path / "corpus", numbered(5) | {"x.json": b"{", "y.json": b"{", "z.json": []})
+    out = tmp_path / "out"
+    check_counts(frozen(out, config(corpus)), 8)
+    write_tree(corpus, {"x.json": annotation("mended"), "y.json": annotation("y", **IMAGE)})
+    plan = frozen(out, config(corpus))
+    assert plan.refused_by() == {"read/not-object": 1, "sieve/image": 1}
+    assert plan.generations[1].superseded_by == {"read/not-json": 2}
+    check_counts(plan, 8)
+    write_tree(corpus, {"x.json": b"{", "y.json": b"{"})
+    check_counts(frozen(out, config(corpus)), 8)
+    assert len(frozen(out, config(corpus)).generations) == 3
+
+
+def test_a_name_that_an_archive_holds_twice_is_known_again(tmp_path):
+    archive = tmp_path / "corpus.zip"
+    with zipfile.ZipFile(archive, "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # zipfile's own, of the name
+        for text in (b"{", b"[]", encode(annotation("1")), encode(annotation("1"))):
+            file.writestr("a.json", text)
+    plan = frozen(tmp_path / "out", config(archive), config(archive), config(archive))
+    assert (len(plan.generations), plan.num_candidates, plan.num_refused) == (1, 1, 3)
 
 
 def test_a_record_that_moved_or_came_twice(tmp_path):
