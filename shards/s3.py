@@ -46,6 +46,13 @@ class S3Root(NamedTuple):
     """Another server's URL; None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS itself."""
 
 
+class Upload(NamedTuple):
+    """An open multipart upload: the object that it would make, and its number at the server."""
+
+    name: str
+    upload_id: str
+
+
 def open_s3(root: str) -> S3Storage:
     """The storage of `s3://bucket/prefix[?endpoint=URL]`. Raises UserError on anything else."""
     parts = urlsplit(root)
@@ -148,22 +155,36 @@ class S3Storage:
         """See Storage."""
         return f"s3://{self._root.bucket}/{self._root.prefix}{name}"
 
-    def abort_uploads(self, older_than: float) -> Iterator[str]:
-        """Abort the multipart uploads under the root begun before `older_than` (seconds since 1970); their names."""
+    def uploads(self, older_than: float) -> Iterator[Upload]:
+        """The open multipart uploads under the root that were begun before `older_than` (seconds since 1970)."""
         from botocore.exceptions import ClientError
 
         where = {"Bucket": self._root.bucket, "Prefix": self._root.prefix}
-        try:
-            page = self._retry("list uploads", "", partial(self._s3().list_multipart_uploads, **where))
-        except ClientError as error:
-            if _code(error) in _NO_UPLOADS:  # rclone's word for an empty list
+        while True:
+            try:
+                page = self._retry("list uploads", "", partial(self._s3().list_multipart_uploads, **where))
+            except ClientError as error:
+                if _code(error) in _NO_UPLOADS:  # rclone's word for an empty list
+                    return
+                raise self._failure("list uploads", "", error) from None
+            for upload in page.get("Uploads", ()):
+                if upload["Initiated"].timestamp() < older_than:
+                    yield Upload(upload["Key"].removeprefix(self._root.prefix), upload["UploadId"])
+            if not page.get("IsTruncated"):
                 return
-            raise self._failure("list uploads", "", error) from None
-        for upload in page.get("Uploads", ()):
-            if upload["Initiated"].timestamp() < older_than:
-                name = upload["Key"].removeprefix(self._root.prefix)
-                self._call("abort_multipart_upload", name, UploadId=upload["UploadId"])
-                yield name
+            where |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Abort an open upload, with the parts that it holds; one that is not there any more is no error."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._call("abort_multipart_upload", upload.name, UploadId=upload.upload_id)
+        except MissingObject:
+            return
+        except ClientError as error:
+            if _code(error) not in _NO_UPLOADS:
+                raise self._failure("abort upload", upload.name, error) from None
 
     def _put_parts(self, name: str, data: bytes | Path, size: int, condition: dict[str, str]) -> bool:
         upload = self._call("create_multipart_upload", name)["UploadId"]

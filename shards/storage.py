@@ -22,7 +22,7 @@ MAX_OBJECT_BYTES = 2**30
 _MAX_OPEN_FILES = 64
 _CHUNK = 2**20
 TEMPORARY = ".tmp-"
-"""Start of the base name of a file that is not yet there; no list shows it."""
+"""Start of the base name of a file that is not yet there, or of a scratch folder; no list shows them."""
 
 
 class Entry(NamedTuple):
@@ -182,8 +182,10 @@ class LocalStorage:
         return str(self._root / name)
 
     def temporaries(self) -> Iterator[Path]:
-        """Files that a killed `put` left behind, for the sweep."""
-        return iter(sorted(self._root.rglob(f"{TEMPORARY}*")))
+        """Files that a killed `put` left behind, and scratch folders of builds, whole: for the sweep."""
+        for place, folders, files in os.walk(self._root):
+            yield from (Path(place, name) for name in sorted((*folders, *files)) if name.startswith(TEMPORARY))
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -209,9 +211,11 @@ class LocalStorage:
             return
         for item in found:
             name = f"{folder}/{item.name}" if folder else item.name
+            if item.name.startswith(TEMPORARY):
+                continue
             if item.is_dir():
                 yield from self._walk(name)
-            elif not item.name.startswith(TEMPORARY):
+            else:
                 yield Entry(name, item.stat().st_size)
 
     def _open(self, name: str) -> _OpenFile:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from shards.commit import read_commit
@@ -61,15 +66,49 @@ def sweep(storage: Storage, older_than_seconds: float, *, delete: bool) -> list[
     newest = time.time() - older_than_seconds
     if isinstance(storage, LocalStorage):
         found += _sweep_temporaries(storage, newest, delete)
-    elif isinstance(storage, S3Storage) and delete:
-        found += [Orphan(f"{name} (unfinished upload)", 0) for name in storage.abort_uploads(newest)]
+    elif isinstance(storage, S3Storage):
+        found += _sweep_uploads(storage, newest, delete)
     return found
+
+
+def _sweep_uploads(storage: S3Storage, newest: float, delete: bool) -> Iterator[Orphan]:
+    for upload in list(storage.uploads(newest)):  # all pages first: what is aborted moves them
+        if delete:
+            storage.abort_upload(upload)
+        yield Orphan(f"{upload.name} (unfinished upload)", 0)
 
 
 def _sweep_temporaries(storage: LocalStorage, newest: float, delete: bool) -> Iterator[Orphan]:
     for path in storage.temporaries():
-        stat = path.stat()
-        if stat.st_mtime <= newest:
-            if delete:
-                path.unlink(missing_ok=True)
-            yield Orphan(path.name, stat.st_size)
+        try:
+            orphan = _sweep_folder(path, newest, delete) if path.is_dir() else _sweep_file(path, newest, delete)
+        except FileNotFoundError:  # gone meanwhile
+            continue
+        if orphan:
+            yield orphan
+
+
+def _sweep_file(path: Path, newest: float, delete: bool) -> Orphan | None:
+    stat = path.stat()
+    if stat.st_mtime > newest:
+        return None
+    if delete:
+        path.unlink(missing_ok=True)
+    return Orphan(path.name, stat.st_size)
+
+
+def _sweep_folder(folder: Path, newest: float, delete: bool) -> Orphan | None:
+    """A scratch folder, whole. The process that works in one holds an exclusive lock on it (`flock`) for its life."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stats = [folder.stat(), *(path.stat() for path in folder.rglob("*"))]
+        if max(stat.st_mtime for stat in stats) > newest:
+            return None
+        if delete:
+            shutil.rmtree(folder)
+        return Orphan(f"{folder.name}/", sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode)))
+    except BlockingIOError:  # its process lives
+        return None
+    finally:
+        os.close(lock)

@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 import preprocess.cli
 import shards
 import train.cli
+from preprocess.scratch import scratch_folder
 from shards.cli import main
 from shards.dataset import open_dataset
+from shards.storage import open_storage
 
 
 @pytest.fixture
@@ -133,6 +135,20 @@ def test_sweep_lists_and_removes(root: Path) -> None:
     assert run("sweep", root, "--older-than-hours", 0, "--delete").exit_code == 0
     assert not orphan.exists() and not temporary.exists()
     assert run("verify", root).exit_code == 0
+
+
+def test_sweep_takes_a_dead_builds_scratch_folder_whole_and_leaves_a_live_ones(root: Path) -> None:
+    dead = root / ".tmp-build-dead"
+    with scratch_folder(str(root)) as live:
+        (live / ".tmp-0123").write_bytes(b"x")
+        (dead / "inner").mkdir(parents=True)
+        (dead / "inner/.tmp-0123").write_bytes(b"12345")
+        listed = json.loads(run("sweep", root, "--older-than-hours", 0, "--json").stdout)
+        assert listed["orphans"] == [{"name": ".tmp-build-dead/", "size": 5}]
+        assert dead.exists() and run("sweep", root, "--delete").exit_code == 0 and dead.exists()
+        assert run("sweep", root, "--older-than-hours", 0, "--delete").exit_code == 0
+        assert not dead.exists() and (live / ".tmp-0123").exists()
+        assert not [entry for entry in open_storage(root).list() if ".tmp-" in entry.name]
 
 
 @pytest.mark.parametrize("command", [["ls"], ["show", "x"], ["verify"], ["index"], ["cat", "x.json"], ["sweep"]])

@@ -237,7 +237,7 @@ def test_a_put_that_fails_at_each_part_leaves_nothing(
             storage.put("big.tar", data)
     assert calls[:part] == operations[:part] and calls[part:] == [operations[part]] * shards.s3.ATTEMPTS
     assert not storage.exists("big.tar")
-    assert list(storage.abort_uploads(older_than=2**40)) == []
+    assert list(storage.uploads(older_than=2**40)) == []
     assert S3Storage(S3Root(BUCKET, f"parts-{part}/", endpoint), size).put("big.tar", data)
     assert storage.get("big.tar") == data.read_bytes()
 
@@ -332,6 +332,35 @@ def test_a_killed_writer_leaves_orphans_that_the_sweep_takes(either: Storage, tm
     assert sorted(orphan.name for orphan in sweep(either, -5, delete=True)) == sorted(orphans)
     assert {entry.name for entry in either.list()} == before | {"latents/notes.txt"}
     assert verify(either, "hash").problems == []
+
+
+def test_open_uploads_are_listed_over_pages_and_aborted(
+    root: str, storage: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, num_units=1, scratch=tmp_path / "scratch")
+    client, prefix = storage._s3(), storage._root.prefix
+    names = [f"latents/shard-00000{number}-0123abcd.tar" for number in range(1, 4)]
+    for name in names:
+        client.create_multipart_upload(Bucket=BUCKET, Key=prefix + name)
+    real = client.list_multipart_uploads
+
+    def two_a_page(**where: Any) -> Any:
+        """What S3 does from 1,000 uploads on, and neither of these servers in the same way."""
+        marker = where.pop("KeyMarker", ""), where.pop("UploadIdMarker", "")
+        found = sorted(real(**where).get("Uploads", ()), key=lambda item: (item["Key"], item["UploadId"]))
+        left = [item for item in found if (item["Key"], item["UploadId"]) > marker]
+        last = left[:2][-1]
+        page = {"Uploads": left[:2], "IsTruncated": len(left) > 2}
+        return {**page, "NextKeyMarker": last["Key"], "NextUploadIdMarker": last["UploadId"]}
+
+    expected = [f"{name} (unfinished upload)" for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "list_multipart_uploads", two_a_page)
+        assert list(storage.uploads(10**9)) == []  # moto says that all were begun in 2010
+        assert [orphan.name for orphan in sweep(storage, -5, delete=False)] == expected
+        assert sorted(upload.name for upload in storage.uploads(2**40)) == names
+        assert [orphan.name for orphan in sweep(storage, -5, delete=True)] == expected
+    assert sweep(storage, -5, delete=False) == [] == list(storage.uploads(2**40))
 
 
 def test_bad_roots_are_refused_in_words() -> None:
