@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -46,7 +47,7 @@ def probe_clip(path: Path, record: Record, config: PrepConfig) -> ClipFacts:
     `decode.timeout_seconds`.
     """
     _refuse_odd_file(path)
-    cut = sniff_cut(path)
+    cut = _sniff(sniff_cut, path)
     if cut and config.decode.policy == "strict":
         _reject("truncated", cut)
     inspection = inspect_file(path, config)
@@ -260,9 +261,17 @@ def _refuse_odd_file(path: Path) -> None:
         _reject("not-a-file", stat.filemode(status.st_mode))
     if status.st_size == 0:
         _reject("empty-file", "0 bytes", retryable=True)
-    kind = sniff_playlist(path)
+    kind = _sniff(sniff_playlist, path)
     if kind is not None:
         _reject("playlist", kind)
+
+
+def _sniff(sniffer: Callable[[Path], str | None], path: Path) -> str | None:
+    """What `sniffer` says of a file that can be read. One that cannot costs its clip, not the build."""
+    try:
+        return sniffer(path)
+    except OSError as error:
+        _reject("cannot-open", error.strerror or type(error).__name__, retryable=True)
 
 
 def _refuse_unusable(inspection: Inspection, config: PrepConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -15,6 +16,7 @@ from clips import SMALL, a_record, ffmpeg_run, number_picture, only_bucket, prep
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from preprocess import probe
 from preprocess.config import PrepConfig
 from preprocess.container import PLAYLISTS, sniff_cut, sniff_playlist
 from preprocess.decode import decode_window
@@ -182,6 +184,20 @@ def test_output_without_end_is_cut_and_stderr_is_bounded() -> None:
     assert result.overflowed and not result.timed_out
     assert len(result.stdout) <= 1 << 20
     assert len(result.stderr) <= 64 * 1024
+
+
+@pytest.mark.parametrize("sniffer", ["sniff_playlist", "sniff_cut"])
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "Input/output error")])
+def test_a_file_that_cannot_be_read_costs_its_clip_only(
+    good_clip: Path, monkeypatch: pytest.MonkeyPatch, sniffer: str, error: OSError
+) -> None:
+    def fail(path: Path) -> None:
+        raise error  # a broken disk cannot be had in a test, nor a closed file by root
+
+    monkeypatch.setattr(probe, sniffer, fail)
+    with pytest.raises(ClipRejected) as caught:
+        probe_clip(good_clip, a_record(), CONFIG)
+    assert caught.value.rejection == Rejection("probe", "cannot-open", str(error.strerror), True)
 
 
 def test_a_prober_that_hangs_is_killed(tmp_path: Path) -> None:
