@@ -74,19 +74,22 @@ def in_order(
     waiting: deque[tuple[int, Future[Result]]] = deque()
     numbered = enumerate(items)
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decoder")
+    finished = False
     try:
         while True:
             while len(waiting) < num_workers * AHEAD_PER_WORKER and (upcoming := next(numbered, None)):
                 number, item = upcoming
                 waiting.append((number, pool.submit(work, item, _reserver(budget, number))))
             if not waiting:
+                finished = True
                 return
             number, future = waiting.popleft()
             yield future.result()
             del future
             budget.advance(number)
     finally:
-        if waiting:
+        # An empty `waiting` says nothing: the item that is awaited, perhaps the last, is no longer in it.
+        if not finished:
             stop.set()
             budget.wake()
             on_stop()

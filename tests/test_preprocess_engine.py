@@ -1,5 +1,6 @@
 """Decoders ahead of the encoder: in order, within the budget, never stuck, and gone when they are no longer wanted."""
 
+import signal
 import threading
 import time
 from contextlib import closing
@@ -111,3 +112,26 @@ def test_left_early_it_ends_the_programs_that_run():
         results.close()
         assert time.monotonic() - start < 5
     assert run_killable(["true"], timeout_seconds=20, max_stdout_bytes=10).returncode == 0
+
+
+def test_left_while_the_last_item_is_awaited_it_is_told_to_stop():
+    """As Ctrl-C does, which comes up where the consumer waits: nothing is behind the item that is waited for."""
+    stop = threading.Event()
+
+    def work(item, reserve):
+        time.sleep(0.3)  # by then the consumer waits
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return stop.wait(20)
+
+    told = []
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order([0], work, num_workers=1, max_bytes=1, stop=stop, on_stop=lambda: told.append(True)))
+    assert stop.is_set() and told == [True]
+    assert time.monotonic() - start < 10
+
+
+def test_run_to_its_end_it_stops_nobody():
+    stop = threading.Event()
+    assert list(in_order(range(3), lambda item, reserve: item, num_workers=2, max_bytes=1, stop=stop)) == [0, 1, 2]
+    assert not stop.is_set()
