@@ -116,12 +116,17 @@ class Fetcher:
         raise AssertionError("unreachable: attempts is positive")
 
     def _beside(self, record: Record) -> Path | None:
-        """The media file with the JSON's stem in the JSON's folder, if there is one."""
+        """The media file of the record's kind with the JSON's stem in the JSON's folder, if there is one.
+
+        A video's thumbnail often lies there too; of a record of unknown kind any medium will do, a video first.
+        """
         if self._folder is None:
             return None
         source = self._folder / record.source
-        suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES if record.media_type == "image" else VIDEO_SUFFIXES + IMAGE_SUFFIXES
-        return next((path for path in map(source.with_suffix, suffixes) if path.is_file()), None)
+        kinds = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
+        suffixes = kinds.get(record.media_type or "", VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+        names = (source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper()))
+        return next((path for path in names if path.is_file()), None)
 
 
 def attempts_of(rejected: ClipRejected) -> int:

@@ -216,6 +216,16 @@ def test_the_file_beside_the_json_comes_first(fetch, tmp_path):
     assert (folder / "a.mov").exists()
 
 
+def test_the_file_beside_the_json_is_of_the_records_kind(fetch, tmp_path):
+    folder = tmp_path / "corpus" / "video"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"thumbnail")
+    with odd_server(a=[whole]) as server:
+        assert fetch(f"{server.url}/a", location=tmp_path / "corpus") == BODY
+    (folder / "a.MP4").write_bytes(b"beside")
+    assert fetch("http://foreign.example/a", location=tmp_path / "corpus") == b"beside"
+
+
 def test_the_cache_is_shared_and_bounded(fetch, tmp_path):
     cache = tmp_path / "cache"
     with odd_server(a=[whole], b=[whole], c=[whole]) as server:
