@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 18
 MAX_REDIRECTS = 5
+MAX_LENGTH_DIGITS = 18
+_LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
 _SIGNING = {"Expires", "Signature", "Key-Pair-Id", "Policy", "AWSAccessKeyId", "Hash-Algorithm"}
@@ -283,7 +285,7 @@ def _accept(response: urllib3.BaseHTTPResponse, partial: Partial, limits: Limits
     length = response.headers.get("Content-Length")
     if length is None:
         return None
-    if not length.isdecimal():
+    if not length.isdecimal() or len(length) > MAX_LENGTH_DIGITS:
         raise Trouble("fetch-bad-length", f"Content-Length {length[:40]!r}", again=True)
     limits.check_bytes(int(length))
     return int(length)
@@ -291,7 +293,7 @@ def _accept(response: urllib3.BaseHTTPResponse, partial: Partial, limits: Limits
 
 def _accept_rest(response: urllib3.BaseHTTPResponse, partial: Partial, limits: Limits) -> int:
     told = response.headers.get("Content-Range", "")
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told)
+    match = re.fullmatch(rf"bytes {_LENGTH}-{_LENGTH}/{_LENGTH}", told)
     if match is None or int(match[1]) != partial.num_bytes or int(match[2]) != int(match[3]) - 1:
         detail = f"asked for bytes {partial.num_bytes}-, was given {told[:60]!r}"
         partial.restart()

@@ -126,6 +126,16 @@ def test_a_length_that_is_too_long_is_a_truncation(fetch):
         assert rejection.reason == "fetch-truncated"
 
 
+def test_a_length_of_many_digits_is_no_length(fetch):
+    digits = "9" * 5000
+    with odd_server(a=[cut(10, length=digits)]) as server:
+        rejection, attempts = refused(fetch, f"{server.url}/a", attempts=2)
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-bad-length", True, 2)
+    rest = status(206, Content_Range=f"bytes 300000-{digits}/{digits}")
+    with odd_server(a=[cut(300_000), rest]) as server:
+        assert refused(fetch, f"{server.url}/a", attempts=2)[0].reason == "fetch-bad-range"
+
+
 def test_a_stall_is_a_timeout(fetch):
     with odd_server(a=[stall(1000, 3)]) as server:
         rejection, attempts = refused(fetch, f"{server.url}/a", attempts=2, timeout_seconds=0.3)
