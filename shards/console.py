@@ -15,7 +15,7 @@ LOG = logging.getLogger("wan")
 
 
 class CommandGroup(click.Group):
-    """A click group that prints a UserError without a traceback and exits with 2."""
+    """A click group that prints a UserError, or a lacking permission, without a traceback and exits with 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn a UserError into its message and exit code 2, Ctrl-C into 130."""
@@ -23,6 +23,10 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except PermissionError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

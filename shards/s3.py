@@ -253,7 +253,7 @@ class S3Storage:
 
     def _retry(self, operation: str, name: str, send: Callable[[], Result]) -> Result:
         """Send, again with growing pauses on errors that pass. ClientErrors that have a meaning go to the caller."""
-        from botocore.exceptions import ClientError, NoCredentialsError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -266,11 +266,11 @@ class S3Storage:
                     raise
                 if code not in _AGAIN or attempt == ATTEMPTS:
                     raise self._failure(operation, name, error) from None
-            except NoCredentialsError as error:
-                raise self._failure(operation, name, error) from None
             except _connection_errors() as error:
                 if attempt == ATTEMPTS:
                     raise self._failure(operation, name, error) from None
+            except BotoCoreError as error:  # no credentials, a bucket's name that cannot be: no server was asked
+                raise self._failure(operation, name, error) from None
             time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -292,6 +292,7 @@ class S3Storage:
 def _make_client(endpoint: str | None) -> Any:
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
     settings: dict[str, Any] = {
         # This module retries; two layers would multiply.
@@ -305,7 +306,14 @@ def _make_client(endpoint: str | None) -> Any:
         settings["request_checksum_calculation"] = "when_required"
         settings["response_checksum_validation"] = "when_required"
         settings["s3"] = {"addressing_style": "path"}
-    return boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
+    try:
+        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
+    except (BotoCoreError, ValueError) as error:  # an endpoint that is no URL is a ValueError
+        raise UserError(
+            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {error}",
+            expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
+            mend="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
+        ) from None
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -149,6 +151,16 @@ def test_sweep_takes_a_dead_builds_scratch_folder_whole_and_leaves_a_live_ones(r
         assert run("sweep", root, "--older-than-hours", 0, "--delete").exit_code == 0
         assert not dead.exists() and (live / ".tmp-0123").exists()
         assert not [entry for entry in open_storage(root).list() if ".tmp-" in entry.name]
+
+
+def test_a_file_that_may_not_be_read_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "dataset.json"
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # the superuser reads it all the same
+        refused = PermissionError(errno.EACCES, "Permission denied", str(path))
+        monkeypatch.setattr("shards.overview.read_info", lambda _: (_ for _ in ()).throw(refused))
+    shown = run("ls", root)
+    assert shown.exit_code == 2 and shown.stderr == f"error: {path}: Permission denied\n"
 
 
 @pytest.mark.parametrize("command", [["ls"], ["show", "x"], ["verify"], ["index"], ["cat", "x.json"], ["sweep"]])

@@ -371,6 +371,23 @@ def test_bad_roots_are_refused_in_words() -> None:
         open_storage("gs://bucket/x")
 
 
+@pytest.mark.parametrize(
+    ("root", "profile", "words"),
+    [
+        ("s3://b/x?endpoint=localhost:9000", None, "endpoint 'localhost:9000'"),
+        ("s3://b/x", "nope", r"profile \(nope\)(.|\n)*AWS_PROFILE"),
+        ("s3://Bad_Bucket!/x", None, r"Bad_Bucket!(.|\n)*check the bucket"),
+    ],
+)
+def test_a_root_that_no_server_can_be_asked_for_is_a_users_error(
+    monkeypatch: pytest.MonkeyPatch, root: str, profile: str | None, words: str
+) -> None:
+    if profile:
+        monkeypatch.setenv("AWS_PROFILE", profile)
+    with pytest.raises(UserError, match=words):
+        open_dataset(root)
+
+
 def test_a_bucket_that_is_not_there_is_a_users_error(endpoint: str) -> None:
     with pytest.raises(UserError, match="absent"):
         open_dataset(f"s3://absent/x?endpoint={endpoint}")
