@@ -37,6 +37,7 @@ BEYOND_CLIP_SECONDS = 1.0
 
 _SIZE = re.compile(r"\s*([0-9]{1,5})\s*(?:[,xX×*:]|\s)\s*([0-9]{1,5})\s*(?:px)?\s*", re.ASCII)
 _RATE = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,6}))?\s*(?:fps)?\s*", re.ASCII | re.IGNORECASE)
+_USER = re.compile(r"(?:[^/?#]*//)?[^/?#]*@")
 _KEYWORD_MARKS = re.compile(r"[,;#\n\r]+")
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 _VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".m4v", ".mpg", ".mpeg", ".wmv"})
@@ -89,8 +90,14 @@ def _id_text(value: Any, name: str, defects: set[str]) -> str | None:
 
 
 def read_url(value: Any, defects: set[str]) -> str | None:
+    """The clip's URL with its query, which fetching needs. One with a user name or password is none.
+
+    Fetching would refuse it, and the plan must not keep it.
+    """
     url = read_text(value, "clip_proxy_url", defects)
-    if url is not None and (len(url) > MAX_URL_CHARACTERS or not url.isprintable() or " " in url):
+    if url is None:
+        return None
+    if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or " " in url or _USER.match(url):
         defects.add("bad-url")
         return None
     return url

@@ -277,6 +277,24 @@ def test_a_url_of_control_characters_is_none():
     assert (record.url, record.defects) == (None, ("bad-url",))
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["https://user:hush@a.example/b.mp4", "https://user@a/b", "http://:hush@a/b?x=1", "s3://k:hush@b/c", "u:hush@a/b"],
+)
+def test_a_url_with_a_user_name_is_none(url):
+    record = parsed(annotation(source_data_info__clip_proxy_url=url))
+    assert (record.url, record.defects) == (None, ("bad-url",))
+    assert "hush" not in record.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    "url", ["https://a.example/u@b/c.mp4", "https://a/b?mail=u@c", "https://a#u@b", "s3://a/u:p@b"]
+)
+def test_an_at_sign_behind_the_host_is_no_user_name(url):
+    record = parsed(annotation(source_data_info__clip_proxy_url=url))
+    assert (record.url, record.defects) == (url, ())
+
+
 def test_plain_fields_are_the_record():
     fields = records.read_fields(encode(annotation()), "a.json")
     assert Record.model_validate(fields) == parse_record(encode(annotation()), "a.json")
