@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-from shards.canonical import canonical_digest
-from shards.commit import Blob, StoredCommit, read_commit
+from shards.canonical import canonical_digest, open_document
+from shards.commit import MAX_COMMIT_BYTES, Blob, StoredCommit, read_commit
 from shards.damage import FutureFormat, MissingObject, ShardDamage
 from shards.dataset_info import DatasetInfo, read_info
 from shards.errors import UserError
@@ -16,6 +17,9 @@ from shards.layout import LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.storage import Storage
 from shards.unit_check import HashingReader, Progress, check_ledger, check_tar
 
+_PLAN_COMMIT = re.compile(r"plan/gen-\d{3,}\.json")
+_PLANNED = re.compile(r"gen-\d{3,}-[0-9a-f]{8}")
+"""A generation with a commit. A plan of one object alone is named without a digest, such as gen-000, and has none."""
 Level = Literal["fast", "hash", "deep"]
 
 
@@ -57,6 +61,7 @@ def verify(
     commits = list(_commits(storage, info, listing, problems))
     problems += _completeness(storage, info, kinds, commits, listing, partial)
     problems += _plans(storage, info)
+    problems += _plan_commits(storage, info)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for found in pool.map(lambda item: _unit(storage, item, listing, level, progress or (lambda _: None)), commits):
             problems += found
@@ -143,6 +148,27 @@ def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
                 continue
             if found != sha256:
                 yield Problem(storage.url(name), None, None, f"sha256 {found}, dataset.json says {sha256}")
+
+
+def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
+    """The sealed commits of plans: each is whole, and a generation whose name carries a digest has its own."""
+    names: dict[str, object] = {}
+    for entry in storage.list("plan/"):
+        if not _PLAN_COMMIT.fullmatch(entry.name):
+            continue
+        file = storage.url(entry.name)
+        try:
+            names[entry.name] = open_document(storage.get(entry.name, MAX_COMMIT_BYTES), file).get("name")
+        except ShardDamage as damage:
+            names[entry.name] = None
+            yield _problem(damage)
+    for number, gen in enumerate(info.generations):
+        name = f"plan/gen-{number:03d}.json"
+        if name not in names and _PLANNED.fullmatch(gen.name):
+            yield Problem(storage.url(name), None, None, f"missing, and dataset.json has its generation {gen.name}")
+        elif names.get(name) not in (None, gen.name):
+            what = f"it is the commit of {names[name]!r}, dataset.json says {gen.name!r}"
+            yield Problem(storage.url(name), None, None, what)
 
 
 def _unit(storage: Storage, stored: StoredCommit, listing: Listing, level: Level, progress: Progress) -> list[Problem]:

@@ -17,6 +17,7 @@ from shards.codec import array_facts, encode_array
 from shards.commit import read_commit
 from shards.damage import ShardDamage
 from shards.dataset import Dataset, open_dataset
+from shards.dataset_info import read_info, write_info
 from shards.errors import UserError
 from shards.index import write_index
 from shards.keys import sample_key
@@ -313,3 +314,29 @@ def test_any_bytes_in_a_tar_give_a_sample_or_a_typed_error(
             assert problems(root)
     finally:
         path.write_bytes(good)
+
+
+def test_verify_looks_at_the_commits_of_plans(root: Path) -> None:
+    """Of generations named `gen-NNN-<d8>`, as the preprocessing names them; gen-000 alone has no commit."""
+    storage = open_storage(root)
+    info = read_info(storage)
+    assert verify(storage, "fast").problems == []
+    (root / "plan/gen-000.jsonl.zst").rename(root / "plan/gen-000-0123abcd.jsonl.zst")
+    (root / "dataset.json").unlink()
+    generation = info.generations[0].model_copy(update={"name": "gen-000-0123abcd"})
+    write_info(storage, info.model_copy(update={"generations": (generation,)}))
+    path = root / "plan/gen-000.json"
+
+    def found() -> list[tuple[str, str]]:
+        return [(problem.file, problem.what) for problem in verify(storage, "fast").problems]
+
+    assert found() == [(str(path), "missing, and dataset.json has its generation gen-000-0123abcd")]
+    data = seal_document({"name": "gen-000-0123abcd", "plan_version": 1})
+    path.write_bytes(data)
+    assert found() == []
+    path.write_bytes(bytes([*data[:20], data[20] ^ 1, *data[21:]]))
+    ((file, what),) = found()
+    assert file == str(path) and "its seal says" in what
+    path.write_bytes(seal_document({"name": "gen-000-ffffffff", "plan_version": 1}))
+    ((file, what),) = found()
+    assert file == str(path) and "gen-000-ffffffff" in what
