@@ -8,7 +8,7 @@ import zstandard
 
 from shards.codec import MAX_ARRAY_BYTES, decode_array
 from shards.commit import MemberInfo, read_commit
-from shards.damage import ShardDamage
+from shards.damage import MissingObject, ShardDamage
 from shards.dataset import open_dataset
 from shards.errors import UserError
 from shards.layout import JSON_MEMBER, LATENTS, text_kind
@@ -28,16 +28,22 @@ def member_bytes(root: str, name: str, text_set: str | None = None, npy: bool = 
     unit = dataset.shard(key).unit
     there: list[str] = []
     for kind in kinds:
-        commit = read_commit(storage, kind, unit).commit
+        try:
+            commit = read_commit(storage, kind, unit).commit
+        except MissingObject:
+            if kind == LATENTS or text_set:
+                raise
+            continue  # nobody asked for the default text set
         sample = next((sample for sample in commit.samples if sample.key == key), None)
         member = sample.member(suffix) if sample else None
         if member:
-            return _read(storage, commit.tar.name, name, member, npy)
+            return read_member(storage, commit.tar.name, name, member, npy)
         there += [item.suffix for item in sample.members] if sample else []
     raise UserError(f"sample {key} has no member {suffix!r}", expected=f"one of {', '.join(there)}")
 
 
-def _read(storage: Storage, tar: str, name: str, member: MemberInfo, npy: bool) -> bytes:
+def read_member(storage: Storage, tar: str, name: str, member: MemberInfo, npy: bool = False) -> bytes:
+    """The bytes of the member `name` of a tar, checked against its commit's sha256. Raises ShardDamage, UserError."""
     data = storage.get_range(tar, member.offset, member.size)
     found = hashlib.sha256(data).hexdigest()
     if found != member.sha256:

@@ -155,15 +155,20 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     wanshards export --plain demo/shards plain/
     """
     from shards.dataset import open_dataset
+    from shards.dataset_info import read_info
     from shards.export import export_plain
+    from shards.storage import open_storage
 
     if not plain:
         raise UserError("export needs a form", expected="--plain")
-    dataset = open_dataset(root, text_set or "default")
+    if text_set is None and "default" in read_info(open_storage(root)).text_sets:
+        text_set = "default"
+    dataset = open_dataset(root, text_set)
     label = f"export to {target}"
     with click.progressbar(length=len(dataset), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         written = export_plain(dataset, target, lambda: bar.update(1))
-    click.echo(f"{len(written)} tars, {len(dataset)} samples in {target}")
+    text = f"text set {text_set}" if text_set else "no text"
+    click.echo(f"{len(written)} tars, {len(dataset)} samples, {text} in {target}")
 
 
 @main.command()

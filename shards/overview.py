@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from shards.canonical import canonical_digest
+from shards.canonical import canonical_digest, parse_json
+from shards.cat import read_member
 from shards.columns import NUMBERS, unpack
-from shards.commit import dataset_revision
-from shards.dataset import Dataset, open_dataset
-from shards.dataset_info import read_info
+from shards.commit import dataset_revision, read_commit
+from shards.damage import MissingObject, ShardDamage
+from shards.dataset import open_dataset
+from shards.dataset_info import read_info, text_command
 from shards.index import list_root, load_columns, text_sets
-from shards.layout import LATENTS, NULL_UNIT, text_kind
-from shards.storage import open_storage
+from shards.layout import JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.storage import Storage, open_storage
 from shards.verify import Level, Report, total_bytes, verify
 
 
@@ -98,11 +100,12 @@ def sample_details(root: str, key: str) -> dict[str, Any]:
     ordinal = latents.ordinal(key)
     shard = latents.shard(ordinal)
     array = latents.latent(ordinal)
-    captions = {name: _text_details(root, name, key) for name in sorted(latents.info.text_sets)}
+    storage = latents.storage(shard)
+    captions = {name: _text_details(storage, name, shard.unit, key) for name in sorted(latents.info.text_sets)}
     return {
         "key": key,
         "unit": shard.unit,
-        "tar": latents.storage(shard).url(shard.tar),
+        "tar": storage.url(shard.tar),
         "summary": latents.samples[ordinal]._asdict(),
         "json": latents.meta(ordinal),
         "latent": {
@@ -114,10 +117,18 @@ def sample_details(root: str, key: str) -> dict[str, Any]:
     }
 
 
-def _text_details(root: str, name: str, key: str) -> dict[str, Any]:
-    dataset: Dataset = open_dataset(root, name)
-    shard = dataset.text_shard(key)
-    return {"tar": dataset.storage(shard).url(shard.tar), "json": dataset.text_meta(key)}
+def _text_details(storage: Storage, name: str, unit: int, key: str) -> dict[str, Any]:
+    """A sample in one text set, by its own unit's commit alone: other units may not be there yet."""
+    try:
+        commit = read_commit(storage, text_kind(name), unit).commit
+    except MissingObject:
+        return {"status": f"not there yet; {text_command(name)} makes it"}
+    sample = next((sample for sample in commit.samples if sample.key == key), None)
+    member = sample.member(JSON_MEMBER) if sample else None
+    if member is None:
+        raise ShardDamage(storage.url(commit_name(text_kind(name), unit)), f"it has no sample {key}")
+    data = read_member(storage, commit.tar.name, f"{key}.{JSON_MEMBER}", member)
+    return {"tar": storage.url(commit.tar.name), "json": parse_json(data, storage.url(commit.tar.name))}
 
 
 def _statistics(array: np.ndarray, dtype: str) -> dict[str, float]:

@@ -22,6 +22,7 @@ import train.cli
 from preprocess.scratch import scratch_folder
 from shards.cli import main
 from shards.dataset import open_dataset
+from shards.dataset_info import read_info, write_info
 from shards.storage import open_storage
 
 
@@ -82,6 +83,29 @@ def test_show_tells_one_sample(tiny_shards: Path) -> None:
     found = json.loads(run("show", tiny_shards, key, "--json").stdout)
     assert found["latent"]["shape"] == [48, 5, 6, 10] and 0.9 < found["latent"]["std"] < 1.1
     assert found["text_sets"]["default"]["json"]["captions"][0] == "caption 0 of clip-1"
+
+
+def test_a_sample_is_shown_while_text_is_not_there_yet(root: Path) -> None:
+    samples = open_dataset(root).samples
+    here, later = samples[0].key, samples[-1].key
+    (root / "text/default/shard-000002.json").unlink()
+    found = json.loads(run("show", root, here, "--json").stdout)
+    assert found["text_sets"]["default"]["json"]["captions"]
+    shown = run("show", root, later)
+    assert shown.exit_code == 0 and "not there yet" in shown.stdout and "max_abs" in shown.stdout
+    absent = run("cat", root, f"{later}.nope")
+    assert absent.exit_code == 2 and "has no member 'nope'" in absent.stderr and "preview.jpg" in absent.stderr
+
+
+def test_export_takes_the_default_text_set_if_there(root: Path, tmp_path: Path) -> None:
+    assert "text set default" in run("export", "--plain", root, tmp_path / "with").stdout
+    storage = open_storage(root)
+    info = read_info(storage).model_copy(update={"text_sets": {}})
+    (root / "dataset.json").unlink()
+    write_info(storage, info)
+    shown = run("export", "--plain", root, tmp_path / "without")
+    assert shown.exit_code == 0 and shown.stdout.startswith("3 tars, 24 samples, no text")
+    assert run("export", "--plain", root, tmp_path / "named", "--text-set", "default").exit_code == 2
 
 
 def test_verify_by_exit_code(root: Path) -> None:
