@@ -19,6 +19,7 @@ import yaml
 from shards.errors import UserError
 
 MAX_CONFIG_BYTES = 1_000_000
+_MAX_DEPTH = 100
 
 
 class Config(pydantic.BaseModel):
@@ -56,7 +57,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Parse YAML safely. Raises UserError naming `origin`, line and column."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the date 2024-13-45, or 1,000 brackets
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -86,12 +87,41 @@ def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) 
     try:
         # JSON mode keeps strictness and still turns lists into tuples and strings into paths.
         text = json.dumps(values)
-    except TypeError as error:
-        raise UserError(f"{origin}: {error}", expected="text, numbers, true or false, lists and mappings") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = _first_that_json_lacks(values) or str(error)
+        raise UserError(
+            f"{origin}: {problem}",
+            expected="text, numbers, true or false, lists and mappings",
+            mend="put a date or a time that is meant as text in quotes",
+        ) from None
     try:
         return cls.model_validate_json(text)
     except pydantic.ValidationError as error:
         raise UserError(_describe(cls, error, origin)) from None
+
+
+def _first_that_json_lacks(values: Any) -> str | None:
+    """The first value that JSON has no word for, with its dotted key: a date, bytes, a list that holds itself."""
+    left: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]] = [(values, (), ())]
+    while left:
+        value, location, above = left.pop()
+        key = ".".join(str(part) for part in location) or "(top level)"
+        if id(value) in above:
+            return f"{key}: {_short(value)}: a {type(value).__name__} that holds itself"
+        if len(above) > _MAX_DEPTH:
+            return f"{key[:80]}…: nested more than {_MAX_DEPTH} deep"
+        if isinstance(value, Mapping):
+            if odd := next((name for name in value if not isinstance(name, str | int | float | None)), None):
+                return f"{key}: {odd}: a {type(odd).__name__} as a key"
+            inner = list(value.items())
+        elif isinstance(value, list | tuple):
+            inner = list(enumerate(value))
+        elif isinstance(value, str | int | float | None):
+            continue
+        else:
+            return f"{key}: {value}: a {type(value).__name__}"
+        left += [(item, (*location, part), (*above, id(value))) for part, item in reversed(inner)]
+    return None
 
 
 def dump_config(config: Config) -> str:
