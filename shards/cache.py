@@ -29,7 +29,7 @@ class CachedStorage:
         self._source, self._max_bytes = source, max_bytes
         # Tars of several roots may have one name: each root has its own folder, under one bound.
         self._all = Path(folder).absolute()
-        self._folder = self._all / hashlib.sha256(source.url().encode()).hexdigest()[:16]
+        self._folder = self._all / hashlib.sha256(source.address().encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
@@ -85,6 +85,10 @@ class CachedStorage:
     def url(self, name: str = "") -> str:
         """See Storage."""
         return self._source.url(name)
+
+    def address(self) -> str:
+        """See Storage."""
+        return self._source.address()
 
     def _fetch(self, name: str, local: str) -> bool:
         """Fetch a tar into the folder; False when it is larger than the bound."""

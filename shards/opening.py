@@ -115,7 +115,7 @@ def _storage(root: str | Path, cache: Path | None, cache_gib: float) -> Storage:
 
 
 def _check_union(storages: list[Storage], infos: list[DatasetInfo], text_set: str | None) -> None:
-    urls = [storage.url() for storage in storages]
+    urls = [storage.address() for storage in storages]
     if len(set(urls)) < len(urls):
         raise UserError(f"a root is named twice: {urls}")
     first = infos[0]

@@ -155,6 +155,10 @@ class S3Storage:
         """See Storage."""
         return f"s3://{self._root.bucket}/{self._root.prefix}{name}"
 
+    def address(self) -> str:
+        """See Storage."""
+        return f"{self.url()}?endpoint={self._root.endpoint}" if self._root.endpoint else self.url()
+
     def uploads(self, older_than: float) -> Iterator[Upload]:
         """The open multipart uploads under the root that were begun before `older_than` (seconds since 1970)."""
         from botocore.exceptions import ClientError

@@ -79,6 +79,10 @@ class Storage(Protocol):
         """The object's address, for people."""
         ...
 
+    def address(self) -> str:
+        """What tells this root from any other: its URL, with the server where it names one."""
+        ...
+
 
 def open_storage(root: str | Path) -> Storage:
     """The storage behind a folder or `s3://bucket/prefix[?endpoint=URL]`; nothing is touched yet."""
@@ -180,6 +184,10 @@ class LocalStorage:
     def url(self, name: str = "") -> str:
         """See Storage."""
         return str(self._root / name)
+
+    def address(self) -> str:
+        """See Storage."""
+        return self.url()
 
     def temporaries(self) -> Iterator[Path]:
         """Files that a killed `put` left behind, and scratch folders of builds, whole: for the sweep."""

@@ -15,6 +15,7 @@ from shards_data import IDENTITY, PROVENANCE, write_dataset
 from urllib3.exceptions import ProtocolError
 
 import shards.s3
+from shards.cache import CachedStorage
 from shards.canonical import canonical_json
 from shards.codec import array_facts, encode_array
 from shards.commit import Commit, is_committed, read_commit
@@ -369,6 +370,17 @@ def test_bad_roots_are_refused_in_words() -> None:
             open_s3(root)
     with pytest.raises(UserError, match="gs://"):
         open_storage("gs://bucket/x")
+
+
+def test_one_bucket_on_two_endpoints_is_two_roots(root: str, tmp_path: Path) -> None:
+    """Here both are one server, so the second root is refused for its samples, and not as named twice."""
+    write_dataset(root, num_units=1, scratch=tmp_path / "scratch")
+    other = root.replace("127.0.0.1", "localhost")
+    with pytest.raises(ShardDamage, match=r"sample .* is in .* too"):
+        open_dataset([root, other])
+    assert CachedStorage(open_storage(root), tmp_path, 1)._folder != CachedStorage(open_s3(other), tmp_path, 1)._folder
+    with pytest.raises(UserError, match="named twice"):
+        open_dataset([root, root])
 
 
 @pytest.mark.parametrize(
