@@ -320,3 +320,10 @@ def test_several_processes_are_refused(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE"):
         fit(make_config(tiny_shards, tmp_path / "run"))
+
+
+def test_a_line_is_json_whatever_the_loss(tmp_path):
+    from train.log import _finite
+
+    line = json.dumps(_finite({"loss": float("nan"), "keys": ["a"], "deep": [float("inf"), 1.5]}), allow_nan=False)
+    assert json.loads(line) == {"loss": None, "keys": ["a"], "deep": [None, 1.5]}

@@ -214,3 +214,49 @@ def test_two_processes_do_not_share_a_folder(tiny_shards, tmp_path):
 
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         fit(make_config(tiny_shards, tmp_path / "run"))
+
+
+def test_a_course_given_up_leaves_no_checkpoint_behind(tiny_shards, tmp_path):
+    """Else its later steps would prune the new ones, and `auto` would resume from them."""
+    config = make_config(tiny_shards, tmp_path / "run", checkpoint__every_steps=2, checkpoint__keep_last=3)
+    fit(config)
+    folder = tmp_path / "run/checkpoints"
+    short = make_config(tiny_shards, tmp_path / "run", max_steps=7, checkpoint__every_steps=2, checkpoint__keep_last=3)
+    fit(short, resume=str(folder / "step-0000006"))
+    assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["step-0000006", "step-0000007"]
+    fit(config)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_the_beginning_may_be_the_best(tiny_shards, tmp_path):
+    """A run that never improves exports what it began with, instead of failing after its last step."""
+    evaluation = {"every_steps": 1, "num_clips": 2}
+    config = make_config(
+        tiny_shards, tmp_path / "run", max_steps=2, optim__lr=0.0, eval=evaluation, checkpoint__export="best"
+    )
+    assert fit(config).export is not None
+    first = tmp_path / "run/checkpoints/step-0000000/lora.safetensors"
+    assert first.is_file()
+
+
+def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_shards, tmp_path, monkeypatch):
+    """The step is given up whole: what the checkpoint holds is what the straight run holds."""
+    from train import loop
+
+    fit(make_config(tiny_shards, tmp_path / "straight", data__micro_batch=1))
+    calls = []
+    original = loop.losses
+
+    def signalled(trainee, batch, rows):
+        calls.append(batch.step)
+        if len(calls) == 4 * 3 + 2:  # the second micro-batch of the fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainee, batch, rows)
+
+    config = make_config(tiny_shards, tmp_path / "stopped", data__micro_batch=1)
+    monkeypatch.setattr(loop, "losses", signalled)
+    result = fit(config)
+    assert (result.step, result.stopped_by, len(calls)) == (3, signal.SIGTERM, 14)
+    monkeypatch.setattr(loop, "losses", original)
+    fit(config)
+    assert checkpoint_bytes(tmp_path / "stopped", 10) == checkpoint_bytes(tmp_path / "straight", 10)

@@ -149,12 +149,26 @@ def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> li
     """Remove all but the newest `keep_last` and the best; return what was removed."""
     best = checkpoint_name(best_step) if best_step is not None else None
     removed = [path for path in find_checkpoints(folder)[:-keep_last] if path.name != best]
-    for path in removed:
+    _remove(removed)
+    return removed
+
+
+def drop_later(folder: Path, step: int) -> list[Path]:
+    """Remove the checkpoints after `step`, those of a course that was given up; return what was removed.
+
+    Left in place they would count as the newest: new ones would be pruned for them, and `auto` would resume from them.
+    """
+    removed = [path for path in find_checkpoints(folder) if path.name > checkpoint_name(step)]
+    _remove(removed)
+    return removed
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
         # Renamed first: a kill between two unlinks must not leave half a checkpoint under its name.
         doomed = path.with_name(f".removing-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
-    return removed
 
 
 def remove_leftovers(folder: Path) -> None:

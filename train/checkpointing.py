@@ -59,7 +59,7 @@ class LeanRunner:
         self._casts: list[dict[str, tuple[Tensor, Tensor]]] = []
         self._shared: Shared | None = None
         self._saves: Saves = ()
-        wrap = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else _as_is
+        wrap = _compiled if compiled else _as_is
         self._forward, self._backward = wrap(forward_block), wrap(backward_block)
 
     def __call__(self, index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
@@ -98,6 +98,18 @@ class LeanRunner:
             eps=block.eps,
             kernel=kernel_name(inputs.backend, device, dtype, heads),
         )
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph a bucket, mode and save list. Dynamo's limit of eight is the calling thread's own, and on a GPU the
+    backward pass has a thread of its own: so it is raised around each call."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+            return compiled(*arguments)
+
+    return call
 
 
 def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:

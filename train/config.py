@@ -14,6 +14,7 @@ from train.sample_config import SampleConfig
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Config):
@@ -81,8 +82,8 @@ class ObjectiveConfig(Config):
     """Mean of `logit_normal`."""
     logit_std: PositiveNumber = 1.0
     """Standard deviation of `logit_normal`."""
-    mode_scale: float = 1.29
-    """Scale of `mode`."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
+    """Scale of `mode`; beyond these bounds σ would leave 0…1."""
     weighting: Literal["none", "bell"] = "none"
     """Weight of a slot's loss by its timestep."""
     image_to_video_share: Share = 0.4
@@ -96,7 +97,7 @@ class OptimConfig(Config):
     """AdamW with fp32 state, or bitsandbytes' with 8-bit state."""
     lr: Annotated[float, Field(ge=0)] = 1e-4
     """Learning rate after the warm-up."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: PositiveNumber = 1e-8
     """Added to the root of the second moment."""

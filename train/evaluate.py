@@ -113,7 +113,7 @@ def describe(now: HeldOut, before: Mapping[str, float] | None = None) -> str:
                 f"{name} {sum(losses) / len(losses):.4f} (σ {now.quantiles[0]:.2f}: {losses[0]:.3f}, "
                 f"σ {now.quantiles[-1]:.2f}: {losses[-1]:.3f})"
             )
-    if before:
+    if before and before["mean"] is not None:
         parts.append(f"{100 * (now.mean / before['mean'] - 1):+.1f} % since the start")
     return "; ".join(parts)
 

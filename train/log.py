@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -183,8 +184,17 @@ class _Bar:
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON has no word for (a loss that overflowed)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _open_tensorboard(folder: Path, first_step: int) -> Any:
@@ -206,4 +216,7 @@ def _open_wandb(project: str | None, folder: Path, settings: str) -> Any:
             f"log.wandb_project: {project} needs the package wandb",
             mend="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
         ) from None
-    return wandb.init(project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow")
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same at every resume
+    return wandb.init(
+        project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
+    )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shards.console import LOG
 from train import checkpoint, evaluate
 from train.config import ObjectiveConfig, TrainConfig
 from train.data import Batch, Loader
@@ -57,7 +58,7 @@ class FitResult(NamedTuple):
     """Signal that stopped it."""
 
 
-def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:
+def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0912, PLR0915
     """Train as configured and leave the run's folder as the design describes it.
 
     Args:
@@ -77,6 +78,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         trainee, progress = session.trainee, Progress(session)
         if start is not None:
             progress.restore(start)
+            for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
+                LOG.warning("%s is of the course that is given up; removed", path.name)
         for name in (METRICS_FILE, HELD_OUT_FILE):
             checkpoint.cut_back(folder / name, progress.step if start else -1)
         settings = write_settings(session, config)
@@ -105,18 +108,22 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         meter = Meter(trainee)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
+        saved_step = progress.step if start else None
         if start is None:
-            _evaluate(progress, log)
+            if _evaluate(progress, log) and config.checkpoint.export == "best":
+                _save(progress, log)  # the beginning may stay the best
+                saved_step = progress.step
             _sample(progress, pictures)
 
-        saved_step = progress.step if start else None
         while progress.step < config.max_steps and stop.signal is None and not _exhausted(progress):
             began = time.perf_counter()
             batch, position = next(loader)
             waited = time.perf_counter() - began
             if progress.telemetry is not None:
                 progress.telemetry.begin_step()
-            loss = backward(trainee, batch, progress.scaler.scale_loss)
+            loss = backward(trainee, batch, progress.scaler.scale_loss, lambda: stop.signal is not None)
+            if loss is None:
+                break  # step and position have not moved: the checkpoint below is exact
             rate, norm, overflow = progress.update()
             progress.step, progress.position = batch.step, position
             seconds = time.perf_counter() - began
@@ -160,14 +167,26 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         return _finish(progress, log, stop.signal)
 
 
-def backward(trainee: Trainee, batch: Batch, scale_loss: Callable[[Tensor], Tensor]) -> float:
+def backward(
+    trainee: Trainee,
+    batch: Batch,
+    scale_loss: Callable[[Tensor], Tensor],
+    stopping: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Gather the gradients of a batch's loss, micro-batch by micro-batch, and return the loss.
+
+    None, with the gradients dropped, where `stopping` turns true before a micro-batch: a step takes minutes on a small
+    card, and a scheduler's grace time does not.
 
     A slot's loss is the mean over its own trained elements; the batch's is the sum over its slots ÷ the global batch.
     """
     data = trainee.config.data
     total = torch.zeros((), dtype=torch.float64, device=trainee.device)
     for start in range(0, len(batch.keys), data.micro_batch):
+        if stopping():
+            for weight in trainee.weights.values():
+                weight.grad = None
+            return None
         rows = slice(start, start + data.micro_batch)
         loss = losses(trainee, batch, rows).sum() / data.global_batch
         scale_loss(loss).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -101,13 +102,13 @@ class Progress:
             raise UserError(
                 f"gradients were not finite {self.skipped_in_a_row} times in a row in {self.trainee.precision.name}",
                 expected="finite gradients",
-                mend="lower optim.lr, or go on from an earlier checkpoint with --resume PATH",
+                mend="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
     def judge(self, held_out_loss: float) -> bool:
         """Take note of an evaluation; return whether it is the best so far."""
         margin = self.config.eval.min_improvement if self.config.eval else 0.0
-        if self.best_loss is None or held_out_loss < self.best_loss * (1 - margin):
+        if math.isfinite(held_out_loss) and (self.best_loss is None or held_out_loss < self.best_loss * (1 - margin)):
             self.best_loss, self.best_step, self.evaluations_since_best = held_out_loss, self.step, 0
             return True
         self.evaluations_since_best += 1

@@ -153,6 +153,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"precision.device: {name!r} is not a device", expected="auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"precision.device: {name} cannot train here", expected="auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"precision.device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices",
