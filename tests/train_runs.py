@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,15 @@ def _fit(config: TrainConfig, resume: str, kill_at: str | None) -> None:
 
     torch.set_num_threads(1)
     if kill_at is not None:
-        threading.Thread(target=_kill_when, args=(Path(config.output) / kill_at,), daemon=True).start()
+        sys.addaudithook(_killer(Path(config.output) / kill_at))
     fit(config, resume=resume)
 
 
-def _kill_when(path: Path) -> None:
-    while not path.exists():
-        time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGKILL)
+def _killer(path: Path) -> Callable[[str, tuple[Any, ...]], None]:
+    """Looks whenever a file is opened, made or renamed: a thread that polls would miss what is there for a moment."""
+
+    def look(event: str, _: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and path.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return look
