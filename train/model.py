@@ -362,15 +362,17 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator(parameter.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+        # Drawn in float32 whatever the weight is kept in: torch 2.9 draws other numbers for 16 bits.
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         if name.endswith("modulation"):
-            parameter.normal_(0, model.config.dim**-0.5, generator=generator)
+            parameter.copy_(drawn.normal_(0, model.config.dim**-0.5, generator=generator))
         elif name.endswith("bias") or (name == "head.head.weight" and zero_head):
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1)
         elif name.startswith(("text_embedding", "time_embedding")):
-            parameter.normal_(0, 0.02, generator=generator)
+            parameter.copy_(drawn.normal_(0, 0.02, generator=generator))
         else:
             fan = parameter.flatten(1).shape
             bound = (6 / (fan[0] + fan[1])) ** 0.5
-            parameter.uniform_(-bound, bound, generator=generator)
+            parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
