@@ -174,6 +174,40 @@ def test_sample_by_command_equals_the_sample_of_the_run(run, base, tiny_shards, 
     assert abs(ours - without).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.compile=true", "model.compile"),
+        ("precision.initial_scale=2", "precision.initial_scale"),
+        ("precision.max_skipped_in_a_row=2", "precision.max_skipped_in_a_row"),
+        ('prompts=[{"name": "a", "key": "*", "index": 2}]', "index 2"),
+    ],
+)
+def test_sample_refuses_keys_that_sampling_does_not_use(run, base, tiny_shards, tmp_path, override, words):
+    result = _call("sample", _sample_config(tmp_path, base, run, tiny_shards), "-o", override)
+    assert result.exit_code == 2
+    assert words in result.output
+    result = _call("sample", _sample_config(tmp_path, base, None, tiny_shards, lora=None), "-o", "lora_scale=0.5")
+    assert result.exit_code == 2
+    assert "lora_scale: 0.5 scales a LoRA, and lora is null" in result.output
+
+
+def test_sample_is_deterministic_where_that_is_asked(run, base, tiny_shards, tmp_path, monkeypatch):
+    from train import sample as sampling
+
+    seen, original = [], sampling.sample_latent
+    monkeypatch.setattr(
+        sampling,
+        "sample_latent",
+        lambda *inputs: (seen.append(torch.are_deterministic_algorithms_enabled()), original(*inputs))[1],
+    )
+    config = _sample_config(tmp_path, base, run, tiny_shards)
+    assert _call("sample", config, "-o", "precision.deterministic=true").exit_code == 0
+    assert _call("sample", config).exit_code == 0
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_sample_refuses_a_lora_of_another_model(run, base, tiny_shards, tmp_path):
     tensors = {
         "diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 3072),

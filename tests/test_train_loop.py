@@ -41,6 +41,19 @@ def test_losses_are_what_they_were(tiny_shards, tmp_path):
     assert losses + held_out == pytest.approx(golden, rel=1e-5)
 
 
+def test_each_slots_loss_stands_beside_its_key(tiny_shards, tmp_path):
+    """Their mean is the step's loss; micro-batches and a resume leave each with its slot."""
+    for micro_batch in (1, 4):
+        fit(make_config(tiny_shards, tmp_path / str(micro_batch), data__micro_batch=micro_batch, max_steps=3))
+    fit(make_config(tiny_shards, tmp_path / "1", data__micro_batch=1, max_steps=5))
+    fit(make_config(tiny_shards, tmp_path / "4", data__micro_batch=4, max_steps=5))
+    for one, four in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / "4"), strict=True):
+        assert len(one["slot_losses"]) == len(one["keys"]) == 4
+        assert sum(one["slot_losses"]) / 4 == pytest.approx(one["loss"], rel=1e-4)
+        assert one["slot_losses"] == pytest.approx(four["slot_losses"], rel=1e-3)
+        assert len(set(one["slot_losses"])) == 4
+
+
 def test_the_split_into_micro_batches_changes_nothing(tiny_shards, tmp_path):
     results = {}
     for micro_batch in (1, 2, 8):

@@ -107,7 +107,7 @@ def test_table_1_by_counting(frames: int, tflop: tuple[float, float, float]) -> 
     for mode in ("none", "full"):
         with fake_tensors():
             model = fake_model(TI2V_5B, EVERY_LINEAR)
-            set_checkpointing(model, mode)  # type: ignore[arg-type]
+            set_checkpointing(model, mode)
             with counted_flops() as counter:
                 trace_step(model, size)
         counted.append(counter.get_total_flops() / 1e12)

@@ -17,7 +17,7 @@ from train.attention import Backend, attend
 from train.model import Block, BlockInputs, WanDiT, build_model, check_inputs, init_random, set_checkpointing, sinusoids
 from train.model_config import TI2V_5B, DiTConfig
 from train.rope import axis_sizes, rope_table, rotate
-from train.tokens import pad_text, patchify, token_grid, unpatchify
+from train.tokens import patchify, token_grid, unpatchify
 from train.weights import diffusers_key
 
 Twin = Callable[[WanDiT], nn.Module]
@@ -47,8 +47,10 @@ def batch(model: WanDiT, frames: int, rows: int, columns: int, size: int = 2) ->
     generator = torch.Generator().manual_seed(5)
     latent = torch.randn(size, model.config.in_channels, frames, rows, columns, generator=generator)
     timestep = torch.linspace(713.25, 61.5, size)
-    texts = [torch.randn(3 + 4 * (i % 3), model.config.text_dim, generator=generator) for i in range(size)]
-    return latent, timestep, pad_text(texts, model.config.text_len)
+    text = torch.zeros(size, model.config.text_len, model.config.text_dim)
+    for i in range(size):
+        text[i, : 3 + 4 * (i % 3)] = torch.randn(3 + 4 * (i % 3), model.config.text_dim, generator=generator)
+    return latent, timestep, text
 
 
 def per_token(timestep_B: Tensor, image_first_B: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -333,20 +335,9 @@ def test_unpadded_text_is_refused_and_padding_is_attended(tiny_dit: WanDiT, diff
     none_B = torch.zeros(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="padded to text_len"):
         tiny_dit(latent, timestep, none_B, text[:, :7])
-    with pytest.raises(ValueError, match="longer than text_len"):
-        pad_text([torch.zeros(13, 16)], 12)
     twin = diffusers_twin(tiny_dit)
     short = twin(latent[:1], timestep[:1], text[:1, :3]).sample
     assert relative(tiny_dit(latent, timestep, none_B, text)[:1], short) > 1e-3
-
-
-def test_pad_rows_are_zero_and_real_rows_kept() -> None:
-    """Trap 9: padding is zeros up to text_len, whatever the batch's longest text is."""
-    texts = [torch.ones(2, 3), torch.ones(5, 3)]
-    padded = pad_text(texts, 8)
-    assert padded.shape == (2, 8, 3)
-    assert padded.sum().item() == 21
-    assert padded[0, 2:].abs().sum() == padded[1, 5:].abs().sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from train.model import WanDiT
 from train.objective import (
     SigmaDensity,
     add_noise,
-    choose_image_first,
     loss_weight,
     model_timestep,
     sample_sigma,
@@ -60,19 +59,11 @@ def test_the_first_latent_frame_is_clean_only_in_image_to_video() -> None:
     assert torch.equal(x0, kept)
 
 
-def test_one_frame_samples_are_text_to_video() -> None:
+def test_a_one_frame_sample_cannot_be_image_to_video() -> None:
     """Trap 8: an image as image-to-video would have nothing left to learn."""
-    assert not choose_image_first(torch.zeros(4), 1.0, 1).any()
-    assert choose_image_first(torch.zeros(4), 1.0, 2).all()
     x0, noise = pair((2, 4, 1, 4, 4))
     with pytest.raises(ValueError, match="one-frame"):
         add_noise(x0, noise, torch.tensor([0.5, 0.5]), torch.tensor([True, False]))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_the_share_of_image_to_video(share: float) -> None:
-    """The share of uniform numbers below it: none at 0, all at 1."""
-    assert choose_image_first(QUANTILES, share, 13).double().mean().item() == pytest.approx(share, abs=1e-4)
 
 
 def test_a_slots_loss_is_the_mean_over_its_own_trained_elements() -> None:

@@ -165,7 +165,7 @@ def blame(telemetry: OverflowTelemetry, model: WanDiT) -> str:
 @pytest.mark.parametrize("bad", [0, 2])
 def test_a_forward_overflow_names_its_first_block(fp16_dit: WanDiT, bad: int, mode: str) -> None:
     """Weights that push ffn.2 beyond 65,504 in one block: that block is named, not those it poisons."""
-    set_checkpointing(fp16_dit, mode)  # type: ignore[arg-type]
+    set_checkpointing(fp16_dit, mode)
     telemetry = OverflowTelemetry(fp16_dit)
     assert not has_overflow(backward(fp16_dit))
     fp16_dit.zero_grad()

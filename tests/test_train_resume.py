@@ -14,6 +14,7 @@ from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics
 from shards.errors import UserError
 from train import checkpoint
 from train.loop import fit
+from train.session import Stop
 
 KILLED = -signal.SIGKILL
 VARIED = {"optim__ema_decay": 0.9, "lora__dropout": 0.1, "data__caption_dropout": 0.3, "optim__warmup_updates": 4}
@@ -260,3 +261,61 @@ def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_sha
     monkeypatch.setattr(loop, "losses", original)
     fit(config)
     assert checkpoint_bytes(tmp_path / "stopped", 10) == checkpoint_bytes(tmp_path / "straight", 10)
+
+
+EVALUATION, PICTURES = 2 * 9, 2 * 4
+"""Looks for a signal: one a clip and noise level, one a prompt and step of the solver."""
+SETTLED = EVALUATION + PICTURES
+
+
+@pytest.mark.parametrize(
+    ("looks", "step", "owed"),
+    [
+        (5, 0, ("evaluation", "pictures")),
+        (EVALUATION + 2, 0, ("pictures",)),
+        (SETTLED + 1, 4, ("evaluation", "pictures")),
+        (SETTLED + EVALUATION + 6, 4, ("pictures",)),
+        (3 * SETTLED + 12, 10, ("evaluation", "pictures")),
+        (4 * SETTLED, 10, ("pictures",)),
+    ],
+)
+def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
+    tiny_shards, tmp_path, monkeypatch, looks, step, owed
+):
+    """It is given up where it stands; the resume does it from its beginning, and all is as in the straight run."""
+
+    def config(name):
+        prompts = [{"name": name, "key": "*"} for name in ("one", "two")]
+        return make_config(
+            tiny_shards, tmp_path / name, eval={"num_clips": 2, "every_steps": 4}, checkpoint__every_steps=3,
+            checkpoint__keep_last=9, sample={"every_steps": 4, "prompts": prompts, "sampler": {"steps": 4}},
+        )  # fmt: skip
+
+    original, done = Stop.raise_if_asked, []
+
+    def look(stop, at=None):
+        done.append(stop)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(stop)
+
+    monkeypatch.setattr(Stop, "raise_if_asked", look)
+    fit(config("straight"))
+    assert len(done) == 4 * SETTLED
+    done.clear()
+    monkeypatch.setattr(Stop, "raise_if_asked", lambda stop: look(stop, looks))
+    result = fit(config("run"))
+    assert (result.stopped_by, result.step, len(done)) == (signal.SIGTERM, step, looks), "not answered at once"
+    newest = checkpoint.find_checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert checkpoint.read_checkpoint(newest).owed == owed
+    monkeypatch.setattr(Stop, "raise_if_asked", original)
+    # Killed in the resume, before it has written another checkpoint: the evaluation is there once all the same.
+    with (tmp_path / "run/held_out.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "mean": 0.0}) + "\n" if "evaluation" in owed else "")
+    fit(config("run"))
+    for name in ("metrics.jsonl", "held_out.jsonl"):
+        assert read_metrics(tmp_path / "run", name) == read_metrics(tmp_path / "straight", name)
+    assert checkpoint_bytes(tmp_path / "run", 10) == checkpoint_bytes(tmp_path / "straight", 10)
+    made, meant = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
+                   for root in (tmp_path / "run/samples", tmp_path / "straight/samples"))  # fmt: skip
+    assert made == meant and len(made) == 8

@@ -35,6 +35,7 @@ STATE_FILE = "state.json"
 PIN_FILE = "dataset-pin.json"
 _NAME = re.compile(r"step-(\d{7,})")
 Count = Annotated[int, Field(ge=0)]
+Owed = Literal["evaluation", "pictures"]
 
 
 class RunState(Config):
@@ -63,6 +64,8 @@ class RunState(Config):
     """The lowest held-out loss so far."""
     evaluations_since_best: Count = 0
     """Evaluations in a row without improvement."""
+    owed: tuple[Owed, ...] = ()
+    """What belongs to the step and a signal cut short; a resume does it first."""
     seconds: float = 0.0
     """Wall-clock seconds of training so far, held-out loss included."""
     eval_seconds: float = 0.0

@@ -25,7 +25,7 @@ from train.flops import SAVE_GROUPS, Shape
 from train.kernels import kernel_name
 from train.lean import BlockParts, LinearParts, LoRAParts, Shared, Values, backward_block, forward_block
 from train.lora import LoRALinear, keep_mask
-from train.model import Block, BlockInputs, Linear, WanDiT, run_plain, run_recomputed
+from train.model import Block, BlockInputs, Linear, WanDiT, set_checkpointing
 
 Saves = Sequence[Collection[str]]
 """For each block, the groups it keeps."""
@@ -210,7 +210,7 @@ def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> 
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
-    model.run_block = {"none": run_plain, "full": run_recomputed}[saves]
+    set_checkpointing(model, saves)
 
 
 def _same(saves: Saves, shape: Shape) -> Saves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelConfig(Config):
-    """The frozen base."""
+class BaseModelConfig(Config):
+    """The model to start from."""
 
     checkpoint: str | None = None
     """Folder or safetensors file of the DiT, official or Diffusers layout; null: random weights, for demonstrations."""
@@ -26,14 +26,19 @@ class ModelConfig(Config):
     """Seed of the random weights when there is no checkpoint."""
     dims: DiTConfig | None = None
     """Size of the transformer; null: what the checkpoint says of itself."""
-    compile: bool = False
-    """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
 
     @model_validator(mode="after")
-    def _known(self) -> ModelConfig:
+    def _known(self) -> Self:
         if self.checkpoint is None and self.dims is None:
             raise ValueError("neither model.checkpoint nor model.dims is given")
         return self
+
+
+class ModelConfig(BaseModelConfig):
+    """The frozen base."""
+
+    compile: bool = False
+    """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
 
 
 class DataConfig(Config):
@@ -117,8 +122,8 @@ class OptimConfig(Config):
     """Tensors of fewer elements keep fp32 state under `adamw8bit`."""
 
 
-class PrecisionConfig(Config):
-    """In what numbers."""
+class ComputeConfig(Config):
+    """In what numbers, and where."""
 
     compute: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the chip computes it, fp16 with loss scaling on V100 and T4, fp32 on CPU."""
@@ -126,6 +131,11 @@ class PrecisionConfig(Config):
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     deterministic: bool = False
     """Only kernels that repeat to the bit; slower on a GPU."""
+
+
+class PrecisionConfig(ComputeConfig):
+    """In what numbers."""
+
     initial_scale: PositiveNumber = 65536.0
     """First loss scale under fp16."""
     scale_growth_updates: Positive = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -210,7 +211,7 @@ def check_step(config: TrainConfig) -> Iterator[Finding]:
     loss = backward(trainee, batch, progress.scaler.scale_loss)
     _, norm, overflow = progress.update()
     seconds, memory = time.perf_counter() - began, peak_memory_gib(trainee.device)
-    found = f"loss {loss:.4f}, {seconds:.2f} s, {memory:.1f} GiB"
+    found = f"loss {loss.mean if loss else math.nan:.4f}, {seconds:.2f} s, {memory:.1f} GiB"
     if norm is None:
         yield Finding("one step", "note", f"{found}; skipped for overflow in {overflow}; the loss scale adapts")
     else:

@@ -79,8 +79,9 @@ def evaluate(
     density: SigmaDensity,
     text_len: int,
     device: torch.device,
+    look_up: Callable[[], None] = lambda: None,
 ) -> HeldOut:
-    """The held-out loss of `forward` over the samples `ordinals`."""
+    """The held-out loss of `forward` over the samples `ordinals`. `look_up` is called on the way and may raise."""
     import torch
 
     from train.objective import sample_sigma
@@ -93,6 +94,7 @@ def evaluate(
         latent, text = _read(dataset, group, text_len)
         modes = (False, True) if latent.shape[2] > 1 else (False,)
         for level, sigma in enumerate(sigmas):
+            look_up()
             noise = _noise(dataset, group, level, latent.shape[1:])
             for mode in modes:
                 losses = _losses(forward, latent, noise, text, float(sigma), mode, device)

@@ -53,6 +53,8 @@ class StepRecord(NamedTuple):
     num_image_to_video: int
     keys: Sequence[str]
     """Samples by slot."""
+    slot_losses: Sequence[float]
+    """Loss of each slot, to five digits, weighted as configured."""
     overflow: str | None
     """Block that the update was skipped for."""
     substituted: Sequence[tuple[str, str]]

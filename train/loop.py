@@ -29,6 +29,8 @@ from train.progress import Progress
 from train.sample import Ready, prepare_prompts, sample_prompts
 from train.session import (
     Session,
+    Stop,
+    Stopped,
     choose_checkpoint,
     describe_data,
     determinism,
@@ -58,7 +60,7 @@ class FitResult(NamedTuple):
     """Signal that stopped it."""
 
 
-def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0912, PLR0915
+def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0915
     """Train as configured and leave the run's folder as the design describes it.
 
     Args:
@@ -80,8 +82,9 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             progress.restore(start)
             for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
                 LOG.warning("%s is of the course that is given up; removed", path.name)
-        for name in (METRICS_FILE, HELD_OUT_FILE):
-            checkpoint.cut_back(folder / name, progress.step if start else -1)
+        kept = progress.step if start else -1
+        checkpoint.cut_back(folder / METRICS_FILE, kept)
+        checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
         settings = write_settings(session, config)
         stop = stack.enter_context(stop_signals())
         log = stack.enter_context(
@@ -108,12 +111,12 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         meter = Meter(trainee)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
-        saved_step = progress.step if start else None
+        saved = (progress.step, progress.owed) if start else None
         if start is None:
-            if _evaluate(progress, log) and config.checkpoint.export == "best":
-                _save(progress, log)  # the beginning may stay the best
-                saved_step = progress.step
-            _sample(progress, pictures)
+            progress.owed = progress.due()
+        # The beginning may stay the best, and what a signal cut short may turn out to be.
+        if _settle(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
+            saved = _save(progress, log)
 
         while progress.step < config.max_steps and stop.signal is None and not _exhausted(progress):
             began = time.perf_counter()
@@ -133,7 +136,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     step=batch.step,
                     epoch=batch.epoch,
                     bucket=str(batch.bucket),
-                    loss=loss,
+                    loss=loss.mean,
                     lr=rate,
                     grad_norm=norm,
                     updates=progress.updates,
@@ -146,25 +149,32 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     memory_gib=peak_memory_gib(trainee.device),
                     num_image_to_video=int(batch.image_first_B.sum()),
                     keys=batch.keys,
+                    slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
                     overflow=overflow,
                     substituted=batch.substituted,
                 )
             )
+            progress.owed = progress.due()
+            is_best = _settle(progress, log, pictures, stop)
             last = progress.step == config.max_steps
-            is_best = False
-            if config.eval and (last or progress.step % config.eval.every_steps == 0):
-                is_best = _evaluate(progress, log)
-            if config.sample and (last or progress.step % config.sample.every_steps == 0):
-                _sample(progress, pictures)
             if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
-                _save(progress, log)
-                saved_step, stop.checkpoint = progress.step, False
+                saved = _save(progress, log)
+                stop.checkpoint = False
 
-        if progress.step != saved_step:
+        if (progress.step, progress.owed) != saved:
             _save(progress, log)
         for line in meter.after():
             log.say(line)
         return _finish(progress, log, stop.signal)
+
+
+class StepLoss(NamedTuple):
+    """Loss of a batch."""
+
+    mean: float
+    """Sum over the slots ÷ the global batch."""
+    slots: tuple[float, ...]
+    """Each slot's, float32; nothing is computed from them."""
 
 
 def backward(
@@ -172,7 +182,7 @@ def backward(
     batch: Batch,
     scale_loss: Callable[[Tensor], Tensor],
     stopping: Callable[[], bool] = lambda: False,
-) -> float | None:
+) -> StepLoss | None:
     """Gather the gradients of a batch's loss, micro-batch by micro-batch, and return the loss.
 
     None, with the gradients dropped, where `stopping` turns true before a micro-batch: a step takes minutes on a small
@@ -182,16 +192,19 @@ def backward(
     """
     data = trainee.config.data
     total = torch.zeros((), dtype=torch.float64, device=trainee.device)
+    parts: list[Tensor] = []
     for start in range(0, len(batch.keys), data.micro_batch):
         if stopping():
             for weight in trainee.weights.values():
                 weight.grad = None
             return None
         rows = slice(start, start + data.micro_batch)
-        loss = losses(trainee, batch, rows).sum() / data.global_batch
+        losses_B = losses(trainee, batch, rows)
+        loss = losses_B.sum() / data.global_batch
         scale_loss(loss).backward()
         total += loss.detach()
-    return float(total)
+        parts.append(losses_B.detach())
+    return StepLoss(float(total), tuple(torch.cat(parts).tolist()))
 
 
 def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
@@ -233,7 +246,23 @@ def num_tokens(trainee: Trainee, batch: Batch) -> int:
     return per_slot * trainee.config.data.global_batch
 
 
-def _evaluate(progress: Progress, log: RunLog) -> bool:
+def _settle(progress: Progress, log: RunLog, pictures: list[Ready], stop: Stop) -> bool:
+    """Do what the step owes beside training, and return whether its held-out loss is the best so far.
+
+    What a signal cuts short stays owed: it goes into the checkpoint, and a resume does it from its beginning.
+    """
+    is_best = False
+    with contextlib.suppress(Stopped):
+        if "evaluation" in progress.owed:
+            is_best = _evaluate(progress, log, stop.raise_if_asked)
+            progress.owed = tuple(name for name in progress.owed if name != "evaluation")
+        if "pictures" in progress.owed:
+            _sample(progress, pictures, stop.raise_if_asked)
+            progress.owed = ()
+    return is_best
+
+
+def _evaluate(progress: Progress, log: RunLog, look_up: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -248,6 +277,7 @@ def _evaluate(progress: Progress, log: RunLog) -> bool:
             sigma_density(config.objective),
             trainee.dims.text_len,
             trainee.device,
+            look_up,
         )
     seconds = time.perf_counter() - began
     progress.seconds += seconds
@@ -267,14 +297,14 @@ def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
     return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
 
 
-def _sample(progress: Progress, pictures: list[Ready]) -> None:
+def _sample(progress: Progress, pictures: list[Ready], look_up: Callable[[], None]) -> None:
     """Write latents of the configured prompts; `wanprep decode --watch` shows them, the trainer has no VAE."""
     if progress.config.sample is None:
         return
     trainee, began = progress.trainee, time.perf_counter()
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
     with trainee.holding(progress.average):
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder)
+        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder, look_up)
     progress.seconds += time.perf_counter() - began
 
 
@@ -292,10 +322,12 @@ def _exhausted(progress: Progress) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: Progress, log: RunLog) -> None:
+def _save(progress: Progress, log: RunLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
+    """Write a checkpoint; return what tells it from the next one."""
     log.sync()
     path = progress.save()
     log.say(f"checkpoint {path}")
+    return progress.step, progress.owed
 
 
 def _finish(progress: Progress, log: RunLog, stopped_by: int | None) -> FitResult:

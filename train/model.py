@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ class WanDiT(nn.Module):
             timestep_B: 1000 σ, float32 (a 16-bit timestep trains wrong in silence, so it is refused).
             image_first_B: samples whose first latent frame is clean: its tokens take timestep 0. Best kept on the CPU:
                 the host asks whether any is set.
-            text_BSE: text embeddings, zero-padded to text_len (see `pad_text`); the padding is attended.
+            text_BSE: text embeddings, zero-padded to text_len (see `pad_texts`); the padding is attended.
             dropout_key_B: one key a sample; needed when LoRA dropout is on and the model is in training mode.
 
         Raises: ValueError, TypeError on inputs that would train wrong.
@@ -284,7 +284,7 @@ def run_recomputed(index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs)
     return checkpoint(block, x_BLD, inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def set_checkpointing(model: WanDiT, mode: Literal["none", "full"]) -> None:
+def set_checkpointing(model: WanDiT, mode: str) -> None:
     """Choose how blocks are run: `none` keeps activations, `full` recomputes every block in the backward pass."""
     model.run_block = {"none": run_plain, "full": run_recomputed}[mode]
 
@@ -318,7 +318,7 @@ def check_inputs(
     if text_BSE.shape != (batch, config.text_len, config.text_dim):
         raise ValueError(
             f"text is {tuple(text_BSE.shape)}, not {(batch, config.text_len, config.text_dim)}: the model attends the "
-            "zero padding, so text must be padded to text_len (pad_text)"
+            "zero padding, so text must be padded to text_len (train.data.pad_texts)"
         )
 
 

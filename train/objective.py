@@ -75,11 +75,6 @@ def _bell(sigma: Tensor) -> Tensor:
     return torch.exp(-2 * (sigma - 0.5) ** 2) - math.exp(-0.5)
 
 
-def choose_image_first(u_B: Float[Tensor, " b"], share: float, num_latent_frames: int) -> Bool[Tensor, " b"]:
-    """Which samples are image-to-video: those whose uniform number lies below the share; none of a single frame."""
-    return (u_B < share) & (num_latent_frames > 1)
-
-
 def add_noise(
     x0_BCTHW: Float[Tensor, "b c t h w"],
     noise_BCTHW: Float[Tensor, "b c t h w"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from shards.console import LOG
 from shards.errors import UserError
 from shards.identity import refuse_mismatch
 from train import checkpoint, draws, order
+from train.checkpoint import Owed
 from train.optim import (
     clip_gradients,
     learning_rate,
@@ -44,6 +46,8 @@ class Progress:
         self.best_step: int | None = None
         self.best_loss: float | None = None
         self.evaluations_since_best = 0
+        self.owed: tuple[Owed, ...] = ()
+        """What the step has still to do beside training: see `due`."""
         self.seconds = 0.0
         """Wall clock of all steps and evaluations."""
         self.eval_seconds = 0.0
@@ -105,6 +109,12 @@ class Progress:
                 mend="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
+    def due(self) -> tuple[Owed, ...]:
+        """What the configuration wants after this step: both before the first and after the last one too."""
+        sections: dict[Owed, Any] = {"evaluation": self.config.eval, "pictures": self.config.sample}
+        last = self.step == self.config.max_steps
+        return tuple(name for name, its in sections.items() if its and (last or self.step % its.every_steps == 0))
+
     def judge(self, held_out_loss: float) -> bool:
         """Take note of an evaluation; return whether it is the best so far."""
         margin = self.config.eval.min_improvement if self.config.eval else 0.0
@@ -156,7 +166,7 @@ class Progress:
         self.skipped_in_a_row = state.skipped_in_a_row
         self.position = Position(state.epoch, state.batch)
         self.best_step, self.best_loss = state.best_step, state.best_loss
-        self.evaluations_since_best = state.evaluations_since_best
+        self.evaluations_since_best, self.owed = state.evaluations_since_best, state.owed
         self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
 
     def _state(self) -> checkpoint.RunState:
@@ -172,6 +182,7 @@ class Progress:
             best_step=self.best_step,
             best_loss=self.best_loss,
             evaluations_since_best=self.evaluations_since_best,
+            owed=self.owed,
             seconds=self.seconds,
             eval_seconds=self.eval_seconds,
             draws_version=draws.DRAWS_VERSION,

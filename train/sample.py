@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ def sample_latent(
     null_SE: Float[Tensor, "s e"],
     sampler: SamplerConfig,
     first_CHW: Float[Tensor, "c h w"] | None = None,
+    look_up: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "c t h w"]:
     """Solve the flow from noise to a latent, float32, on the model's device.
 
@@ -65,6 +66,7 @@ def sample_latent(
         null_SE: the null text's, likewise; not looked at where guidance is 1.
         first_CHW: image-to-video: the normalised latent of the image. It stands in the first latent frame throughout,
             and its tokens are told timestep 0.
+        look_up: called before each step of the solver; it may raise.
     """
     device = next(model.parameters()).device
     x_1CTHW = noise_CTHW.to(device, torch.float32)[None]
@@ -74,6 +76,7 @@ def sample_latent(
     solver = make_solver(sampler.solver, grid)
     x_1CTHW = _with_first(x_1CTHW, first_CHW)
     for timestep in grid.timesteps:
+        look_up()
         time_1 = torch.tensor([timestep], device=device)
         velocities = [model(x_1CTHW, time_1, image_first_1, text_1SE) for text_1SE in texts_1SE]
         velocity_1CTHW = velocities[0]
@@ -96,22 +99,34 @@ def draw_start(seed: int, shape: Sequence[int]) -> Float[Tensor, "c t h w"]:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def sample_prompts(model: WanDiT, prompts: Sequence[Ready], sampler: SamplerConfig, folder: Path) -> list[Path]:
-    """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode while it lasts."""
+def sample_prompts(
+    model: WanDiT,
+    prompts: Sequence[Ready],
+    sampler: SamplerConfig,
+    folder: Path,
+    look_up: Callable[[], None] = lambda: None,
+) -> list[Path]:
+    """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode while it lasts.
+
+    `look_up` is called before each step of the solver; where it raises, what is written by then is whole.
+    """
     was_training = model.training
     model.eval()
-    written = []
-    for ready in prompts:
-        began = time.perf_counter()
-        noise_CTHW = draw_start(ready.prompt.seed, ready.shape)
-        latent_CTHW = sample_latent(model, noise_CTHW, ready.text_SE, ready.null_SE, sampler, ready.first_CHW)
-        path = folder / f"{ready.prompt.name}.safetensors"
-        facts = {**ready.facts, "sampler": sampler.model_dump_json(), "seed": str(ready.prompt.seed)}
-        write_latent(path, latent_CTHW.cpu().numpy(), facts)
-        LOG.info("sampled %s in %.1f s", path, time.perf_counter() - began)
-        written.append(path)
-    model.train(was_training)
-    return written
+    try:
+        return [_sample_one(model, ready, sampler, folder, look_up) for ready in prompts]
+    finally:
+        model.train(was_training)
+
+
+def _sample_one(model: WanDiT, ready: Ready, sampler: SamplerConfig, folder: Path, look_up: Callable[[], None]) -> Path:
+    began = time.perf_counter()
+    noise_CTHW = draw_start(ready.prompt.seed, ready.shape)
+    latent_CTHW = sample_latent(model, noise_CTHW, ready.text_SE, ready.null_SE, sampler, ready.first_CHW, look_up)
+    path = folder / f"{ready.prompt.name}.safetensors"
+    facts = {**ready.facts, "sampler": sampler.model_dump_json(), "seed": str(ready.prompt.seed)}
+    write_latent(path, latent_CTHW.cpu().numpy(), facts)
+    LOG.info("sampled %s in %.1f s", path, time.perf_counter() - began)
+    return path
 
 
 def prepare_prompts(

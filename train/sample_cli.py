@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
 from shards.console import set_up_logging
-from train.config import ModelConfig, PrecisionConfig
+from train.config import BaseModelConfig, ComputeConfig
 from train.sample_config import Prompt, SamplerConfig, refuse_twice
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class SampleRun(Config):
 
     output: str
     """Folder of the latents, NAME.safetensors each."""
-    model: ModelConfig
+    model: BaseModelConfig
     lora: str | None = None
     """A LoRA file of any tool, a run or a checkpoint; null: the base alone."""
     lora_scale: float = 1.0
@@ -42,12 +42,14 @@ class SampleRun(Config):
     """What to make."""
     sampler: SamplerConfig = SamplerConfig()
     """How."""
-    precision: PrecisionConfig = PrecisionConfig()
+    precision: ComputeConfig = ComputeConfig()
     """In what numbers, and where."""
 
     @model_validator(mode="after")
     def _named(self) -> SampleRun:
         refuse_twice(self.prompts)
+        if self.lora is None and self.lora_scale != 1:
+            raise ValueError(f"lora_scale: {self.lora_scale:g} scales a LoRA, and lora is null")
         return self
 
 
@@ -71,6 +73,7 @@ def sample_run(config: SampleRun) -> list[Path]:
     """Load the model, its LoRA and the prompts, and write the latents. Raises UserError before any step is taken."""
     from shards.dataset import open_dataset
     from train.sample import prepare_prompts, sample_prompts
+    from train.session import determinism
     from train.weights import read_dit_config
 
     dims = config.model.dims or read_dit_config(str(config.model.checkpoint))
@@ -79,7 +82,8 @@ def sample_run(config: SampleRun) -> list[Path]:
         roots = (config.data.root,) if isinstance(config.data.root, str) else config.data.root
         dataset = open_dataset(roots, config.data.text_set)
     ready = prepare_prompts(config.prompts, config.sampler, dims, dataset)
-    return sample_prompts(_load_model(config), ready, config.sampler, Path(config.output))
+    with determinism(config.precision.deterministic):
+        return sample_prompts(_load_model(config), ready, config.sampler, Path(config.output))
 
 
 def _load_model(config: SampleRun) -> WanDiT:

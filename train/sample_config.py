@@ -59,6 +59,8 @@ class Prompt(Config):
             raise ValueError(f"prompt {self.name}: width, height and num_frames are needed beside embeddings")
         if self.num_frames is not None and self.num_frames % 4 != 1:
             raise ValueError(f"prompt {self.name}: num_frames {self.num_frames} is not 4k+1")
+        if self.key is not None and self.index:
+            raise ValueError(f"prompt {self.name}: index {self.index} is of a file of embeddings, and key is given")
         if self.first_frame == "sample" and self.key is None:
             raise ValueError(f"prompt {self.name}: first_frame: sample needs key")
         return self

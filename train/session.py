@@ -168,6 +168,10 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
         handler.close()
 
 
+class Stopped(Exception):
+    """A signal has asked for the end, in the middle of what can be given up."""
+
+
 class Stop:
     """What signals have asked for, to be looked at between steps."""
 
@@ -176,6 +180,11 @@ class Stop:
         """Write a checkpoint and end."""
         self.checkpoint = False
         """Write a checkpoint and go on."""
+
+    def raise_if_asked(self) -> None:
+        """Raise Stopped when a signal has asked for the end."""
+        if self.signal is not None:
+            raise Stopped
 
 
 @contextlib.contextmanager

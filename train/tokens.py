@@ -1,7 +1,6 @@
-"""Latents to tokens and back, and text to rows of one length.
+"""Latents to tokens and back.
 
-Shapes: B slots, C channels, T H W latent frames, rows, columns, L tokens, P channels of a patch, S text tokens,
-E text width.
+Shapes: B slots, C channels, T H W latent frames, rows, columns, L tokens, P channels of a patch.
 """
 
 from __future__ import annotations
@@ -38,16 +37,3 @@ def unpatchify(
     """Tokens to latent; here a patch is flattened channels last (Wan model.py, unpatchify)."""
     x = tokens_BLP.unflatten(1, grid).unflatten(4, (*patch, -1))
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def pad_text(texts: Sequence[Tensor], text_len: int) -> Float[Tensor, "b s e"]:
-    """Stack text embeddings (tokens × E each) with zero rows up to `text_len`.
-
-    Raises: ValueError when a text is longer: it is never cut here.
-    """
-    padded = texts[0].new_zeros(len(texts), text_len, texts[0].shape[1])
-    for row, text in zip(padded, texts, strict=True):
-        if text.shape[0] > text_len:
-            raise ValueError(f"a text of {text.shape[0]} tokens is longer than text_len {text_len}")
-        row[: text.shape[0]] = text
-    return padded
