@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy_and_shows_examples():
         ("window.num_frames=18", "window.num_frames|num_frames 18 is not 4k+1; the nearest are 17 and 21"),
         ("window.num_frames=many", "window.num_frames: 'many'"),
         ("shards.latent_dtype=int8", "shards.latent_dtype: 'int8'"),
-        ("buckets.sizes=[{width: 100, height: 96}]", "multiples of 32"),
+        ("buckets.sizes=[{width: 112, height: 96}]", "multiples of 32"),
         ("corpus.location=/nowhere", "/nowhere"),
         ("encoders.checkpoint=/nowhere", "encoders.checkpoint: '/nowhere': no such folder"),
         ("engine.decoders=0", "engine.decoders: 0"),

@@ -16,7 +16,7 @@ from train import kernels
 from train.checkpointing import ChooseSaves, keep
 from train.flops import SAVE_GROUPS, Shape
 from train.lora import inject, lora_modules
-from train.model import WanDiT, build_model, set_checkpointing
+from train.model import Block, BlockInputs, WanDiT, build_model, set_checkpointing
 from train.model_config import DiTConfig, LoRAConfig
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=96, text_dim=32, text_len=16)
@@ -110,6 +110,35 @@ def test_in_16_bit_it_is_as_near_to_float32_as_the_plain_twin() -> None:
     norm = torch.cat([grad.flatten() for grad in exact.values()]).norm()
     for dtype in (torch.bfloat16, torch.float16):
         assert error(dtype, lean=True) < 1.15 * error(dtype, lean=False)
+
+
+def test_the_residual_stream_and_its_gradient_are_never_rounded() -> None:
+    """Trap 3: blocks whose branches add nothing hand a float32 stream on, and its gradient back, to the bit."""
+    model = make_model(LoRAConfig(rank=4), torch.bfloat16)
+    with torch.no_grad():
+        for block in model.blocks:
+            for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+                last.weight.zero_()
+                last.bias.zero_()
+        for module in lora_modules(model).values():
+            module.lora_B.zero_()
+    keep(model, "none")
+    lean, streams = model.run_block, []
+
+    def watched(index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        if index == 0:
+            x_BLD = x_BLD + 1e-3 * torch.randn(x_BLD.shape, generator=torch.Generator().manual_seed(0))
+            streams.append(x_BLD.requires_grad_())
+        streams.append(lean(index, block, streams[-1], inputs))
+        streams[-1].retain_grad()
+        return streams[-1]
+
+    model.run_block = watched
+    run(model)
+    first, last = streams[0], streams[-1]
+    assert len(streams) == DIMS.num_layers + 1
+    assert not torch.equal(first, first.bfloat16().float()) and torch.equal(last, first)
+    assert not torch.equal(last.grad, last.grad.bfloat16().float()) and torch.equal(first.grad, last.grad)
 
 
 def test_gradients_add_up_over_micro_steps_and_passes_may_overlap() -> None:

@@ -110,6 +110,7 @@ def test_padding_is_zero_rows_and_nothing_is_cut(tiny_shards, tmp_path):
     padded = pad_texts(texts, 8)
     assert padded.shape == (2, 8, 3) and padded.dtype == torch.bfloat16
     assert padded.sum(dim=(1, 2)).tolist() == [3.0, 15.0]
+    assert not padded[0, 1:].view(torch.int16).any() and not padded[1, 5:].view(torch.int16).any()
     with pytest.raises(UserError, match="tokens, the model takes 8"):
         take_with_text_len(make_config(tiny_shards, tmp_path), 8)
 

@@ -1,0 +1,219 @@
+"""The fourteen ways to train wrong in silence: each is set in a copy of the code, and its tests must fail.
+
+A row is one trap as one edit of one line, and the tests that are its guard. `make test` checks that every edit still
+finds its line and every guard exists; the long test sets each trap and sees the guard fail, and none fail without it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("shards", "preprocess", "train", "tests", "configs", "pyproject.toml")
+
+
+class Trap(NamedTuple):
+    """One edit that would train wrong, or store what trains wrong."""
+
+    number: int
+    """Which of the fourteen."""
+    what: str
+    file: str
+    old: str
+    new: str
+    guards: tuple[str, ...]
+    """Tests that must fail, as file::function below tests/."""
+
+
+TRAPS = (
+    Trap(
+        2, "the timestep rounded to bf16", "train/objective.py",
+        "return (NUM_TIMESTEPS * sigma_B.double()).float()",
+        "return (NUM_TIMESTEPS * sigma_B.double()).bfloat16().float()",
+        ("test_train_objective.py::test_the_timestep_is_not_rounded",),
+    ),
+    Trap(
+        2, "the timestep cut to an integer", "train/objective.py",
+        "return (NUM_TIMESTEPS * sigma_B.double()).float()",
+        "return (NUM_TIMESTEPS * sigma_B.double()).long().float()",
+        ("test_train_objective.py::test_the_timestep_is_not_rounded",),
+    ),
+    Trap(
+        3, "the residual stream rounded", "train/model.py",
+        "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)",
+        "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first).to(dtype).float()",
+        ("test_train_model.py::test_the_residual_stream_is_never_rounded",),
+    ),
+    Trap(
+        3, "the residual stream rounded in the block that writes its own backward pass", "train/lean.py",
+        "x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first)",
+        "x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first).to(down.dtype).float()",
+        ("test_train_checkpointing.py::test_the_residual_stream_and_its_gradient_are_never_rounded",),
+    ),
+    Trap(
+        3, "the time embedding rounded", "train/model.py",
+        "time_BRD = self.time_embedding(sinusoids(rows_BR, self.config.freq_dim))",
+        "time_BRD = self.time_embedding(sinusoids(rows_BR, self.config.freq_dim)).to(self.compute_dtype).float()",
+        ("test_train_model.py::test_the_time_embedding_is_never_rounded",),
+    ),
+    Trap(
+        6, "latents not divided by their standard deviations", "preprocess/encoders.py",
+        "((mean_CTHW - self._mean_C111) * self._inverse_std_C111)",
+        "(mean_CTHW - self._mean_C111)",
+        ("test_preprocess_encoders.py::test_latents_are_diffusers_normalised_mode",),
+    ),
+    Trap(
+        7, "a sample of the posterior in place of its mode", "preprocess/encoders.py",
+        ".latent_dist.mode()", ".latent_dist.sample()",
+        ("test_preprocess_encoders.py::test_latents_are_diffusers_normalised_mode",),
+    ),
+    Trap(
+        8, "the first frame noised in image-to-video", "train/objective.py",
+        "torch.where(clean, x0[:, :, 0], noised[:, :, 0])",
+        "torch.where(clean, noised[:, :, 0], noised[:, :, 0])",
+        (
+            "test_train_objective.py::test_the_first_latent_frame_is_clean_only_in_image_to_video",
+            "test_train_objective.py::test_training_inputs_are_those_of_the_image_to_video_pipeline",
+        ),
+    ),
+    Trap(
+        8, "the first frame in the loss of image-to-video", "train/objective.py",
+        "torch.where(first_B, 0.0, 1.0)", "torch.where(first_B, 1.0, 1.0)",
+        (
+            "test_train_objective.py::test_a_slots_loss_is_the_mean_over_its_own_trained_elements",
+            "test_train_objective.py::test_no_gradient_reaches_the_first_frame_of_image_to_video",
+        ),
+    ),
+    Trap(
+        8, "a clean first frame whose tokens are not at t = 0", "train/model.py",
+        "non_blocking=True), 0.0, timestep_B)", "non_blocking=True), timestep_B, timestep_B)",
+        ("test_train_model.py::test_the_first_frame_takes_timestep_zero_only_where_asked",),
+    ),
+    Trap(
+        9, "text not padded with zeros", "train/data.py",
+        "padded = np.zeros(", "padded = np.ones(",
+        ("test_train_data.py::test_padding_is_zero_rows_and_nothing_is_cut",),
+    ),
+    Trap(
+        9, "captions cleaned without ftfy", "preprocess/text.py",
+        "fixed = _ftfy().fix_text(text)", "fixed = text",
+        (
+            "test_preprocess_captions.py::test_the_full_width_comma_is_folded",
+            "test_preprocess_captions.py::test_without_ftfy_there_is_no_caption",
+        ),
+    ),
+    Trap(
+        9, "diffusers' default of 226 tokens", "preprocess/encoders.py",
+        "MAX_TOKENS = 512", "MAX_TOKENS = 226",
+        ("test_preprocess_encoders.py::test_a_text_beyond_512_tokens_is_refused_not_cut",),
+    ),
+    Trap(
+        9, "untied text embeddings taken", "preprocess/checkpoint.py",
+        "not torch.equal(both[0].tensor, both[1].tensor)", "False",
+        ("test_preprocess_checkpoint.py::test_untied_text_embeddings_are_refused_and_tied_copies_taken",),
+    ),
+    Trap(
+        10, "frames beyond 4k+1 dropped by the encoder", "preprocess/encoders.py",
+        "if len(frames_THWC) % 4 != 1:", "if False:",
+        ("test_preprocess_encoders.py::test_frames_that_the_encoder_would_drop_are_refused",),
+    ),
+    Trap(
+        10, "sides that are multiples of 16 only", "preprocess/config.py",
+        "if self.width % 32 or self.height % 32:", "if self.width % 16 or self.height % 16:",
+        ("test_preprocess_cli.py::test_bad_settings_are_named_with_what_was_expected",),
+    ),
+    Trap(
+        11, "norm3 taken for the norm of the feed-forward", "train/weights.py",
+        r'(r"\.norm3\.", ".norm2."),', r'(r"\.norm3\.", ".norm3."),',
+        ("test_train_weights.py::test_norm3_is_the_norm_before_cross_attention",),
+    ),
+    Trap(
+        12, "alpha lost at export", "train/lora.py",
+        "out *= config.scale", "out *= 1",
+        (
+            "test_train_lora.py::test_export_folds_the_scale_once",
+            "test_train_lora.py::test_exported_file_loads_in_a_diffusers_pipeline_at_the_right_scale",
+        ),
+    ),
+    Trap(
+        12, "alpha applied twice", "train/lora.py",
+        "torch.tensor(float(config.rank))", "torch.tensor(float(config.rank * config.scale))",
+        (
+            "test_train_lora.py::test_export_folds_the_scale_once",
+            "test_train_lora_formats.py::test_the_scale_is_folded_into_b_and_alpha_is_the_rank",
+        ),
+    ),
+    Trap(
+        13, "random tests over a head of zeros", "train/model.py",
+        "zero_head: bool = False", "zero_head: bool = True",
+        ("test_train_model.py::test_random_weights_repeat_and_have_a_live_head",),
+    ),
+    Trap(
+        14, "rotary positions counted from each rank's own first token", "train/rope.py",
+        "token = torch.arange(offset, offset + num_tokens, dtype=torch.int64)",
+        "token = torch.arange(0, num_tokens, dtype=torch.int64)",
+        ("test_train_model.py::test_rotation_by_parts_equals_the_whole",),
+    ),
+)  # fmt: skip
+
+
+def test_every_trap_still_finds_its_line_and_its_guards() -> None:
+    """An edit that finds no line would prove nothing, and so would a guard that is gone."""
+    for trap in TRAPS:
+        assert (ROOT / trap.file).read_text().count(trap.old) == 1, f"trap {trap.number}, {trap.what}"
+        for guard in trap.guards:
+            file, _, name = guard.partition("::")
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), guard
+
+
+def test_all_fourteen_are_there() -> None:
+    """Every trap of the list has at least one row."""
+    assert {trap.number for trap in TRAPS} >= set(range(1, 15)) - {1, 4, 5}
+
+
+def failed(tree: Path, guards: tuple[str, ...]) -> set[str]:
+    """Which of the guards fail in a tree, parametrised or not."""
+    names = [f"tests/{guard}" for guard in guards]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-rf", *names]
+    done = subprocess.run(command, check=False, cwd=tree, capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 2 and up: pytest itself broke, which proves nothing
+    return {guard for guard in guards if re.search(rf"^FAILED tests/{re.escape(guard)}\b", done.stdout, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code and its tests."""
+    folder = tmp_path_factory.mktemp("trapped")
+    for name in COPIED:
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__")
+        (shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(source, folder))
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_no_guard_fails_without_its_trap(tree: Path) -> None:
+    """Else a failing guard would say nothing about a trap."""
+    assert not failed(tree, tuple(sorted({guard for trap in TRAPS for guard in trap.guards})))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: f"{trap.number}: {trap.what}")
+def test_a_trap_that_is_set_is_noticed(tree: Path, trap: Trap) -> None:
+    """The code with this one edit fails every guard."""
+    file = tree / trap.file
+    before = file.read_text()
+    file.write_text(before.replace(trap.old, trap.new))
+    try:
+        assert failed(tree, trap.guards) == set(trap.guards)
+    finally:
+        file.write_text(before)
