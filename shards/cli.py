@@ -174,6 +174,48 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
 @main.command()
 @ROOT
 @AS_JSON
+@TEXT_SET
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Read N samples, chosen by a hash of their keys.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Units read at a time.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where finished units are kept [~/.cache/wanshards].")
+@click.option("--no-cache", is_flag=True, help="Keep nothing, and use nothing that was kept.")
+@click.option("--check", is_flag=True, help="Exit with 1 when a finding is bad.")
+def stats(
+    root: str,
+    as_json: bool,
+    text_set: str | None,
+    sample: int | None,
+    jobs: int,
+    cache: Path | None,
+    no_cache: bool,
+    check: bool,
+) -> None:
+    """The dataset in numbers, and what is wrong with it: shifted channels, another VAE, duplicates, constant latents.
+
+    Every latent is read once; what was read before is kept by its tar's digest, so that a second run, or one after the
+    dataset grew, is quick. A build may be writing meanwhile: what has no commit yet is waiting.
+
+    \b
+    wanshards stats demo/shards
+    wanshards stats s3://bucket/prefix --sample 2000 --jobs 8 --json
+    """
+    from shards.stats_cache import default_cache
+    from shards.stats_result import print_stats
+    from shards.stats_run import run_stats
+
+    found = run_stats(
+        root, text_set=text_set, sample=sample, jobs=jobs, cache=None if no_cache else cache or default_cache()
+    )
+    if as_json:
+        print_json(found)
+    else:
+        print_stats(found)
+    sys.exit(1 if check and any(item["severity"] == "bad" for item in found["findings"]) else 0)
+
+
+@main.command()
+@ROOT
+@AS_JSON
 @click.option("--delete", is_flag=True, help="Remove them; without it they are only listed.")
 @click.option(
     "--older-than-hours", type=click.FloatRange(0), default=24.0, show_default=True, help="Spare younger ones."

@@ -1,0 +1,276 @@
+"""`wanshards stats`: a dataset in numbers, and what is wrong with it, by name.
+
+Two passes. The first reads each unit once, a sample at a time, and leaves a few numbers a sample in the cache. The
+second reads these back and compares shards and samples with the whole. In memory are one sample a thread, the counts,
+and of each sample its key, clip and fingerprint: some 300 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shards.commit import Commit, dataset_revision, read_commit
+from shards.damage import ShardDamage
+from shards.dataset_info import DatasetInfo, read_info
+from shards.errors import UserError
+from shards.fingerprints import Alike, find_alike, find_equal
+from shards.index import list_root
+from shards.keys import clip_hash
+from shards.layout import LATENTS, NULL_UNIT, text_kind
+from shards.stats_cache import StatsCache
+from shards.stats_checks import ReferenceBuilder, ShardVerdict, judge_shard, largest, sample_distances
+from shards.stats_findings import Evidence, find_all
+from shards.stats_funnel import OnRefused, funnel_steps, read_funnel, reason_rows
+from shards.stats_result import counted
+from shards.stats_unit import UnitStats, latent_unit, text_unit
+from shards.storage import Storage, open_storage
+from shards.tally import Tally
+
+Progress = Callable[[int, int], None]
+"""Told units done and units in all."""
+_MAX_GROUPS = 200
+
+
+class _Unit(NamedTuple):
+    """One unit's commit and what of it is asked for."""
+
+    kind: str
+    commit: Commit
+    revision: str
+    wanted: frozenset[str] | None
+
+    @property
+    def cache_name(self) -> str:
+        """By the tar's digest, and by the keys where not all were asked for."""
+        if self.wanted is None:
+            return f"{self.commit.tar.sha256[:40]}-all"
+        chosen = hashlib.sha256(" ".join(sorted(self.wanted)).encode()).hexdigest()
+        return f"{self.commit.tar.sha256[:40]}-{chosen[:16]}"
+
+
+def dataset_stats(
+    root: str | Path,
+    *,
+    text_set: str | None = None,
+    sample: int | None = None,
+    cache: Path | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+    on_refused: OnRefused | None = None,
+) -> dict[str, Any]:
+    """Everything about a dataset as plain JSON values.
+
+    Args:
+        root: a folder or `s3://bucket/prefix`; a build may be writing to it.
+        text_set: whose captions to count; None: `default` where it is there.
+        sample: read only so many samples, chosen by a hash of their keys; counts of records are never sampled.
+        cache: folder for finished units; None: a temporary one.
+        jobs: units read at a time.
+        progress: told how far it is.
+        on_refused: shown each refused record's ledger row.
+
+    Raises UserError when there is no dataset. A damaged sample or shard is a finding, not an error.
+    """
+    storage = open_storage(root)
+    info = read_info(storage)
+    text_set = _text_set(info, text_set)
+    damaged: list[str] = []
+    latents = _read_units(storage, LATENTS, damaged)
+    texts = _read_units(storage, text_kind(text_set), damaged) if text_set else []
+    num_samples = sum(len(unit.commit.samples) for unit in latents)
+    latents, texts = _choose(latents, sample), _choose(texts, sample)
+    with ExitStack() as stack:
+        folder = cache or Path(stack.enter_context(TemporaryDirectory(prefix="wanshards-stats-")))
+        kept = StatsCache(folder)
+        first = _FirstPass(num_samples if sample is None else min(sample, num_samples))
+        done, total = 0, len(latents) + len(texts)
+        for unit, stats in zip(latents, _in_order(storage, latents, kept, jobs), strict=True):
+            done += 1
+            first.add_latents(unit, stats)
+            if progress:
+                progress(done, total)
+        for tally in _texts_in_order(storage, texts, kept, jobs):
+            done += 1
+            first.texts.merge([tally])
+            if progress:
+                progress(done, total)
+        verdicts, outliers = _second_pass(latents, first, kept, storage)
+    funnel = read_funnel(storage, info, (unit.commit for unit in latents), on_refused)
+    num_with_text = sum(len(unit.commit.samples) for unit in _read_only_matching(texts, latents))
+    evidence = Evidence(
+        info, first.tally, first.texts, [*damaged, *funnel.problems], first.builder.channels(),
+        first.builder.references(), verdicts, outliers, first.duplicates(),
+        {unit.commit.unit: unit.commit.tar.name for unit in latents},
+    )  # fmt: skip
+    return {
+        "root": storage.url(),
+        "identity_sha256": info.identity_digest,
+        "revision": _revision([*latents, *texts]),
+        "notes": info.notes,
+        "text_set": text_set,
+        "sampled": {"asked": sample, "read": len(first.keys), "of": num_samples},
+        "funnel": funnel_steps(funnel.tally, info, num_samples, num_with_text),
+        "reasons": reason_rows(funnel.tally),
+        "window_reasons": funnel.tally.rows("window_reason"),
+        "findings": find_all(evidence),
+        **counted(evidence),
+    }
+
+
+class _FirstPass:
+    """What the first pass leaves: counts, the reference, and of each sample what finds its likes."""
+
+    def __init__(self, num_expected: int) -> None:
+        self.tally, self.texts = Tally(), Tally()
+        self.builder = ReferenceBuilder(num_expected)
+        self.keys: list[str] = []
+        self._clips: list[str] = []
+        self._digests: list[str] = []
+        self._previews: list[str] = []
+        self._prints: list[np.ndarray] = []
+
+    def add_latents(self, unit: _Unit, stats: UnitStats) -> None:
+        """Take one unit."""
+        self.tally.merge([stats.tally])
+        self.builder.add(stats)
+        if self._prints and stats.prints.shape[1:] != self._prints[0].shape[1:]:
+            if len(stats.keys):
+                self.tally.add("problem", "latents of another number of channels than before", unit.commit.tar.name)
+            return
+        if len(stats.keys):
+            self.keys += stats.keys
+            self._clips += stats.clips
+            self._digests += stats.digests
+            self._previews += stats.previews
+            self._prints.append(stats.prints)
+
+    def duplicates(self) -> list[dict[str, Any]]:
+        """Groups of samples that show the same, as plain values: what is equal, and the members."""
+        if not self._prints:
+            return []
+        found: list[dict[str, Any]] = []
+        seen: set[frozenset[int]] = set()
+        for what, groups in (
+            ("the same latent", find_equal(self._digests, self._clips)),
+            ("the same preview strip", find_equal(self._previews, self._clips)),
+            ("nearly the same latent", find_alike(np.concatenate(self._prints), self._clips)),
+        ):
+            for group in groups:
+                if frozenset(group.members) not in seen:
+                    seen.add(frozenset(group.members))
+                    found.append(self._group(what, group))
+        return sorted(found, key=lambda item: (item["difference"], -item["num"]))[:_MAX_GROUPS]
+
+    def _group(self, what: str, group: Alike) -> dict[str, Any]:
+        keys = [self.keys[place] for place in group.members]
+        clips = sorted({self._clips[place] for place in group.members})
+        return {
+            "what": what,
+            "difference": round(group.largest_difference, 4),
+            "num": len(keys),
+            "keys": keys[:20],
+            "clips": clips[:20],
+        }
+
+
+def _second_pass(
+    latents: list[_Unit], first: _FirstPass, kept: StatsCache, storage: Storage
+) -> tuple[list[ShardVerdict], list[dict[str, Any]]]:
+    references = first.builder.references()
+    verdicts: list[ShardVerdict] = []
+
+    def distances() -> Iterator[tuple[float, str, str]]:
+        for unit in latents:
+            stats = kept.read_latents(unit.cache_name) or latent_unit(storage, unit.commit, unit.wanted)
+            verdict = judge_shard(unit.commit.unit, stats, references)
+            if verdict:
+                verdicts.append(verdict)
+            yield from sample_distances(stats, references)
+
+    return verdicts, largest(distances())
+
+
+def _text_set(info: DatasetInfo, text_set: str | None) -> str | None:
+    if text_set is None:
+        return "default" if "default" in info.text_sets else next(iter(sorted(info.text_sets)), None)
+    info.kind_identity(text_kind(text_set))
+    return text_set
+
+
+def _read_units(storage: Storage, kind: str, damaged: list[str]) -> list[_Unit]:
+    """All units of a kind that have a commit now. A commit that cannot be read is noted in `damaged`."""
+    units = []
+    for of_kind, number in sorted(list_root(storage, [kind]).commits):
+        if number == NULL_UNIT:
+            continue
+        try:
+            stored = read_commit(storage, of_kind, number)
+        except (ShardDamage, UserError) as error:
+            damaged.append(str(error.problem))
+            continue
+        units.append(_Unit(of_kind, stored.commit, stored.revision, None))
+    return units
+
+
+def _choose(units: list[_Unit], sample: int | None) -> list[_Unit]:
+    """The units with the keys to read: all, or the `sample` ones of smallest hash, whatever else is there."""
+    if sample is None or sample >= sum(len(unit.commit.samples) for unit in units):
+        return units
+    if sample < 1:
+        raise UserError(f"--sample {sample}", expected="at least 1")
+    keys = [one.key for unit in units for one in unit.commit.samples]
+    hashes = np.array([clip_hash(key, "stats") for key in keys], np.uint64)
+    limit = np.partition(hashes, sample - 1)[sample - 1]
+    chosen = {key for key, value in zip(keys, hashes.tolist(), strict=True) if value <= limit}
+    return [
+        unit._replace(wanted=frozenset(one.key for one in unit.commit.samples if one.key in chosen)) for unit in units
+    ]
+
+
+def _in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs: int) -> Iterator[UnitStats]:
+    def one(unit: _Unit) -> UnitStats:
+        stats = kept.read_latents(unit.cache_name)
+        if stats is None:
+            stats = latent_unit(storage, unit.commit, unit.wanted)
+            kept.write_latents(unit.cache_name, stats)
+        return stats
+
+    yield from _mapped(one, units, jobs)
+
+
+def _texts_in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs: int) -> Iterator[Tally]:
+    def one(unit: _Unit) -> Tally:
+        tally = kept.read_tally(unit.cache_name)
+        if tally is None:
+            tally = text_unit(storage, unit.commit, unit.wanted)
+            kept.write_tally(unit.cache_name, tally)
+        return tally
+
+    yield from _mapped(one, units, jobs)
+
+
+def _mapped(one: Callable[[_Unit], Any], units: list[_Unit], jobs: int) -> Iterator[Any]:
+    """`map` over threads with few results waiting. With one job, in this thread: a profile stays readable."""
+    if jobs == 1:
+        yield from map(one, units)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        for start in range(0, len(units), 4 * jobs):
+            yield from pool.map(one, units[start : start + 4 * jobs])
+
+
+def _read_only_matching(texts: list[_Unit], latents: list[_Unit]) -> list[_Unit]:
+    there = {unit.commit.unit for unit in latents}
+    return [unit for unit in texts if unit.commit.unit in there]
+
+
+def _revision(units: list[_Unit]) -> str:
+    return dataset_revision((unit.kind, unit.commit.unit, unit.revision) for unit in units)
