@@ -45,7 +45,7 @@ def test_a_channel_shifted_in_one_shard_is_named(tmp_path):
             latent[17] += 1.0
         return latent
 
-    found = _stats(tmp_path, shift)
+    found = _stats(tmp_path, shift, samples=24)
     (finding,) = found["findings"]
     assert finding["code"] == "shard-drift"
     assert "unit 3" in finding["what"]
