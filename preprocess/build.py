@@ -1,7 +1,8 @@
-"""The work on one candidate, in two halves: what a decoder thread prepares, and what the encoder makes of it.
+"""The work on one candidate, in three parts: a decoder thread's, the encoder's, and the writer's behind it.
 
-    prepare   fetch → probe → bucket → windows → captions → decode        any thread, no order
-    encode    VAE → sample bytes → shard, ledger row                      one thread, in the order of candidates
+    prepare   fetch → probe → bucket → windows → captions → decode → preview     any thread, no order
+    encode    VAE                                                  one thread, in the order of candidates
+    write     stored type → compression → shard, ledger row        one thread, in the same order, behind the encoder
 
 A bad clip ends as a ledger row with its stage and reason; anything else that goes wrong is a bug and propagates.
 """
@@ -46,8 +47,10 @@ class Decoded(NamedTuple):
 
     window: Window
     frames_THWC: np.ndarray | None
-    """uint8."""
+    """uint8; None once it is encoded."""
     rejection: Rejection | None
+    preview: bytes | None = None
+    """A JPEG strip, where one is wanted."""
 
 
 class Prepared(NamedTuple):
@@ -62,6 +65,16 @@ class Prepared(NamedTuple):
     attempts: int
     num_bytes: int
     seconds: dict[str, float]
+
+
+class Encoded(NamedTuple):
+    """A candidate when the encoder is done with it; the frames are gone."""
+
+    prepared: Prepared
+    latents: tuple[np.ndarray | None, ...]
+    """fp32, one a window; None for a window without frames."""
+    seconds: float
+    """In the encoder."""
 
 
 class Preparer:
@@ -101,24 +114,38 @@ class Preparer:
         if isinstance(captions, Rejection):
             return Decoded(window, None, captions)
         try:
-            return Decoded(window, decode_window(path, facts, window, bucket, self._config), None)
+            frames_THWC = decode_window(path, facts, window, bucket, self._config)
         except ClipRejected as rejected:
             return Decoded(window, None, rejected.rejection)
+        num_previewed = self._config.shards.preview_frames
+        preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
+        return Decoded(window, frames_THWC, None, preview)
 
 
-def encode_clip(prepared: Prepared, vae: VaeEncoder, writer: ShardWriter, config: PrepConfig) -> LedgerRow:
-    """Encode a prepared candidate's windows into the shard; its ledger row."""
+def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
+    """Encode a prepared candidate's windows, each alone. The frames are let go."""
+    start = time.perf_counter()
+    latents = tuple(
+        None if decoded.frames_THWC is None else vae.encode(decoded.frames_THWC) for decoded in prepared.windows
+    )
+    seconds = time.perf_counter() - start if prepared.windows else 0.0
+    windows = tuple(decoded._replace(frames_THWC=None) for decoded in prepared.windows)
+    return Encoded(prepared._replace(windows=windows), latents, seconds)
+
+
+def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> LedgerRow:
+    """Write an encoded candidate's windows into the shard; its ledger row."""
+    prepared = encoded.prepared
     rejections = [prepared.rejection] if prepared.rejection else []
     rows: list[WindowRow] = []
-    start = time.perf_counter()
-    for decoded in prepared.windows:
+    for decoded, latent_CTHW in zip(prepared.windows, encoded.latents, strict=False):
         key, rejection = None, decoded.rejection
-        if decoded.frames_THWC is not None:
-            key, rejection = _encode_window(prepared, decoded.window, decoded.frames_THWC, vae, writer, config)
+        if latent_CTHW is not None:
+            key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
         if rejection:
             rejections.append(rejection)
         rows.append(_window_row(decoded.window, key, rejection))
-    seconds = {**prepared.seconds, "encode": round(time.perf_counter() - start, 3)}
+    seconds = {**prepared.seconds, "encode": round(encoded.seconds, 3)}
     return _row(prepared, rows, rejections[0] if rejections else None, seconds)
 
 
@@ -153,33 +180,29 @@ def store_latent(latent_CTHW: np.ndarray, dtype: str) -> np.ndarray | Rejection:
     return latent_CTHW.astype(np.float16)
 
 
-def _encode_window(
-    prepared: Prepared,
-    window: Window,
-    frames_THWC: np.ndarray,
-    vae: VaeEncoder,
-    writer: ShardWriter,
-    config: PrepConfig,
+def _write_window(
+    prepared: Prepared, decoded: Decoded, latent_CTHW: np.ndarray, writer: ShardWriter, config: PrepConfig
 ) -> tuple[str | None, Rejection | None]:
-    latent = store_latent(vae.encode(frames_THWC), config.shards.latent_dtype)
+    latent = store_latent(latent_CTHW, config.shards.latent_dtype)
     if isinstance(latent, Rejection):
         return None, latent
-    record = prepared.candidate.record
-    num_frames, height, width, _ = frames_THWC.shape
+    record, window, bucket = prepared.candidate.record, decoded.window, prepared.bucket
+    if bucket is None:
+        raise ValueError("a sample without a bucket")
     start_ms = round(window.start_seconds * 1000)
-    key = sample_key(record.clip_id, start_ms, num_frames, height, width)
+    key = sample_key(record.clip_id, start_ms, window.num_frames, bucket.height, bucket.width)
     members = {
         "json": canonical_json(_sample_json(prepared, window, latent, config)),
         LATENT_MEMBER: encode_array(latent),
     }
-    if config.shards.preview_frames:
-        members["preview.jpg"] = preview_strip(frames_THWC, config.shards.preview_frames)
+    if decoded.preview is not None:
+        members["preview.jpg"] = decoded.preview
     summary = {
         "clip": record.clip_id,
         "start_ms": start_ms,
-        "frames": num_frames,
-        "height": height,
-        "width": width,
+        "frames": window.num_frames,
+        "height": bucket.height,
+        "width": bucket.width,
         "source_media": prepared.facts.media if prepared.facts else "video",
         "category": record.category,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -26,6 +26,19 @@ _OVERRIDES = click.option(
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 _QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
+
+
+class _UnitRange(click.ParamType):
+    name = "A:B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, colon, end = str(value).partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+            self.fail(f"{value!r}: expected A:B with 0 ≤ A < B, such as 0:250", param, ctx)
+        return range(int(first), int(end))
+
+
+UNIT_RANGE = _UnitRange()
 
 
 @click.group(cls=CommandGroup, context_settings=CONTEXT)
@@ -164,18 +177,32 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, n
     "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing, download nothing.")
+@click.option("--only", type=click.Choice(["latents", "text"]), help="One of the two passes alone.")
+@click.option(
+    "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
+)
 @_JSON
 @_QUIET
 def build_shards(
-    config: Path, overrides: tuple[str, ...], serve: Path | None, dry_run: bool, as_json: bool, quiet: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    serve: Path | None,
+    dry_run: bool,
+    only: Literal["latents", "text"] | None,
+    unit_range: range | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
 
     \b
     wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
     wanprep build-shards configs/mbc_832x480.yaml -o corpus.limit=100 -o output=/data/try
+    wanprep build-shards configs/mbc_832x480.yaml -o 'engine.devices=[cuda:0, cuda:1]'
+    wanprep build-shards configs/mbc_832x480.yaml --only latents --unit-range 0:250
     wanprep build-shards configs/mbc_832x480.yaml --dry-run
     """
+    from preprocess.pipeline import Part
     from preprocess.pipeline import build_shards as build
     from preprocess.report import describe
 
@@ -187,7 +214,7 @@ def build_shards(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        counts = build(loaded, quiet=quiet)
+        counts = build(loaded, quiet=quiet, part=Part(only, unit_range))
     _show(counts, describe(counts), as_json)
 
 

@@ -207,13 +207,30 @@ class ShardsConfig(Config):
     """Small frames in a sample's preview strip; 0: none."""
 
 
+class RayConfig(Config):
+    """How `engine.kind: ray` finds its cluster, and what a worker takes of a machine."""
+
+    address: str = "auto"
+    """`auto`: the cluster this machine belongs to or RAY_ADDRESS names; `host:port`; `local`: this machine alone."""
+    num_workers: Positive | None = None
+    """Most workers; null: one a GPU of the cluster, or as many as its cores allow where it has none."""
+    num_cpus: Positive | None = None
+    """Cores that a worker reserves; null: `engine.decoders` and one."""
+
+
 class EngineConfig(Config):
     """Who does the work. Nothing here changes a byte of the shards."""
 
+    kind: Literal["local", "ray"] = "local"
+    """`local`: this machine's devices; `ray`: a worker per GPU of a Ray cluster (the extra `ray`)."""
     decoders: Positive = 2
-    """Clips fetched and decoded at a time."""
+    """Clips fetched and decoded at a time, for each encoder."""
     max_queue_mib: Positive = 2048
-    """Decoded frames that may wait for the encoder."""
+    """Decoded frames that may wait for each encoder."""
+    devices: tuple[str, ...] = ()
+    """Devices of this machine that encode latents, a process each, such as `[cuda:0, cuda:1]`; empty: every GPU where
+    `encoders.device` is `auto`, else that device alone."""
+    ray: RayConfig = RayConfig()
 
 
 class PrepConfig(Config):

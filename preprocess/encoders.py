@@ -71,6 +71,10 @@ class VaeEncoder:
                 mend="smaller buckets.sizes or window.num_frames, encoders.vae_precision=fp16, or a larger device",
             ) from None
 
+    def provenance(self) -> dict[str, str]:
+        """What a shard records of the device: a difference warns."""
+        return device_provenance(self._device)
+
     def identity(self) -> dict[str, Any]:
         """What decides the latents' numbers on this side."""
         return {
@@ -133,6 +137,10 @@ class TextEncoder:
         with torch.inference_mode():
             hidden_1LD = self._model(input_ids=tokens_1L, attention_mask=torch.ones_like(tokens_1L)).last_hidden_state
         return hidden_1LD[0].to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
+
+    def provenance(self) -> dict[str, str]:
+        """What a shard records of the device: a difference warns."""
+        return device_provenance(self._device)
 
     def identity(self) -> dict[str, Any]:
         """What decides the embeddings' numbers on this side."""
@@ -225,9 +233,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def device_provenance(device: torch.device) -> dict[str, str]:
+    """The GPU's name, where it is one."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+
+
 @contextmanager
-def cpu_threads(num_others: int) -> Iterator[None]:
+def cpu_threads(num_others: int, num_workers: int = 1) -> Iterator[None]:
     """Leave so many cores to others (the decoders) while an encoder runs on the CPU; no thread count changes a byte.
+
+    With several such workers on the machine each takes an equal share.
 
     torch's threads wait by spinning: with as many as there are cores, on a busy machine, an encoder of small
     convolutions was measured to take ten times the CPU time.
@@ -235,7 +252,7 @@ def cpu_threads(num_others: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - num_others))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers - num_others))
     try:
         yield
     finally:

@@ -59,6 +59,7 @@ def in_order(
     max_bytes: int,
     stop: threading.Event,
     on_stop: Callable[[], None] = lambda: None,
+    name: str = "decoder",
 ) -> Generator[Result, None, None]:
     """Results of `work(item, reserve)` in the order of `items`, made by threads ahead of the consumer.
 
@@ -69,11 +70,12 @@ def in_order(
         max_bytes: what may be reserved and not yet consumed.
         stop: set when the iterator is left early (an exception, Ctrl-C): work should look at it.
         on_stop: called then, to end what cannot look.
+        name: of the threads.
     """
     budget = ByteBudget(max_bytes, stop)
     waiting: deque[tuple[int, Future[Result]]] = deque()
     numbered = enumerate(items)
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decoder")
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix=name)
     finished = False
     try:
         while True:

@@ -1,34 +1,23 @@
-"""The first pass: units of candidates to sealed shards of latents, decoders ahead, one encoder, resumable by unit."""
+"""The first pass: units of candidates to sealed shards of latents, by the engine that the config names."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from preprocess.build import Prepared, Preparer, encode_clip, latent_identity
 from preprocess.config import PrepConfig
-from preprocess.engine import in_order
-from preprocess.fetch import Fetcher
-from preprocess.ffmpeg import ffmpeg_version, runs_that_end
 from preprocess.info import grow_info
-from preprocess.plan import Candidate, Plan
+from preprocess.plan import Plan
+from preprocess.worker import Description, OnRow, UnitWorker
 from shards.canonical import canonical_json
 from shards.commit import committed_units
 from shards.console import LOG
 from shards.dataset_info import DatasetInfo
+from shards.errors import UserError
 from shards.identity import refuse_mismatch
-from shards.layout import LATENTS
-from shards.ledger import LedgerRow
 from shards.storage import Storage
-from shards.writer import ShardWriter
 
-if TYPE_CHECKING:
-    from preprocess.encoders import VaeEncoder
-
-OnRow = Callable[[LedgerRow], None]
 OnUnit = Callable[[int], None]
 
 
@@ -39,11 +28,24 @@ class Pending(NamedTuple):
     num_candidates: int
 
 
-def pending_units(storage: Storage, plan: Plan, kind: str) -> Pending:
-    """Units of the plan that `kind` has no commit for, in order."""
+def pending_units(storage: Storage, plan: Plan, kind: str, chosen: range | None = None) -> Pending:
+    """Units of the plan (those within `chosen`, if given) that `kind` has no commit for, in order."""
     there = committed_units(storage, kind)
-    units = tuple(unit for unit in range(plan.num_units) if unit not in there)
-    return Pending(units, sum(len(plan.unit(unit)) for unit in units))
+    units = tuple(unit for unit in chosen_units(plan, chosen) if unit not in there)
+    return Pending(units, sum(plan.unit_length(unit) for unit in units))
+
+
+def chosen_units(plan: Plan, chosen: range | None) -> range:
+    """The units of the plan, or those of them within `chosen`. Raises UserError where none is."""
+    if chosen is None:
+        return range(plan.num_units)
+    units = range(max(0, chosen.start), min(plan.num_units, chosen.stop))
+    if not units:
+        raise UserError(
+            f"--unit-range {chosen.start}:{chosen.stop}: no unit of the plan is in it",
+            expected=f"A:B with A < B and A < {plan.num_units}, the plan's number of units",
+        )
+    return units
 
 
 def build_latents(
@@ -58,38 +60,56 @@ def build_latents(
 ) -> None:
     """Encode `units` of the plan into `storage`. Raises UserError; a bad clip is a ledger row.
 
-    Left by an exception (Ctrl-C among them) it drops the open unit; what is committed stays.
+    Left by an exception (Ctrl-C among them) it drops the open units; what is committed stays.
     """
-    from preprocess.encoders import cpu_threads, load_tokenizer, load_vae_encoder
+    settled: list[Description] = []
 
-    tokenizer = load_tokenizer(config.encoders)
-    vae = load_vae_encoder(config.encoders)
-    identity = latent_identity(config, vae)
-    grow_info(storage, plan, identity=identity, config=config, note=vae.note)
-    if vae.note:
-        LOG.warning("encoders: %s: the latents are for demonstration only", vae.note)
-    provenance = library_versions()
-    stop = threading.Event()
-    with (
-        runs_that_end() as end_runs,
-        Fetcher(config.fetch, config.corpus, scratch, stop, config.engine.decoders) as fetcher,
-    ):
-        preparer = Preparer(config, fetcher, tokenizer.count)
-        results = in_order(
-            _candidates(plan, units),
-            preparer.prepare,
-            num_workers=config.engine.decoders,
-            max_bytes=config.engine.max_queue_mib << 20,
-            stop=stop,
-            on_stop=end_runs,
-        )
-        with closing(results), cpu_threads(config.engine.decoders):
-            for unit in units:
-                with ShardWriter(storage, LATENTS, unit, identity, scratch, provenance) as writer:
-                    num_candidates = len(plan.unit(unit))
-                    rows = list(_encode_unit(results, num_candidates, vae, writer, config, on_row))
-                    writer.seal(rows)
-                on_unit(unit)
+    def on_description(about: Description) -> None:
+        _settle(storage, plan, config, about, settled)
+
+    if config.engine.kind == "ray":
+        from preprocess.ray_engine import run_ray
+
+        run_ray(storage, config, units, on_description=on_description, on_row=on_row, on_unit=on_unit)
+        return
+    devices = devices_of(config)
+    if len(devices) > 1:
+        from preprocess.processes import run_processes
+
+        run_processes(
+            config, devices, units, scratch, on_description=on_description, on_row=on_row, on_unit=on_unit
+        )  # fmt: skip
+        return
+    worker = UnitWorker(config, scratch, device=devices[0])
+    on_description(worker.description)
+    for commit in worker.commits(units, on_row):
+        on_unit(commit.unit)
+
+
+def devices_of(config: PrepConfig) -> tuple[str, ...]:
+    """The devices of this machine that encode: those that `engine.devices` lists, or every GPU, or the CPU."""
+    if config.engine.devices:
+        return config.engine.devices
+    if config.encoders.device != "auto":
+        return (config.encoders.device,)
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+
+
+def _settle(storage: Storage, plan: Plan, config: PrepConfig, about: Description, settled: list[Description]) -> None:
+    """Write the identity that the first worker gives; hold the others to it, and say where their versions differ."""
+    if not settled:
+        grow_info(storage, plan, identity=about.identity, config=config, note=about.note)
+        if about.note:
+            LOG.warning("encoders: %s: the latents are for demonstration only", about.note)
+        settled.append(about)
+        return
+    first = settled[0]
+    refuse_mismatch(about.identity, first.identity, "another worker of this build")
+    for name, version in first.provenance.items():
+        if about.provenance.get(name) != version:
+            LOG.warning("workers differ in %s: %s and %s", name, version, about.provenance.get(name))
 
 
 def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) -> None:
@@ -106,48 +126,6 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
     }
     # A round trip through JSON, as what is stored went through one.
     refuse_mismatch(_plain(ours), info.identity, where)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that are recorded with each shard; a difference warns and refuses nothing."""
-    import platform
-
-    import diffusers
-    import numpy
-    import torch
-    import transformers
-
-    versions = {
-        "ffmpeg": ffmpeg_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    if torch.cuda.is_available():
-        versions["gpu"] = torch.cuda.get_device_name()
-    return versions
-
-
-def _candidates(plan: Plan, units: Sequence[int]) -> Iterator[Candidate]:
-    for unit in units:
-        yield from plan.unit(unit)
-
-
-def _encode_unit(
-    results: Iterator[Prepared],
-    num_candidates: int,
-    vae: VaeEncoder,
-    writer: ShardWriter,
-    config: PrepConfig,
-    on_row: OnRow,
-) -> Iterator[LedgerRow]:
-    for _ in range(num_candidates):
-        row = encode_clip(next(results), vae, writer, config)
-        on_row(row)
-        yield row
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

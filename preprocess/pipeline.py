@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from preprocess.config import PrepConfig
 from preprocess.freeze import ensure_plan
 from preprocess.info import find_info, set_totals
-from preprocess.latents import build_latents, check_settled_identity, pending_units
+from preprocess.latents import build_latents, check_settled_identity, chosen_units, pending_units
 from preprocess.plan import Plan, open_plan
 from preprocess.progress import show_progress
 from preprocess.report import count_dataset
@@ -30,7 +30,19 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _GONE = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM}
 
 
-def build_shards(config: PrepConfig, *, quiet: bool = False) -> dict[str, Any]:
+class Part(NamedTuple):
+    """Which part of a build a process does, for machines that share the work without knowing of each other."""
+
+    only: Literal["latents", "text"] | None = None
+    """One pass alone, say on the machine that has its encoder."""
+    units: range | None = None
+    """These units alone (of a Slurm array, say)."""
+
+
+WHOLE = Part()
+
+
+def build_shards(config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE) -> dict[str, Any]:
     """Plan, encode and embed what is not there yet; the counts of the dataset as it then is.
 
     Raises UserError: a bad setting, a changed identity, a full disk, a dataset that stayed empty.
@@ -39,11 +51,14 @@ def build_shards(config: PrepConfig, *, quiet: bool = False) -> dict[str, Any]:
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
         plan = ensure_plan(storage, config)
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
-        _latent_pass(storage, plan, config, scratch, quiet)
-        _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet)
+        if part.only != "text":
+            _latent_pass(storage, plan, config, scratch, quiet, part)
+        if part.only != "latents":
+            _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet, part)
         counts = count_dataset(storage, plan, config, DEFAULT_SET)
-        set_totals(storage, counts)
-    if not counts["samples"]:
+        if part == WHOLE:  # of several processes none knows the whole
+            set_totals(storage, counts)
+    if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
         raise UserError(f"{config.output}: the dataset is empty: {reasons or 'the plan has no candidates'}")
     return counts
@@ -58,26 +73,32 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False) -> dict
         mend = "`wanprep build-shards CONFIG` first"
         raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
-        _text_pass(storage, plan, set_name, config, scratch, quiet)
+        _text_pass(storage, plan, set_name, config, scratch, quiet, WHOLE)
         return count_dataset(storage, plan, config, set_name)
 
 
-def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, quiet: bool) -> None:
-    pending = pending_units(storage, plan, LATENTS)
+def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, quiet: bool, part: Part) -> None:
+    pending = pending_units(storage, plan, LATENTS, part.units)
     info = find_info(storage)
     if info is not None:
         check_settled_identity(info, config, f"the dataset at {storage.url()}")
     if not pending.units:
-        LOG.info("latents: all %d units are there", plan.num_units)
+        LOG.info("latents: all %d units are there", len(chosen_units(plan, part.units)))
         return
     num_units = len(pending.units)
     with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, quiet=quiet) as progress:
         build_latents(storage, plan, pending.units, config, scratch, on_row=progress.row, on_unit=progress.unit)
 
 
-def _text_pass(storage: Storage, plan: Plan, set_name: str, config: PrepConfig, scratch: Path, quiet: bool) -> None:
-    done = committed_units(storage, LATENTS)
-    there = committed_units(storage, text_kind(set_name))
+def _text_pass(
+    storage: Storage, plan: Plan, set_name: str, config: PrepConfig, scratch: Path, quiet: bool, part: Part
+) -> None:
+    chosen = set(chosen_units(plan, part.units))
+    done = committed_units(storage, LATENTS) & chosen
+    there = committed_units(storage, text_kind(set_name)) & chosen
+    if not done and part.only == "text":
+        mend = "`wanprep build-shards CONFIG --only latents` first: captions are chosen by the windows of the latents"
+        raise UserError(f"{storage.url()}: no finished latents to write captions for", mend=mend)
     units = sorted(done - there)
     info = find_info(storage)
     if info is not None and set_name in info.text_sets:

@@ -135,9 +135,7 @@ class Plan:
 
     def unit(self, number: int) -> tuple[Candidate, ...]:
         """The candidates of one unit, by one ranged read. Raises UserError for no such unit, ShardDamage."""
-        if not 0 <= number < self.num_units:
-            raise UserError(f"unit {number} is not in the plan", expected=f"0 to {self.num_units - 1}")
-        place = bisect_right(self._ends, number)
+        place = self._place(number)
         generation = self.generations[place]
         within = number - generation.first_unit
         start, end = self._offsets[place][within : within + 2]
@@ -147,11 +145,22 @@ class Plan:
         if len(data) != end - start:
             raise ShardDamage(file, f"cut short: {len(data):,} of {end - start:,} bytes", offset=start)
         records = list(_read_records(data, file))
-        expected = min(generation.unit_size, generation.num_candidates - within * generation.unit_size)
+        expected = self.unit_length(number)
         if len(records) != expected:
             raise ShardDamage(file, f"{len(records)} candidates, the commit says {expected}", offset=start)
         first = generation.first_candidate + within * generation.unit_size
         return tuple(Candidate(first + place, record) for place, record in enumerate(records))
+
+    def unit_length(self, number: int) -> int:
+        """How many candidates a unit has; nothing is read. Raises UserError for no such unit."""
+        generation = self.generations[self._place(number)]
+        before = (number - generation.first_unit) * generation.unit_size
+        return min(generation.unit_size, generation.num_candidates - before)
+
+    def _place(self, number: int) -> int:
+        if not 0 <= number < self.num_units:
+            raise UserError(f"unit {number} is not in the plan", expected=f"0 to {self.num_units - 1}")
+        return bisect_right(self._ends, number)
 
     def candidates(self) -> Iterator[Candidate]:
         """All candidates, in order."""

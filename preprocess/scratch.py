@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,19 @@ from pathlib import Path
 
 from shards.errors import UserError
 
-_PREFIX = ".tmp-build-"
+_PREFIX = f".tmp-build-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
+# Of this machine alone: on some network file systems a lock that another machine holds is not seen.
 
 
 @contextmanager
-def scratch_folder(output: str) -> Iterator[Path]:
-    """A folder for the length of the block, on the dataset's own file system where it is a folder.
+def scratch_folder(output: str, *, on_this_machine: bool = False) -> Iterator[Path]:
+    """A folder for the length of the block, on the dataset's own file system where it is a folder (unless it may be
+    another machine's, and `on_this_machine` is asked for).
 
-    Each process holds a lock on its own; folders of the same root whose lock nobody holds are removed first.
+    Each process holds a lock on its own; this machine's folders of the same root whose lock nobody holds are removed
+    first. Those of other machines are `wanshards sweep`'s.
     """
-    parent = _parent(output)
+    parent = _parent(output, on_this_machine)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -39,8 +43,8 @@ def scratch_folder(output: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _parent(output: str) -> Path:
-    if not output.startswith("s3://"):
+def _parent(output: str, on_this_machine: bool) -> Path:
+    if not output.startswith("s3://") and not on_this_machine:
         return Path(output)
     digest = hashlib.sha256(output.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"wanprep-{os.getuid()}-{digest}"

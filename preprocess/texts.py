@@ -12,11 +12,11 @@ import numpy as np
 from preprocess.captions import Captions, compose_all
 from preprocess.config import PrepConfig
 from preprocess.info import add_text_set
-from preprocess.latents import library_versions
 from preprocess.plan import Plan
 from preprocess.records import Record
 from preprocess.rejection import Rejection
 from preprocess.text import clean_text
+from preprocess.worker import library_versions
 from shards.canonical import canonical_json
 from shards.codec import array_facts, encode_array
 from shards.commit import LatentSummary, SampleInfo, is_committed, read_commit
@@ -69,7 +69,7 @@ def build_texts(
     add_text_set(storage, set_name, identity, encoder.note)
     if encoder.note:
         LOG.warning("text encoder: %s: the embeddings are for demonstration only", encoder.note)
-    provenance = library_versions()
+    provenance = {**library_versions(), **encoder.provenance()}
     kind = text_kind(set_name)
     embed = _remember(encoder.embed)
     if not is_committed(storage, kind, NULL_UNIT):

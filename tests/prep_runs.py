@@ -17,7 +17,7 @@ from shards.config import validate_config
 ROOT = Path(__file__).parent.parent
 
 
-def prep_values(corpus: Path, output: Path, **sections: Any) -> dict[str, Any]:
+def prep_values(corpus: Path, output: Path, /, **sections: Any) -> dict[str, Any]:
     """A config as plain values: the demo's, one window a clip, small units."""
     values = yaml.safe_load((ROOT / "configs/demo/prep.yaml").read_text())
     values |= {"output": str(output), "corpus": {"location": str(corpus)}}
@@ -29,25 +29,25 @@ def prep_values(corpus: Path, output: Path, **sections: Any) -> dict[str, Any]:
     return values
 
 
-def prep(corpus: Path, output: Path, **sections: Any) -> PrepConfig:
+def prep(corpus: Path, output: Path, /, **sections: Any) -> PrepConfig:
     return validate_config(PrepConfig, prep_values(corpus, output, **sections), origin="test")
 
 
-def build(corpus: Path, output: Path, **sections: Any) -> dict[str, Any]:
-    """Build in this process, the corpus served on a free port."""
+def build(corpus: Path, output: Path, /, *, part: Any = None, **sections: Any) -> dict[str, Any]:
+    """Build in this process (or `part` of it), the corpus served on a free port."""
     from preprocess.demo import BASE_URL
-    from preprocess.pipeline import build_shards
+    from preprocess.pipeline import WHOLE, build_shards
 
     with served(corpus) as url:
         sections["fetch"] = {"mirrors": {BASE_URL: url}, **sections.get("fetch", {})}
-        return build_shards(prep(corpus, output, **sections), quiet=True)
+        return build_shards(prep(corpus, output, **sections), quiet=True, part=part or WHOLE)
 
 
 def files_of(root: Path, pattern: str = "**/*") -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob(pattern)) if path.is_file()}
 
 
-def start_build(corpus: Path, output: Path, config: Path, **sections: Any) -> subprocess.Popen[str]:
+def start_build(corpus: Path, output: Path, config: Path, /, **sections: Any) -> subprocess.Popen[str]:
     """`wanprep build-shards` in a process of its own."""
     config.write_text(yaml.safe_dump(prep_values(corpus, output, **sections), allow_unicode=True))
     command = [sys.executable, "-m", "preprocess.cli", "build-shards", str(config), "--serve", str(corpus)]

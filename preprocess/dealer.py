@@ -1,0 +1,62 @@
+"""Who does which unit: dealt one at a time to whoever asks, and dealt again when a worker is lost with it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+
+from shards.errors import UserError
+
+MAX_LOSSES = 3
+
+
+class Dealer:
+    """Units that wait, are out with a worker, or are done. Not for several threads at once.
+
+    Any hashable name stands for a worker. Done is what has a commit: the dealer's memory may be lost with its process,
+    and the storage says the rest.
+    """
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self._waiting = deque(units)
+        self._out: defaultdict[object, list[int]] = defaultdict(list)
+        self._losses: Counter[int] = Counter()
+
+    def next(self, worker: object) -> int | None:
+        """The unit that `worker` should begin; None: there is none for it now."""
+        if not self._waiting:
+            return None
+        unit = self._waiting.popleft()
+        self._out[worker].append(unit)
+        return unit
+
+    def done(self, worker: object, unit: int) -> None:
+        """`worker` has committed `unit`."""
+        self._out[worker].remove(unit)
+
+    def lost(self, worker: object) -> list[int]:
+        """`worker` is gone: the units that it had come first again; which they are.
+
+        Raises UserError for a unit whose worker was lost three times: it may well be the unit that kills it.
+        """
+        units = self._out.pop(worker, [])
+        for unit in units[:1]:  # the one that was under way; what lay decoded behind it is not to blame
+            self._losses[unit] += 1
+            if self._losses[unit] >= MAX_LOSSES:
+                raise UserError(
+                    f"unit {unit}: {MAX_LOSSES} workers were lost while they worked on it",
+                    mend="see whether memory ran out there (dmesg); a smaller engine.max_queue_mib or fewer "
+                    "engine.decoders take less",
+                )
+        self._waiting.extendleft(reversed(units))
+        return units
+
+    @property
+    def num_waiting(self) -> int:
+        """Units that nobody has."""
+        return len(self._waiting)
+
+    @property
+    def num_out(self) -> int:
+        """Units that somebody has."""
+        return sum(len(units) for units in self._out.values())

@@ -1,0 +1,123 @@
+"""The Ray engine: the local build's bytes, whoever dies meanwhile; clear words where a cluster is not as it must be."""
+
+import os
+import signal
+import sys
+
+import psutil
+import pytest
+from prep_runs import build, files_of, prep
+
+from preprocess.ray_engine import place_workers
+from shards.errors import UserError
+from shards.storage import open_storage
+from shards.verify import verify
+
+ONE_EACH = {"corpus": {"limit": 10}, "shards": {"unit_size": 1}}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes on this machine, with room for one worker each; the driver is on neither's list of workers."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    store = {"object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
+    nodes = [cluster.add_node(num_cpus=3, **store) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="ERROR")
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def ray_build(corpus, output, /, **sections):
+    return build(corpus, output, engine={"kind": "ray"}, **sections)
+
+
+def test_ray_writes_the_local_builds_bytes(cluster, demo_corpus, tmp_path):
+    small = {"corpus": {"limit": 4}, "shards": {"unit_size": 2}}
+    build(demo_corpus, tmp_path / "local", **small)
+    counts = ray_build(demo_corpus, tmp_path / "ray", **small)
+    assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
+    assert counts["accepted"] + counts["rejected"] == counts["records"] - counts["waiting"]
+    assert not list((tmp_path / "ray").glob(".tmp*"))
+
+
+def kill_a_worker(nodes):
+    """SIGKILL one process that runs an actor of ours, on any node."""
+    workers = [
+        each for each in psutil.process_iter(["cmdline"]) if "ray::Worker" in " ".join(each.info["cmdline"] or [])
+    ]
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    chosen = next(each for each in workers if each.pid in own)
+    os.kill(chosen.pid, signal.SIGKILL)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpus, tmp_path, monkeypatch, caplog):
+    from preprocess import pipeline
+
+    cluster, nodes = cluster
+    build(demo_corpus, tmp_path / "local", **ONE_EACH)
+    real, done = pipeline.build_latents, []
+
+    def with_deaths(*arguments, on_unit, **options):
+        def told(unit):
+            on_unit(unit)
+            done.append(unit)
+            if len(done) == 2:
+                kill_a_worker(nodes)
+            if len(done) == 5:
+                cluster.remove_node(nodes[1], allow_graceful=False)
+
+        real(*arguments, on_unit=told, **options)
+
+    monkeypatch.setattr(pipeline, "build_latents", with_deaths)
+    counts = ray_build(demo_corpus, tmp_path / "ray", **ONE_EACH)
+    assert counts["waiting"] == 0 and sorted(done) == list(range(10))
+    assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
+    assert not verify(open_storage(tmp_path / "ray"), "deep").problems
+    assert caplog.text.count("is lost") == 2
+
+
+def test_an_output_that_a_worker_does_not_see_is_refused(cluster, demo_corpus, tmp_path, monkeypatch):
+    """The driver's mark is elsewhere, as where each machine has a folder of that name of its own."""
+    from contextlib import contextmanager
+
+    from preprocess import ray_engine
+
+    @contextmanager
+    def elsewhere(storage):
+        yield ".tmp-ray-of-another-folder"
+
+    monkeypatch.setattr(ray_engine, "_marked", elsewhere)
+    with pytest.raises(UserError, match="does not see what the driver wrote") as caught:
+        ray_build(demo_corpus, tmp_path / "out", corpus={"limit": 1})
+    assert "s3://" in str(caught.value)
+
+
+def test_what_the_user_must_mend_on_a_worker_reaches_the_driver(cluster, demo_corpus, tmp_path):
+    with pytest.raises(UserError, match=r"encoders\.checkpoint: '/no/such/folder'"):
+        ray_build(demo_corpus, tmp_path / "out", corpus={"limit": 1}, encoders={"checkpoint": "/no/such/folder"})
+
+
+def test_without_ray_it_says_what_to_install(demo_corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="Ray is not installed") as caught:
+        ray_build(demo_corpus, tmp_path / "out", corpus={"limit": 1})
+    assert "[prep,ray]" in str(caught.value)
+
+
+def test_a_worker_goes_to_each_gpu_or_to_the_cores_where_there_is_none(tmp_path):
+    config = prep(tmp_path, tmp_path)
+    assert place_workers(config, {"GPU": 5.0, "CPU": 64.0}) == (5, 1, 3, "cuda")
+    assert place_workers(config, {"CPU": 64.0}) == (21, 0, 3, "cpu")
+    on_cpu = prep(tmp_path, tmp_path, encoders={"device": "cpu"}, engine={"ray": {"num_cpus": 8, "num_workers": 3}})
+    assert place_workers(on_cpu, {"GPU": 5.0, "CPU": 64.0}) == (3, 0, 8, "cpu")
+    with pytest.raises(UserError, match="no machine of the Ray cluster has a GPU"):
+        place_workers(prep(tmp_path, tmp_path, encoders={"device": "cuda"}), {"CPU": 64.0})
+    with pytest.raises(UserError, match="a worker takes 3 cores, and the cluster has 2"):
+        place_workers(config, {"CPU": 2.0})
