@@ -13,6 +13,7 @@ from shards.errors import UserError
 from shards.storage import open_storage
 from shards.verify import verify
 
+pytestmark = pytest.mark.timeout(900)  # a worker imports torch, two at a time, beside whatever else the machine does
 ONE_EACH = {"corpus": {"limit": 10}, "shards": {"unit_size": 1}}
 
 
@@ -56,7 +57,6 @@ def kill_a_worker(nodes):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpus, tmp_path, monkeypatch, caplog):
     from preprocess import pipeline
 
