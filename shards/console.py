@@ -38,10 +38,13 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def set_up_logging(prefix: str = "", level: int = logging.INFO) -> None:
-    """Send the project's one logger to standard error, each line behind `prefix` (a rank, a worker)."""
+def set_up_logging(prefix: str = "", level: int = logging.INFO, *, terminal: bool = True) -> None:
+    """Send the project's one logger to standard error, each line behind `prefix` (a rank, a worker).
+
+    Without `terminal` it goes only where handlers are added: one process of several speaks there.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    LOG.handlers[:] = [handler]
+    LOG.handlers[:] = [handler] if terminal else []
     LOG.setLevel(level)
     LOG.propagate = False

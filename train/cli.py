@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -44,24 +45,55 @@ def main() -> None:
     help="Go on from the run's newest checkpoint, insist on beginning, or go on from a checkpoint's folder.",
 )
 @click.option("--verify", is_flag=True, help="Hash every byte of the dataset first.")
-def fit(config: Path, overrides: tuple[str, ...], resume: str, verify: bool) -> None:
+@click.option("--nproc-per-node", metavar="N|gpu", help="Start N processes on this machine, or one for each GPU.")
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the run.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Which of them this is, from 0.")
+@click.option("--master", metavar="HOST:PORT", help="Where machine 0 is reached by all of them.")
+def fit(
+    config: Path,
+    overrides: tuple[str, ...],
+    resume: str,
+    verify: bool,
+    nproc_per_node: str | None,
+    nnodes: int,
+    node_rank: int | None,
+    master: str | None,
+) -> None:
     """Train as CONFIG says.
 
     SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and goes on. The same command goes on from
-    the newest checkpoint.
+    the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
+
+    Exit codes: 0 done, 1 a defect, 2 a mistake to mend, 75 another rank or machine was lost (try again), 128 + n ended
+    by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
 
     \b
     wantrain fit configs/demo/train.yaml
     wantrain fit configs/ti2v_5b_1xh200.yaml -o model.checkpoint=/models/Wan2.2-TI2V-5B --verify
     wantrain fit run.yaml --resume demo/run/checkpoints/step-0000040
+    wantrain fit run.yaml --nproc-per-node 8
+    wantrain fit run.yaml --nproc-per-node gpu --nnodes 2 --node-rank 0 --master node0:29500
     """
     from train.config import TrainConfig
+    from train.failure import Reported
 
     loaded = load_config(TrainConfig, config, overrides)
-    set_up_logging()
-    from train.loop import fit as run
+    output = Path(loaded.output)
+    if nproc_per_node is not None:
+        from train.launch import launch, make_place, own_command
 
-    result = run(loaded, resume=resume, verify=verify)
+        place = make_place(nproc_per_node, nnodes, node_rank, master)
+        again = ["fit", str(config), *(word for pair in overrides for word in ("-o", pair)), "--resume", resume]
+        command = own_command(again + ["--verify"] * verify)
+        raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))
+    if nnodes > 1 or node_rank is not None or master is not None:
+        raise UserError("--nnodes, --node-rank and --master belong to --nproc-per-node", mend="add --nproc-per-node")
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(terminal=rank == 0)
+    with Reported():
+        from train.loop import fit as run
+
+        result = run(loaded, resume=resume, verify=verify)
     if result.stopped_by is not None:
         raise SystemExit(SIGNAL_EXIT + result.stopped_by)
 

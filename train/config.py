@@ -167,6 +167,15 @@ class ParallelConfig(Config):
     """Sharding of the frozen base."""
     ulysses: Literal[1] = 1
     """Processes that share the tokens of one sample."""
+    start_timeout_seconds: PositiveNumber = 1800.0
+    """Longest that a process waits for the others until all have come through the first step: it holds loading the
+    weights, building the channels between GPUs, and compiling."""
+    step_timeout_seconds: PositiveNumber = 600.0
+    """Longest that it waits afterwards at one place of a step, before it names who did not arrive and ends."""
+    lost_seconds: PositiveNumber = 30.0
+    """Silence after which a process, or its machine, counts as gone."""
+    grace_seconds: PositiveNumber = 120.0
+    """Under `--nproc-per-node`: longest from a signal to the end of all processes; what is left then is killed."""
 
 
 class CheckpointConfig(Config):

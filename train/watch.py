@@ -1,0 +1,349 @@
+"""Who is where: every rank says it in the store, so that a rank that waits in vain can name whom it waits for.
+
+A thread of each rank writes its place (step, part of the step, how many parts it has come through) every two seconds,
+and reads three things: whether somebody failed, whether its left neighbour still writes, and how long its own main
+thread has been at one place. The ring watches every rank at the cost of one write and a few reads a rank.
+
+    neighbour silent              → its process or machine is gone, or stopped
+    own place unchanged too long  → everybody's place is read: who is silent, who is behind, or that none is
+    somebody failed               → end with that word
+
+A main thread that waits in a collective cannot be woken, so the thread ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from shards.console import LOG
+from train.config import ParallelConfig
+from train.failure import (
+    LOST_EXIT,
+    Failure,
+    RankLost,
+    end_now,
+    failure_from_json,
+    failure_of,
+    launch_folder,
+    name_ranks,
+    own_failure,
+    read_note,
+    record,
+    speak_into_log,
+)
+
+BEAT_SECONDS = 2.0
+SILENT_BEATS = 3
+"""Words that a rank may leave out between two readings before it counts as silent."""
+NOTE_SECONDS = 0.25
+"""Between two looks for the launcher's word."""
+CONNECT_SECONDS = 3.0
+LEAVE_SECONDS = 30.0
+"""How long rank 0, which holds the store, waits at the end for the others to leave it."""
+FAILURE_KEY = "failure"
+_TRANSPORT = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket")
+
+
+class Beat(NamedTuple):
+    """What a rank says of itself."""
+
+    number: int
+    """Grows with every word: a rank whose number stands still is silent."""
+    host: str
+    step: int
+    part: str
+    """Of the step, in words."""
+    arrivals: int
+    """Places come through: the same program on every rank, so fewer means behind."""
+
+
+class Standing(NamedTuple):
+    """What one reading of all ranks shows."""
+
+    absent: list[int]
+    """Never heard of."""
+    silent: dict[int, Beat]
+    behind: dict[int, Beat]
+    here: Beat
+
+    def describe(self, world_size: int, seconds: float) -> str:
+        """Who did not arrive, where, and what it looks like."""
+        at = f"step {self.here.step}, {self.here.part}"
+        lines = [f"{name_ranks([*self.absent, *self.silent, *self.behind])} did not arrive at {at} in {seconds:.0f} s"]
+        if not (self.absent or self.silent or self.behind):
+            return (
+                f"all {world_size} ranks are at {at}, and for {seconds:.0f} s none goes on: the exchange itself hangs\n"
+                "  to mend:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
+            )
+        if self.absent:
+            lines.append(f"{name_ranks(self.absent)}: never heard of; was it started, and does it reach MASTER_ADDR?")
+        for rank, beat in self.silent.items():
+            lines.append(
+                f"rank {rank} on {beat.host}: silent, last at step {beat.step}, {beat.part}; its process was killed or "
+                "stopped, or its machine is gone"
+            )
+        for rank, beat in self.behind.items():
+            lines.append(
+                f"rank {rank} on {beat.host}: alive, still at step {beat.step}, {beat.part}; its log has its stack"
+            )
+        return "\n  ".join(lines)
+
+
+class Watch:
+    """Around a run of several processes. Says where this rank is, and ends it when another does not come.
+
+    Leaving it with an error tells the others; an error of the connection itself is turned into a RankLost that names
+    who is gone.
+    """
+
+    def __init__(self, rank: int, world_size: int, limits: ParallelConfig) -> None:
+        self.rank, self.world_size, self._limits = rank, world_size, limits
+        self._step, self._part, self._arrivals, self._since = 0, "meeting the others", 0, time.monotonic()
+        self._first_step: int | None = None
+        self._number = 0
+        self._host = socket.gethostname()
+        self._store: Any = None
+        self._kept: Any = None
+        self._neighbour = (rank - 1) % world_size
+        self._heard: tuple[str, float] = ("", time.monotonic())
+        self._done, self._ending = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def at(self, step: int, part: str) -> None:
+        """The main thread has come to a part of a step; every rank must call this at the same places."""
+        if self._first_step is None and step > 0:
+            self._first_step = step
+        self._step, self._part, self._since = step, part, time.monotonic()
+        self._arrivals += 1
+        if self._kept is None and dist.is_initialized():
+            # The server of the store lives in rank 0's: it must outlast the group, or the others' last words fail.
+            self._kept = dist.distributed_c10d._get_default_store()
+
+    def __enter__(self) -> Watch:
+        if self.world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world_size == 1:
+            return
+        with self._ending:  # the thread may be ending the process for the same reason
+            self._done.set()
+        self._thread.join(timeout=LEAVE_SECONDS)
+        if error is None or isinstance(error, SystemExit):
+            self._leave()
+            return
+        error.add_note(f"rank {self.rank} was at step {self._step}, {self._part}")
+        if is_lost_connection(error):
+            failure = self._explain(error)
+            self._tell(failure)
+            raise RankLost(failure.message) from error
+        self._tell(failure_of(error))
+
+    # What the thread does.
+
+    def _run(self) -> None:
+        failure, next_beat = self._connect(), 0.0
+        while failure is None and not self._done.wait(NOTE_SECONDS):
+            try:
+                failure = read_note()
+                if failure is None and time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + BEAT_SECONDS
+                    failure = self._look()
+            except RuntimeError as error:
+                failure = self._store_lost(error)
+        if failure is not None:
+            self._end(failure)
+
+    def _connect(self) -> Failure | None:
+        deadline, error = time.monotonic() + self._limits.start_timeout_seconds, ""
+        while time.monotonic() < deadline and not self._done.is_set():
+            try:
+                self._store = connect(self._limits.lost_seconds)
+            except RuntimeError as refused:
+                error = first_line(refused)
+            else:
+                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                return None
+            if (note := read_note()) is not None:
+                return note
+        return None if self._done.is_set() else own_failure("lost", f"rank 0 does not answer at {master()}: {error}")
+
+    def _look(self) -> Failure | None:
+        self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+        failure = self._told()
+        if failure is not None:
+            return failure
+        if self._neighbour_is_silent():
+            return self._survey()
+        first = self._first_step is None or self._step == self._first_step
+        limit = self._limits.start_timeout_seconds if first else self._limits.step_timeout_seconds
+        return self._survey() if time.monotonic() - self._since > limit else None
+
+    def _beat(self) -> Beat:
+        self._number += 1
+        return Beat(self._number, self._host, self._step, self._part, self._arrivals)
+
+    def _told(self) -> Failure | None:
+        if not self._store.check([FAILURE_KEY]):
+            return None
+        failure = failure_from_json(self._store.get(FAILURE_KEY).decode())
+        about = "" if failure.message.startswith("rank") else f"rank {failure.rank} on {failure.host}: "
+        return failure._replace(kind="lost", message=f"{about}{failure.message}")
+
+    def _neighbour_is_silent(self) -> bool:
+        key = f"beat/{self._neighbour}"
+        word = self._store.get(key).decode() if self._store.check([key]) else ""
+        if word != self._heard[0]:
+            self._heard = (word, time.monotonic())
+        if self._store.check([f"left/{self._neighbour}"]):
+            return False
+        limit = self._limits.lost_seconds if word else self._limits.start_timeout_seconds
+        return time.monotonic() - self._heard[1] > limit
+
+    def _survey(self) -> Failure:
+        """Read everybody's place twice, some beats apart, and say who is missing."""
+        waited = time.monotonic() - self._since
+        before = self._read_all()
+        time.sleep(SILENT_BEATS * BEAT_SECONDS)
+        told = read_note() or self._told()
+        if told is not None:
+            return told
+        standing = compare(before, self._read_all(), self.rank, self._beat())
+        return own_failure("lost", standing.describe(self.world_size, max(waited, self._limits.lost_seconds)))
+
+    def _read_all(self) -> list[Beat | None]:
+        words = []
+        for rank in range(self.world_size):
+            key = f"beat/{rank}"
+            words.append(Beat(*json.loads(self._store.get(key))) if self._store.check([key]) else None)
+        return words
+
+    def _store_lost(self, error: BaseException) -> Failure:
+        note = self._wait_for_note(2 * BEAT_SECONDS)  # the launcher may know better in a moment
+        return note or own_failure(
+            "lost", f"rank 0 at {master()}, where the ranks meet, is gone: {first_line(error)}; its own log says more"
+        )
+
+    def _wait_for_note(self, seconds: float) -> Failure | None:
+        """The launcher's word, if it comes in time; meanwhile this rank goes on to be heard."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (note := read_note()) is not None:
+                return note
+            time.sleep(NOTE_SECONDS)
+        return None
+
+    def _end(self, failure: Failure) -> None:
+        """Tell the others and end this process, whatever its main thread waits for."""
+        if not self._ending.acquire(blocking=False):
+            return  # the main thread is on its way out
+        self._post(failure)
+        record(failure._replace(rank=self.rank, kind="lost"))
+        speak_into_log()
+        LOG.error("%s", failure.message)
+        for handler in LOG.handlers:
+            if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+                faulthandler.dump_traceback(handler.stream.fileno(), all_threads=True)
+        self._linger()
+        end_now(LOST_EXIT)
+
+    # What the main thread does on its way out.
+
+    def _explain(self, error: BaseException) -> Failure:
+        """Why a connection broke: wait until somebody who knows has said so, or the silence shows it."""
+        deadline = time.monotonic() + self._limits.lost_seconds
+        before: list[Beat | None] | None = None
+        rounds = 0
+        while self._store is not None and time.monotonic() < deadline:
+            try:
+                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                before = before or self._read_all()
+                failure = self._wait_for_note(BEAT_SECONDS) or self._told()
+                standing = compare(before, self._read_all(), self.rank, self._beat())
+            except RuntimeError as lost:
+                return self._store_lost(lost)
+            if failure is not None:
+                return failure
+            rounds += 1
+            if rounds > SILENT_BEATS and (standing.silent or standing.absent):
+                return own_failure("lost", standing.describe(self.world_size, time.monotonic() - self._since))
+        return own_failure("lost", f"the connection to another rank broke: {first_line(error)}")
+
+    def _tell(self, failure: Failure) -> None:
+        self._post(failure)
+        self._linger()
+
+    def _post(self, failure: Failure) -> None:
+        with contextlib.suppress(RuntimeError):  # the store may be what was lost
+            if self._store is not None:
+                self._store.compare_set(FAILURE_KEY, "", failure.to_json())
+
+    def _linger(self) -> None:
+        """Rank 0 holds the store: other machines must have read the word before it goes."""
+        told_by_launcher = launch_folder() is not None and os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size)
+        if self.rank == 0 and self._store is not None and not told_by_launcher:
+            time.sleep(2 * BEAT_SECONDS)
+
+    def _leave(self) -> None:
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "1")
+            if self.rank == 0:
+                others = [f"left/{rank}" for rank in range(1, self.world_size)]
+                self._store.wait(others, datetime.timedelta(seconds=LEAVE_SECONDS))
+
+
+def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_rank: int, here: Beat) -> Standing:
+    """Who has never been heard, who has gone silent between two readings, who is behind the farthest."""
+    absent = [rank for rank, beat in enumerate(after) if beat is None and rank != own_rank]
+    known = {rank: beat for rank, beat in enumerate(after) if beat is not None}
+    silent = {rank: beat for rank, beat in known.items() if rank != own_rank and beat == before[rank]}
+    farthest = max((beat.arrivals for beat in [*known.values(), here]), default=0)
+    behind = {r: beat for r, beat in known.items() if r not in silent and beat.arrivals < farthest and r != own_rank}
+    if here.arrivals < farthest:
+        behind[own_rank] = here
+    return Standing(absent, silent, behind, max([*known.values(), here], key=lambda beat: beat.arrivals))
+
+
+def connect(patience_seconds: float) -> Any:
+    """A connection of the watch's own to the ranks' store. Raises RuntimeError when nobody answers for a moment."""
+    host, _, port = master().rpartition(":")
+    moment = datetime.timedelta(seconds=CONNECT_SECONDS)
+    store = dist.TCPStore(host, int(port), None, False, moment, wait_for_workers=False)
+    store.set_timeout(datetime.timedelta(seconds=patience_seconds))
+    # torchrun keeps one store over its restarts: a new attempt must not read the last one's end.
+    return dist.PrefixStore(f"wantrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def master() -> str:
+    """Where the ranks meet, as host:port."""
+    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that a peer is gone, rather than what is wrong here."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in _TRANSPORT)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's own first line."""
+    return str(error).partition("\n")[0]
