@@ -21,7 +21,7 @@ from preprocess.captions import compose_all
 from preprocess.config import Bucket, PrepConfig
 from preprocess.decode import decode_window, transform_identity
 from preprocess.facts import ClipFacts
-from preprocess.fetch import Fetcher, attempts_of
+from preprocess.fetch import Fetcher
 from preprocess.plan import Candidate
 from preprocess.preview import preview_strip
 from preprocess.probe import probe_clip
@@ -103,7 +103,7 @@ class Preparer:
                 decoded = tuple(self._decode(clip.path, candidate.record, facts, window, bucket) for window in windows)
                 clock.lap("decode")
         except ClipRejected as rejected:
-            attempts = attempts or attempts_of(rejected)
+            attempts = attempts or rejected.attempts
             return Prepared(candidate, facts, bucket, (), rejected.rejection, attempts, num_bytes, seconds)
         return Prepared(candidate, facts, bucket, decoded, None, attempts, num_bytes, seconds)
 

@@ -1,29 +1,50 @@
-"""A bounded folder of downloaded clips, shared by runs and by machines' processes; the least recently used go first."""
+"""A bounded folder of downloaded clips, shared by runs and processes; the least recently used go first.
+
+    <sha256 of a clip's name>.clip    an entry: complete and on the disk before it has this name
+    total                             bytes of all entries, or more: written before an entry comes
+    lock                              held while entries come and go
+    tmp-…                             a copy under way, locked by its process; of a dead one it is swept
+
+A clip is handed out as a link to its entry, so that evicting harms nobody. An entry in use has a second link: evicting
+it would free nothing, so it is passed over. Where links are not possible a clip is copied in and out.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from shards.console import LOG
 from shards.errors import UserError
+
+KEPT_SHARE = 0.95
+"""Eviction goes down to this share of the bound, so that the folder is not read for every clip."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ClipCache:
-    """Clips by the digest of `fetch_source.cache_name`, which is itself never written.
-
-    A clip in use is linked, so that evicting it harms nobody.
-    """
+    """Clips by the digest of `clip_url.cache_name`, which is itself never written; used by many threads at once."""
 
     def __init__(self, folder: Path, max_gib: float) -> None:
         self._folder = folder
         self._max_bytes = int(max_gib * 2**30)
         self._lock = threading.Lock()
+        self._told: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._sweep()
+                # A smaller bound than the last run's holds from the start.
+                self._make_room(0)
         except OSError as error:
             problem = f"fetch.cache: {str(folder)!r}: {error.strerror}"
             raise UserError(problem, expected="a folder that can be written") from None
@@ -32,44 +53,135 @@ class ClipCache:
         """Put the clip called `name` at `target`; False when it is not there."""
         entry = self._entry(name)
         try:
-            os.utime(entry)
-            _link(entry, target)
+            _link_or_copy(entry, target)
         except FileNotFoundError:
             return False
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # evicted meanwhile; another user's
+            os.utime(entry)
         return True
 
     def keep(self, name: str, path: Path) -> None:
-        """Keep a copy (a link where the file system can) of `path` as `name`; then evict down to the bound."""
-        entry = self._entry(name)
-        with tempfile.TemporaryDirectory(prefix="tmp-", dir=self._folder) as folder:
-            copy = Path(folder) / "clip"
-            _link(path, copy)
-            os.utime(copy)
-            copy.replace(entry)
-        with self._lock:
-            self._evict()
+        """Keep `path` as `name`, by a link where the file system can; the least recently used make room.
+
+        What has no room is not kept: a clip above the bound, or when all else is in use or the disk is full.
+        """
+        entry, num_bytes = self._entry(name), path.stat().st_size
+        if num_bytes > self._max_bytes:
+            self._tell(f"a clip of {num_bytes:,} bytes is above fetch.cache_gib and not kept")
+            return
+        try:
+            _sync(path)
+            if not self._keep_link(path, entry, num_bytes):
+                self._keep_copy(path, entry, num_bytes)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._tell(f"no space left in {self._folder}: clips are not kept")
+
+    def _keep_link(self, path: Path, entry: Path, num_bytes: int) -> bool:
+        """Whether the entry is settled: it is there, or there is no room for it. False where links cannot be."""
+        with self._locked():
+            if entry.exists() or not self._make_room(num_bytes):
+                return True
+            try:
+                entry.hardlink_to(path)
+            except OSError:  # another file system, or one without links
+                return False
+            os.utime(entry)
+            return True
+
+    def _keep_copy(self, path: Path, entry: Path, num_bytes: int) -> None:
+        with self._locked():  # a sweep must not meet the file before its lock
+            number, name = tempfile.mkstemp(prefix="tmp-", dir=self._folder)
+            fcntl.flock(number, fcntl.LOCK_EX)
+        try:
+            with open(number, "wb") as copy, path.open("rb") as original:  # noqa: PTH123 - a descriptor
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+                with self._locked():
+                    # Its bytes were counted by `_keep_link`; others may have come since.
+                    if not entry.exists() and self._make_room(num_bytes):
+                        Path(name).replace(entry)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
     def _entry(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()}.clip"
 
-    def _evict(self) -> None:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread of one process at a time. A dead process's lock is free."""
+        with self._lock, (self._folder / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Evict until `num_bytes` more fit, and count them; False when what is in use leaves no room.
+
+        The count is raised before the entry comes: a process that dies in between leaves it too high, never too low,
+        and the next eviction counts anew.
+        """
+        total = self._read_total()
+        if total is None or total + num_bytes > self._max_bytes:
+            total = self._evict(num_bytes)
+        fits = total + num_bytes <= self._max_bytes
+        self._write_total(total + num_bytes if fits else total)
+        return fits
+
+    def _read_total(self) -> int | None:
+        try:
+            text = (self._folder / "total").read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return None
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+    def _write_total(self, total: int) -> None:
+        (self._folder / "total").write_text(str(total), encoding="ascii")
+
+    def _evict(self, num_bytes: int) -> int:
+        """Remove the least recently used that nobody uses, if all do not fit; bytes that are left."""
         found = []
+        total = 0
         for path in self._folder.glob("*.clip"):
-            try:
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-            except FileNotFoundError:  # another process was first
-                continue
-        excess = sum(size for _, size, _ in found) - self._max_bytes
-        for _, size, path in sorted(found):
-            if excess <= 0:
-                return
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                total += status.st_size
+                if status.st_nlink == 1:
+                    found.append((status.st_mtime_ns, path, status.st_size))
+        if total + num_bytes <= self._max_bytes:
+            return total
+        aim = max(0, int(self._max_bytes * KEPT_SHARE) - num_bytes)
+        for _, path, size in sorted(found):
+            if total <= aim:
+                break
             path.unlink(missing_ok=True)
-            excess -= size
+            total -= size
+        return total
+
+    def _sweep(self) -> None:
+        """Remove copies that dead processes left."""
+        for path in self._folder.glob("tmp-*"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+    def _tell(self, what: str) -> None:
+        """Warn, once a run for each kind."""
+        kind = what.split(maxsplit=1)[0]
+        if kind not in self._told:
+            self._told.add(kind)
+            LOG.warning("fetch.cache: %s", what)
 
 
-def _link(source: Path, target: Path) -> None:
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Raises FileNotFoundError where there is no source; nothing is left at the target then."""
     try:
-        target.unlink(missing_ok=True)
         target.hardlink_to(source)
     except FileNotFoundError:
         raise

@@ -143,6 +143,25 @@ class CaptionsConfig(Config):
         return tuple(check_template(template) for template in variants)
 
 
+class SigningConfig(Config):
+    """How requests to a private CloudFront distribution are signed; the key comes from the environment alone."""
+
+    mode: Literal["none", "url", "policy", "cookies"] = "none"
+    """`url`: a canned policy in each URL; `policy`: a custom one; `cookies`: a custom one in cookies."""
+    hosts: tuple[str, ...] = ("*.cloudfront.net",)
+    """Hosts that are asked with a signature, exact or `*.suffix`; no other host sees one."""
+    resource: str | None = None
+    """What one `policy` opens, such as `https://HOST/clips/*`; null: the clip alone, with `cookies` the whole host."""
+    valid_seconds: Annotated[int, Field(ge=10)] = 3600
+    """How long a signature holds; it is made anew in time, and when it is refused."""
+
+    @model_validator(mode="after")
+    def _resource_is_read(self) -> SigningConfig:
+        if self.resource is not None and self.mode not in ("policy", "cookies"):
+            raise ValueError(f"resource is for mode policy or cookies, and mode is {self.mode}")
+        return self
+
+
 class FetchConfig(Config):
     """How clips are downloaded."""
 
@@ -156,8 +175,16 @@ class FetchConfig(Config):
     """Longest whole download of one clip."""
     max_mib: Positive = 2048
     """Largest clip."""
+    min_kib_per_second: Annotated[float, Field(ge=0)] = 4.0
+    """Slowest transfer, over `timeout_seconds`; 0: any."""
+    per_host: Positive = 16
+    """Most downloads from one host at a time."""
     attempts: Positive = 4
     """Attempts at one clip before it becomes a ledger row."""
+    sign: SigningConfig = SigningConfig()
+    """Signatures for a private CloudFront distribution."""
+    s3_endpoint: str | None = None
+    """Another S3 server for `s3://` clips; null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS itself."""
     cache: str | None = None
     """Folder of a bounded on-disk cache shared by runs; null: a temporary folder."""
     cache_gib: PositiveSeconds = 50.0

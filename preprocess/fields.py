@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any
 
+from preprocess.clip_url import unsigned
 from preprocess.rejection import Rejection, short
 from preprocess.timecode import (
     MAX_SECONDS,
@@ -25,6 +26,8 @@ from preprocess.timecode import (
     split_label,
 )
 
+SIGNED_URL = "signed-url"
+"""The defect of a URL that came with a signature, which is not kept: it would open the clip to who reads the plan."""
 MAX_CLIP_ID_CHARACTERS = 500
 MAX_URL_CHARACTERS = 4096
 MAX_SIDE = 65_535
@@ -90,16 +93,19 @@ def _id_text(value: Any, name: str, defects: set[str]) -> str | None:
 
 
 def read_url(value: Any, defects: set[str]) -> str | None:
-    """The clip's URL with its query, which fetching needs. One with a user name or password is none.
+    """The clip's URL, with what of its query may name the clip. One with a user name or password is none.
 
-    Fetching would refuse it, and the plan must not keep it.
+    Fetching would refuse that, and a plan must keep neither it nor a signature: that one is taken off, as a defect.
     """
     url = read_text(value, "clip_proxy_url", defects)
     if url is None:
         return None
-    if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or " " in url or _USER.match(url):
+    if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or _USER.match(url):
         defects.add("bad-url")
         return None
+    if "?" in url and (kept := unsigned(url)) != url:
+        defects.add(SIGNED_URL)
+        return kept
     return url
 
 

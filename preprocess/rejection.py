@@ -30,13 +30,15 @@ class Rejection(NamedTuple):
 class ClipRejected(Exception):
     """Ends the work on one clip; the unit's function turns it into a ledger row. A bug is never this."""
 
-    def __init__(self, rejection: Rejection) -> None:
+    def __init__(self, rejection: Rejection, attempts: int = 0) -> None:
         self.rejection = rejection
+        self.attempts = attempts
+        """Attempts at a download that was given up; 0 at another stage."""
         super().__init__(f"{rejection.stage}: {rejection.reason}: {rejection.detail}")
 
-    def __reduce__(self) -> tuple[type[ClipRejected], tuple[Rejection]]:
+    def __reduce__(self) -> tuple[type[ClipRejected], tuple[Rejection, int]]:
         # The default rebuilds from the message, which is not what the constructor takes.
-        return (ClipRejected, (self.rejection,))
+        return (ClipRejected, (self.rejection, self.attempts))
 
 
 def short(value: object, limit: int = MAX_DETAIL_CHARACTERS) -> str:

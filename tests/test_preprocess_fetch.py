@@ -9,9 +9,9 @@ import pytest
 from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
 
 from preprocess import fetch as fetching
+from preprocess.clip_url import cache_name, redact
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.fetch import Fetcher, attempts_of
-from preprocess.fetch_source import cache_name, redact
+from preprocess.fetch import Fetcher
 from preprocess.records import Record
 from preprocess.rejection import ClipRejected
 
@@ -54,7 +54,7 @@ def refused(fetch, *arguments, **options):
     rejection = caught.value.rejection
     assert rejection.stage == "fetch"
     assert "hush" not in str(caught.value) and "hush" not in repr(caught.value.__context__)
-    return rejection, attempts_of(caught.value)
+    return rejection, caught.value.attempts
 
 
 def test_a_good_server_is_asked_once(fetch):
@@ -245,7 +245,7 @@ def test_the_cache_is_shared_and_bounded(fetch, tmp_path):
             assert fetch(f"{server.url}/{name}{SECRET}", cache=str(cache), cache_gib=2 * one) == BODY
             time.sleep(0.02)
         assert [path for path, _ in server.requests] == ["/a", "/b", "/c"]
-        kept = list(cache.iterdir())
+        kept = list(cache.glob("*.clip"))
         assert len(kept) == 2 and sum(path.stat().st_size for path in kept) == 2 * len(BODY)
         assert fetch(f"{server.url}/a{SECRET}", cache=str(cache), cache_gib=2 * one) == BODY  # b went: least recent
         assert len(server.requests) == 3
