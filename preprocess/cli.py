@@ -51,6 +51,7 @@ def main() -> None:
     wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
     wanprep plan CONFIG                              freeze what is to be done, and say how much it is
     wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
+    wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
     wanprep status CONFIG                            how far a build is
     """
@@ -219,6 +220,54 @@ def build_shards(
 
 
 @main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Try again what ended so; may be repeated.")
+@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may mend.")
+@click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
+@click.option("--dry-run", is_flag=True, help="Say what would be tried again; write nothing, download nothing.")
+@_JSON
+@_QUIET
+def retry(
+    config: Path,
+    overrides: tuple[str, ...],
+    reasons: tuple[str, ...],
+    retryable: bool,
+    serve: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Try rejected candidates again, in shards of their own; what is there is never written again.
+
+    The latest attempt counts, everywhere. A retry that was stopped is gone on with by the same command, and by
+    `build-shards`. Candidates of which a window was accepted are not rejected, and are left as they are.
+
+    \b
+    wanprep retry configs/mbc_832x480.yaml --reason fetch-timeout --reason fetch-503
+    wanprep retry configs/mbc_832x480.yaml --retryable --dry-run
+    """
+    from preprocess.pipeline import retry as build
+    from preprocess.report import describe
+    from preprocess.retry import Wanted, describe_choice
+    from shards.errors import UserError
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    if not (reasons or retryable):
+        mend = "`wanprep status CONFIG` lists the reasons"
+        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", mend=mend)
+    wanted = Wanted(frozenset(reasons), retryable)
+    with ExitStack() as stack:
+        if serve is not None:
+            loaded = _serve(stack, serve, loaded)
+        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet)
+    chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
+    lines = [*describe_choice(choice, wanted), *(["dry run: nothing was written"] if dry_run else describe(counts))]
+    _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
+
+
+@main.command()
 @click.argument("text_set", metavar="SET")
 @_CONFIG
 @_OVERRIDES
@@ -259,7 +308,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     if not frozen.generations:
         mend = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
         raise UserError(f"output: {loaded.output!r}: nothing has been planned there", mend=mend)
-    counts = count_dataset(storage, frozen, loaded, "default")
+    counts = count_dataset(storage, frozen, "default")
     _show(counts, describe(counts), as_json)
 
 

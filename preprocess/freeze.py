@@ -8,7 +8,6 @@ of processes, or the machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,22 +21,13 @@ import orjson
 from preprocess.archives import Document
 from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus import Chunk, map_chunks, read_chunk
-from preprocess.plan import (
-    PLAN_VERSION,
-    DeclaredSize,
-    GenerationInfo,
-    Plan,
-    commit_name,
-    ledger_name,
-    open_plan,
-    plan_name,
-)
+from preprocess.generation import store_generation
+from preprocess.plan import DeclaredSize, Plan, open_plan
 from preprocess.records import read_about, read_json, read_words
 from preprocess.rejection import Rejection, short
 from preprocess.sieve import sieve_about, sieve_words
 from preprocess.spill import Batch, Spill
 from preprocess.standing import Standing
-from shards.canonical import seal_document
 from shards.console import LOG
 from shards.errors import UserError
 from shards.keys import clip_hash
@@ -108,8 +98,11 @@ def ensure_plan(storage: Storage, config: PrepConfig, *, progress: Progress | No
     `freeze_plan` takes in records that were added later. A limit above what is planned grows the plan.
     """
     plan = open_plan(storage)
-    grows = any(each.num_beyond_limit + each.num_refused_beyond_limit for each in plan.generations[-1:]) and (
-        config.corpus.limit is None or config.corpus.limit > plan.num_candidates
+    last = plan.last_read
+    grows = (
+        last is not None
+        and last.num_beyond_limit + last.num_refused_beyond_limit > 0
+        and (config.corpus.limit is None or config.corpus.limit > plan.num_candidates)
     )
     if not plan.generations or grows:
         return freeze_plan(storage, config, progress=progress)
@@ -167,7 +160,7 @@ def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
     limit = config.corpus.limit
     if limit is not None and limit < plan.num_candidates:
         LOG.warning("corpus.limit %d is below the %d candidates planned already; they stay", limit, plan.num_candidates)
-    if plan.generations and plan.generations[-1].sieve != config.sieve:
+    if plan.last_read is not None and plan.last_read.sieve != config.sieve:
         LOG.warning("the sieve has changed since the plan was frozen: it bears on records that are not candidates yet")
 
 
@@ -187,18 +180,13 @@ def _freeze(
     selection = _select(plan, config, candidates, refused)
     if not selection.candidates and not selection.refused:
         return plan
-    number = len(plan.generations)
     plan_file, ledger_file = folder / "plan", folder / "ledger"
     frame_bytes = candidates.write_frames(selection.candidates, config.shards.unit_size, plan_file)
     refused.write_frame(selection.refused, ledger_file)
-    plan_sha256, ledger_sha256 = _sha256(plan_file), _sha256(ledger_file)
-    info = GenerationInfo(
-        plan_version=PLAN_VERSION,
-        name=f"gen-{number:03d}-{hashlib.sha256((plan_sha256 + ledger_sha256).encode()).hexdigest()[:8]}",
-        plan_sha256=plan_sha256,
-        ledger_sha256=ledger_sha256,
-        first_unit=plan.num_units,
-        first_candidate=plan.num_candidates,
+    return store_generation(
+        plan,
+        plan_file,
+        ledger_file,
         unit_size=config.shards.unit_size,
         frame_bytes=frame_bytes,
         records_read=num_documents,
@@ -212,13 +200,6 @@ def _freeze(
         superseded_by=selection.superseded_by,
         **selection.counts,
     )
-    _check_counts(info)
-    storage = plan.storage
-    storage.put(plan_name(info.name), plan_file)
-    storage.put(ledger_name(info.name), ledger_file)
-    if not storage.put(commit_name(number), seal_document(info.model_dump(mode="json")), if_absent=True):
-        LOG.info("another process froze generation %d first; its plan counts", number)
-    return open_plan(storage)
 
 
 def _select(plan: Plan, config: PrepConfig, candidates: Spill, refused: Spill) -> _Selection:
@@ -315,14 +296,3 @@ def _sizes(counts: dict[str, int]) -> tuple[DeclaredSize, ...]:
     """Declared sizes from their tags, `1920x1080`."""
     parts = ((tag.partition("x"), count) for tag, count in counts.items())
     return tuple(DeclaredSize(width=int(width), height=int(height), count=count) for (width, _, height), count in parts)
-
-
-def _check_counts(info: GenerationInfo) -> None:
-    accounted = info.num_candidates + info.num_refused + info.num_planned_before + info.num_refused_before
-    if accounted + info.num_beyond_limit != info.records_read:
-        raise RuntimeError(f"{info.records_read} documents read, {accounted + info.num_beyond_limit} accounted for")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

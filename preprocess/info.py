@@ -8,7 +8,7 @@ from typing import Any
 from preprocess.config import PrepConfig
 from preprocess.plan import Plan
 from shards.damage import MissingObject
-from shards.dataset_info import Bucket, DatasetInfo, TextSetInfo, read_info, write_info
+from shards.dataset_info import Bucket, DatasetInfo, Generation, TextSetInfo, read_info, write_info
 from shards.layout import INFO_NAME
 from shards.storage import Storage
 
@@ -33,7 +33,7 @@ def grow_info(
         identity=dict(identity),
         text_sets=old.text_sets if old else {},
         buckets=tuple(Bucket(frames=frames, height=size.height, width=size.width) for size in config.buckets.sizes),
-        generations=tuple(generation.generation for generation in plan.generations),
+        generations=_generations(old, plan),
         notes={**(old.notes if old else {}), **({ENCODERS_NOTE: note} if note else {})},
         totals=old.totals if old else {},
     )
@@ -50,10 +50,18 @@ def add_text_set(storage: Storage, name: str, identity: Mapping[str, Any], note:
     return info
 
 
-def set_totals(storage: Storage, totals: Mapping[str, Any]) -> None:
-    """Write what the last build counted."""
+def set_totals(storage: Storage, plan: Plan, totals: Mapping[str, Any]) -> None:
+    """Write what the last build counted; and the generations, should another process have written over them."""
     old = read_info(storage)
-    _write_if_changed(storage, old, old.model_copy(update={"totals": dict(totals)}))
+    info = old.model_copy(update={"totals": dict(totals), "generations": _generations(old, plan)})
+    _write_if_changed(storage, old, info)
+
+
+def _generations(old: DatasetInfo | None, plan: Plan) -> tuple[Generation, ...]:
+    """The plan's generations, or those that are there where another process has frozen more since."""
+    ours = tuple(generation.generation for generation in plan.generations)
+    theirs = old.generations if old else ()
+    return theirs if theirs[: len(ours)] == ours else ours
 
 
 def _write_if_changed(storage: Storage, old: DatasetInfo | None, new: DatasetInfo) -> None:

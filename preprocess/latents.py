@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,21 +28,22 @@ class Pending(NamedTuple):
     num_candidates: int
 
 
-def pending_units(storage: Storage, plan: Plan, kind: str, chosen: range | None = None) -> Pending:
-    """Units of the plan (those within `chosen`, if given) that `kind` has no commit for, in order."""
+def pending_units(storage: Storage, plan: Plan, kind: str, chosen: Collection[int] | None = None) -> Pending:
+    """Units of the plan (those of `chosen`, if given) that `kind` has no commit for, in order."""
     there = committed_units(storage, kind)
     units = tuple(unit for unit in chosen_units(plan, chosen) if unit not in there)
     return Pending(units, sum(plan.unit_length(unit) for unit in units))
 
 
-def chosen_units(plan: Plan, chosen: range | None) -> range:
-    """The units of the plan, or those of them within `chosen`. Raises UserError where none is."""
+def chosen_units(plan: Plan, chosen: Collection[int] | None) -> Sequence[int]:
+    """The units of the plan, or those of them in `chosen`. Raises UserError where none is."""
     if chosen is None:
         return range(plan.num_units)
-    units = range(max(0, chosen.start), min(plan.num_units, chosen.stop))
+    units = [unit for unit in sorted(chosen) if unit < plan.num_units]
     if not units:
+        shown = f"{min(chosen)}:{max(chosen) + 1}" if chosen else "none"
         raise UserError(
-            f"--unit-range {chosen.start}:{chosen.stop}: no unit of the plan is in it",
+            f"--unit-range {shown}: no unit of the plan is in it",
             expected=f"A:B with A < B and A < {plan.num_units}, the plan's number of units",
         )
     return units

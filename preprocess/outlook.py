@@ -27,7 +27,7 @@ def count_plan(plan: Plan, config: PrepConfig) -> dict[str, Any]:
         "candidates": plan.num_candidates,
         "refused": plan.num_refused,
         "refused_by": dict(plan.refused_by()),
-        "beyond_limit": plan.generations[-1].num_beyond_limit if plan.generations else 0,
+        "beyond_limit": plan.last_read.num_beyond_limit if plan.last_read else 0,
         "units": plan.num_units,
         "generations": len(plan.generations),
         "declared_hours": round(sum(each.declared_seconds for each in plan.generations) / 3600, 3),

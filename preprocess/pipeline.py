@@ -1,11 +1,11 @@
-"""`build-shards` and `recaption` from end to end: plan, latents, texts, summary. Everything resumes by units."""
+"""`build-shards`, `retry` and `recaption` from end to end: plan, latents, texts, summary. All resume by units."""
 
 from __future__ import annotations
 
 import errno
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +17,7 @@ from preprocess.latents import build_latents, check_settled_identity, chosen_uni
 from preprocess.plan import Plan, open_plan
 from preprocess.progress import show_progress
 from preprocess.report import count_dataset
+from preprocess.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
 from preprocess.scratch import scratch_folder
 from preprocess.texts import TextCounts, build_texts, check_settled_texts
 from shards.commit import committed_units
@@ -35,11 +36,18 @@ class Part(NamedTuple):
 
     only: Literal["latents", "text"] | None = None
     """One pass alone, say on the machine that has its encoder."""
-    units: range | None = None
-    """These units alone (of a Slurm array, say)."""
+    units: Collection[int] | None = None
+    """These units alone (of a Slurm array, say, or of a retry)."""
 
 
 WHOLE = Part()
+
+
+class Retried(NamedTuple):
+    """What `retry` took up, and the counts of the dataset as it then is."""
+
+    choice: Choice
+    counts: dict[str, Any]
 
 
 def build_shards(config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE) -> dict[str, Any]:
@@ -55,9 +63,9 @@ def build_shards(config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE)
             _latent_pass(storage, plan, config, scratch, quiet, part)
         if part.only != "latents":
             _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet, part)
-        counts = count_dataset(storage, plan, config, DEFAULT_SET)
+        counts = count_dataset(storage, plan, DEFAULT_SET)
         if part == WHOLE:  # of several processes none knows the whole
-            set_totals(storage, counts)
+            set_totals(storage, plan, counts)
     if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
         raise UserError(f"{config.output}: the dataset is empty: {reasons or 'the plan has no candidates'}")
@@ -74,7 +82,30 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False) -> dict
         raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
         _text_pass(storage, plan, set_name, config, scratch, quiet, WHOLE)
-        return count_dataset(storage, plan, config, set_name)
+        return count_dataset(storage, plan, set_name)
+
+
+def retry(config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: bool = False) -> Retried:
+    """Take rejected candidates up again in units of their own; what is committed is not written again.
+
+    Retries that were begun before are gone on with. Raises UserError where nothing has been planned.
+    """
+    storage = open_storage(config.output)
+    plan = open_plan(storage)
+    if not plan.generations:
+        mend = "`wanprep build-shards CONFIG` first"
+        raise UserError(f"output: {config.output!r}: nothing has been planned there", mend=mend)
+    choice = choose_retries(plan, wanted, committed_units(storage, LATENTS))
+    if dry_run or not (choice.ordinals or choice.open_units):
+        return Retried(choice, count_dataset(storage, plan, DEFAULT_SET))
+    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
+        plan = freeze_retry(plan, config, choice, scratch)
+        part = Part(units=retry_units(plan))
+        _latent_pass(storage, plan, config, scratch, quiet, part)
+        _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet, part)
+        counts = count_dataset(storage, plan, DEFAULT_SET)
+        set_totals(storage, plan, counts)
+    return Retried(choice, counts)
 
 
 def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, quiet: bool, part: Part) -> None:

@@ -8,13 +8,17 @@ A plan is a list of generations. Generation N is two objects and a commit, writt
 
 The order is by a hash of the clip id, so that neither folders nor machines nor `--limit` have a say in it. Records that
 come later make a further generation behind the others; nothing frozen changes. A unit is read by one ranged read.
+
+A retry is a generation too: its candidates are of earlier generations and keep their ordinals (`retried`). The latest
+attempt counts, and an earlier unit that has to be made anew leaves out what a later generation takes up again: those
+candidates gave it no sample, so its tar repeats byte for byte.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -89,6 +93,21 @@ class GenerationInfo(Config):
     """Sum over the candidates that declare a length."""
     limit: int | None
     sieve: SieveConfig
+    retried: tuple[int, ...] = ()
+    """Of a retry: the ordinals of its candidates, in order, all of earlier generations; it read no records."""
+    retried_reasons: dict[str, int] = pydantic.Field(default_factory=dict)
+    """How these had ended before, by `stage/reason`."""
+
+    @property
+    def num_new(self) -> int:
+        """Candidates that no earlier generation has: all, or, of a retry, none."""
+        return 0 if self.retried else self.num_candidates
+
+    def ordinals(self, within: int) -> Sequence[int]:
+        """The ordinals of its unit number `within`, counted from its first."""
+        start = within * self.unit_size
+        stop = min(start + self.unit_size, self.num_candidates)
+        return self.retried[start:stop] or range(self.first_candidate + start, self.first_candidate + stop)
 
     @property
     def num_units(self) -> int:
@@ -104,7 +123,7 @@ class GenerationInfo(Config):
             first_unit=self.first_unit,
             num_units=self.num_units,
             num_candidates=self.num_candidates,
-            num_records=self.num_candidates + self.num_refused,
+            num_records=self.num_new + self.num_refused,
             ledger_sha256=self.ledger_sha256,
         )
 
@@ -117,6 +136,11 @@ class Plan:
         self.generations = generations
         self._ends = list(accumulate(generation.num_units for generation in generations))
         self._offsets = [list(accumulate(generation.frame_bytes, initial=0)) for generation in generations]
+        self._last_unit = {
+            ordinal: generation.first_unit + place // generation.unit_size
+            for generation in generations
+            for place, ordinal in enumerate(generation.retried)
+        }
 
     @property
     def num_units(self) -> int:
@@ -126,7 +150,12 @@ class Plan:
     @property
     def num_candidates(self) -> int:
         """Candidates of all generations."""
-        return sum(generation.num_candidates for generation in self.generations)
+        return sum(generation.num_new for generation in self.generations)
+
+    @property
+    def last_read(self) -> GenerationInfo | None:
+        """The latest generation that came of reading the corpus; None where nothing is planned."""
+        return next((each for each in reversed(self.generations) if not each.retried), None)
 
     @property
     def num_refused(self) -> int:
@@ -134,7 +163,14 @@ class Plan:
         return sum(each.num_refused - sum(each.superseded_by.values()) for each in self.generations)
 
     def unit(self, number: int) -> tuple[Candidate, ...]:
-        """The candidates of one unit, by one ranged read. Raises UserError for no such unit, ShardDamage."""
+        """The candidates of one unit that no later generation takes up again.
+
+        Raises UserError for no such unit, ShardDamage.
+        """
+        return tuple(Candidate(ordinal, _read_record(line, file)) for ordinal, line, file in self.unit_lines(number))
+
+    def unit_lines(self, number: int) -> Iterator[tuple[int, bytes, str]]:
+        """(ordinal, frozen line, where it lies) of the candidates of `unit`, by one ranged read."""
         place = self._place(number)
         generation = self.generations[place]
         within = number - generation.first_unit
@@ -144,23 +180,29 @@ class Plan:
         file = f"{self.storage.url(name)} (unit {number})"
         if len(data) != end - start:
             raise ShardDamage(file, f"cut short: {len(data):,} of {end - start:,} bytes", offset=start)
-        records = list(_read_records(data, file))
-        expected = self.unit_length(number)
-        if len(records) != expected:
-            raise ShardDamage(file, f"{len(records)} candidates, the commit says {expected}", offset=start)
-        first = generation.first_candidate + within * generation.unit_size
-        return tuple(Candidate(first + place, record) for place, record in enumerate(records))
+        lines, ordinals = list(read_lines(data, file)), generation.ordinals(within)
+        if len(lines) != len(ordinals):
+            raise ShardDamage(file, f"{len(lines)} candidates, the commit says {len(ordinals)}", offset=start)
+        for ordinal, line in zip(ordinals, lines, strict=True):
+            if self._has(number, ordinal):
+                yield ordinal, line, file
+
+    def unit_ordinals(self, number: int) -> list[int]:
+        """The ordinals of the candidates of `unit`; nothing is read. Raises UserError for no such unit."""
+        generation = self.generations[self._place(number)]
+        return [each for each in generation.ordinals(number - generation.first_unit) if self._has(number, each)]
 
     def unit_length(self, number: int) -> int:
-        """How many candidates a unit has; nothing is read. Raises UserError for no such unit."""
-        generation = self.generations[self._place(number)]
-        before = (number - generation.first_unit) * generation.unit_size
-        return min(generation.unit_size, generation.num_candidates - before)
+        """How many candidates `unit` gives; nothing is read. Raises UserError for no such unit."""
+        return len(self.unit_ordinals(number))
 
     def _place(self, number: int) -> int:
         if not 0 <= number < self.num_units:
             raise UserError(f"unit {number} is not in the plan", expected=f"0 to {self.num_units - 1}")
         return bisect_right(self._ends, number)
+
+    def _has(self, unit: int, ordinal: int) -> bool:
+        return self._last_unit.get(ordinal, unit) <= unit
 
     def candidates(self) -> Iterator[Candidate]:
         """All candidates, in order."""
@@ -222,15 +264,18 @@ def ledger_name(generation: str) -> str:
 
 def _check_follows(generation: GenerationInfo, earlier: list[GenerationInfo], file: str) -> None:
     first_unit = sum(each.num_units for each in earlier)
-    first_candidate = sum(each.num_candidates for each in earlier)
+    first_candidate = sum(each.num_new for each in earlier)
     if (generation.first_unit, generation.first_candidate) != (first_unit, first_candidate):
         raise ShardDamage(file, f"starts at unit {generation.first_unit}, expected {first_unit}")
+    retried = generation.retried
+    is_sound = list(retried) == sorted(set(retried)) and all(0 <= each < first_candidate for each in retried)
+    if retried and not (is_sound and len(retried) == generation.num_candidates):
+        raise ShardDamage(file, f"{len(retried)} retried candidates that are not its {generation.num_candidates}")
 
 
-def _read_records(data: bytes, file: str) -> Iterator[Record]:
-    for line in read_lines(data, file):
-        try:
-            yield Record.model_validate_json(line)
-        except pydantic.ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            raise ShardDamage(file, f"not a record: {problem['msg']}") from None
+def _read_record(line: bytes, file: str) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ShardDamage(file, f"not a record: {problem['msg']}") from None

@@ -5,42 +5,47 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from preprocess.config import PrepConfig
+from preprocess.info import find_info
 from preprocess.plan import Plan
-from shards.commit import Commit, LatentSummary, TextSummary, committed_units, read_commit
+from preprocess.retry import retry_units
+from shards.commit import LatentSummary, TextSummary, committed_units, read_commit
+from shards.dataset_info import Bucket
 from shards.layout import LATENTS, text_kind
-from shards.ledger import LedgerRow, read_ledger
+from shards.outcomes import Outcome, read_outcomes
 from shards.storage import Storage
 
-MAX_LEDGER_BYTES = 2**28
 
-
-def count_dataset(storage: Storage, plan: Plan, config: PrepConfig, set_name: str) -> dict[str, Any]:
-    """Everything `build-shards` and `status` say, as plain JSON. Raises ShardDamage.
+def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]:
+    """Everything that `build-shards`, `retry` and `status` say, as plain JSON. Raises ShardDamage.
 
     `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out comes on top of these.
+    Of several attempts at one candidate the latest counts.
     """
+    info = find_info(storage)
     reasons: Counter[str] = Counter(dict(plan.refused_by()))
-    buckets: Counter[str] = Counter({_bucket_name(size.width, size.height): 0 for size in config.buckets.sizes})
+    buckets: Counter[str] = Counter({_bucket_name(each): 0 for each in info.buckets} if info else {})
     totals: Counter[str] = Counter()
-    units = sorted(committed_units(storage, LATENTS))
+    units = committed_units(storage, LATENTS)
     for unit in units:
         commit = read_commit(storage, LATENTS, unit).commit
         totals["latent_bytes"] += commit.tar.size
         for sample in commit.samples:
             if isinstance(sample.summary, LatentSummary):
-                buckets[_bucket_name(sample.summary.width, sample.summary.height)] += 1
-        for row in _rows(storage, commit):
-            _count_row(row, totals, reasons)
-    refused = plan.num_refused
+                buckets[_bucket_name(sample.summary)] += 1
+    for outcome in read_outcomes(storage):
+        _count_row(outcome, totals, reasons)
+    refused, last = plan.num_refused, plan.last_read
+    retries = retry_units(plan)
     return {
         "records": plan.num_candidates + refused,
         "accepted": totals["accepted"],
         "rejected": totals["rejected"] + refused,
         "waiting": plan.num_candidates - totals["accepted"] - totals["rejected"],
-        "beyond_limit": plan.generations[-1].num_beyond_limit if plan.generations else 0,
+        "beyond_limit": last.num_beyond_limit if last else 0,
         "rejected_by": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         "retryable": totals["retryable"],
+        "retried": totals["retried"],
+        "retries_waiting": sum(plan.unit_length(unit) for unit in retries if unit not in units),
         "units": {"planned": plan.num_units, "latents": len(units)},
         "samples": totals["samples"],
         "windows_rejected": totals["windows_rejected"],
@@ -69,14 +74,22 @@ def describe(counts: dict[str, Any]) -> list[str]:
         f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
+    if counts["retried"] or counts["retries_waiting"]:
+        waiting = f", {counts['retries_waiting']:,} wait for theirs" if counts["retries_waiting"] else ""
+        lines.append(f"retries  {counts['retried']:,} earlier attempts count no longer{waiting}")
     if counts["retryable"]:
-        lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again")
+        lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
+        lines.append("         `wanprep retry CONFIG --retryable`")
     return lines
 
 
-def _count_row(row: LedgerRow, totals: Counter[str], reasons: Counter[str]) -> None:
-    totals[row.status] += 1
+def _count_row(outcome: Outcome, totals: Counter[str], reasons: Counter[str]) -> None:
+    row = outcome.row
     totals["downloaded"] += row.bytes
+    if not outcome.is_latest:
+        totals["retried"] += 1
+        return
+    totals[row.status] += 1
     totals["retryable"] += row.retryable
     totals["samples"] += sum(window.status == "accepted" for window in row.windows)
     totals["windows_rejected"] += sum(window.status == "rejected" for window in row.windows)
@@ -98,15 +111,8 @@ def _count_texts(storage: Storage, set_name: str) -> dict[str, int]:
     return totals
 
 
-def _rows(storage: Storage, commit: Commit) -> list[LedgerRow]:
-    if commit.ledger is None:
-        return []
-    data = storage.get(commit.ledger.name, MAX_LEDGER_BYTES)
-    return list(read_ledger(data, storage.url(commit.ledger.name)))
-
-
-def _bucket_name(width: int, height: int) -> str:
-    return f"{width}×{height}"
+def _bucket_name(size: Bucket | LatentSummary) -> str:
+    return f"{size.width}×{size.height}"
 
 
 def _mib(num_bytes: int) -> str:
