@@ -87,7 +87,7 @@ class UnitWorker:
             preparer = Preparer(config, fetcher, self._tokenizer.count)
             prepared = in_order(
                 _tasks(self._plan, units),
-                lambda task, reserve: (task, preparer.prepare(task.candidate, reserve)),
+                lambda task, reserve: (task, task.candidate and preparer.prepare(task.candidate, reserve)),
                 num_workers=config.engine.decoders,
                 max_bytes=config.engine.max_queue_mib << 20,
                 stop=stop,
@@ -96,9 +96,11 @@ class UnitWorker:
             with closing(prepared), closing(self._written(prepared, writer)) as written:
                 yield from (commit for commit in written if commit is not None)
 
-    def _written(self, prepared: Iterator[tuple[_Task, Prepared]], writer: _UnitWriter) -> Generator[Commit | None]:
+    def _written(
+        self, prepared: Iterator[tuple[_Task, Prepared | None]], writer: _UnitWriter
+    ) -> Generator[Commit | None]:
         """Encode in this thread, write in another, a few clips behind."""
-        encoded = ((task, encode_clip(clip, self._vae)) for task, clip in prepared)
+        encoded = ((task, clip and encode_clip(clip, self._vae)) for task, clip in prepared)
         return in_order(
             encoded, lambda item, _: writer.write(*item), num_workers=1, max_bytes=0, stop=threading.Event(),
             name="writer",
@@ -117,14 +119,15 @@ class UnitWorker:
 
 class _Task(NamedTuple):
     unit: int
-    candidate: Candidate
+    candidate: Candidate | None
+    """None: of the unit made anew, later generations have taken up every candidate; its tar is empty."""
     is_last: bool
     """Of its unit."""
 
 
 def _tasks(plan: Plan, units: Iterable[int]) -> Iterator[_Task]:
     for unit in units:
-        candidates = plan.unit(unit)
+        candidates = plan.unit(unit) or (None,)
         for place, candidate in enumerate(candidates, 1):
             yield _Task(unit, candidate, place == len(candidates))
 
@@ -145,16 +148,16 @@ class _UnitWriter:
     ) -> None:
         self._close()
 
-    def write(self, task: _Task, encoded: Encoded) -> Commit | None:
+    def write(self, task: _Task, encoded: Encoded | None) -> Commit | None:
         """Write one clip; the unit's commit after its last."""
         if self._shard is None:
             self._shard = self._worker.open_writer(task.unit)
-        row = write_clip(encoded, self._shard, self._worker.config)
-        self._rows.append(row)
+        row = write_clip(encoded, self._shard, self._worker.config) if encoded else None
+        self._rows += [row] if row else []
         commit = self._shard.seal(self._rows) if task.is_last else None
         if task.is_last:
             self._close()
-        if self._on_row is not None:
+        if self._on_row is not None and row:
             self._on_row(row)
         return commit
 

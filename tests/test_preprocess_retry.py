@@ -144,6 +144,8 @@ def test_a_unit_made_anew_after_a_retry_repeats_its_tar(demo_corpus, corpus, tmp
         _put(demo_corpus, corpus, clip)
     _run(retry_build, corpus, output, FOR_404)
     tars, outcomes = files_of(output, "**/*.tar"), _outcomes(output)
+    plan = open_plan(open_storage(output))
+    assert [plan.unit_length(unit) for unit in range(plan.num_units)].count(0) == 1  # both of its clips were retried
     assert {status for _, _, status in outcomes} == {"accepted"}
     for unit in (0, 1, 2):
         (output / f"latents/shard-{unit:06d}.json").unlink()
