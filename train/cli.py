@@ -103,6 +103,7 @@ def fit(
 @OVERRIDES
 @click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h100, h200, rtx4090 …, or auto.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that they are in.")
 @click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="Instead of the dataset's buckets; repeatable.")
 @click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -111,27 +112,30 @@ def plan(
     overrides: tuple[str, ...],
     gpu: str,
     gpus: int,
+    nodes: int,
     sizes: tuple[str, ...],
     efficiency: float | None,
     as_json: bool,
 ) -> None:
-    """Say what a run would take, before it runs: memory by part, seconds a step, days, which settings fit.
+    """Say what a run would take, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
 
     \b
     wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
     wantrain plan configs/ti2v_5b_1xh200.yaml --gpu h200 --size 832x480x49 --size 1280x704x49
+    wantrain plan configs/ti2v_5b_8xh100.yaml --gpu h100 --gpus 64 --nodes 8 -o data.global_batch=64
     """
     from train import plan as planning
+    from train import plan_text
     from train.config import TrainConfig
     from train.hardware import find_gpu
 
     loaded = load_config(TrainConfig, config, overrides)
     buckets, origin = planning.read_sizes(loaded, sizes)
-    made = planning.make_plan(loaded, find_gpu(gpu), gpus, buckets, efficiency=efficiency)
+    made = planning.make_plan(loaded, find_gpu(gpu), gpus, buckets, efficiency=efficiency, num_nodes=nodes)
     if as_json:
-        print_json(planning.as_json(made) | {"sizes_from": origin})
+        print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:
-        click.echo("\n".join(planning.describe(made, origin)))
+        click.echo("\n".join(plan_text.describe(made, origin)))
 
 
 @main.command("show-step")

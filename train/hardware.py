@@ -1,7 +1,7 @@
 """GPUs by name: what they compute, hold and move. Importing it imports no torch.
 
 Peaks are dense tensor-core figures of NVIDIA's data sheets, in the precision that `precision: auto` takes: fp16 on a
-V100, bf16 elsewhere. Bandwidths between GPUs are what collectives reach, as the performance reference assumes.
+V100, bf16 elsewhere. Bandwidths are what collectives are assumed to reach; none was measured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Gpu(NamedTuple):
     """What the driver offers."""
     link_gb_per_second: float
     """Collective bandwidth a GPU between the GPUs of one machine, 10⁹ bytes/s."""
+    network_gb_per_second: float
+    """The same where it spans machines: with H100 8 × 400 Gb/s a machine, A100 8 × 200, V100 SXM 4 × 100, cards on
+    PCIe 25; a network of another speed moves it in proportion."""
     efficiency: float
     """Share of the peak, of executed FLOPs, that a plan expects of training: an estimate until it is measured."""
     precision: str
@@ -34,13 +37,15 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "v100-32gb": Gpu("v100-32gb", 112.0, 31.7, 11.0, 0.40, "fp16", 14.0, "PCIe; fp32 encoding, which is safe there"),
-    "v100-sxm": Gpu("v100-sxm", 125.0, 31.7, 45.0, 0.40, "fp16", 13.0, "NVLink, 32 GB; fp32 encoding"),
-    "a100-40gb": Gpu("a100-40gb", 312.0, 39.4, 230.0, 0.50, "bf16", 1.2, "SXM"),
-    "a100-80gb": Gpu("a100-80gb", 312.0, 79.2, 230.0, 0.50, "bf16", 1.2, "SXM"),
-    "h100": Gpu("h100", 989.0, 79.1, 360.0, 0.50, "bf16", 0.4, "SXM, 80 GB"),
-    "h200": Gpu("h200", 989.0, 139.8, 360.0, 0.50, "bf16", 0.4, "SXM"),
-    "rtx4090": Gpu("rtx4090", 165.0, 23.5, 11.0, 0.50, "bf16", 2.5, "PCIe, no peer-to-peer; fp32 accumulation"),
+    "v100-32gb": Gpu(
+        "v100-32gb", 112.0, 31.7, 11.0, 2.6, 0.40, "fp16", 14.0, "PCIe; fp32 encoding, which is safe there"
+    ),
+    "v100-sxm": Gpu("v100-sxm", 125.0, 31.7, 45.0, 41.0, 0.40, "fp16", 13.0, "NVLink, 32 GB; fp32 encoding"),
+    "a100-40gb": Gpu("a100-40gb", 312.0, 39.4, 230.0, 165.0, 0.50, "bf16", 1.2, "SXM"),
+    "a100-80gb": Gpu("a100-80gb", 312.0, 79.2, 230.0, 165.0, 0.50, "bf16", 1.2, "SXM"),
+    "h100": Gpu("h100", 989.0, 79.1, 360.0, 330.0, 0.50, "bf16", 0.4, "SXM, 80 GB"),
+    "h200": Gpu("h200", 989.0, 139.8, 360.0, 330.0, 0.50, "bf16", 0.4, "SXM"),
+    "rtx4090": Gpu("rtx4090", 165.0, 23.5, 11.0, 2.6, 0.50, "bf16", 2.5, "PCIe, no peer-to-peer; fp32 accumulation"),
 }
 # Parts of the names that drivers give, the more particular first.
 _DRIVER_NAMES = {

@@ -13,7 +13,8 @@ from train.flops import Shape, num_tokens, step_flops
 from train.hardware import Gpu, by_driver_name
 from train.memory import Memory
 from train.order import Bucket
-from train.plan import Setting, describe_memory
+from train.plan import Setting
+from train.plan_text import describe_memory
 from train.policy import GIB, describe_saves, run_memory
 from train.trainee import Trainee
 

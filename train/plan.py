@@ -6,18 +6,20 @@ by the GPU's peak, and the stated efficiency is the share of that peak which tra
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from shards.errors import UserError
 from train.config import TrainConfig, slots_per_rank
-from train.flops import SAVE_GROUPS, Shape, forward_flops, num_tokens, step_flops
+from train.flops import SAVE_GROUPS, Shape, forward_flops, num_tokens
 from train.hardware import Gpu
-from train.memory import Memory, num_lora_parameters, num_parameters
+from train.memory import Memory
 from train.model_config import TI2V_5B, DiTConfig
 from train.order import Bucket
 from train.policy import GIB, Saves, describe_saves, make_chooser, run_memory
+from train.scaling import Exchange, Mesh, candidates, count_exchange, local_shape, make_mesh, rank_flops
 
 DAY_SECONDS = 86_400
 HELD_OUT_PASSES = 18
@@ -47,7 +49,15 @@ class Setting(NamedTuple):
     seconds_at_peak: float
     """A step's."""
     seconds: float
-    """A step's, at the stated efficiency."""
+    """A step's, at the stated efficiency, what is exchanged included."""
+    mesh: Mesh = Mesh()
+    exchange: Exchange = Exchange()
+    """A rank's, mean over the buckets."""
+
+    @property
+    def exchange_share(self) -> float:
+        """Of the step's seconds, if nothing overlaps."""
+        return self.exchange.seconds / self.seconds if self.seconds else 0.0
 
 
 class Plan(NamedTuple):
@@ -62,9 +72,9 @@ class Plan(NamedTuple):
     """The config's own."""
     fastest: Setting | None
     """Of those that fit."""
+    layouts: tuple[Setting, ...]
+    """The same checkpointing under other layouts; the configured one is not repeated."""
     num_steps: int
-    reduce_seconds: float
-    """Summing LoRA gradients over the GPUs, once a step."""
     train_days: float
     held_out_share: float
     """Of the run's time."""
@@ -75,34 +85,35 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    config: TrainConfig, gpu: Gpu, num_gpus: int, sizes: Sequence[Size], *, efficiency: float | None = None
+    config: TrainConfig,
+    gpu: Gpu,
+    num_gpus: int,
+    sizes: Sequence[Size],
+    *,
+    efficiency: float | None = None,
+    num_nodes: int = 1,
 ) -> Plan:
     """Plan a run. Raises UserError for a precision that the GPU has not, or a batch that does not divide."""
     efficiency = gpu.efficiency if efficiency is None else efficiency
-    slots_per_rank(config.data, num_gpus)
     dims, notes = _dims(config)
     compute_bytes = _compute_bytes(config, gpu, notes)
-    reduce_seconds = _reduce_seconds(config, dims, gpu, num_gpus)
-    per_gpu = gpu.peak_tflops * 1e12 * num_gpus
+    basis = Basis(config, dims, gpu, tuple(sizes), compute_bytes, efficiency)
+    mesh = choose_mesh(basis, num_gpus, num_nodes)
+    slots_per_rank(config.data, mesh.dp_size)
     settings = []
-    for name, choose in _choices(config, dims, gpu, compute_bytes).items():
+    for name, choose in _choices(basis, mesh).items():
         try:
-            flops, memory, saves = _cost(config, dims, sizes, choose, compute_bytes)
+            settings.append(cost(basis, mesh, name, choose))
         except UserError as error:
             if name == _own_name(config):
                 raise
             notes.append(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        at_peak = flops / per_gpu
-        fits = None if memory is None else memory.total <= gpu.memory_gib * GIB
-        seconds = at_peak / efficiency + reduce_seconds
-        settings.append(Setting(name, saves, memory, fits, flops, at_peak, seconds))
     chosen = next(setting for setting in settings if setting.name == _own_name(config))
     if chosen.fits is False:
         notes.append(
             f"{chosen.name} does not fit a {gpu.name}: lower data.micro_batch or set checkpointing.policy: auto"
         )
-    held_out = _held_out_flops(config, dims, sizes) / (gpu.peak_tflops * 1e12 * efficiency)
+    held_out = _held_out_flops(config, dims, sizes) / (gpu.peak_tflops * 1e12 * efficiency) / mesh.num_gpus
     training = chosen.seconds * config.max_steps
     samples = config.max_steps * config.data.global_batch
     return Plan(
@@ -113,14 +124,55 @@ def make_plan(
         settings=tuple(settings),
         chosen=chosen,
         fastest=min((s for s in settings if s.fits), key=lambda s: s.seconds, default=None),
+        layouts=tuple(other_layouts(basis, mesh)),
         num_steps=config.max_steps,
-        reduce_seconds=reduce_seconds,
         train_days=(training + held_out) / DAY_SECONDS,
         held_out_share=held_out / (training + held_out),
         encode_samples=samples,
         encode_days=samples * _encode_seconds(gpu, sizes) / num_gpus / DAY_SECONDS,
         notes=tuple(notes),
     )
+
+
+class Basis(NamedTuple):
+    """What every setting of a plan has in common."""
+
+    config: TrainConfig
+    dims: DiTConfig
+    gpu: Gpu
+    sizes: tuple[Size, ...]
+    compute_bytes: int
+    efficiency: float
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the GPU."""
+        return int(self.gpu.memory_gib * GIB)
+
+
+def choose_mesh(basis: Basis, num_gpus: int, num_nodes: int) -> Mesh:
+    """The configured layout over these GPUs; `auto` keeps the base whole where a step fits beside it."""
+    wanted, ulysses = str(basis.config.parallel.shard), int(basis.config.parallel.ulysses)
+    shards = {"full": num_gpus, "hybrid": num_gpus // num_nodes}.get(wanted, 1)
+    mesh = make_mesh(num_gpus, num_nodes, shards, ulysses, basis.dims)
+    if wanted != "auto" or num_gpus == 1 or basis.config.lora is None:
+        return mesh
+    fits = cost(basis, mesh, "least", _constant(((),) * basis.dims.num_layers)).fits
+    return mesh if fits else mesh._replace(base_shards=mesh.gpus_per_node)
+
+
+def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
+    """The configured checkpointing under other layouts of the same GPUs, those that are possible."""
+    if basis.config.lora is None:
+        return []
+    data = basis.config.data
+    found = []
+    for mesh in candidates(basis.dims, own.num_gpus, own.num_nodes, data.global_batch, data.micro_batch):
+        choose = _choices(basis, mesh)[_own_name(basis.config)]
+        with contextlib.suppress(UserError):  # the memory is too small for what is configured, there
+            if mesh != own:
+                found.append(cost(basis, mesh, _own_name(basis.config), choose))
+    return found
 
 
 def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], str]:
@@ -173,18 +225,14 @@ def _compute_bytes(config: TrainConfig, gpu: Gpu, notes: list[str]) -> int:
     return 4 if compute == "fp32" else 2
 
 
-def _reduce_seconds(config: TrainConfig, dims: DiTConfig, gpu: Gpu, num_gpus: int) -> float:
-    trained = num_lora_parameters(dims, config.lora) if config.lora else sum(num_parameters(dims))
-    return 8 * trained * (num_gpus - 1) / num_gpus / (gpu.link_gb_per_second * 1e9)
-
-
 def _own_name(config: TrainConfig) -> str:
     budget = config.checkpointing.budget_gib
     return config.checkpointing.policy + (f" ({budget:g} GiB)" if budget is not None else "")
 
 
-def _choices(config: TrainConfig, dims: DiTConfig, gpu: Gpu, compute_bytes: int) -> dict[str, Callable[[Shape], Saves]]:
+def _choices(basis: Basis, mesh: Mesh) -> dict[str, Callable[[Shape], Saves]]:
     """Settings to compare, by name; the config's own among them."""
+    config, dims = basis.config, basis.dims
     everywhere = {
         "none": SAVE_GROUPS,
         "attention + projections": ("attention", "projections"),
@@ -195,11 +243,16 @@ def _choices(config: TrainConfig, dims: DiTConfig, gpu: Gpu, compute_bytes: int)
         everywhere = {name: everywhere[name] for name in ("none", "full")}
     choices = {name: _constant((kept,) * dims.num_layers) for name, kept in everywhere.items()}
     if config.lora is not None:
-        limit = int(gpu.memory_gib * GIB)
         own = config.checkpointing.model_copy(update={"policy": "auto", "budget_gib": None})
         automatic = config.model_copy(update={"checkpointing": own})
-        choices["auto"] = make_chooser(automatic, dims, device_bytes=limit, compute_bytes=compute_bytes)
-        choices[_own_name(config)] = make_chooser(config, dims, device_bytes=limit, compute_bytes=compute_bytes)
+        for name, settings in (("auto", automatic), (_own_name(config), config)):
+            choices[name] = make_chooser(
+                settings,
+                dims,
+                device_bytes=basis.device_bytes,
+                compute_bytes=basis.compute_bytes,
+                base_shards=mesh.base_shards,
+            )
     elif config.checkpointing.policy == "auto":
         choices["auto"] = choices["full"]
     return choices
@@ -209,28 +262,29 @@ def _constant(saves: Saves) -> Callable[[Shape], Saves]:
     return lambda shape: saves
 
 
-def _cost(
-    config: TrainConfig,
-    dims: DiTConfig,
-    sizes: Sequence[Size],
-    choose: Callable[[Shape], Saves],
-    compute_bytes: int,
-) -> tuple[float, Memory | None, str]:
-    """Mean FLOPs of a step; memory and kept values of the bucket that takes the most."""
-    flops, largest, words = 0.0, None, ""
+def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) -> Setting:
+    """Mean FLOPs and exchange of a step; memory and kept values of the bucket that takes the most."""
+    config, dims, gpu = basis.config, basis.dims, basis.gpu
+    flops, exchange, largest, words = 0.0, Exchange(), None, ""
     micro = config.data.micro_batch
-    for bucket, share in sizes:
+    for bucket, share in basis.sizes:
         shape = Shape(micro, _tokens(dims, bucket))
-        saves = choose(shape)
-        a_pass = step_flops(dims, shape, config.lora, saves, num_rows=2)
-        flops += share * a_pass * config.data.global_batch / micro
+        here = local_shape(shape, mesh.ulysses)
+        saves = choose(here)
+        flops += share * rank_flops(dims, shape, config.lora, saves, mesh.ulysses) * mesh.ulysses
+        counted = count_exchange(config, dims, mesh, gpu, shape, saves, basis.compute_bytes)
+        exchange = Exchange(*(total + share * part for total, part in zip(exchange, counted, strict=True)))
         if config.lora is None:
             words = "what autograd does" if saves[0] else "input only"
             continue
-        memory = run_memory(config, dims, shape, saves, compute_bytes)
+        memory = run_memory(config, dims, here, saves, basis.compute_bytes, mesh.base_shards)
         if largest is None or memory.total > largest.total:
             largest, words = memory, describe_saves(saves)
-    return flops, largest, words
+    flops *= config.data.global_batch / micro
+    at_peak = flops / (gpu.peak_tflops * 1e12 * mesh.num_gpus)
+    fits = None if largest is None else largest.total <= basis.device_bytes
+    seconds = at_peak / basis.efficiency + exchange.seconds
+    return Setting(name, words, largest, fits, flops, at_peak, seconds, mesh, exchange)
 
 
 def _tokens(dims: DiTConfig, bucket: Bucket) -> int:
@@ -255,62 +309,3 @@ def _encode_seconds(gpu: Gpu, sizes: Sequence[Size]) -> float:
         return (4.2 + 12.6 * ((bucket.frames - 1) // 4)) * bucket.height * bucket.width
 
     return gpu.encode_seconds * sum(share * work(bucket) for bucket, share in sizes) / work(ENCODE_REFERENCE)
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values."""
-
-    def setting(value: Setting | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        return value._asdict() | {"memory": value.memory and value.memory._asdict() | {"total": value.memory.total}}
-
-    values = plan._asdict()
-    values["gpu"] = plan.gpu._asdict()
-    values["sizes"] = [{"size": str(size.bucket), "share": size.share} for size in plan.sizes]
-    values["settings"] = [setting(value) for value in plan.settings]
-    values["chosen"], values["fastest"] = setting(plan.chosen), setting(plan.fastest)
-    return values
-
-
-def describe(plan: Plan, origin: str = "as given") -> list[str]:
-    """The plan for people, a line an entry."""
-    gpu = plan.gpu
-    sizes = ", ".join(f"{size.bucket} ({size.share:.0%})" for size in plan.sizes)
-    lines = [
-        f"{plan.num_gpus} × {gpu.name}: {gpu.peak_tflops:g} TFLOP/s {gpu.precision} peak and {gpu.memory_gib:g} GiB "
-        f"each; efficiency {plan.efficiency:.0%} (an estimate)",
-        f"sizes, {origin}: {sizes}",
-        "",
-        f"{'checkpointing':<26}{'memory':>10}  {'fits':<5}{'TFLOP/step':>11}{'at 100 %':>11}{'s/step':>9}{'days':>8}",
-    ]
-    for setting in plan.settings:
-        memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
-        fits = {True: "yes", False: "no", None: "?"}[setting.fits]
-        mark = " ◀ configured" if setting is plan.chosen else ""
-        mark += " ◀ fastest" if setting is plan.fastest else ""
-        days = plan.num_steps * setting.seconds / DAY_SECONDS
-        lines.append(
-            f"{setting.name:<26}{memory:>10}  {fits:<5}{setting.step_flops / 1e12:>11,.0f}"
-            f"{setting.seconds_at_peak:>9.2f} s{setting.seconds:>9.2f}{days:>8.2f}{mark}"
-        )
-    lines += ["", *describe_memory(plan.chosen), ""]
-    lines += [
-        f"training: {plan.train_days:.2f} days, of which the held-out loss takes {plan.held_out_share:.1%}; summing "
-        f"gradients over {plan.num_gpus} GPUs {plan.reduce_seconds:.3f} s a step",
-        f"stage 1 before it: {plan.encode_days:.2f} days to encode {plan.encode_samples:,} samples on the same GPUs "
-        f"(an estimate; `wanprep plan` knows more)",
-    ]
-    return lines + [f"note: {note}" for note in plan.notes]
-
-
-def describe_memory(setting: Setting) -> list[str]:
-    """Memory of a setting, part by part."""
-    if setting.memory is None:
-        return ["memory: not in closed form when the whole model trains"]
-    parts = setting.memory._asdict()
-    lines = [f"memory of {setting.name}: {setting.saves}"]
-    for name, size in parts.items():
-        guess = " (an estimate)" if name == "workspace" else ""
-        lines.append(f"  {name:<10}{size / GIB:>8.2f} GiB{guess}")
-    return lines

@@ -72,7 +72,12 @@ def total_kept(dims: DiTConfig, shape: Shape, lora: LoRAConfig, saves: Saves, *,
 
 
 def run_memory(
-    config: TrainConfig, dims: DiTConfig, shape: Shape, saves: Sequence[Collection[str]], compute_bytes: int
+    config: TrainConfig,
+    dims: DiTConfig,
+    shape: Shape,
+    saves: Sequence[Collection[str]],
+    compute_bytes: int,
+    base_shards: int = 1,
 ) -> Memory:
     """`step_memory` as a run is configured."""
     return step_memory(
@@ -83,16 +88,18 @@ def run_memory(
         compute_bytes=compute_bytes,
         optimizer_bytes=2.1 if config.optim.name == "adamw8bit" else 8.0,
         moving_average=config.optim.ema_decay is not None,
+        base_shards=base_shards,
     )
 
 
 def make_chooser(
-    config: TrainConfig, dims: DiTConfig, *, device_bytes: int | None, compute_bytes: int = 2
+    config: TrainConfig, dims: DiTConfig, *, device_bytes: int | None, compute_bytes: int = 2, base_shards: int = 1
 ) -> Callable[[Shape], Saves]:
     """From the shape of a micro-batch to what each block keeps, for a frozen base.
 
     Args:
         device_bytes: memory of the GPU, for `auto`; None (a CPU) keeps everything.
+        base_shards: ranks that one copy of the base is spread over.
     Raises (when called): UserError where not even the least fits, with what would.
     """
     policy, lora = config.checkpointing.policy, _frozen_base(config)
@@ -110,10 +117,12 @@ def make_chooser(
                 dims,
                 shape,
                 lora,
-                lambda saves: run_memory(config, dims, shape, saves, compute_bytes).total <= limit,
+                lambda saves: run_memory(config, dims, shape, saves, compute_bytes, base_shards).total <= limit,
                 compute_bytes=compute_bytes,
             )
-            return chosen if chosen is not None else _refuse_device(config, dims, shape, limit, compute_bytes)
+            return (
+                chosen if chosen is not None else _refuse_device(config, dims, shape, limit, compute_bytes, base_shards)
+            )
         budget = int((config.checkpointing.budget_gib or 0) * GIB)
         chosen = save_most(
             dims,
@@ -134,8 +143,10 @@ def make_chooser(
     return choose
 
 
-def _refuse_device(config: TrainConfig, dims: DiTConfig, shape: Shape, limit: int, compute_bytes: int) -> Saves:
-    need = run_memory(config, dims, shape, ((),) * dims.num_layers, compute_bytes)
+def _refuse_device(
+    config: TrainConfig, dims: DiTConfig, shape: Shape, limit: int, compute_bytes: int, base_shards: int
+) -> Saves:
+    need = run_memory(config, dims, shape, ((),) * dims.num_layers, compute_bytes, base_shards)
     mend = "shorter or smaller buckets, or a GPU with more memory"
     if shape.batch > 1:
         mend = f"data.micro_batch: 1 (it is {shape.batch}); " + mend
