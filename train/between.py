@@ -9,7 +9,7 @@ Shapes: B slots, L tokens, D width, N heads, K channels a head, R modulation row
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,21 +97,52 @@ def scaled(x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, heads: tuple[int, int
     return torch.mul(y_BLD, r_BL1, out=torch.empty_like(x_BLD)).unflatten(2, heads)
 
 
-def rotated(
-    x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, cos_L1K: Tensor, sin_L1K: Tensor, heads: tuple[int, int]
-) -> Tensor:
+class Turn(NamedTuple):
+    """Rotary factors of the tokens held here (train/rope.py), real for a compiled body, complex for an eager one."""
+
+    cos_L1K: Tensor
+    sin_L1K: Tensor
+    """Of channel 2j with the rotation's minus sign."""
+    factor_L1J: Tensor
+    """cos + i sin of each pair of channels, complex64; J = K ÷ 2."""
+    back_L1J: Tensor
+    """Its conjugate: the way back."""
+
+
+def make_turn(cos_L1K: Tensor, sin_L1K: Tensor) -> Turn:
+    """The factors in both forms, from `rope_table`'s."""
+    cos, sin = cos_L1K[..., ::2].contiguous(), sin_L1K[..., 1::2].contiguous()
+    return Turn(cos_L1K, sin_L1K, torch.complex(cos, sin), torch.complex(cos, -sin))
+
+
+def rotated(x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, turn: Turn, heads: tuple[int, int]) -> Tensor:
     """RMSNorm and rotary positions, B × L × N × K; the norm's scale rides in the rotation's factors."""
-    y_BLNK = (x_BLD * weight_D).unflatten(2, heads)
-    swapped = torch.stack([y_BLNK[..., 1::2], y_BLNK[..., ::2]], dim=-1).flatten(-2)
-    r_BL11 = r_BL1.unsqueeze(-1)
-    return rounded(y_BLNK.mul_(cos_L1K * r_BL11), swapped, sin_L1K * r_BL11, x_BLD.dtype)
+    y_BLNK, r_BL11 = (x_BLD * weight_D).unflatten(2, heads), r_BL1.unsqueeze(-1)
+    if torch.compiler.is_compiling():
+        y_BLNK = torch.addcmul(y_BLNK * (turn.cos_L1K * r_BL11), swapped(y_BLNK), turn.sin_L1K * r_BL11)
+    else:
+        _pairs(y_BLNK).mul_(turn.factor_L1J * r_BL11)
+    return y_BLNK.to(x_BLD.dtype)
 
 
-def unrotated(dy_BLNK: Tensor, weight_D: Tensor, cos_L1K: Tensor, sin_L1K: Tensor) -> Tensor:
-    """Gradient before rotation and the norm's weight, float32 B × L × D."""
-    swapped = torch.stack([dy_BLNK[..., 1::2], dy_BLNK[..., ::2]], dim=-1).flatten(-2)
-    dx_BLNK = (dy_BLNK * cos_L1K).addcmul_(swapped, sin_L1K, value=-1)
+def unrotated(dy_BLNK: Tensor, weight_D: Tensor, turn: Turn) -> Tensor:
+    """Gradient before rotation and the norm's weight, float32 B × L × D; what came in is used up."""
+    if torch.compiler.is_compiling():
+        dx_BLNK = (dy_BLNK * turn.cos_L1K).addcmul_(swapped(dy_BLNK), turn.sin_L1K, value=-1)
+    else:
+        dx_BLNK = dy_BLNK.float()
+        _pairs(dx_BLNK).mul_(turn.back_L1J)
     return dx_BLNK.flatten(2).mul_(weight_D)
+
+
+def swapped(x_BLNK: Tensor) -> Tensor:
+    """Channels 2j and 2j + 1 in each other's place."""
+    return torch.stack([x_BLNK[..., 1::2], x_BLNK[..., ::2]], dim=-1).flatten(-2)
+
+
+def _pairs(x_BLNK: Tensor) -> Tensor:
+    """Pairs of channels as complex numbers, in place."""
+    return torch.view_as_complex(x_BLNK.unflatten(-1, (-1, 2)))
 
 
 def rms_backward(dn_BLD: Tensor, x_BLD: Tensor, r_BL1: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
+from train.between import make_turn
 from train.flops import SAVE_GROUPS, Shape
 from train.kernels import kernel_name
 from train.lean import BlockParts, LinearParts, LoRAParts, Shared, Values, backward_block, forward_block
@@ -89,8 +90,7 @@ class LeanRunner:
         self._shared = Shared(
             rows_BR6D=inputs.rows_BR6D,
             text_BSD=inputs.text_BSD,
-            cos_L1K=inputs.rope[0],
-            sin_L1K=inputs.rope[1],
+            turn=make_turn(*inputs.rope),
             zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
             ones_BL1=torch.ones(batch, tokens, 1, device=device),
             num_first=inputs.num_first,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from train.between import (
+    Turn,
     add_gated,
     add_gated_,
     gelu_backward_,
@@ -76,8 +77,7 @@ class Shared(NamedTuple):
 
     rows_BR6D: Tensor
     text_BSD: Tensor
-    cos_L1K: Tensor
-    sin_L1K: Tensor
+    turn: Turn
     zeros_BL1: Tensor
     """Zeros and ones stand for mean and scale where a normalised input is normalised no further."""
     ones_BL1: Tensor
@@ -123,7 +123,7 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor) -> Ten
         values["rq"], values["rk"] = rms_scale(values["q"], shared.eps), rms_scale(values["k"], shared.eps)
         del y_BLD
     if "a" not in values:
-        rope = shared.cos_L1K, shared.sin_L1K, shared.heads
+        rope = shared.turn, shared.heads
         q, k = (rotated(values[n], values[f"r{n}"], parts.norms[f"self_attn.{n}"], *rope) for n in "qk")
         _attend(values, "a", q, k, values["v"].unflatten(2, shared.heads), shared)
         del q, k
@@ -227,7 +227,7 @@ def _self_backward_(
     out_BLD = times(grad_BLD, mod[:, :, 2], shared.num_first, dtype)
     da_BLD = _linear_backward(values, "self_attn.o", out_BLD, values["a"], parts, grads)
     del out_BLD
-    rope = shared.cos_L1K, shared.sin_L1K, shared.heads
+    rope = shared.turn, shared.heads
     q, k = (rotated(values[n], values[f"r{n}"], norms[f"self_attn.{n}"], *rope) for n in "qk")
     given = dict(zip("qkv", _attend_backward(values, "a", da_BLD, q, k, values.pop("v"), shared), strict=True))
     del da_BLD, q, k
@@ -239,7 +239,7 @@ def _self_backward_(
         if leaf == "v":
             out_BLD = given.pop(leaf).flatten(2)
         else:
-            dn_BLD = unrotated(given.pop(leaf), norms[name], shared.cos_L1K, shared.sin_L1K)
+            dn_BLD = unrotated(given.pop(leaf), norms[name], shared.turn)
             out_BLD = rms_backward(dn_BLD, values.pop(leaf), values[f"r{leaf}"], dtype)
             del dn_BLD
         lora = parts.linears[name].lora
