@@ -215,6 +215,51 @@ def stats(
 
 @main.command()
 @ROOT
+@click.argument("out", metavar="OUT.html", type=click.Path(path_type=Path))
+@AS_JSON
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Latents to read for the statistics [2000].")
+@click.option("--all", "read_all", is_flag=True, help="Read every latent; those that `stats` kept are not read again.")
+@click.option("--max-mb", type=click.FloatRange(1, 1000), default=20.0, show_default=True, help="Size of the page.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Units read at a time.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where finished units are kept [~/.cache/wanshards].")
+def report(
+    root: str,
+    out: Path,
+    as_json: bool,
+    sample: int | None,
+    read_all: bool,
+    max_mb: float,
+    jobs: int,
+    cache: Path | None,
+) -> None:
+    """One HTML page of the dataset: the funnel, distributions, findings, and samples with pictures and captions.
+
+    The page needs no network and may be sent around: what is in it comes from the dataset alone. OUT.html#KEY opens at
+    a sample.
+
+    \b
+    wanshards report demo/shards demo/shards.html
+    wanshards report s3://bucket/prefix dataset.html --sample 5000 --jobs 8
+    """
+    from shards.report import DEFAULT_SAMPLE, write_report
+    from shards.stats_cache import default_cache
+
+    if read_all and sample is not None:
+        raise UserError("--sample and --all are both given", expected="one of them")
+    number = None if read_all else sample or DEFAULT_SAMPLE
+    made = write_report(root, out, sample=number, max_megabytes=max_mb, cache=cache or default_cache(), jobs=jobs)
+    if as_json:
+        print_json(made)
+        return
+    click.echo(
+        f"{made['file']}: {made['bytes'] / 1e6:.1f} MB, {made['samples']:,} of {made['of_samples']:,} samples "
+        f"({made['samples_with_pictures']:,} with pictures), {made['refused']:,} of {made['of_refused']:,} refused "
+        f"records, {made['findings']} findings"
+    )
+
+
+@main.command()
+@ROOT
 @AS_JSON
 @click.option("--delete", is_flag=True, help="Remove them; without it they are only listed.")
 @click.option(

@@ -63,7 +63,7 @@ def table(head: Sequence[Child], rows: Iterable[Sequence[Child]], caption: str, 
     lines = [tag("tr", *(_cell(value, place) for place, value in enumerate(row))) for row in rows]
     top = tag("thead", tag("tr", *(tag("th", value, scope="col") for value in head)))
     whole = tag("table", tag("caption", caption), top, tag("tbody", *lines), class_=class_)
-    return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex=0)
+    return tag("div", whole, class_="scroll", role="group", aria_label=caption, tabindex=0)
 
 
 def _cell(value: Child, place: int) -> Html:
