@@ -49,7 +49,8 @@ def write_report(
     max_bytes = int(max_megabytes * 1e6) - _OVERHEAD_BYTES
     refused = keeper.rows(int(max_bytes * REFUSED_SHARE))
     shown, num_pictures = choose_samples(storage, read_info(storage), _named(stats), max_bytes)
-    gallery = Gallery(shown, refused, stats["funnel"]["samples"], num_pictures, keeper.num_seen)
+    bad = tuple(sorted({item["code"] for item in stats["findings"] if item["severity"] == "bad"}))
+    gallery = Gallery(shown, refused, stats["funnel"]["samples"], num_pictures, keeper.num_seen, bad)
     text = report_page(stats, gallery)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")

@@ -38,12 +38,15 @@ class Gallery(NamedTuple):
     """Samples on the page with their preview strip."""
     num_rejected: int
     """Refused records of the dataset."""
+    bad: tuple[str, ...]
+    """Codes of findings that are to be mended."""
 
     def data(self) -> dict[str, Any]:
         """As plain values for the page."""
         return {
             "samples": self.samples,
             "rejected": self.rejected,
+            "bad": list(self.bad),
             "note_without_picture": "Its preview strip is not on this page: see `wanshards cat ROOT KEY.preview.jpg`.",
             "note_not_here": "The page holds a choice of the dataset. `wanshards show ROOT KEY` shows any sample.",
         }

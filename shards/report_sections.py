@@ -55,7 +55,7 @@ def funnel(stats: Mapping[str, Any]) -> Section:
     ]
     head = ("step", "count", "fell out")
     blocks = (bar_list("Records and clips", records, head), bar_list("Windows and samples", windows, head))
-    parts = [tag("div", *map(_card, blocks), class_="charts wide")]
+    parts = [tag("div", *map(_card, blocks), class_="charts flow wide")]
     if rows:
         columns = ("stage", "reason", "records", "a retry can help", "examples")
         parts += [tag("h3", "Why records were refused"), table(columns, rows, "Reasons by stage")]
@@ -100,7 +100,7 @@ def distributions(stats: Mapping[str, Any]) -> Section:
         charts.append(_counts("What was cut from captions", captions["cut"], "level: why"))
     if stats["windows_by_ground"]:
         charts.append(_counts("Windows by ground", stats["windows_by_ground"], "ground"))
-    return Section("distributions", "Distributions", tag("div", *map(_card, charts), class_="charts"))
+    return Section("distributions", "Distributions", tag("div", *map(_card, charts), class_="charts flow"))
 
 
 def decisions(stats: Mapping[str, Any]) -> Section:
@@ -122,7 +122,7 @@ def decisions(stats: Mapping[str, Any]) -> Section:
     if stats["defects"]:
         blocks.append(_counts("Defects of annotations", stats["defects"], "defect"))
     blocks += [_counts(f"Source {name}", rows, name) for name, rows in stats["sources"].items()]
-    parts.append(tag("div", *map(_card, blocks), class_="charts wide"))
+    parts.append(tag("div", *map(_card, blocks), class_="charts flow wide"))
     return Section("decisions", "Decisions", join(parts))
 
 

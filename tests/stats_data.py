@@ -45,11 +45,12 @@ def write_latents(
     first_unit: int = 0,
     shape: tuple[int, ...] = SHAPE,
     notes: dict[str, str] | None = None,
+    preview: bytes = PREVIEW,
 ) -> None:
     """Units of `samples` clips with one window each, one refused candidate a unit, and dataset.json."""
     storage = open_storage(root)
     for unit in range(first_unit, num_units):
-        _write_unit(storage, unit, samples, plant or (lambda unit, place, latent: latent), scratch, shape)
+        _write_unit(storage, unit, samples, plant or (lambda unit, place, latent: latent), scratch, shape, preview)
     total = planned_units or num_units
     generation = Generation(
         name="gen-000",
@@ -70,7 +71,9 @@ def key_of(unit: int, place: int, shape: tuple[int, ...] = SHAPE) -> str:
     return sample_key(clip_name(unit, place), 0, 4 * shape[1] - 3, 16 * shape[2], 16 * shape[3])
 
 
-def _write_unit(storage: Any, unit: int, num: int, plant: Plant, scratch: Path, shape: tuple[int, ...]) -> None:
+def _write_unit(
+    storage: Any, unit: int, num: int, plant: Plant, scratch: Path, shape: tuple[int, ...], preview: bytes
+) -> None:
     rows = []
     with ShardWriter(storage, "latents", unit, IDENTITY, scratch, PROVENANCE) as writer:
         for place in range(num):
@@ -84,7 +87,7 @@ def _write_unit(storage: Any, unit: int, num: int, plant: Plant, scratch: Path, 
                 {
                     "json": canonical_json(meta),
                     "latent.npy.zst": encode_array(latent),
-                    "preview.jpg": PREVIEW + rng.bytes(8),
+                    "preview.jpg": preview + rng.bytes(8),
                 },
                 {"clip": clip, "start_ms": 0, "frames": frames, "height": height, "width": width,
                  "source_media": "video", "category": "news"},

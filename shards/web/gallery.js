@@ -62,7 +62,7 @@
     item.bucket ? make("span", { class: "badge" }, item.bucket) : null,
     item.category ? make("span", { class: "badge" }, item.category) : null,
     item.retryable ? make("span", { class: "badge" }, "a retry can help") : null,
-    ...(item.findings ?? []).map((code) => make("span", { class: "badge bad" }, code)));
+    ...(item.findings ?? []).map((code) => make("span", { class: data.bad.includes(code) ? "badge bad" : "badge warn" }, code)));
 
   const title = (item) => item.key ?? (item.clip || item.source);
 
@@ -86,10 +86,10 @@
     });
     return [make("div", { class: "one-head" }, heading, close), picture(item, true), badges(item),
       item.detail ? make("p", {}, item.detail) : null, timeline(item), ...captions(item, true),
-      lost.length ? make("div", {}, make("h4", {}, "Cut from the captions"), make("ul", {}, ...lost)) : null,
       item.decisions?.length ? make("div", {}, make("h4", {}, "Decisions and their grounds"), rows(item.decisions)) : null,
       facts.length ? make("div", {}, make("h4", {}, "The file and its record"), rows(facts)) : null,
-      others.length ? make("div", {}, make("h4", {}, "Windows of the clip"), make("ul", {}, ...others)) : null].filter(Boolean);
+      others.length ? make("div", {}, make("h4", {}, "Windows of the clip"), make("ul", {}, ...others)) : null,
+      lost.length ? make("details", {}, make("summary", {}, `${lost.length} sentences cut from the captions`), make("ul", {}, ...lost)) : null].filter(Boolean);
   };
 
   const field = (id, label, control) => { control.id = id; return make("div", { class: "field" }, make("label", { for: id }, label), control); };
@@ -142,17 +142,23 @@
     const pages = Math.max(1, Math.ceil(found.length / PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
     list.replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
-    status.textContent = `${found.length.toLocaleString("en")} of ${items.length.toLocaleString("en")} on this page`;
+    status.textContent = `${found.length.toLocaleString("en")} of ${items.length.toLocaleString("en")} match`;
     where.textContent = `page ${page + 1} of ${pages}`;
     before.disabled = page === 0;
     after.disabled = page >= pages - 1;
     pager.hidden = pages === 1;
   };
-  const turn = (by) => { page += by; draw(); status.scrollIntoView({ block: "start" }); (by > 0 && !after.disabled ? after : by < 0 && !before.disabled ? before : search).focus({ preventScroll: true }); };
+  const turn = (by) => {
+    page += by;
+    draw();
+    status.scrollIntoView({ block: "start" });
+    const [pressed, other] = by > 0 ? [after, before] : [before, after];
+    (pressed.disabled ? other : pressed).focus({ preventScroll: true });
+  };
   before.addEventListener("click", () => turn(-1));
   after.addEventListener("click", () => turn(1));
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("input", () => { page = 0; draw(); });
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => { page = 0; draw(); });
 
   const show = () => {
     let name = "";
