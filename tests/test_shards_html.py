@@ -27,6 +27,20 @@ ROOT = Path(__file__).parents[1]
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 
 
+@pytest.fixture(scope="module")
+def one_browser(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def driver(one_browser):
+    """The module's browser, light, with nothing said yet."""
+    prefer(one_browser, dark=False)
+    console(one_browser), requests(one_browser)
+    return one_browser
+
+
 def _demo_page():
     lines = [Line("train", [0, 1, 2, 3], [1.0, 0.8, None, 0.7]), Line("held-out", [0, 2], [1.1, 0.9])]
     charts = [
@@ -84,46 +98,43 @@ def test_what_a_page_needs_travels_with_the_package():
     assert others == packed
 
 
-def test_in_a_browser_a_page_is_whole_and_foreign_markup_is_text(tmp_path):
+def test_in_a_browser_a_page_is_whole_and_foreign_markup_is_text(driver, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(_demo_page(), encoding="utf-8")
-    with browser(tmp_path) as driver:
-        for dark in (False, True):
-            prefer(driver, dark=dark)
-            for size in (DESKTOP, PHONE):
-                open_page(driver, file, size)
-                assert driver.title == f"A page {EVIL}"
-                assert driver.find_element("css selector", "#words p").text == EVIL
-                assert json.loads(driver.execute_script("return document.getElementById('values').textContent")) == {
-                    "text": EVIL
-                }
-                assert not scrolls_sideways(driver)
-                driver.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
-                assert accessibility_problems(driver) == []
-        assert console(driver) == []
-        assert requests(driver) == []
+    for dark in (False, True):
+        prefer(driver, dark=dark)
+        for size in (DESKTOP, PHONE):
+            open_page(driver, file, size)
+            assert driver.title == f"A page {EVIL}"
+            assert driver.find_element("css selector", "#words p").text == EVIL
+            assert json.loads(driver.execute_script("return document.getElementById('values').textContent")) == {
+                "text": EVIL
+            }
+            assert not scrolls_sideways(driver)
+            driver.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+            assert accessibility_problems(driver) == []
+    assert console(driver) == []
+    assert requests(driver) == []
 
 
-def test_in_a_browser_the_policy_stops_scripts_and_requests_that_got_in(tmp_path):
+def test_in_a_browser_the_policy_stops_scripts_and_requests_that_got_in(driver, tmp_path):
     body = tag("p", "x")
     forced = page("Page", [Section("a", "A", body)]).replace("<p>x</p>", EVIL + '<img src="http://127.0.0.1:9/x.png">')
     (tmp_path / "page.html").write_text(forced, encoding="utf-8")
-    with browser(tmp_path) as driver:
-        open_page(driver, tmp_path / "page.html")
-        assert driver.title == "Page"
-        assert any("Content Security Policy" in line for line in console(driver))
-        assert requests(driver) == []
+    open_page(driver, tmp_path / "page.html")
+    assert driver.title == "Page"
+    assert any("Content Security Policy" in line for line in console(driver))
+    assert requests(driver) == []
 
 
-def test_in_a_browser_the_theme_can_be_chosen(tmp_path):
+def test_in_a_browser_the_theme_can_be_chosen(driver, tmp_path):
     (tmp_path / "page.html").write_text(_demo_page(), encoding="utf-8")
-    with browser(tmp_path) as driver:
-        open_page(driver, tmp_path / "page.html")
-        colour = "return getComputedStyle(document.body).backgroundColor"
-        light = driver.execute_script(colour)
-        button = driver.find_element("id", "theme")
-        button.click()
-        assert (button.text, driver.execute_script(colour)) == ("Theme: light", light)
-        button.click()
-        assert button.text == "Theme: dark"
-        assert driver.execute_script(colour) != light
+    open_page(driver, tmp_path / "page.html")
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    light = driver.execute_script(colour)
+    button = driver.find_element("id", "theme")
+    button.click()
+    assert (button.text, driver.execute_script(colour)) == ("Theme: light", light)
+    button.click()
+    assert button.text == "Theme: dark"
+    assert driver.execute_script(colour) != light
