@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.model_cli import decode, embed, encode_image, fetch_model
+from preprocess.progress import STYLES, Style
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ _OVERRIDES = click.option(
     help="Override a key of the config, such as corpus.limit=100.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+_PROGRESS = click.option(
+    "--progress",
+    "style",
+    type=click.Choice(STYLES),
+    default="auto",
+    show_default=True,
+    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line now and then.",
+)
 _QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
 
 
@@ -138,26 +147,48 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     "num_probed",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Fetch and look at N clips: buckets by the files themselves.",
+    help="Fetch and look at N clips: buckets and bytes by the files themselves.",
 )
-def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, num_probed: int | None) -> None:
+@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, a100-80gb, h100.")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores that decode.  [default: 4 a GPU]")
+@click.option("--mbit", type=click.FloatRange(min=0, min_open=True), default=1000.0, show_default=True, help="Network.")
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    num_probed: int | None,
+    gpu: str | None,
+    num_gpus: int,
+    cores: int | None,
+    mbit: float,
+) -> None:
     """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
 
-    Records that were added since the last plan become a further generation; nothing frozen changes.
+    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu it says
+    how long the build will take there, what bounds it, and what would make it shorter.
 
     \b
     wanprep plan configs/mbc_832x480.yaml
     wanprep plan configs/mbc_832x480.yaml -o corpus.limit=1000
     wanprep plan configs/mbc_832x480.yaml --probe 200
+    wanprep plan configs/mbc_832x480.yaml --gpu v100-32gb --gpus 2
     """
+    from preprocess.encode_cost import find_speed
+    from preprocess.encoders import load_tokenizer
+    from preprocess.forecast import Hardware, describe_forecast, forecast
     from preprocess.freeze import freeze_plan
     from preprocess.look import describe_look, look_at_clips
     from preprocess.outlook import count_plan, describe_plan
+    from preprocess.precision import find_precision
     from preprocess.progress import count_documents
     from preprocess.scratch import scratch_folder
     from shards.storage import open_storage
 
     _start(quiet)
+    if gpu is not None:
+        find_speed(gpu)  # before the corpus is read for minutes
     loaded = _load(config, overrides)
     storage = open_storage(loaded.output)
     with scratch_folder(loaded.output) as scratch:
@@ -168,6 +199,13 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, n
         if num_probed is not None:
             counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
             lines += describe_look(counts["probed"])
+    if gpu is not None:
+        hardware = Hardware(gpu, num_gpus, mbit, cores or 4 * num_gpus)
+        settled = find_precision(storage)
+        count_tokens = load_tokenizer(loaded.encoders).count
+        mode = settled.mode if settled else None
+        counts["forecast"] = forecast(frozen, loaded, counts, hardware, count_tokens, mode)
+        lines += describe_forecast(counts["forecast"])
     _show(counts, lines, as_json)
 
 
@@ -183,6 +221,7 @@ def plan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, n
     "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
 )
 @_JSON
+@_PROGRESS
 @_QUIET
 def build_shards(
     config: Path,
@@ -192,6 +231,7 @@ def build_shards(
     only: Literal["latents", "text"] | None,
     unit_range: range | None,
     as_json: bool,
+    style: Style,
     quiet: bool,
 ) -> None:
     """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
@@ -215,7 +255,7 @@ def build_shards(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        counts = build(loaded, quiet=quiet, part=Part(only, unit_range))
+        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
     _show(counts, describe(counts), as_json)
 
 
@@ -272,8 +312,11 @@ def retry(
 @_CONFIG
 @_OVERRIDES
 @_JSON
+@_PROGRESS
 @_QUIET
-def recaption(text_set: str, config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def recaption(
+    text_set: str, config: Path, overrides: tuple[str, ...], as_json: bool, style: Style, quiet: bool
+) -> None:
     """Write another text set, SET, over all finished latents, by CONFIG's captions; no video is touched.
 
     \b
@@ -283,7 +326,7 @@ def recaption(text_set: str, config: Path, overrides: tuple[str, ...], as_json: 
     from preprocess.report import describe
 
     _start(quiet)
-    counts = write(_load(config, overrides), text_set, quiet=quiet)
+    counts = write(_load(config, overrides), text_set, quiet=quiet, style=style)
     _show(counts, describe(counts), as_json)
 
 

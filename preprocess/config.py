@@ -218,7 +218,13 @@ class EncodersConfig(Config):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Precision mode of the VAE; `auto` is resolved once, when the plan is made."""
+    """Precision mode of the VAE; `auto` is measured on the plan's clips, once, when the first build on it begins."""
+    vae_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.005
+    """Largest relative error (root mean square, against fp32's latents) of a 16-bit mode that `auto` may take."""
+    vae_channels_last: bool | None = None
+    """Memory format channels_last_3d, which GPUs' 16-bit kernels need to be fast; null: on a GPU."""
+    vae_compile: bool = False
+    """torch.compile of the VAE: minutes at the start for each picture size; it is part of the latents' identity."""
     text_precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of UMT5; never fp16."""
 

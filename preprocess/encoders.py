@@ -35,15 +35,32 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class VaeEncoder:
     """diffusers' `AutoencoderKLWan` (its encoder half) on one device at one precision."""
 
-    def __init__(self, vae: Any, *, device: torch.device, precision: str, note: str | None = None) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        *,
+        device: torch.device,
+        precision: str,
+        note: str | None = None,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
         import torch
 
         self.precision = precision
         self.note = note
+        self._compiled = compiled
+        self._format = torch.channels_last_3d if channels_last else torch.contiguous_format
         self._dtype = getattr(torch, _DTYPES[precision])
         self._vae = vae.to(self._dtype)
         self.weights_sha256 = digest_weights(self._vae, prefixes=("encoder.", "quant_conv."))
         self._vae.to(device)
+        if channels_last:
+            to_channels_last(self._vae)
+        if compiled:
+            # A graph for the first frame, one for the next four, one for the rest: for each picture size.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            self._vae.encoder = torch.compile(self._vae.encoder, dynamic=False)
         self._device = device
         self._mean_C111 = torch.tensor(LATENT_MEAN, device=device).view(-1, 1, 1, 1)
         self._inverse_std_C111 = (1.0 / torch.tensor(LATENT_STD, device=device)).view(-1, 1, 1, 1)
@@ -57,9 +74,9 @@ class VaeEncoder:
 
         if len(frames_THWC) % 4 != 1:
             raise ValueError(f"{len(frames_THWC)} frames: not 4k+1, the encoder would drop the rest")
-        frames_1CTHW = torch.from_numpy(frames_THWC).to(self._device).permute(3, 0, 1, 2)[None]
-        pixels_1CTHW = (frames_1CTHW.float() / 127.5 - 1.0).to(self._dtype)
         try:
+            frames_1CTHW = torch.from_numpy(frames_THWC).to(self._device).permute(3, 0, 1, 2)[None]
+            pixels_1CTHW = (frames_1CTHW.float() / 127.5 - 1.0).to(self._dtype).contiguous(memory_format=self._format)
             # TF32 would round the inputs of fp32 convolutions to ten bits; autotuning would pick kernels by mood.
             flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with torch.inference_mode(), flags:
@@ -68,12 +85,14 @@ class VaeEncoder:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the VAE ran out of memory on {self._device} at {list(frames_THWC.shape)}, {self.precision}",
-                mend="smaller buckets.sizes or window.num_frames, encoders.vae_precision=fp16, or a larger device",
+                mend="smaller buckets.sizes or window.num_frames; encoders.vae_precision=auto (16 bits need half "
+                "and are taken where they are right); nothing else on this device; or a larger device",
             ) from None
 
     def provenance(self) -> dict[str, str]:
         """What a shard records of the device: a difference warns."""
-        return device_provenance(self._device)
+        layout = str(self._format).removeprefix("torch.")
+        return {**device_provenance(self._device), "vae_layout": layout}
 
     def identity(self) -> dict[str, Any]:
         """What decides the latents' numbers on this side."""
@@ -83,6 +102,7 @@ class VaeEncoder:
             "precision": self.precision,
             "latent": "mode, normalised",
             "statistics_sha256": canonical_digest([list(LATENT_MEAN), list(LATENT_STD)]),
+            **({"compiled": True} if self._compiled else {}),
         }
 
 
@@ -133,9 +153,16 @@ class TextEncoder:
         tokens = self.tokenizer.tokens(text)
         if len(tokens) > MAX_TOKENS:
             raise ValueError(f"text of {len(tokens)} tokens; at most {MAX_TOKENS} can be embedded")
-        tokens_1L = torch.tensor([tokens], device=self._device)
-        with torch.inference_mode():
-            hidden_1LD = self._model(input_ids=tokens_1L, attention_mask=torch.ones_like(tokens_1L)).last_hidden_state
+        try:
+            tokens_1L = torch.tensor([tokens], device=self._device)
+            mask_1L = torch.ones_like(tokens_1L)
+            with torch.inference_mode():
+                hidden_1LD = self._model(input_ids=tokens_1L, attention_mask=mask_1L).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the text encoder ran out of memory on {self._device} at {len(tokens)} tokens, {self.precision}",
+                mend="`--only text` on a machine with more memory, or encoders.device=cpu for that pass",
+            ) from None
         return hidden_1LD[0].to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
 
     def provenance(self) -> dict[str, str]:
@@ -157,16 +184,20 @@ class TextEncoder:
 def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
     """Load the VAE that the config names; small random weights without a checkpoint."""
     device = find_device(config.device)
-    # Until the fast modes are measured against fp32 on the card, `auto` takes the mode that cannot be wrong.
     precision = config.vae_precision
-    if precision == "auto":
+    if precision == "auto":  # a build has settled it before (precision.py); a single picture is encoded safely
         precision = "fp32"
         LOG.info("encoders.vae_precision: auto takes fp32")
     quiet_libraries()
     if config.checkpoint is None:
         vae = random_encoders.build_random_vae(config.random_seed).eval().requires_grad_(False)
-        return VaeEncoder(vae, device=device, precision=precision, note=random_encoders.NOTE)
-    return VaeEncoder(checkpoints.load_vae(Path(config.checkpoint)), device=device, precision=precision)
+        note: str | None = random_encoders.NOTE
+    else:
+        vae, note = checkpoints.load_vae(Path(config.checkpoint)), None
+    channels_last = device.type == "cuda" if config.vae_channels_last is None else config.vae_channels_last
+    return VaeEncoder(
+        vae, device=device, precision=precision, note=note, channels_last=channels_last, compiled=config.vae_compile
+    )
 
 
 def load_tokenizer(config: EncodersConfig) -> Tokenizer:
@@ -231,6 +262,19 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"encoders.device: {name}, but there are {torch.cuda.device_count()} GPUs")
     return device
+
+
+def to_channels_last(module: Any) -> None:
+    """Lay the weights of convolutions out channels last, in two and in three dimensions, in place.
+
+    `Module.to(memory_format=…)` takes one format and refuses the weights of the other rank.
+    """
+    import torch
+
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
 
 
 def device_provenance(device: torch.device) -> dict[str, str]:

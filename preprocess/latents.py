@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.config import PrepConfig
 from preprocess.info import grow_info
 from preprocess.plan import Plan
-from preprocess.worker import Description, OnRow, UnitWorker
+from preprocess.progress import Progress
+from preprocess.worker import Description, UnitWorker
 from shards.canonical import canonical_json
 from shards.commit import committed_units
 from shards.console import LOG
@@ -17,8 +18,6 @@ from shards.dataset_info import DatasetInfo
 from shards.errors import UserError
 from shards.identity import refuse_mismatch
 from shards.storage import Storage
-
-OnUnit = Callable[[int], None]
 
 
 class Pending(NamedTuple):
@@ -56,8 +55,7 @@ def build_latents(
     config: PrepConfig,
     scratch: Path,
     *,
-    on_row: OnRow,
-    on_unit: OnUnit,
+    progress: Progress,
 ) -> None:
     """Encode `units` of the plan into `storage`. Raises UserError; a bad clip is a ledger row.
 
@@ -67,24 +65,27 @@ def build_latents(
 
     def on_description(about: Description) -> None:
         _settle(storage, plan, config, about, settled)
+        progress.worker()
 
     if config.engine.kind == "ray":
         from preprocess.ray_engine import run_ray
 
-        run_ray(storage, config, units, on_description=on_description, on_row=on_row, on_unit=on_unit)
+        run_ray(
+            storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+        )  # fmt: skip
         return
     devices = devices_of(config)
     if len(devices) > 1:
         from preprocess.processes import run_processes
 
         run_processes(
-            config, devices, units, scratch, on_description=on_description, on_row=on_row, on_unit=on_unit
+            config, devices, units, scratch, on_description=on_description, on_row=progress.row, on_unit=progress.unit
         )  # fmt: skip
         return
     worker = UnitWorker(config, scratch, device=devices[0])
     on_description(worker.description)
-    for commit in worker.commits(units, on_row):
-        on_unit(commit.unit)
+    for commit in worker.commits(units, progress.row):
+        progress.unit(commit.unit)
 
 
 def devices_of(config: PrepConfig) -> tuple[str, ...]:

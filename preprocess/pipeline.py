@@ -15,7 +15,8 @@ from preprocess.freeze import ensure_plan
 from preprocess.info import find_info, set_totals
 from preprocess.latents import build_latents, check_settled_identity, chosen_units, pending_units
 from preprocess.plan import Plan, open_plan
-from preprocess.progress import show_progress
+from preprocess.precision import measure_apart, settle_precision
+from preprocess.progress import Style, show_progress
 from preprocess.report import count_dataset
 from preprocess.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
 from preprocess.scratch import scratch_folder
@@ -50,19 +51,22 @@ class Retried(NamedTuple):
     counts: dict[str, Any]
 
 
-def build_shards(config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE) -> dict[str, Any]:
+def build_shards(
+    config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE, style: Style = "auto"
+) -> dict[str, Any]:
     """Plan, encode and embed what is not there yet; the counts of the dataset as it then is.
 
     Raises UserError: a bad setting, a changed identity, a full disk, a dataset that stayed empty.
     """
+    style = "none" if quiet else style
     storage = open_storage(config.output)
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
         plan = ensure_plan(storage, config)
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
         if part.only != "text":
-            _latent_pass(storage, plan, config, scratch, quiet, part)
+            _latent_pass(storage, plan, config, scratch, style, part)
         if part.only != "latents":
-            _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet, part)
+            _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         if part == WHOLE:  # of several processes none knows the whole
             set_totals(storage, plan, counts)
@@ -72,7 +76,7 @@ def build_shards(config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE)
     return counts
 
 
-def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False) -> dict[str, Any]:
+def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: Style = "auto") -> dict[str, Any]:
     """Write text set `set_name` over all finished latents; the counts of the dataset as it then is."""
     text_kind(set_name)
     storage = open_storage(config.output)
@@ -81,15 +85,18 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False) -> dict
         mend = "`wanprep build-shards CONFIG` first"
         raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
-        _text_pass(storage, plan, set_name, config, scratch, quiet, WHOLE)
+        _text_pass(storage, plan, set_name, config, scratch, "none" if quiet else style, WHOLE)
         return count_dataset(storage, plan, set_name)
 
 
-def retry(config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: bool = False) -> Retried:
+def retry(
+    config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: bool = False, style: Style = "auto"
+) -> Retried:
     """Take rejected candidates up again in units of their own; what is committed is not written again.
 
     Retries that were begun before are gone on with. Raises UserError where nothing has been planned.
     """
+    style = "none" if quiet else style
     storage = open_storage(config.output)
     plan = open_plan(storage)
     if not plan.generations:
@@ -101,14 +108,14 @@ def retry(config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: b
     with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
         plan = freeze_retry(plan, config, choice, scratch)
         part = Part(units=retry_units(plan))
-        _latent_pass(storage, plan, config, scratch, quiet, part)
-        _text_pass(storage, plan, DEFAULT_SET, config, scratch, quiet, part)
+        _latent_pass(storage, plan, config, scratch, style, part)
+        _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         set_totals(storage, plan, counts)
     return Retried(choice, counts)
 
 
-def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, quiet: bool, part: Part) -> None:
+def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, style: Style, part: Part) -> None:
     pending = pending_units(storage, plan, LATENTS, part.units)
     info = find_info(storage)
     if info is not None:
@@ -116,13 +123,14 @@ def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path
     if not pending.units:
         LOG.info("latents: all %d units are there", len(chosen_units(plan, part.units)))
         return
+    config = settle_precision(storage, config, measure_apart)
     num_units = len(pending.units)
-    with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, quiet=quiet) as progress:
-        build_latents(storage, plan, pending.units, config, scratch, on_row=progress.row, on_unit=progress.unit)
+    with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, style=style) as progress:
+        build_latents(storage, plan, pending.units, config, scratch, progress=progress)
 
 
 def _text_pass(
-    storage: Storage, plan: Plan, set_name: str, config: PrepConfig, scratch: Path, quiet: bool, part: Part
+    storage: Storage, plan: Plan, set_name: str, config: PrepConfig, scratch: Path, style: Style, part: Part
 ) -> None:
     chosen = set(chosen_units(plan, part.units))
     done = committed_units(storage, LATENTS) & chosen
@@ -137,7 +145,7 @@ def _text_pass(
     if not units and done:
         LOG.info("text set %r: all %d units are there", set_name, len(there))
         return
-    with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, quiet=quiet) as progress:
+    with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, style=style) as progress:
 
         def on_unit(unit: int, counts: TextCounts) -> None:
             if counts.without_words:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from preprocess.config import PrepConfig
 from preprocess.dealer import Dealer
@@ -28,6 +28,7 @@ from shards.errors import UserError
 from shards.ledger import LedgerRow
 from shards.storage import TEMPORARY, Storage, open_storage
 
+Result = TypeVar("Result")
 _LOOK_SECONDS = 0.2
 _MAX_BROKEN_STARTS = 5
 
@@ -67,22 +68,25 @@ class Desk:
     def __init__(self, units: Sequence[int]) -> None:
         self._dealer = Dealer(units)
         self._told: deque[LedgerRow | int] = deque()
+        self._gone: set[str] = set()
 
     def next(self, worker: str) -> int | None:
-        """See Dealer."""
-        return self._dealer.next(worker)
+        """See Dealer. One that was given up gets nothing more, should it only have been out of reach."""
+        return None if worker in self._gone else self._dealer.next(worker)
 
     def row(self, row: LedgerRow) -> None:
         """A candidate is written."""
         self._told.append(row)
 
     def done(self, worker: str, unit: int) -> None:
-        """A unit is committed."""
-        self._dealer.done(worker, unit)
-        self._told.append(unit)
+        """A unit is committed. Of one that was given up it counts when it is dealt again, and found to be there."""
+        if worker not in self._gone:
+            self._dealer.done(worker, unit)
+            self._told.append(unit)
 
     def lost(self, worker: str) -> list[int] | UserError:
         """See Dealer; an error is a value here, since Ray would wrap it."""
+        self._gone.add(worker)
         try:
             return self._dealer.lost(worker)
         except UserError as error:
@@ -168,6 +172,33 @@ def run_ray(
             driver.end()
 
 
+def run_on_worker(config: PrepConfig, work: Callable[[PrepConfig], Result]) -> Result:
+    """`work(config)` once, where a worker would run. Raises UserError as `run_ray` does, and what `work` raises."""
+    config = _with_absolute_paths(config)
+    with _connected(config) as ray:
+        where = place_workers(config, ray.cluster_resources())
+        config = _on_device(config, where.device)
+        task = ray.remote(_value_or_error).options(num_gpus=where.num_gpus, num_cpus=where.num_cpus)
+        answer = ray.get(task.remote(work, config))
+    if isinstance(answer, UserError | OSError):
+        raise answer
+    result: Result = answer
+    return result
+
+
+def _value_or_error(work: Callable[[PrepConfig], Result], config: PrepConfig) -> Result | UserError | OSError:
+    try:
+        return work(config)
+    except (UserError, OSError) as error:
+        return error
+
+
+def _on_device(config: PrepConfig, device: str) -> PrepConfig:
+    encoders = config.encoders.model_copy(update={"device": device})
+    engine = config.engine.model_copy(update={"devices": ()})
+    return config.model_copy(update={"encoders": encoders, "engine": engine})
+
+
 class _Driver:
     """The workers that live, and what each is asked at the moment."""
 
@@ -250,7 +281,8 @@ class _Driver:
             self._idle.append(name)
 
     def _lose(self, name: str, what: str, why: str) -> None:
-        del self._workers[name]
+        with suppress(self._ray.exceptions.RayError):  # it may only be out of reach: it must not ask for more
+            self._ray.kill(self._workers.pop(name))
         again = self._ray.get(self._desk.lost.remote(name))
         if isinstance(again, UserError):
             raise again

@@ -46,7 +46,7 @@ def test_ray_writes_the_local_builds_bytes(cluster, demo_corpus, tmp_path):
     assert not list((tmp_path / "ray").glob(".tmp*"))
 
 
-def kill_a_worker(nodes):
+def kill_a_worker():
     """SIGKILL one process that runs an actor of ours, on any node."""
     workers = [
         each for each in psutil.process_iter(["cmdline"]) if "ray::Worker" in " ".join(each.info["cmdline"] or [])
@@ -58,29 +58,27 @@ def kill_a_worker(nodes):
 
 @pytest.mark.long
 def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpus, tmp_path, monkeypatch, caplog):
-    from preprocess import pipeline
+    from preprocess.progress import Progress
 
     cluster, nodes = cluster
     build(demo_corpus, tmp_path / "local", **ONE_EACH)
-    real, done = pipeline.build_latents, []
+    real, done = Progress.unit, []
 
-    def with_deaths(*arguments, on_unit, **options):
-        def told(unit):
-            on_unit(unit)
+    def with_deaths(progress, unit):
+        real(progress, unit)
+        if progress.title == "latents":
             done.append(unit)
             if len(done) == 2:
-                kill_a_worker(nodes)
+                kill_a_worker()
             if len(done) == 5:
                 cluster.remove_node(nodes[1], allow_graceful=False)
 
-        real(*arguments, on_unit=told, **options)
-
-    monkeypatch.setattr(pipeline, "build_latents", with_deaths)
+    monkeypatch.setattr(Progress, "unit", with_deaths)
     counts = ray_build(demo_corpus, tmp_path / "ray", **ONE_EACH)
     assert counts["waiting"] == 0 and sorted(done) == list(range(10))
     assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
     assert not verify(open_storage(tmp_path / "ray"), "deep").problems
-    assert caplog.text.count("is lost") == 2
+    assert caplog.text.count("is lost") >= 2  # a replacement that was about to start on the dead node is a third
 
 
 def test_an_output_that_a_worker_does_not_see_is_refused(cluster, demo_corpus, tmp_path, monkeypatch):
