@@ -80,10 +80,16 @@ class Transport:
         seconds = min(limits.silence_seconds, limits.remaining_seconds())
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        return self._pools.connection_from_url(url).urlopen(
+        response = self._pools.connection_from_url(url).urlopen(
             "GET", target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
             retries=False, redirect=False, preload_content=False, decode_content=False,
         )  # fmt: skip
+        try:
+            limits.remaining_seconds()  # a head that the watchdog cut off reads like a short one
+        except BaseException:
+            response.close()
+            raise
+        return response
 
     def _connected(self, host: str, address: str) -> None:
         with self._lock:
@@ -203,6 +209,8 @@ def _trouble_of(error: urllib3.exceptions.HTTPError, url: str, host: str, limits
             return Trouble("fetch-timeout", f"{host}: silent for {limits.silence_seconds:g} s", again=True)
         case urllib3.exceptions.SSLError():
             return Trouble("fetch-tls", f"TLS with {host} failed", retryable=True)
+        case urllib3.exceptions.InvalidHeader():
+            return Trouble("fetch-bad-length", f"{host}: Content-Length is not one number", again=True)
         case urllib3.exceptions.LocationValueError():
             return Trouble("fetch-bad-url", f"cannot be asked for: {redact(url)}")
     return Trouble("fetch-connection", f"{host}: {kind}", again=True)
@@ -217,7 +225,7 @@ def _leave(response: urllib3.BaseHTTPResponse) -> None:
 
 
 def _hush_libraries() -> None:
-    """urllib3 writes paths with their queries at debug level, botocore what it signs: no log may have either."""
-    for name in ("urllib3", "botocore"):
+    """No log may have what they write: urllib3 whole URLs, as warnings too; botocore, when debugging, what it signs."""
+    for name, level in (("urllib3", logging.ERROR), ("botocore", logging.WARNING)):
         logger = logging.getLogger(name)
-        logger.setLevel(max(logger.level, logging.INFO))
+        logger.setLevel(max(logger.level, level))

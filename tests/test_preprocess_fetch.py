@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fetch_runs import FetchRun
 from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
 
 from preprocess import fetch as fetching
@@ -13,7 +14,6 @@ from preprocess.clip_url import cache_name, redact
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.fetch import Fetcher
 from preprocess.records import Record
-from preprocess.rejection import ClipRejected
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 
@@ -24,37 +24,8 @@ def no_waiting(monkeypatch):
 
 
 @pytest.fixture
-def fetch(tmp_path, request):
-    """fetch(url, **config) -> the bytes that came; the scratch folder must be empty afterwards."""
-
-    def run(url, *, location="nowhere", source="video/a.json", **config):
-        options = {"allow_hosts": ("127.0.0.1",), "timeout_seconds": 5.0, "deadline_seconds": 20.0, **config}
-        scratch = tmp_path / "scratch"
-        scratch.mkdir(exist_ok=True)
-        record = Record(clip_id="a", source=source, url=url, media_type="video")
-        try:
-            with (
-                Fetcher(
-                    FetchConfig(**options), CorpusConfig(location=str(location)), scratch, threading.Event()
-                ) as fetcher,
-                fetcher.fetched(record) as clip,
-            ):
-                assert clip.num_bytes == clip.path.stat().st_size
-                run.attempts = clip.attempts
-                return clip.path.read_bytes()
-        finally:
-            assert not list(scratch.iterdir())
-
-    return run
-
-
-def refused(fetch, *arguments, **options):
-    with pytest.raises(ClipRejected) as caught:
-        fetch(*arguments, **options)
-    rejection = caught.value.rejection
-    assert rejection.stage == "fetch"
-    assert "hush" not in str(caught.value) and "hush" not in repr(caught.value.__context__)
-    return rejection, caught.value.attempts
+def fetch(tmp_path):
+    return FetchRun(tmp_path / "scratch")
 
 
 def test_a_good_server_is_asked_once(fetch):
@@ -70,7 +41,7 @@ def test_a_good_server_is_asked_once(fetch):
 )
 def test_each_status_has_its_reason(fetch, code, attempts, retryable):
     with odd_server(a=[status(code)]) as server:
-        rejection, made = refused(fetch, f"{server.url}/a{SECRET}", attempts=3)
+        rejection, made = fetch.refused(f"{server.url}/a{SECRET}", attempts=3)
         assert (rejection.reason, made, rejection.retryable) == (f"fetch-{code}", attempts, retryable)
         assert len(server.requests) == attempts
 
@@ -91,7 +62,7 @@ def test_retry_after_is_honoured(fetch):
 def test_retry_after_beyond_the_deadline_ends_at_once(fetch):
     with odd_server(a=[status(429, Retry_After="3600")]) as server:
         start = time.monotonic()
-        rejection, attempts = refused(fetch, f"{server.url}/a")
+        rejection, attempts = fetch.refused(f"{server.url}/a")
         assert (rejection.reason, rejection.retryable, attempts) == ("fetch-429", True, 1)
         assert time.monotonic() - start < 3
 
@@ -105,7 +76,7 @@ def test_a_cut_download_goes_on_where_it_stopped(fetch):
 
 def test_a_download_that_is_always_cut_is_truncated(fetch):
     with odd_server(a=[cut(1000)]) as server:
-        rejection, attempts = refused(fetch, f"{server.url}/a", attempts=2)
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2)
         assert (rejection.reason, rejection.retryable, attempts) == ("fetch-truncated", True, 2)
         assert "1,000 bytes" in rejection.detail
 
@@ -122,37 +93,37 @@ def test_a_part_that_was_not_asked_for_is_never_joined(fetch):
 
 def test_a_length_that_is_too_long_is_a_truncation(fetch):
     with odd_server(a=[cut(len(BODY), length=len(BODY) + 7)]) as server:
-        rejection, _ = refused(fetch, f"{server.url}/a", attempts=2)
+        rejection, _ = fetch.refused(f"{server.url}/a", attempts=2)
         assert rejection.reason == "fetch-truncated"
 
 
 def test_a_length_of_many_digits_is_no_length(fetch):
     digits = "9" * 5000
     with odd_server(a=[cut(10, length=digits)]) as server:
-        rejection, attempts = refused(fetch, f"{server.url}/a", attempts=2)
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2)
         assert (rejection.reason, rejection.retryable, attempts) == ("fetch-bad-length", True, 2)
     rest = status(206, Content_Range=f"bytes 300000-{digits}/{digits}")
     with odd_server(a=[cut(300_000), rest]) as server:
-        assert refused(fetch, f"{server.url}/a", attempts=2)[0].reason == "fetch-bad-range"
+        assert fetch.refused(f"{server.url}/a", attempts=2)[0].reason == "fetch-bad-range"
 
 
 def test_a_stall_is_a_timeout(fetch):
     with odd_server(a=[stall(1000, 3)]) as server:
-        rejection, attempts = refused(fetch, f"{server.url}/a", attempts=2, timeout_seconds=0.3)
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2, timeout_seconds=0.3)
         assert (rejection.reason, rejection.retryable, attempts) == ("fetch-timeout", True, 2)
 
 
 def test_a_drip_meets_the_deadline(fetch):
     with odd_server(a=[drip(0.05)]) as server:
         start = time.monotonic()
-        rejection, _ = refused(fetch, f"{server.url}/a", deadline_seconds=0.5)
+        rejection, _ = fetch.refused(f"{server.url}/a", deadline_seconds=0.5)
         assert rejection.reason == "fetch-timeout"
         assert time.monotonic() - start < 4
 
 
 def test_a_body_beyond_the_limit_is_not_read(fetch):
     with odd_server(a=[cut(10, length=10 << 30)]) as server:
-        rejection, attempts = refused(fetch, f"{server.url}/a", max_mib=1)
+        rejection, attempts = fetch.refused(f"{server.url}/a", max_mib=1)
         assert (rejection.reason, rejection.retryable, attempts) == ("fetch-too-large", False, 1)
 
 
@@ -160,13 +131,13 @@ def test_redirects_stay_within_the_allowed_hosts(fetch):
     with odd_server(a=[status(302, Location="/b")], b=[whole]) as server:
         assert fetch(f"{server.url}/a") == BODY
     with odd_server(a=[status(302, Location="http://foreign.example/x?Signature=hush")]) as server:
-        rejection, _ = refused(fetch, f"{server.url}/a")
+        rejection, _ = fetch.refused(f"{server.url}/a")
         assert rejection.reason == "fetch-redirect-refused"
         assert "foreign.example" in rejection.detail
     with odd_server(a=[status(302, Location="file:///etc/passwd")]) as server:
-        assert refused(fetch, f"{server.url}/a")[0].reason == "fetch-redirect-refused"
+        assert fetch.refused(f"{server.url}/a")[0].reason == "fetch-redirect-refused"
     with odd_server(a=[status(302, Location="/a")]) as server:
-        assert refused(fetch, f"{server.url}/a")[0].reason == "fetch-redirect-loop"
+        assert fetch.refused(f"{server.url}/a")[0].reason == "fetch-redirect-loop"
 
 
 @pytest.mark.parametrize(
@@ -184,11 +155,11 @@ def test_redirects_stay_within_the_allowed_hosts(fetch):
     ],
 )
 def test_what_may_not_be_asked_is_refused(fetch, url, reason):
-    assert refused(fetch, url)[0].reason == reason
+    assert fetch.refused(url)[0].reason == reason
 
 
 def test_nobody_listening_is_a_connection_error(fetch):
-    rejection, attempts = refused(fetch, f"http://127.0.0.1:9/a{SECRET}", attempts=2)
+    rejection, attempts = fetch.refused(f"http://127.0.0.1:9/a{SECRET}", attempts=2)
     assert (rejection.reason, rejection.retryable, attempts) == ("fetch-connection", True, 2)
 
 
@@ -210,7 +181,7 @@ def test_redaction_keeps_host_and_path_only():
 
 
 def test_wildcards_match_whole_labels(fetch):
-    rejection, _ = refused(fetch, "https://evilcloudfront.net/a", allow_hosts=("*.cloudfront.net",))
+    rejection, _ = fetch.refused("https://evilcloudfront.net/a", allow_hosts=("*.cloudfront.net",))
     assert rejection.reason == "fetch-host-refused"
 
 
@@ -274,28 +245,3 @@ def test_stopping_interrupts_a_wait(tmp_path):
     ):
         pass
     assert not list(Path(tmp_path).iterdir())
-
-
-def test_s3_sources(fetch, monkeypatch):
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="clips")
-        client.put_object(Bucket="clips", Key="한글/a b.mp4", Body=BODY)
-        allowed = {"allow_hosts": ("s3://clips",), "attempts": 1}
-        assert fetch("s3://clips/한글/a b.mp4", **allowed) == BODY
-        assert fetch("s3://clips/%ED%95%9C%EA%B8%80/a%20b.mp4", **allowed) == BODY
-        assert refused(fetch, "s3://clips/no.mp4", **allowed)[0].reason == "fetch-404"
-    finally:
-        server.stop()
