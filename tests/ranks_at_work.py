@@ -2,11 +2,12 @@
 
     python ranks_at_work.py FOLDER STEPS [FAULT RANK STEP]
 
-A rank writes `FOLDER/at-RANK` at every step. Faults: raise, mistake, kill, stop (SIGSTOP), sleep, out-of-memory, exit.
+A rank writes `FOLDER/at-RANK` at every step. Faults: raise, kill, stop (SIGSTOP), sleep, out-of-memory.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shards.console import set_up_logging
-from shards.errors import UserError
+from shards.console import LOG, set_up_logging
+from train import watch as watch_module
 from train.config import ParallelConfig
 from train.failure import SIGNAL_EXIT, Reported
 from train.watch import Watch
 
-LIMITS = ParallelConfig(start_timeout_seconds=60, step_timeout_seconds=4, lost_seconds=5)
+LIMITS = ParallelConfig(start_timeout_seconds=60, step_timeout_seconds=4, lost_seconds=3)
+watch_module.BEAT_SECONDS = 0.5
 
 
 def commit_fault(fault: str) -> None:
@@ -30,16 +32,12 @@ def commit_fault(fault: str) -> None:
     match fault:
         case "raise":
             raise ZeroDivisionError("a defect of this rank")
-        case "mistake":
-            raise UserError("this rank's disk is full", mend="make room")
         case "kill" | "stop":
             os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
         case "sleep":
             time.sleep(3600)
         case "out-of-memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        case "exit":
-            os._exit(9)
 
 
 def work(folder: Path, steps: int, fault: str, bad_rank: int, bad_step: int) -> int | None:
@@ -59,7 +57,7 @@ def work(folder: Path, steps: int, fault: str, bad_rank: int, bad_step: int) -> 
             watch.at(step, "the sum")
             total = torch.tensor([1.0, asked[0] if asked else 0.0])
             dist.all_reduce(total, dist.ReduceOp.MAX)
-            if total[1] and fault != "deaf":
+            if total[1]:
                 (folder / f"saved-{rank}").write_text(str(step))
                 return int(total[1])
         dist.destroy_process_group()
@@ -73,6 +71,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     print(f"rank {rank} speaks", file=sys.stderr)
     set_up_logging(terminal=rank == 0)
+    LOG.addHandler(logging.FileHandler(folder / "logs" / f"rank-{rank}.log"))
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     with Reported():
         stopped = work(folder, steps, fault, bad_rank, bad_step)

@@ -1,8 +1,10 @@
 """The doctor's findings on machines that are not at hand: facts in, a row out."""
 
+import socket
 from pathlib import Path
 
 import pytest
+from train_runs import make_config
 
 from train.doctor import (
     Finding,
@@ -14,6 +16,7 @@ from train.doctor import (
     examine,
     is_healthy,
 )
+from train.doctor_ranks import check_backends, check_batch, check_cards, check_host_name, check_master
 
 CUDA_126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CUDA_130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -58,6 +61,32 @@ def test_python_memory_and_disk(tmp_path):
     (tmp_path / "file").write_text("")
     assert check_disk(tmp_path / "file" / "run").status == "problem"
     assert check_disk(Path("/proc/nothing/run")).status == "problem"
+
+
+def test_what_several_processes_need():
+    assert check_backends(True, False, 1).status == "ok"  # nothing to exchange between GPUs
+    assert check_backends(True, False, 2).status == "problem" and check_backends(False, True, 2).status == "problem"
+    assert check_host_name("localhost").status == "ok"
+    assert "GLOO_SOCKET_IFNAME" in check_host_name("no-such-host.invalid").mend
+    assert check_cards(["V100", "V100"], []).status == "ok"
+    assert "2 pairs without peer access" in check_cards(["V100", "V100"], [(0, 1), (1, 0)]).found
+    assert "2 kinds" in check_cards(["V100", "A100"], []).found
+    config = make_config("shards", "run", data__global_batch=4, data__micro_batch=1)
+    assert check_batch(config, 4).found == "1 of 4 samples for each share of 4 GPUs"
+    assert "does not divide by 3" in check_batch(config, 3).found
+
+
+def test_where_the_ranks_would_meet_is_tried():
+    assert "none set" in check_master({}).found
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        assert check_master(place).status == "problem" and "is taken" in check_master(place).found
+    assert check_master(place).status == "ok"
+    assert "no port" in check_master(place | {"MASTER_PORT": "many"}).found
+    assert "no address" in check_master(place | {"MASTER_ADDR": "no-such-host.invalid"}).found
+    assert check_master(place | {"MASTER_ADDR": "192.0.2.1"}).status == "note"
 
 
 def test_without_a_config_the_machine_alone_is_examined():

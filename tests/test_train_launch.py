@@ -25,17 +25,26 @@ HERE = Path(__file__).parent
 
 def start(folder: Path, *arguments: str, ranks: int = 3, grace: float = 20) -> subprocess.Popen[str]:
     """A launcher of plain ranks."""
-    command = [sys.executable, str(HERE / "launch_ranks.py"), str(folder), str(grace), str(ranks), "1", "0", "-"]
-    return subprocess.Popen([*command, "plain_ranks.py", *arguments], stderr=subprocess.PIPE, text=True)
+    return start_launcher(folder, grace, ranks, 1, 0, "-", "plain_ranks.py", *arguments)
 
 
-def end(launcher: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
-    """Its exit code, and what it and rank 0 said."""
-    _, said = launcher.communicate(timeout=seconds)
+def start_launcher(*arguments: object) -> subprocess.Popen[str]:
+    """`launch_ranks.py` with these arguments."""
+    command = [sys.executable, str(HERE / "launch_ranks.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def end(launcher: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    """Its exit code, and what it and rank 0 said. A launcher that is killed takes its ranks with it."""
+    with launcher:
+        try:
+            _, said = launcher.communicate(timeout=seconds)
+        finally:
+            launcher.kill()
     return launcher.returncode, said
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

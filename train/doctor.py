@@ -41,6 +41,10 @@ def examine(config: TrainConfig | None) -> Iterator[Finding]:
     yield check_ffmpeg()
     yield check_bitsandbytes(config)
     yield check_shared_memory(Path("/dev/shm"))  # noqa: S108 - looked at, not written to
+    if importlib.util.find_spec("torch") is not None:
+        from train.doctor_ranks import check_ranks
+
+        yield from check_ranks(config)
     if config is None:
         return
     yield check_disk(Path(config.output))

@@ -8,7 +8,9 @@ thread has been at one place. The ring watches every rank at the cost of one wri
     own place unchanged too long  → everybody's place is read: who is silent, who is behind, or that none is
     somebody failed               → end with that word
 
-A main thread that waits in a collective cannot be woken, so the thread ends the process.
+A main thread that waits in a collective cannot be woken, so the thread ends the process. A store that does not answer
+(rank 0, which holds it, is stopped, or its machine is gone) holds this thread up too: a second one, the guard, looks at
+the clock and at the launcher's word alone.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,12 +39,12 @@ from train.failure import (
     failure_from_json,
     failure_of,
     launch_folder,
-    name_ranks,
     own_failure,
     read_note,
     record,
     speak_into_log,
 )
+from train.standing import Beat, compare
 
 BEAT_SECONDS = 2.0
 SILENT_BEATS = 3
@@ -55,51 +56,6 @@ LEAVE_SECONDS = 30.0
 """How long rank 0, which holds the store, waits at the end for the others to leave it."""
 FAILURE_KEY = "failure"
 _TRANSPORT = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket")
-
-
-class Beat(NamedTuple):
-    """What a rank says of itself."""
-
-    number: int
-    """Grows with every word: a rank whose number stands still is silent."""
-    host: str
-    step: int
-    part: str
-    """Of the step, in words."""
-    arrivals: int
-    """Places come through: the same program on every rank, so fewer means behind."""
-
-
-class Standing(NamedTuple):
-    """What one reading of all ranks shows."""
-
-    absent: list[int]
-    """Never heard of."""
-    silent: dict[int, Beat]
-    behind: dict[int, Beat]
-    here: Beat
-
-    def describe(self, world_size: int, seconds: float) -> str:
-        """Who did not arrive, where, and what it looks like."""
-        at = f"step {self.here.step}, {self.here.part}"
-        lines = [f"{name_ranks([*self.absent, *self.silent, *self.behind])} did not arrive at {at} in {seconds:.0f} s"]
-        if not (self.absent or self.silent or self.behind):
-            return (
-                f"all {world_size} ranks are at {at}, and for {seconds:.0f} s none goes on: the exchange itself hangs\n"
-                "  to mend:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
-            )
-        if self.absent:
-            lines.append(f"{name_ranks(self.absent)}: never heard of; was it started, and does it reach MASTER_ADDR?")
-        for rank, beat in self.silent.items():
-            lines.append(
-                f"rank {rank} on {beat.host}: silent, last at step {beat.step}, {beat.part}; its process was killed or "
-                "stopped, or its machine is gone"
-            )
-        for rank, beat in self.behind.items():
-            lines.append(
-                f"rank {rank} on {beat.host}: alive, still at step {beat.step}, {beat.part}; its log has its stack"
-            )
-        return "\n  ".join(lines)
 
 
 class Watch:
@@ -119,8 +75,11 @@ class Watch:
         self._kept: Any = None
         self._neighbour = (rank - 1) % world_size
         self._heard: tuple[str, float] = ("", time.monotonic())
-        self._done, self._ending = threading.Event(), threading.Lock()
+        self._ticked = time.monotonic()
+        """When the thread last came by: what it asks of the store may never be answered."""
+        self._done, self._over, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._guard = threading.Thread(target=self._stand_guard, name="guard", daemon=True)
 
     def at(self, step: int, part: str) -> None:
         """The main thread has come to a part of a step; every rank must call this at the same places."""
@@ -135,6 +94,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self.world_size > 1:
             self._thread.start()
+            self._guard.start()
         return self
 
     def __exit__(
@@ -142,33 +102,56 @@ class Watch:
     ) -> None:
         if self.world_size == 1:
             return
-        with self._ending:  # the thread may be ending the process for the same reason
+        with self._ending:  # a thread may be ending the process for the same reason
             self._done.set()
         self._thread.join(timeout=LEAVE_SECONDS)
-        if error is None or isinstance(error, SystemExit):
-            self._leave()
-            return
+        try:
+            if error is None or isinstance(error, SystemExit):
+                self._over.set()
+                self._leave()
+            else:
+                self._go_with(error)
+        finally:
+            self._over.set()
+
+    def _go_with(self, error: BaseException) -> None:
         error.add_note(f"rank {self.rank} was at step {self._step}, {self._part}")
-        if is_lost_connection(error):
-            failure = self._explain(error)
-            self._tell(failure)
-            raise RankLost(failure.message) from error
-        self._tell(failure_of(error))
+        if not is_lost_connection(error):
+            record(failure_of(error))  # first, since the store may not answer
+            self._tell(failure_of(error))
+            return
+        failure = self._explain(error)
+        self._tell(failure)
+        raise RankLost(failure.message) from error
 
     # What the thread does.
 
     def _run(self) -> None:
-        failure, next_beat = self._connect(), 0.0
-        while failure is None and not self._done.wait(NOTE_SECONDS):
+        failure = self._connect()
+        while failure is None and not self._done.wait(BEAT_SECONDS):
             try:
-                failure = read_note()
-                if failure is None and time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + BEAT_SECONDS
-                    failure = self._look()
+                failure = self._look()
             except RuntimeError as error:
                 failure = self._store_lost(error)
+            self._ticked = time.monotonic()
         if failure is not None:
             self._end(failure)
+
+    def _stand_guard(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            silence = time.monotonic() - self._ticked
+            note = None if self._done.is_set() else read_note()
+            if note is not None:
+                self._end(note)
+            elif self._store is not None and silence > self._limits.lost_seconds + BEAT_SECONDS:
+                self._store = None
+                self._end(own_failure("lost", self._store_silent(silence)))
+
+    def _store_silent(self, seconds: float) -> str:
+        return (
+            f"rank 0 did not arrive at step {self._step}, {self._part}: {master()}, where the ranks meet, has been "
+            f"silent for {seconds:.0f} s; its process was stopped, or its machine is gone"
+        )
 
     def _connect(self) -> Failure | None:
         deadline, error = time.monotonic() + self._limits.start_timeout_seconds, ""
@@ -253,8 +236,8 @@ class Watch:
         """Tell the others and end this process, whatever its main thread waits for."""
         if not self._ending.acquire(blocking=False):
             return  # the main thread is on its way out
-        self._post(failure)
         record(failure._replace(rank=self.rank, kind="lost"))
+        self._post(failure)
         speak_into_log()
         LOG.error("%s", failure.message)
         for handler in LOG.handlers:
@@ -267,6 +250,7 @@ class Watch:
 
     def _explain(self, error: BaseException) -> Failure:
         """Why a connection broke: wait until somebody who knows has said so, or the silence shows it."""
+        self._ticked = time.monotonic()
         deadline = time.monotonic() + self._limits.lost_seconds
         before: list[Beat | None] | None = None
         rounds = 0
@@ -280,7 +264,7 @@ class Watch:
                 return self._store_lost(lost)
             if failure is not None:
                 return failure
-            rounds += 1
+            rounds, self._ticked = rounds + 1, time.monotonic()
             if rounds > SILENT_BEATS and (standing.silent or standing.absent):
                 return own_failure("lost", standing.describe(self.world_size, time.monotonic() - self._since))
         return own_failure("lost", f"the connection to another rank broke: {first_line(error)}")
@@ -308,18 +292,6 @@ class Watch:
             if self.rank == 0:
                 others = [f"left/{rank}" for rank in range(1, self.world_size)]
                 self._store.wait(others, datetime.timedelta(seconds=LEAVE_SECONDS))
-
-
-def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_rank: int, here: Beat) -> Standing:
-    """Who has never been heard, who has gone silent between two readings, who is behind the farthest."""
-    absent = [rank for rank, beat in enumerate(after) if beat is None and rank != own_rank]
-    known = {rank: beat for rank, beat in enumerate(after) if beat is not None}
-    silent = {rank: beat for rank, beat in known.items() if rank != own_rank and beat == before[rank]}
-    farthest = max((beat.arrivals for beat in [*known.values(), here]), default=0)
-    behind = {r: beat for r, beat in known.items() if r not in silent and beat.arrivals < farthest and r != own_rank}
-    if here.arrivals < farthest:
-        behind[own_rank] = here
-    return Standing(absent, silent, behind, max([*known.values(), here], key=lambda beat: beat.arrivals))
 
 
 def connect(patience_seconds: float) -> Any:
