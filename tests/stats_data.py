@@ -27,8 +27,8 @@ Plant = Callable[[int, int, np.ndarray], np.ndarray]
 def vae_like(rng: np.random.Generator, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     """A float32 latent C×T×H×W: coarse noise made larger, a little fine noise, near N(0, 1) over many clips."""
     channels, frames, height, width = shape
-    coarse = rng.standard_normal((channels, 1, height // 4, width // 4))
-    smooth = np.repeat(np.repeat(coarse, 4, axis=2), 4, axis=3)
+    coarse = rng.standard_normal((channels, 1, -(-height // 4), -(-width // 4)))
+    smooth = np.repeat(np.repeat(coarse, 4, axis=2), 4, axis=3)[..., :height, :width]
     fine = 0.4 * rng.standard_normal((channels, frames, height, width))
     offset = 0.3 * rng.standard_normal((channels, 1, 1, 1))
     return ((0.85 * smooth + fine) * np.exp(0.1 * rng.standard_normal()) + offset).astype(np.float32)

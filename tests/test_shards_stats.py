@@ -15,7 +15,7 @@ from stats_data import CHANNELS, SAMPLES, clip_name, key_of, vae_like, write_lat
 from shards import stats as stats_module
 from shards.cli import main
 from shards.fingerprints import find_alike, find_equal
-from shards.latent_features import latent_features, row_step
+from shards.latent_features import as_float32, latent_features, row_step
 from shards.stats import dataset_stats
 from shards.stats_unit import script_of
 from shards.storage import open_storage
@@ -273,6 +273,25 @@ def test_features_are_the_plain_formulas():
     np.testing.assert_allclose(smooth, expected, atol=1e-4)
     bits = (latent.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_allclose(latent_features(bits).values[0], mean, rtol=0.02)
+
+
+def test_every_float16_is_read_as_what_it_is():
+    every = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert np.array_equal(as_float32(finite), finite.astype(np.float32))
+    assert (np.abs(as_float32(every[~np.isfinite(every)])) >= 2**16).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_one_value_that_is_no_number_is_seen_in_every_type(value, dtype):
+    latent = np.random.default_rng(0).standard_normal((4, 9, 50, 60)).astype(np.float32)
+    stored = {"bfloat16": lambda x: (x.view(np.uint32) >> 16).astype(np.uint16)}.get(dtype, lambda x: x.astype(dtype))
+    assert latent_features(stored(latent)).is_finite
+    latent[3, 7, 41, 59] = value
+    found = latent_features(stored(latent))
+    assert not found.is_finite
+    assert np.isfinite(found.values).all()
 
 
 @pytest.mark.parametrize(("elements", "height"), [(48 * 13 * 30 * 52, 30), (48 * 31 * 44 * 80, 44), (100, 6)])

@@ -1,0 +1,107 @@
+"""`stats` against reading and decompressing the same latents, and its memory over ten times the samples.
+
+Promise: at most 1.3 × the CPU seconds of the bare loop (read a frame, undo zstd, check its checksum), over 10,000
+samples of 832×480×49; memory flat. A few tars are written and linked under many units' names, each with a commit and a
+digest of its own, so that nothing is found in the cache. `--samples N` changes the number.
+"""
+
+import argparse
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stats_data import write_latents
+
+from shards.codec import decode_array
+from shards.commit import Blob, commit_bytes, read_commit
+from shards.dataset_info import read_info, write_info
+from shards.layout import LATENT_MEMBER, commit_name, tar_name
+from shards.stats import dataset_stats
+from shards.storage import open_storage
+
+SAMPLES_PER_UNIT, WRITTEN_UNITS = 64, 4
+SHAPE = (48, 13, 30, 52)
+RUNS = 1
+
+
+def write(root: Path, num_units: int) -> None:
+    """`num_units` units over WRITTEN_UNITS tars."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_latents(root, WRITTEN_UNITS, samples=SAMPLES_PER_UNIT, shape=SHAPE, scratch=Path(scratch))
+    storage = open_storage(root)
+    for unit in range(WRITTEN_UNITS, num_units):
+        commit = read_commit(storage, "latents", unit % WRITTEN_UNITS).commit
+        sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
+        tar = Blob(name=tar_name("latents", unit, sha256), size=commit.tar.size, sha256=sha256)
+        os.link(root / commit.tar.name, root / tar.name)
+        linked = commit.model_copy(update={"unit": unit, "tar": tar, "ledger": None})
+        storage.put(commit_name("latents", unit), commit_bytes(linked))
+    info = read_info(storage)
+    grown = info.generations[0].model_copy(update={"num_units": num_units})
+    (root / "dataset.json").unlink()
+    write_info(storage, info.model_copy(update={"generations": (grown,)}))
+
+
+def read_bare(root: Path, num_units: int) -> None:
+    """Read and decompress every latent, and nothing else."""
+    storage, buffer = open_storage(root), bytearray(2**23)
+    for unit in range(num_units):
+        commit = read_commit(storage, "latents", unit).commit
+        for sample in commit.samples:
+            member = sample.member(LATENT_MEMBER)
+            view = memoryview(buffer)[: member.size]
+            storage.read_into(commit.tar.name, member.offset, view)
+            decode_array(view, shape=member.shape, dtype=member.dtype)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds of this process during `work`."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def peak_mib(root: Path) -> float:
+    """Peak memory, in MiB, of a process that takes statistics."""
+    code = (
+        f"from shards.stats import dataset_stats; import resource; dataset_stats({str(root)!r});"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    """Print ratio and memory."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    arguments = parser.parse_args()
+    num_units = -(-arguments.samples // SAMPLES_PER_UNIT)
+    with tempfile.TemporaryDirectory() as folder:
+        large, small = Path(folder) / "large", Path(folder) / "small"
+        write(large, num_units)
+        write(small, max(WRITTEN_UNITS, num_units // 10))
+        pairs = []
+        for _ in range(arguments.runs):
+            bare = cpu_seconds(lambda: read_bare(large, num_units))
+            pairs.append((bare, cpu_seconds(lambda: dataset_stats(large))))
+        ratio = statistics.median(ours / bare for bare, ours in pairs)
+        each = ", ".join(f"{ours:.1f} / {bare:.1f} s" for bare, ours in pairs)
+        num = num_units * SAMPLES_PER_UNIT
+        words = f"{ratio:.2f} × (promise ≤ 1.3), {num:,} samples, CPU {each}"
+        print(f"stats / reading and decompressing: {words}", flush=True)
+        few, many = peak_mib(small), peak_mib(large)
+        print(f"peak memory: {few:.0f} MiB at a tenth, {many:.0f} MiB at {num:,} samples (promise: flat)")
+
+
+if __name__ == "__main__":
+    main()
