@@ -16,7 +16,7 @@ from shards.index import list_root
 from shards.keys import clip_hash
 from shards.layout import LATENTS, NULL_UNIT, text_kind
 from shards.ledger import LedgerRow
-from shards.stats_funnel import unit_rows
+from shards.outcomes import unit_rows
 from shards.stats_unit import read_json
 from shards.storage import Storage
 
@@ -143,7 +143,7 @@ class _UnitReader:
             if len(self._units) >= 64:
                 self._units.pop(next(iter(self._units)))
             commit = read_commit(self._storage, LATENTS, unit).commit
-            rows = {row.clip_id: row for row in unit_rows(self._storage, commit)}
+            rows = {row.clip_id: row for row in unit_rows(self._storage, commit.ledger)}
             self._units[unit] = (commit, rows, dict(self._texts(unit)))
         return self._units[unit]
 

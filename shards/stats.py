@@ -103,7 +103,7 @@ def dataset_stats(
             if progress:
                 progress(done, total)
         verdicts, outliers = _second_pass(latents, first, kept, storage)
-    funnel = read_funnel(storage, info, (unit.commit for unit in latents), on_refused)
+    funnel = read_funnel(storage, info, [unit.commit for unit in latents], on_refused)
     num_with_text = sum(len(unit.commit.samples) for unit in _read_only_matching(texts, latents))
     evidence = Evidence(
         info, first.tally, first.texts, [*damaged, *funnel.problems], first.builder.channels(),

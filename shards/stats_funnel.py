@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from shards.canonical import open_document
@@ -10,10 +10,10 @@ from shards.commit import Commit
 from shards.damage import MissingObject, ShardDamage
 from shards.dataset_info import DatasetInfo
 from shards.ledger import LedgerRow, read_ledger
+from shards.outcomes import MAX_LEDGER_BYTES, unit_rows
 from shards.storage import Storage
 from shards.tally import Tally
 
-MAX_LEDGER_BYTES = 2**30
 _MAX_PLAN_COMMIT_BYTES = 2**26
 STAGES = ("read", "sieve", "fetch", "probe", "window", "bucket", "decode", "caption", "encode")
 """In the order that a record passes them."""
@@ -29,13 +29,17 @@ class Funnel(NamedTuple):
 
 
 def read_funnel(
-    storage: Storage, info: DatasetInfo, commits: Iterator[Commit], on_refused: OnRefused | None = None
+    storage: Storage, info: DatasetInfo, commits: Sequence[Commit], on_refused: OnRefused | None = None
 ) -> Funnel:
-    """Read the ledgers of plans and units, one row at a time; `on_refused` is shown each refused record."""
+    """Read the ledgers of plans and units, one row at a time; `on_refused` is shown each refused record.
+
+    Of several attempts at one candidate the one in the highest unit counts.
+    """
     tally, problems = Tally(), []
     for generation in info.generations:
         tally.add("records", "read", times=generation.num_records)
-        tally.add("records", "candidates", times=generation.num_candidates)
+        # One that read no records is a retry: its candidates are those of earlier generations.
+        tally.add("records", "candidates", times=generation.num_candidates if generation.num_records else 0)
         try:
             for row in _plan_rows(storage, generation.name):
                 _count_refused(tally, row)
@@ -46,23 +50,23 @@ def read_funnel(
                 tally.add("records", "read", times=-count)
         except ShardDamage as damage:
             problems.append(damage.problem)
-    for commit in commits:
+    seen: set[int] = set()
+    for commit in sorted(commits, key=lambda commit: commit.unit, reverse=True):
         tally.add("units", "with latents")
         try:
-            for row in unit_rows(storage, commit):
-                _count_row(tally, row)
-                if on_refused and row.status == "rejected":
-                    on_refused(row)
+            rows = list(unit_rows(storage, commit.ledger))
         except ShardDamage as damage:
             problems.append(damage.problem)
+            continue
+        for row in rows:
+            if row.candidate in seen:
+                tally.add("attempts", "superseded")
+                continue
+            _count_row(tally, row)
+            if on_refused and row.status == "rejected":
+                on_refused(row)
+        seen.update(row.candidate for row in rows)
     return Funnel(tally, problems)
-
-
-def unit_rows(storage: Storage, commit: Commit) -> Iterator[LedgerRow]:
-    """The ledger of one unit. Raises ShardDamage."""
-    if commit.ledger is not None:
-        name = commit.ledger.name
-        yield from read_ledger(storage.get(name, MAX_LEDGER_BYTES), storage.url(name))
 
 
 def funnel_steps(tally: Tally, info: DatasetInfo, num_samples: int, num_with_text: int) -> dict[str, Any]:
@@ -83,6 +87,7 @@ def funnel_steps(tally: Tally, info: DatasetInfo, num_samples: int, num_with_tex
         "samples": num_samples,
         "samples_with_text": num_with_text,
         "retryable": tally.total("retryable"),
+        "superseded_attempts": tally.total("attempts"),
         "units": {"planned": len(info.planned_units()), "with_latents": tally.counts("units").get("with latents", 0)},
         "downloaded_bytes": tally.total("bytes"),
         "seconds_by_stage": {name: count / 1000 for name, count in tally.counts("milliseconds").items()},

@@ -97,7 +97,8 @@ def _write_unit(
             clip = f"{prefix}-{number - (place % 3 == 2)}"
             rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants))
         rows.append(_rejected(f"{prefix}-{unit}-gone"))
-        latents.seal([row.model_copy(update={"candidate": place}) for place, row in enumerate(rows)])
+        first = unit * len(rows)
+        latents.seal([row.model_copy(update={"candidate": first + place}) for place, row in enumerate(rows)])
         texts.seal()
 
 

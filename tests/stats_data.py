@@ -93,8 +93,8 @@ def _write_unit(
                  "source_media": "video", "category": "news"},
             )  # fmt: skip
             window = WindowRow(key=key, start_seconds=0.0, status="accepted", reason=None, detail=None)
-            rows.append(_row(len(rows), clip, "accepted", None, None, (window,)))
-        rows.append(_row(len(rows), f"lost-{unit}", "rejected", "fetch", "fetch-404", ()))
+            rows.append(_row(unit * (num + 1) + len(rows), clip, "accepted", None, None, (window,)))
+        rows.append(_row(unit * (num + 1) + len(rows), f"lost-{unit}", "rejected", "fetch", "fetch-404", ()))
         writer.seal(rows)
 
 

@@ -22,6 +22,7 @@ from shards.dataset import open_dataset
 from shards.dataset_info import read_info
 from shards.index import write_index
 from shards.outcomes import read_outcomes
+from shards.stats import dataset_stats
 from shards.storage import open_storage
 from shards.sweep import find_orphans
 from shards.verify import verify
@@ -85,6 +86,9 @@ def test_a_retry_adds_shards_and_the_latest_attempt_counts(demo_corpus, corpus, 
     assert (second.counts["accepted"], second.counts["rejected"], second.counts["retried"]) == (4, 1, 5)
     assert second.counts["records"] == 5 == second.counts["accepted"] + second.counts["rejected"]
     assert second.counts["samples"] == second.counts["text"]["samples"] == 4
+    funnel = dataset_stats(output)["funnel"]  # another way to the same counts
+    assert [funnel[name] for name in ("records", "accepted", "waiting", "samples")] == [5, 4, 0, 4]
+    assert (funnel["rejected"] + funnel["refused_before"], funnel["superseded_attempts"]) == (1, 5)
 
     now = files_of(output)
     assert {name: now[name] for name in sealed} == sealed  # nothing that was there is another

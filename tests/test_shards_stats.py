@@ -154,7 +154,7 @@ def test_every_record_is_somewhere_while_a_build_still_writes(tmp_path):
     assert (funnel["accepted"], funnel["rejected"], funnel["samples"]) == (24, 2, 24)
     assert found["reasons"] == [
         {"stage": "fetch", "reason": "fetch-404", "count": 2, "retryable": 2,
-         "examples": ["lost-0: HTTP 404", "lost-1: HTTP 404"]}
+         "examples": ["lost-1: HTTP 404", "lost-0: HTTP 404"]}
     ]  # fmt: skip
     write_latents(root, 5, first_unit=2, scratch=tmp_path / "scratch")
     assert dataset_stats(root, cache=tmp_path / "cache")["funnel"]["waiting"] == 0
