@@ -111,7 +111,8 @@ def dataset_stats(
         {unit.commit.unit: unit.commit.tar.name for unit in latents},
     )  # fmt: skip
     return {
-        "root": storage.url(),
+        # As it was given: a report that is mailed around need not tell where this machine keeps its files.
+        "root": storage.url() if str(root).startswith("s3://") else str(root),
         "identity_sha256": info.identity_digest,
         "revision": _revision([*latents, *texts]),
         "notes": info.notes,

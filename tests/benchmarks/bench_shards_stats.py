@@ -8,12 +8,12 @@ digest of its own, so that nothing is found in the cache. `--samples N` changes 
 import argparse
 import hashlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,29 +21,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stats_data import write_latents
 
 from shards.codec import decode_array
-from shards.commit import Blob, commit_bytes, read_commit
+from shards.commit import Blob, commit_bytes, committed_units, read_commit
 from shards.dataset_info import read_info, write_info
-from shards.layout import LATENT_MEMBER, commit_name, tar_name
-from shards.stats import dataset_stats
+from shards.layout import LATENT_MEMBER, LATENTS, commit_name, tar_name
 from shards.storage import open_storage
 
 SAMPLES_PER_UNIT, WRITTEN_UNITS = 64, 4
 SHAPE = (48, 13, 30, 52)
-RUNS = 1
 
 
 def write(root: Path, num_units: int) -> None:
     """`num_units` units over WRITTEN_UNITS tars."""
     with tempfile.TemporaryDirectory() as scratch:
         write_latents(root, WRITTEN_UNITS, samples=SAMPLES_PER_UNIT, shape=SHAPE, scratch=Path(scratch))
+    link_units(root, num_units)
+
+
+def link_units(root: Path, num_units: int) -> None:
+    """Bring the root to `num_units` units: links to tars that are there, with commits and digests of their own."""
     storage = open_storage(root)
-    for unit in range(WRITTEN_UNITS, num_units):
-        commit = read_commit(storage, "latents", unit % WRITTEN_UNITS).commit
+    for unit in range(len(committed_units(storage, LATENTS)), num_units):
+        commit = read_commit(storage, LATENTS, unit % WRITTEN_UNITS).commit
         sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
-        tar = Blob(name=tar_name("latents", unit, sha256), size=commit.tar.size, sha256=sha256)
+        tar = Blob(name=tar_name(LATENTS, unit, sha256), size=commit.tar.size, sha256=sha256)
         os.link(root / commit.tar.name, root / tar.name)
         linked = commit.model_copy(update={"unit": unit, "tar": tar, "ledger": None})
-        storage.put(commit_name("latents", unit), commit_bytes(linked))
+        storage.put(commit_name(LATENTS, unit), commit_bytes(linked))
     info = read_info(storage)
     grown = info.generations[0].model_copy(update={"num_units": num_units})
     (root / "dataset.json").unlink()
@@ -54,7 +57,7 @@ def read_bare(root: Path, num_units: int) -> None:
     """Read and decompress every latent, and nothing else."""
     storage, buffer = open_storage(root), bytearray(2**23)
     for unit in range(num_units):
-        commit = read_commit(storage, "latents", unit).commit
+        commit = read_commit(storage, LATENTS, unit).commit
         for sample in commit.samples:
             member = sample.member(LATENT_MEMBER)
             view = memoryview(buffer)[: member.size]
@@ -62,45 +65,49 @@ def read_bare(root: Path, num_units: int) -> None:
             decode_array(view, shape=member.shape, dtype=member.dtype)
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process during `work`."""
+def bare_seconds(root: Path, num_units: int) -> float:
+    """CPU seconds of the bare loop."""
     start = time.process_time()
-    work()
+    read_bare(root, num_units)
     return time.process_time() - start
 
 
-def peak_mib(root: Path) -> float:
-    """Peak memory, in MiB, of a process that takes statistics."""
+def stats_cost(root: Path) -> tuple[float, float]:
+    """CPU seconds and peak memory, in MiB, of a process that takes statistics; imports are not counted."""
     code = (
-        f"from shards.stats import dataset_stats; import resource; dataset_stats({str(root)!r});"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "from shards.stats import dataset_stats; import resource, time; start = time.process_time();"
+        f"dataset_stats({str(root)!r}); spent = time.process_time() - start;"
+        "print(spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    seconds, mib = map(float, done.stdout.split())
+    return seconds, mib
 
 
 def main() -> None:
     """Print ratio and memory."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--runs", type=int, default=1)
     arguments = parser.parse_args()
     num_units = -(-arguments.samples // SAMPLES_PER_UNIT)
     with tempfile.TemporaryDirectory() as folder:
-        large, small = Path(folder) / "large", Path(folder) / "small"
-        write(large, num_units)
+        small, large = Path(folder) / "small", Path(folder) / "large"
         write(small, max(WRITTEN_UNITS, num_units // 10))
-        pairs = []
+        shutil.copytree(small, large, copy_function=os.link)
+        link_units(large, num_units)
+        pairs, peak = [], 0.0
         for _ in range(arguments.runs):
-            bare = cpu_seconds(lambda: read_bare(large, num_units))
-            pairs.append((bare, cpu_seconds(lambda: dataset_stats(large))))
+            bare = bare_seconds(large, num_units)
+            ours, peak = stats_cost(large)
+            pairs.append((bare, ours))
         ratio = statistics.median(ours / bare for bare, ours in pairs)
         each = ", ".join(f"{ours:.1f} / {bare:.1f} s" for bare, ours in pairs)
         num = num_units * SAMPLES_PER_UNIT
         words = f"{ratio:.2f} × (promise ≤ 1.3), {num:,} samples, CPU {each}"
         print(f"stats / reading and decompressing: {words}", flush=True)
-        few, many = peak_mib(small), peak_mib(large)
-        print(f"peak memory: {few:.0f} MiB at a tenth, {many:.0f} MiB at {num:,} samples (promise: flat)")
+        _, few = stats_cost(small)
+        print(f"peak memory: {few:.0f} MiB at a tenth, {peak:.0f} MiB at {num:,} samples (promise: flat)")
 
 
 if __name__ == "__main__":
