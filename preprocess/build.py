@@ -31,7 +31,7 @@ from preprocess.window import Window, choose_windows
 from shards.canonical import canonical_json
 from shards.codec import array_facts, encode_array
 from shards.keys import sample_key
-from shards.layout import FORMAT_VERSION, LATENT_MEMBER
+from shards.layout import FORMAT_VERSION, LATENT_MEMBER, PREVIEW_MEMBER
 from shards.ledger import LedgerRow, WindowRow
 from shards.writer import ShardWriter
 
@@ -196,7 +196,7 @@ def _write_window(
         LATENT_MEMBER: encode_array(latent),
     }
     if decoded.preview is not None:
-        members["preview.jpg"] = decoded.preview
+        members[PREVIEW_MEMBER] = decoded.preview
     summary = {
         "clip": record.clip_id,
         "start_ms": start_ms,

@@ -9,9 +9,9 @@ import zstandard
 from shards.codec import MAX_ARRAY_BYTES, decode_array
 from shards.commit import MemberInfo, read_commit
 from shards.damage import MissingObject, ShardDamage
-from shards.dataset import open_dataset
+from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
-from shards.layout import JSON_MEMBER, LATENTS, text_kind
+from shards.layout import JSON_MEMBER, LATENTS, PREVIEW_MEMBER, text_kind
 from shards.storage import Storage, open_storage
 
 
@@ -40,6 +40,15 @@ def member_bytes(root: str, name: str, text_set: str | None = None, npy: bool = 
             return read_member(storage, commit.tar.name, name, member, npy)
         there += [item.suffix for item in sample.members] if sample else []
     raise UserError(f"sample {key} has no member {suffix!r}", expected=f"one of {', '.join(there)}")
+
+
+def preview_bytes(dataset: Dataset, key: str) -> bytes | None:
+    """The preview strip of a sample, a JPEG; None where it was sealed without. Raises ShardDamage, UserError."""
+    shard = dataset.shard(key)
+    storage = dataset.storage(shard)
+    commit = read_commit(storage, LATENTS, shard.unit).commit
+    member = next(sample for sample in commit.samples if sample.key == key).member(PREVIEW_MEMBER)
+    return read_member(storage, commit.tar.name, f"{key}.{PREVIEW_MEMBER}", member) if member else None
 
 
 def read_member(storage: Storage, tar: str, name: str, member: MemberInfo, npy: bool = False) -> bytes:

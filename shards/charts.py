@@ -80,7 +80,7 @@ def line_chart(
     from_zero: bool = False,
     marks: Sequence[Mark] = (),
 ) -> Html:
-    """Series over a common x axis, with a legend; the table has at most 200 rows a series, evenly taken."""
+    """Series over a common x axis, with a legend; the table has some 200 rows, evenly taken."""
     lines = [line for line in lines if any(_is_number(y) for y in line.y)]
     if not lines:
         return tag("figure", tag("figcaption", caption), tag("p", "Nothing was recorded.", class_="quiet"))
@@ -97,7 +97,8 @@ def line_chart(
         )
         for m in marks
     ]
-    rows = [(line.name, x, y) for line in lines for x, y in _thinned(line)]
+    most = max(20, _MAX_TABLE_ROWS // len(lines))
+    rows = [(line.name, x, y) for line in lines for x, y in _thinned(line, most)]
     svg = frame.svg(caption, [*signs, *drawn], x_label, y_label)
     return _figure(caption, svg, table(("series", x_label, y_label), rows, caption), _legend(lines))
 
@@ -195,8 +196,8 @@ def _bar(share: float) -> Html:
     return tag("svg", rect, viewBox="0 0 100 10", preserveAspectRatio="none", class_="bar", aria_hidden="true")
 
 
-def _thinned(line: Line) -> list[tuple[float, float | None]]:
-    step = max(1, math.ceil(len(line.x) / _MAX_TABLE_ROWS))
+def _thinned(line: Line, most: int) -> list[tuple[float, float | None]]:
+    step = max(1, math.ceil(len(line.x) / most))
     pairs = list(zip(line.x, line.y, strict=True))
     return pairs[::step] + (pairs[-1:] if (len(pairs) - 1) % step else [])
 

@@ -88,6 +88,11 @@ def read_latent_file(path: str | Path) -> Latent:
     return Latent(values, facts)
 
 
+def read_latent_facts(path: str | Path) -> dict[str, str]:
+    """What a latent file's header says, without its numbers. Raises UserError naming the file."""
+    return _open(Path(path), LATENT_KIND, "a latent written by `wantrain sample` or `wanprep encode-image`", False)[1]
+
+
 def _write(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
     from safetensors.numpy import save_file
 
@@ -100,6 +105,10 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, st
 
 
 def _read(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    return _open(path, kind, expected, True)
+
+
+def _open(path: Path, kind: str, expected: str, whole: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -109,6 +118,6 @@ def _read(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], 
             facts = dict(json.loads((file.metadata() or {}).get(HEADER_KEY, "{}")))
             if facts.get("kind") != kind:
                 raise UserError(f"{path}: its kind is {facts.get('kind')!r}", expected=expected)
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+            return {name: file.get_tensor(name) for name in file.keys() if whole}, facts  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}", expected=expected) from None

@@ -90,6 +90,7 @@ def text_member(variant: int) -> str:
 
 LATENT_MEMBER = "latent.npy.zst"
 JSON_MEMBER = "json"
+PREVIEW_MEMBER = "preview.jpg"
 
 
 def array_members(kind: str, num_arrays: int) -> list[str]:
