@@ -103,3 +103,14 @@ def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo_corpus")
     write_corpus(folder, with_base=False)
     return folder
+
+
+@pytest.fixture
+def run_distributed() -> Callable[..., list[Any]]:
+    """`run_distributed(2, function, *args)`: the function's results in that many real processes over gloo, by rank.
+
+    The function is a test module's own, at its top level; what it takes and gives goes through pickle.
+    """
+    from ranks import run_ranks
+
+    return run_ranks

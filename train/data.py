@@ -71,6 +71,8 @@ class Batch:
     bucket: Bucket
     keys: tuple[str, ...]
     slots: tuple[int, ...]
+    step_keys: tuple[str, ...]
+    """Samples of all the step's slots, those of other processes included."""
     latent_BCTHW: Tensor
     """float32."""
     noise_BCTHW: Tensor
@@ -234,7 +236,8 @@ class Loader:
         items = [future.result() for future in futures]
         for item in items:  # a text that is too long is a mistake, not a damaged sample: nothing replaces it
             check_text(item.text, self._text_len, item.key)
-        return _stack(step, chosen.epoch, chosen.bucket, items, self._text_len)
+        keys = [self._dataset.samples[self._ordinals[place]].key for place in chosen.ordinals]
+        return _stack(step, chosen, keys, items, self._text_len)
 
     def _load(self, plan: SlotPlan, step: int) -> SlotItem:
         try:
@@ -323,16 +326,20 @@ def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
     return torch.from_numpy(padded).view(torch.bfloat16)
 
 
-def _stack(step: int, epoch: int, bucket: Bucket, items: Sequence[SlotItem], text_len: int) -> Batch:
+def _stack(step: int, chosen: OrderedBatch, step_keys: list[str], items: Sequence[SlotItem], text_len: int) -> Batch:
     import torch
+
+    for item in items:
+        step_keys[item.plan.slot] = item.key  # what stands in for an unreadable sample
 
     draws = [item.plan.draws for item in items]
     return Batch(
         step=step,
-        epoch=epoch,
-        bucket=bucket,
+        epoch=chosen.epoch,
+        bucket=chosen.bucket,
         keys=tuple(item.key for item in items),
         slots=tuple(item.plan.slot for item in items),
+        step_keys=tuple(step_keys),
         latent_BCTHW=torch.from_numpy(np.stack([item.latent for item in items])),
         noise_BCTHW=torch.from_numpy(np.stack([item.noise for item in items])),
         text_BSE=pad_texts([item.text for item in items], text_len),

@@ -65,7 +65,7 @@ class RunLog:
     """Writes metrics.jsonl, held_out.jsonl, TensorBoard and, if asked, Weights & Biases. Close it, or use `with`."""
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
-        self._config = config
+        self._config, self._folder = config, folder
         self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
         self._board = _open_tensorboard(folder / "tensorboard", first_step)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
@@ -104,6 +104,10 @@ class RunLog:
                 curves[f"held_out/{mode}_q{place}"] = loss
         self._curves(curves, step)
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What was written of evaluations so far."""
+        return read_lines(self._folder / HELD_OUT_FILE)
+
     def say(self, line: str) -> None:
         """A line for people, above the bar."""
         self._bar.say(line)
@@ -130,6 +134,31 @@ class RunLog:
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+
+class OwnLog:
+    """What a rank other than the first says: lines in its own log, nothing of what is written once for all."""
+
+    def write_step(self, record: StepRecord) -> None:
+        """One step, in one line."""
+        LOG.info("%s", describe_step(record))
+
+    def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
+        """Rank 0's."""
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """None here."""
+        return []
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        LOG.info("%s", line)
+
+    def sync(self) -> None:
+        """Nothing to keep."""
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def describe_step(record: StepRecord) -> str:

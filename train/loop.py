@@ -22,14 +22,15 @@ from train import checkpoint, evaluate
 from train.config import ObjectiveConfig, TrainConfig
 from train.data import Batch, Loader
 from train.export import export_metadata
-from train.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, read_lines
+from train.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
 from train.meter import Meter
 from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
+from train.parallel import Ranks, choose_layout, joined, make_ranks, read_world, settle
 from train.progress import Progress
 from train.sample import Ready, prepare_prompts, sample_prompts
 from train.session import (
+    Agreed,
     Session,
-    Stop,
     Stopped,
     choose_checkpoint,
     describe_data,
@@ -41,7 +42,7 @@ from train.session import (
     stop_signals,
     write_settings,
 )
-from train.trainee import Trainee, describe
+from train.trainee import Trainee, choose_device, describe
 
 SAMPLES_FOLDER = "samples"
 
@@ -51,47 +52,47 @@ class FitResult(NamedTuple):
 
     step: int
     loss_before: float | None
-    """Held-out loss before the first step."""
+    """Held-out loss before the first step; None on other ranks than the first, as the next two."""
     loss_after: float | None
     """Held-out loss at the end."""
     export: Path | None
-    """The weights for use elsewhere; None when a signal stopped the run."""
+    """The weights for use elsewhere; None too when a signal stopped the run."""
     stopped_by: int | None
     """Signal that stopped it."""
 
 
-def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0915
+def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0912, PLR0915
     """Train as configured and leave the run's folder as the design describes it.
 
     Args:
         resume: `auto` goes on from the run's newest checkpoint, `never` insists on beginning, else a checkpoint's path.
         verify: hash every byte of the dataset first.
 
+    Under a launcher every process of the run calls it; rank 0 writes the folder, which all must see.
+
     Raises UserError for whatever the user can mend, before the first step where it can be known by then.
     """
-    folder = Path(config.output)
+    folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(folder))
-        stack.enter_context(log_file(folder))
+        if world.rank == 0:
+            stack.enter_context(locked(folder))
+        stack.enter_context(log_file(folder, world.rank))
         stack.enter_context(determinism(config.precision.deterministic))
-        checkpoint.remove_leftovers(folder / "checkpoints")
-        start = choose_checkpoint(folder, resume)
-        session = open_session(config, verify=verify, start=start)
+        device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
+        stack.enter_context(joined(config.parallel, world, device))
+        ranks = make_ranks(choose_layout(config.parallel, world))
+        start = _choose_start(folder, resume, ranks)
+        session = open_session(config, verify=verify, start=start, ranks=ranks)
         trainee, progress = session.trainee, Progress(session)
         if start is not None:
             progress.restore(start)
-            for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
-                LOG.warning("%s is of the course that is given up; removed", path.name)
-        kept = progress.step if start else -1
-        checkpoint.cut_back(folder / METRICS_FILE, kept)
-        checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
-        settings = write_settings(session, config)
-        stop = stack.enter_context(stop_signals())
-        log = stack.enter_context(
-            RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
-        )
+        stop = Agreed(stack.enter_context(stop_signals()), ranks)
+        log = _open_log(progress, start)
+        stack.callback(log.close)
         for line in (*describe(trainee, session.dataset), *describe_data(session)):
             log.say(line)
+        if not ranks.alone:
+            log.say(f"layout: {ranks.layout}{ranks.reason and f' ({ranks.reason})'}")
         log.say(f"resuming from {start}" if start else f"beginning in {folder}")
 
         loader = stack.enter_context(
@@ -104,30 +105,35 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     text_len=trainee.dims.text_len,
                     step=progress.step + 1,
                     position=progress.position,
+                    dp_rank=ranks.layout.dp_rank,
+                    dp_size=ranks.layout.dp_size,
                 )
             )
         )
         pictures = _prepare_pictures(session, config)
-        meter = Meter(trainee)
+        meter = Meter(trainee, ranks.layout.world_size)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
-        saved = (progress.step, progress.owed) if start else None
+        saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1
         if start is None:
             progress.owed = progress.due()
         # The beginning may stay the best, and what a signal cut short may turn out to be.
         if _settle(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
             saved = _save(progress, log)
 
-        while progress.step < config.max_steps and stop.signal is None and not _exhausted(progress):
+        while progress.step < config.max_steps and not stop.look() and not _exhausted(progress):
             began = time.perf_counter()
             batch, position = next(loader)
             waited = time.perf_counter() - began
             if progress.telemetry is not None:
                 progress.telemetry.begin_step()
-            loss = backward(trainee, batch, progress.scaler.scale_loss, lambda: stop.signal is not None)
-            if loss is None:
+            own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.look)
+            if own_loss is None:
                 break  # step and position have not moved: the checkpoint below is exact
             rate, norm, overflow = progress.update()
+            loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
+            if batch.step == first_step:
+                settle(config.parallel)
             progress.step, progress.position = batch.step, position
             seconds = time.perf_counter() - began
             progress.seconds += seconds
@@ -147,11 +153,11 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     tokens=num_tokens(trainee, batch),
                     **meter.rate(batch.bucket, seconds)._asdict(),
                     memory_gib=peak_memory_gib(trainee.device),
-                    num_image_to_video=int(batch.image_first_B.sum()),
-                    keys=batch.keys,
+                    num_image_to_video=loss.num_image_to_video,
+                    keys=loss.keys,
                     slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
                     overflow=overflow,
-                    substituted=batch.substituted,
+                    substituted=loss.substituted,
                 )
             )
             progress.owed = progress.due()
@@ -165,7 +171,35 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             _save(progress, log)
         for line in meter.after():
             log.say(line)
-        return _finish(progress, log, stop.signal)
+        result = _finish(progress, log, stop.signal)
+        ranks.meet()  # nobody calls the run done before its files are there
+        return result
+
+
+def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
+    """The checkpoint that all ranks go on from: rank 0 clears up and chooses."""
+    chosen = None
+    if ranks.is_first:
+        checkpoint.remove_leftovers(folder / "checkpoints")
+        start = choose_checkpoint(folder, resume)
+        chosen = None if start is None else str(start)
+    chosen = ranks.from_first(chosen)
+    return None if chosen is None else Path(chosen)
+
+
+def _open_log(progress: Progress, start: Path | None) -> RunLog | OwnLog:
+    """On rank 0 cut the run's files back to where it goes on from, write its settings, and open its log."""
+    if not progress.session.ranks.is_first:
+        return OwnLog()
+    folder, config = progress.session.folder, progress.config
+    if start is not None:
+        for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
+            LOG.warning("%s is of the course that is given up; removed", path.name)
+    kept = progress.step if start else -1
+    checkpoint.cut_back(folder / METRICS_FILE, kept)
+    checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
+    settings = write_settings(progress.session, config)
+    return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
 
 
 class StepLoss(NamedTuple):
@@ -175,6 +209,32 @@ class StepLoss(NamedTuple):
     """Sum over the slots ÷ the global batch."""
     slots: tuple[float, ...]
     """Each slot's, float32; nothing is computed from them."""
+
+
+class GlobalLoss(NamedTuple):
+    """Loss of the global batch, and what is told of its slots."""
+
+    mean: float
+    slots: list[float]
+    num_image_to_video: int
+    keys: tuple[str, ...]
+    substituted: tuple[tuple[str, str], ...]
+
+
+def over_ranks(ranks: Ranks, batch: Batch, own: StepLoss, global_batch: int) -> GlobalLoss:
+    """Put a step's loss together from what each rank has of it; every rank calls this."""
+    keys, substituted = batch.step_keys, batch.substituted
+    slots = [0.0] * global_batch
+    for slot, loss in zip(batch.slots, own.slots, strict=True):
+        slots[slot] = loss
+    numbers = [own.mean, float(batch.image_first_B.sum()), float(len(substituted)), *slots]
+    if ranks.layout.ulysses_rank:  # the ranks of a sequence have the same slots, and each their whole loss
+        numbers = [0.0] * len(numbers)
+    mean, num_image_to_video, num_substituted, *slots = ranks.total(*numbers)
+    if num_substituted and not ranks.alone:
+        pairs = {bad: taken for part in ranks.gather(substituted) for bad, taken in part}
+        substituted, keys = tuple(pairs.items()), tuple(pairs.get(key, key) for key in keys)
+    return GlobalLoss(mean, slots, int(num_image_to_video), keys, substituted)
 
 
 def backward(
@@ -246,7 +306,7 @@ def num_tokens(trainee: Trainee, batch: Batch) -> int:
     return per_slot * trainee.config.data.global_batch
 
 
-def _settle(progress: Progress, log: RunLog, pictures: list[Ready], stop: Stop) -> bool:
+def _settle(progress: Progress, log: RunLog | OwnLog, pictures: list[Ready], stop: Agreed) -> bool:
     """Do what the step owes beside training, and return whether its held-out loss is the best so far.
 
     What a signal cuts short stays owed: it goes into the checkpoint, and a resume does it from its beginning.
@@ -262,7 +322,7 @@ def _settle(progress: Progress, log: RunLog, pictures: list[Ready], stop: Stop) 
     return is_best
 
 
-def _evaluate(progress: Progress, log: RunLog, look_up: Callable[[], None]) -> bool:
+def _evaluate(progress: Progress, log: RunLog | OwnLog, look_up: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -282,7 +342,7 @@ def _evaluate(progress: Progress, log: RunLog, look_up: Callable[[], None]) -> b
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     progress.eval_seconds += seconds
-    before = read_lines(session.folder / HELD_OUT_FILE)
+    before = log.evaluations()
     log.write_held_out(progress.step, held_out, seconds)
     share = 100 * progress.eval_seconds / progress.seconds
     log.say(
@@ -322,16 +382,16 @@ def _exhausted(progress: Progress) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: Progress, log: RunLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
-    """Write a checkpoint; return what tells it from the next one."""
-    log.sync()
-    path = progress.save()
-    log.say(f"checkpoint {path}")
+def _save(progress: Progress, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
+    """Write a checkpoint, on rank 0; return what tells it from the next one."""
+    if progress.session.ranks.is_first:
+        log.sync()
+        log.say(f"checkpoint {progress.save()}")
     return progress.step, progress.owed
 
 
-def _finish(progress: Progress, log: RunLog, stopped_by: int | None) -> FitResult:
-    evaluations = read_lines(progress.session.folder / HELD_OUT_FILE)
+def _finish(progress: Progress, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:
+    evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
     if stopped_by is not None:
         log.say(f"stopped by signal {stopped_by} after step {progress.step}; `wantrain fit` goes on from there")
@@ -347,6 +407,8 @@ def _finish(progress: Progress, log: RunLog, stopped_by: int | None) -> FitResul
     log.say(
         f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s, held-out loss {share:.0f} %"
     )
+    if not progress.session.ranks.is_first:
+        return FitResult(progress.step, None, None, None, None)
     path = _export(progress)
     log.say(f"exported {path}")
     return FitResult(progress.step, before, after, path, None)

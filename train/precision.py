@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -165,20 +165,26 @@ class OverflowTelemetry:
         """Forget the notes of the step before; micro-steps of one step add up."""
         self._bad.clear()
 
-    def blame(self, parameters: Iterable[tuple[str, Tensor]]) -> str:
+    def blame(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        over_ranks: Callable[..., list[float]] = lambda *numbers: list(numbers),
+    ) -> str:
         """Name the block of this step's overflow and count it.
 
         Args:
             parameters: names (`blocks.N.…`) and parameters whose `.grad` overflowed.
+            over_ranks: the maxima over all ranks; the overflow may be another's.
 
         Returns: `blocks.N forward`, `blocks.N backward`, or `outside the blocks`.
         """
-        culprit = self._first_bad_output() or self._last_bad_gradient(parameters) or "outside the blocks"
+        culprit = self._first_bad_output(over_ranks) or self._last_bad_gradient(parameters) or "outside the blocks"
         self.counts[culprit] += 1
         return culprit
 
-    def _first_bad_output(self) -> str | None:
-        bad = [name for name in self.names if name in self._bad and bool(self._bad[name])]
+    def _first_bad_output(self, over_ranks: Callable[..., list[float]]) -> str | None:
+        notes = over_ranks(*(float(name in self._bad and bool(self._bad[name])) for name in self.names))
+        bad = [name for name, note in zip(self.names, notes, strict=True) if note]
         return f"{bad[0]} forward" if bad else None
 
     def _last_bad_gradient(self, parameters: Iterable[tuple[str, Tensor]]) -> str | None:

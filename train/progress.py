@@ -70,20 +70,20 @@ class Progress:
         return self.session.folder / "checkpoints"
 
     def update(self) -> tuple[float, float | None, str | None]:
-        """Apply the gathered gradients, or skip them when any is not finite.
+        """Sum the gathered gradients over the ranks and apply them, or skip them, on all, when any is not finite.
 
         Returns: learning rate, gradient norm before clipping (None if skipped), and the block to blame for a skip.
         Raises UserError when too many updates in a row were skipped.
         """
         weights = list(self.trainee.weights.values())
+        self.session.ranks.reduce_gradients(weights)
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         self.scaler.unscale_(gradients)
-        # Whoever reduces gradients over processes does so before this line: all must judge the same numbers.
         overflow = bool(has_overflow(gradients))
         rate = learning_rate(self.config.optim, self.updates, self.config.max_steps)
         blamed = None
         if overflow:
-            blamed = self.telemetry.blame(self.trainee.weights.items()) if self.telemetry else "gradients"
+            blamed = self._blame()
             norm = None
             self.skipped += 1
             self._bound_skips()
@@ -98,6 +98,11 @@ class Progress:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow)
         return rate, norm, blamed
+
+    def _blame(self) -> str:
+        if self.telemetry is None:
+            return "gradients"
+        return self.telemetry.blame(self.trainee.weights.items(), self.session.ranks.largest)
 
     def _bound_skips(self) -> None:
         """Where a loss scale can be lowered, the scaler has the last word; elsewhere nothing will mend by itself."""

@@ -29,6 +29,7 @@ from train.config import TrainConfig, dataset_roots, run_identity, slots_per_ran
 from train.data import check_model_fits, select_samples
 from train.evaluate import choose_held_out
 from train.order import Order, describe_buckets
+from train.parallel import ALONE, Ranks
 from train.trainee import Trainee, make_trainee, weights_digest
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,33 +49,36 @@ class Session:
     trainee: Trainee
     identity: dict[str, Any]
     """What decides the numbers; a resume insists on it."""
+    ranks: Ranks = ALONE
+    """The processes of the run."""
 
 
-def open_session(config: TrainConfig, *, verify: bool = False, start: Path | None = None) -> Session:
+def open_session(
+    config: TrainConfig, *, verify: bool = False, start: Path | None = None, ranks: Ranks = ALONE
+) -> Session:
     """Open the dataset, check it against the model, build the model. Raises UserError for whatever does not fit.
 
     `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
     """
-    check_single_process()
-    slots_per_rank(config.data, 1)
+    slots_per_rank(config.data, ranks.layout.dp_size)
     dataset = open_data(config, None if start is None else read_pin(start))
-    if verify:
+    if verify and ranks.is_first:
         verify_dataset(config)
     ordinals, validation = select_samples(dataset, config.data)
     order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
-    if order.too_small:
+    if order.too_small and ranks.is_first:
         LOG.warning(
             "left out, too few samples for a batch of %d: %s",
             config.data.global_batch,
             describe_buckets(order.too_small.items()),
         )
     held_out = choose_held_out(dataset, validation, config.eval) if config.eval else []
-    trainee = make_trainee(config)
+    trainee = make_trainee(config, ranks)
     dims = trainee.dims
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)
     folder = Path(config.output)
-    return Session(folder, dataset, ordinals, held_out, order, trainee, full_identity(config, dataset, trainee))
+    return Session(folder, dataset, ordinals, held_out, order, trainee, full_identity(config, dataset, trainee), ranks)
 
 
 def open_data(config: TrainConfig, pin: dict[str, Any] | None = None) -> Dataset:
@@ -97,16 +101,6 @@ def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> di
             "revision": dataset.revision,
         },
     }
-
-
-def check_single_process() -> None:
-    """Raise UserError under a launcher of several processes: they would each train the same run."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size != 1:
-        raise UserError(
-            f"started as one of {size} processes (WORLD_SIZE), and this version trains in one",
-            mend="start it as `wantrain fit CONFIG`, without a launcher",
-        )
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -173,7 +167,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """What signals have asked for, to be looked at between steps."""
+    """What signals have asked this process for."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -181,9 +175,30 @@ class Stop:
         self.checkpoint = False
         """Write a checkpoint and go on."""
 
+
+class Agreed:
+    """What signals have asked any of the ranks for, as all of them have it: looked at by all at the same places."""
+
+    def __init__(self, asked: Stop, ranks: Ranks) -> None:
+        self._asked, self._ranks = asked, ranks
+        self.signal: int | None = None
+        """Write a checkpoint and end."""
+        self.checkpoint = False
+        """Write a checkpoint and go on; whoever writes it takes it back."""
+
+    def look(self) -> bool:
+        """Ask all ranks; return whether to end."""
+        own = self._asked.checkpoint
+        if own:
+            self._asked.checkpoint = False
+        number, wanted = self._ranks.largest(float(self._asked.signal or 0), float(own))
+        self.signal = int(number) or None
+        self.checkpoint = self.checkpoint or bool(wanted)
+        return self.signal is not None
+
     def raise_if_asked(self) -> None:
         """Raise Stopped when a signal has asked for the end."""
-        if self.signal is not None:
+        if self.look():
             raise Stopped
 
 

@@ -25,6 +25,7 @@ from train.lora import inject, load_lora_state, save_export
 from train.lora_formats import read_lora, to_raw_state
 from train.model import WanDiT, build_model
 from train.model_config import DiTConfig
+from train.parallel import ALONE, Ranks
 from train.policy import make_chooser
 from train.precision import Precision, resolve_precision
 from train.weights import load_dit, read_dit_config, save_dit
@@ -102,9 +103,9 @@ class Trainee:
         temporary.rename(path)
 
 
-def make_trainee(config: TrainConfig) -> Trainee:
+def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
     """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
-    device = choose_device(config.precision.device)
+    device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
     precision = resolve_precision(config.precision.compute, device_facts(device))
     dims = resolve_dims(config)
     whole = config.lora is None
@@ -145,14 +146,21 @@ def resolve_dims(config: TrainConfig) -> DiTConfig:
     return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one. Raises UserError for a device that is not there."""
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is some. One of several processes takes the GPU of its number on the machine.
+
+    Raises UserError for a device that is not there, or one GPU for all processes.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"precision.device: {name!r} is not a device", expected="auto, cpu, cuda or cuda:1") from None
+    if local_rank is not None and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"precision.device: {name} for all processes of a machine", expected="auto, cpu or cuda")
+        device = torch.device("cuda", local_rank)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"precision.device: {name} cannot train here", expected="auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
