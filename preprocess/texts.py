@@ -36,7 +36,7 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-_CACHED_TEXTS = 1024
+_REMEMBERED_BYTES = 256 << 20
 
 
 class TextCounts(NamedTuple):
@@ -179,15 +179,20 @@ def _text_json(captions: Captions | Rejection, texts: list[str], arrays: list[np
 
 
 def _remember(embed: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """Equal captions are embedded once, as long as they come near each other."""
+    """Equal captions are embedded once, as long as they come near each other: within so many bytes of embeddings."""
     seen: OrderedDict[str, np.ndarray] = OrderedDict()
+    num_bytes = 0
 
     def remembered(text: str) -> np.ndarray:
-        if text not in seen:
-            seen[text] = embed(text)
-            if len(seen) > _CACHED_TEXTS:
-                seen.popitem(last=False)
-        return seen[text]
+        nonlocal num_bytes
+        if text in seen:
+            seen.move_to_end(text)
+            return seen[text]
+        seen[text] = array = embed(text)
+        num_bytes += array.nbytes
+        while num_bytes > _REMEMBERED_BYTES and len(seen) > 1:
+            num_bytes -= seen.popitem(last=False)[1].nbytes
+        return array
 
     return remembered
 
