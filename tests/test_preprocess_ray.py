@@ -8,6 +8,7 @@ import psutil
 import pytest
 from prep_runs import build, files_of, prep
 
+from preprocess.pipeline import Part
 from preprocess.ray_engine import place_workers
 from shards.errors import UserError
 from shards.storage import open_storage
@@ -38,11 +39,13 @@ def ray_build(corpus, output, /, **sections):
 
 
 def test_ray_writes_the_local_builds_bytes(cluster, demo_corpus, tmp_path):
-    small = {"corpus": {"limit": 4}, "shards": {"unit_size": 2}}
-    build(demo_corpus, tmp_path / "local", **small)
-    counts = ray_build(demo_corpus, tmp_path / "ray", **small)
+    """By one worker; the long proofs below have two, and their deaths."""
+    small = {"corpus": {"limit": 3}, "shards": {"unit_size": 2}}
+    build(demo_corpus, tmp_path / "local", part=Part("latents"), **small)
+    engine = {"kind": "ray", "ray": {"num_workers": 1}}
+    counts = build(demo_corpus, tmp_path / "ray", part=Part("latents"), engine=engine, **small)
     assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
-    assert counts["accepted"] + counts["rejected"] == counts["records"] - counts["waiting"]
+    assert counts["accepted"] + counts["rejected"] == counts["records"] and counts["waiting"] == 0
     assert not list((tmp_path / "ray").glob(".tmp*"))
 
 
@@ -81,6 +84,29 @@ def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpu
     assert caplog.text.count("is lost") >= 2  # a replacement that was about to start on the dead node is a third
 
 
+@pytest.mark.long
+def test_a_driver_that_is_stopped_is_started_again(cluster, demo_corpus, tmp_path, monkeypatch):
+    from preprocess.progress import Progress
+
+    build(demo_corpus, tmp_path / "local", part=Part("latents"), **ONE_EACH)
+    real = Progress.unit
+
+    def stop(progress, unit):
+        real(progress, unit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "unit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ray_build(demo_corpus, tmp_path / "ray", part=Part("latents"), **ONE_EACH)
+    assert not list((tmp_path / "ray").glob(".tmp*"))
+    before = files_of(tmp_path / "ray", "latents/*.json")
+    assert 1 <= len(before) < 10
+    monkeypatch.setattr(Progress, "unit", real)
+    ray_build(demo_corpus, tmp_path / "ray", part=Part("latents"), **ONE_EACH)
+    assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
+    assert before.items() <= files_of(tmp_path / "ray", "latents/*.json").items()
+
+
 def test_an_output_that_a_worker_does_not_see_is_refused(cluster, demo_corpus, tmp_path, monkeypatch):
     """The driver's mark is elsewhere, as where each machine has a folder of that name of its own."""
     from contextlib import contextmanager
@@ -97,6 +123,7 @@ def test_an_output_that_a_worker_does_not_see_is_refused(cluster, demo_corpus, t
     assert "s3://" in str(caught.value)
 
 
+@pytest.mark.long
 def test_what_the_user_must_mend_on_a_worker_reaches_the_driver(cluster, demo_corpus, tmp_path):
     with pytest.raises(UserError, match=r"encoders\.checkpoint: '/no/such/folder'"):
         ray_build(demo_corpus, tmp_path / "out", corpus={"limit": 1}, encoders={"checkpoint": "/no/such/folder"})
