@@ -37,6 +37,7 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 _REMEMBERED_BYTES = 256 << 20
+_REMEMBERED_TEXTS = 1024
 
 
 class TextCounts(NamedTuple):
@@ -179,7 +180,7 @@ def _text_json(captions: Captions | Rejection, texts: list[str], arrays: list[np
 
 
 def _remember(embed: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """Equal captions are embedded once, as long as they come near each other: within so many bytes of embeddings."""
+    """Equal captions are embedded once, as long as they come near each other: within so many texts and bytes."""
     seen: OrderedDict[str, np.ndarray] = OrderedDict()
     num_bytes = 0
 
@@ -190,7 +191,7 @@ def _remember(embed: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]
             return seen[text]
         seen[text] = array = embed(text)
         num_bytes += array.nbytes
-        while num_bytes > _REMEMBERED_BYTES and len(seen) > 1:
+        while len(seen) > _REMEMBERED_TEXTS or (num_bytes > _REMEMBERED_BYTES and len(seen) > 1):
             num_bytes -= seen.popitem(last=False)[1].nbytes
         return array
 
