@@ -66,13 +66,20 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 @ROOT
 @click.argument("key")
 @AS_JSON
-def show(root: str, key: str, as_json: bool) -> None:
+@click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
+def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
     """One sample: where it lies, its JSON, its captions in every text set.
+
+    `wantrain show-clip` says which steps of a run used it.
 
     \b
     wanshards show demo/shards clip-1@0-49-480x832
+    wanshards show demo/shards clip-1@0-49-480x832 --preview strip.jpg
     """
-    from shards.overview import print_sample, sample_details
+    from shards.overview import print_sample, sample_details, write_preview
+
+    if preview is not None:
+        write_preview(root, key, preview)
 
     found = sample_details(root, key)
     if as_json:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shards.canonical import canonical_digest, parse_json
-from shards.cat import read_member
+from shards.cat import preview_bytes, read_member
 from shards.columns import NUMBERS, unpack
 from shards.commit import dataset_revision, read_commit
 from shards.damage import MissingObject, ShardDamage
 from shards.dataset import open_dataset
 from shards.dataset_info import read_info, text_command
+from shards.errors import UserError
 from shards.index import list_root, load_columns, text_sets
 from shards.layout import JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.storage import Storage, open_storage
@@ -115,6 +117,17 @@ def sample_details(root: str, key: str) -> dict[str, Any]:
         },
         "text_sets": captions,
     }
+
+
+def write_preview(root: str, key: str, path: Path) -> None:
+    """Write a sample's strip of frames. Raises UserError where it was sealed without one, or the file cannot be."""
+    content = preview_bytes(open_dataset(root, None), key)
+    if content is None:
+        raise UserError(f"sample {key} was sealed without a preview", mend="build with shards.preview_frames above 0")
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _text_details(storage: Storage, name: str, unit: int, key: str) -> dict[str, Any]:

@@ -35,6 +35,10 @@ CONFIGS = {
 RUN = {
     "wantrain report demo/run": None,
     "wantrain report demo/run --json": None,
+    "wantrain show-clip demo/run *@0-17-*": "wantrain show-clip demo/run '*@0-17-*'",
+    "wanshards show demo/shards KEY --preview strip.jpg": (
+        "wanshards show demo/shards $(wanshards ls demo/shards --keys | head -n 1) --preview strip.jpg"
+    ),
     "wantrain sample configs/demo/sample.yaml -o sampler.steps=50": None,
     "wanprep decode demo/samples/image-to-video.safetensors video.mp4 -c configs/demo/prep.yaml": None,
     "wanprep embed 바닷가를 걷는 사람 A market at night --out prompts.safetensors -c configs/mbc_832x480.yaml": (
@@ -104,14 +108,16 @@ def test_every_command_in_the_documents_parses_and_its_config_loads(document, li
         for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
         for one in block.splitlines() if " ".join(shlex.split(one, comments=True)) == line
     )  # fmt: skip
-    command, context = PROGRAMS[program], click.Context(PROGRAMS[program], info_name=program)
+    command = PROGRAMS[program]
+    # As under its group: click keeps the help option that a command was first asked for.
+    context = click.Context(command, info_name=program, **command.context_settings)
     path = []
     while isinstance(command, click.Group):
         assert words, f"{line}: a group without a command"
         path.append(words[0])
         assert words[0] in command.commands, f"{line}: no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
-    context = command.make_context(path[-1], list(words))
+    context = command.make_context(path[-1], list(words), parent=context)
     config = context.params.get("config")
     cls = CONFIGS.get(program) or CONFIGS.get(path[-1])
     if config is not None and cls is not None:

@@ -257,6 +257,36 @@ def test_in_a_browser_the_page_is_whole_and_foreign_markup_is_text(copy, tmp_pat
     assert open_dataset(read_run(copy).config.data.root).ordinal(key) >= 0
 
 
+def test_from_a_clip_to_its_steps_and_back(run):
+    """As the steps themselves say which samples they train on."""
+    found = read_run(run)
+    drawn = {step: describe_slots(found.config, step) for step in range(1, 13)}
+    key = drawn[3][0]["key"]
+    result = CliRunner().invoke(main, ["show-clip", str(run), key, "--json"])
+    uses = [(use["step"], use["slot"], use["mode"]) for use in json.loads(result.stdout)]
+    assert uses == [(n, s["slot"], s["mode"]) for n, slots in drawn.items() for s in slots if s["key"] == key]
+    assert (
+        f"step       3  slot   0  {drawn[3][0]['mode']}"
+        in CliRunner().invoke(main, ["show-clip", str(run), key]).output
+    )
+    assert len(json.loads(CliRunner().invoke(main, ["show-clip", str(run), "*", "--json"]).stdout)) == 48
+    result = CliRunner().invoke(main, ["show-clip", str(run), "nothing"])
+    assert result.exit_code == 2
+    assert "no step of" in result.output
+
+
+def test_a_samples_strip_is_written(tiny_shards, tmp_path):
+    from shards.cat import member_bytes
+    from shards.cli import main as wanshards
+
+    key = open_dataset(tiny_shards).samples[0].key
+    result = CliRunner().invoke(wanshards, ["show", str(tiny_shards), key, "--preview", str(tmp_path / "strip.jpg")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "strip.jpg").read_bytes() == member_bytes(str(tiny_shards), f"{key}.preview.jpg")
+    result = CliRunner().invoke(wanshards, ["show", str(tiny_shards), key, "--preview", str(tmp_path / "no/strip.jpg")])
+    assert result.exit_code == 2
+
+
 @pytest.mark.long
 def test_ten_thousand_steps_make_a_page_of_a_few_megabytes(copy):
     path = copy / "metrics.jsonl"

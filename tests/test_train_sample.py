@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from train_runs import make_config
 
 from preprocess.random_encoders import build_random_vae
 from preprocess.vae_config import LATENT_MEAN, LATENT_STD
 from shards.dataset import open_dataset
 from shards.errors import UserError
 from shards.handover import Prompts, read_latent_file, read_prompts, write_latent, write_prompts
+from train.loop import fit
 from train.lora import export_state, inject, lora_modules, lora_state, merge
+from train.lora_formats import attach_lora, read_lora
+from train.merge import merge_checkpoint
 from train.model import build_model
 from train.model_config import DiTConfig, LoRAConfig
 from train.sample import draw_start, latent_shape, prepare_prompts, sample_latent, sample_prompts
 from train.sample_config import Prompt, SampleConfig, SamplerConfig
+from train.weights import load_dit, save_dit
 
 DIMS = DiTConfig(dim=64, num_heads=2, num_layers=2, ffn_dim=128, text_len=40, text_dim=64, freq_dim=32)
 LORA = LoRAConfig(rank=4, alpha=8.0, targets=("self_attn", "cross_attn", "ffn"))
@@ -132,6 +137,41 @@ def test_a_lora_in_diffusers_pipeline_equals_ours_at_three_scales_and_merged(
     assert (results[1.0] - without).abs().max() > 0.1
     merge(adapted)
     torch.testing.assert_close(sample_latent(adapted, _noise(), *texts, SAMPLER), results[1.0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_runs_own_file_in_diffusers_pipeline_equals_ours_at_three_scales_and_merged(
+    texts, vae, model, diffusers_twin, tiny_shards, tmp_path
+):
+    """`fit` trains it, RUN/lora.safetensors is what diffusers' loader takes: nothing between is made by the test."""
+    base = tmp_path / "base.safetensors"
+    save_dit(model, base)
+    config = make_config(
+        tiny_shards, tmp_path / "run", max_steps=30, model__checkpoint=str(base), model__dims=None, optim__lr=3e-2,
+        lora__alpha=8.0, lora__targets=["self_attn", "cross_attn", "ffn"],
+    )  # fmt: skip
+    file = fit(config).export
+    pipe = _pipe("WanPipeline", diffusers_twin(model), vae)
+    pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="mbc")
+    assert sum("lora_B" in name for name, _ in pipe.transformer.named_parameters()) == 2 * 10
+    without = sample_latent(model, _noise(), *texts, SAMPLER)
+    results = {}
+    for scale in (0.0, 0.5, 1.0):
+        pipe.set_adapters("mbc", scale)
+        ours = build_model(DIMS, seed=1)
+        load_dit(ours, base)
+        attach_lora(ours, read_lora(file), scale)
+        results[scale] = sample_latent(ours.eval(), _noise(), *texts, SAMPLER)
+        torch.testing.assert_close(results[scale], _run(pipe, texts), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(results[0.0], without, atol=1e-5, rtol=1e-5)
+    assert (results[1.0] - without).abs().max() > 0.1
+    assert (results[1.0] - results[0.5]).abs().max() > 0.05
+    merge_checkpoint(base, read_lora(file), tmp_path / "merged")
+    merged = build_model(DIMS, seed=1)
+    load_dit(merged, tmp_path / "merged")
+    torch.testing.assert_close(
+        sample_latent(merged.eval(), _noise(), *texts, SAMPLER), results[1.0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_noise_is_the_one_diffusers_draws():

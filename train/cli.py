@@ -11,7 +11,7 @@ from shards.config import load_config
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 from train.lora_cli import export, lora, merge, unmerge
-from train.report_cli import report
+from train.report_cli import report, show_clip
 from train.sample_cli import sample
 
 SIGNAL_EXIT = 128
@@ -198,7 +198,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
         raise SystemExit(1)
 
 
-for command in (sample, report, export, merge, unmerge, lora):
+for command in (sample, report, show_clip, export, merge, unmerge, lora):
     main.add_command(command)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from shards.console import print_json, set_up_logging
+from shards.errors import UserError
 
 
 @click.command()
@@ -44,3 +45,36 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     for line in notes:
         click.echo(line)
     click.echo(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
+
+
+@click.command("show-clip")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("key")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def show_clip(run: Path, key: str, as_json: bool) -> None:
+    """List the steps of RUN that trained on KEY, a sample's key or a glob over keys: slot, mode, noise level, loss.
+
+    The noise level is a share of what is drawn, lowest noise first; `show-step` says the whole step.
+
+    \b
+    wantrain show-clip demo/run '3338992@0-17-160x96'
+    wantrain show-clip demo/run '3338992@*' --json
+    """
+    from train.run_files import read_run
+    from train.run_stats import look_up_levels, uses_of
+
+    found = read_run(run)
+    uses = uses_of(found.steps, look_up_levels(found.steps, found.config), key)
+    if not uses:
+        raise UserError(
+            f"no step of {run} trained on {key!r}",
+            expected="a key of a sample that was drawn, or a glob such as 'CLIP@*'",
+            mend="held-out clips are never trained on; `wanshards ls ROOT --keys` lists all",
+        )
+    if as_json:
+        print_json(uses)
+        return
+    for use in uses:
+        loss = "not finite" if use["loss"] is None else f"{use['loss']:.4f}"
+        where = f"step {use['step']:>7,}  slot {use['slot']:>3}  {use['mode']}  noise {use['quantile']:.2f}"
+        click.echo(f"{where}  loss {loss}  {use['key']}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,6 +154,24 @@ def _ranked(steps: Steps, step: Any, key: Any, loss: Any, ratio: Any, most: int)
             )
         )  # fmt: skip
     return found
+
+
+def uses_of(steps: Steps, levels: Levels, pattern: str) -> list[dict[str, Any]]:
+    """Every recorded use of the samples whose key is `pattern` or matches it as a glob, in the order of steps."""
+    wanted = [place for place, key in enumerate(steps.keys) if key == pattern or fnmatchcase(key, pattern)]
+    slots = steps.slots
+    return [
+        {
+            "step": int(slots.step[row]),
+            "slot": int(slots.slot[row]),
+            "key": steps.keys[int(slots.key[row])],
+            "mode": MODES[int(image_to_video)].lower(),
+            "quantile": round(float(quantile), 4),
+            "loss": float(slots.loss[row]) if math.isfinite(slots.loss[row]) else None,
+        }
+        for row, quantile, image_to_video in zip(levels.rows, levels.quantile, levels.image_to_video, strict=True)
+        if slots.key[row] in wanted
+    ]
 
 
 def bucket_speeds(steps: Steps) -> list[tuple[str, int, float, float, float]]:
