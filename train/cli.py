@@ -76,7 +76,7 @@ def fit(
     wantrain fit run.yaml --nproc-per-node gpu --nnodes 2 --node-rank 0 --master node0:29500
     """
     from train.config import TrainConfig
-    from train.failure import Reported
+    from train.failure import Reported, end_now
 
     loaded = load_config(TrainConfig, config, overrides)
     output = Path(loaded.output)
@@ -95,8 +95,11 @@ def fit(
         from train.loop import fit as run
 
         result = run(loaded, resume=resume, verify=verify)
-    if result.stopped_by is not None:
-        raise SystemExit(SIGNAL_EXIT + result.stopped_by)
+    code = 0 if result.stopped_by is None else SIGNAL_EXIT + result.stopped_by
+    if "RANK" in os.environ:
+        end_now(code)
+    if code:
+        raise SystemExit(code)
 
 
 @main.command()

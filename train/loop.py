@@ -43,6 +43,7 @@ from train.session import (
     write_settings,
 )
 from train.trainee import Trainee, choose_device, describe
+from train.watch import Watch
 
 SAMPLES_FOLDER = "samples"
 
@@ -74,6 +75,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
     """
     folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(Watch(world.rank, world.size, config.parallel))
         if world.rank == 0:
             stack.enter_context(locked(folder))
         stack.enter_context(log_file(folder, world.rank))
@@ -86,7 +88,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         trainee, progress = session.trainee, Progress(session)
         if start is not None:
             progress.restore(start)
-        stop = Agreed(stack.enter_context(stop_signals()), ranks)
+        stop = Agreed(stack.enter_context(stop_signals()), ranks, watch.pulse)
         log = _open_log(progress, start)
         stack.callback(log.close)
         for line in (*describe(trainee, session.dataset), *describe_data(session)):
@@ -123,13 +125,16 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
 
         while progress.step < config.max_steps and not stop.look() and not _exhausted(progress):
             began = time.perf_counter()
+            watch.at(progress.step + 1, "reading its batch")
             batch, position = next(loader)
             waited = time.perf_counter() - began
             if progress.telemetry is not None:
                 progress.telemetry.begin_step()
+            watch.at(batch.step, "its micro-batches")
             own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.look)
             if own_loss is None:
                 break  # step and position have not moved: the checkpoint below is exact
+            watch.at(batch.step, "the sum of the gradients")
             rate, norm, overflow = progress.update()
             loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
             if batch.step == first_step:
@@ -161,6 +166,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
             progress.owed = progress.due()
+            watch.at(batch.step, "what follows a step")
             is_best = _settle(progress, log, pictures, stop)
             last = progress.step == config.max_steps
             if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
@@ -171,6 +177,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             _save(progress, log)
         for line in meter.after():
             log.say(line)
+        watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
         ranks.meet()  # nobody calls the run done before its files are there
         return result

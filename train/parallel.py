@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
+WATCH_MARGIN_SECONDS = 60.0
+"""An exchange gives up later than the watch (train/watch.py), which can say who is missing."""
+
 
 class World(NamedTuple):
     """Where a launcher has put this process."""
@@ -201,7 +204,7 @@ def joined(config: ParallelConfig, world: World, device: torch.device) -> Iterat
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=config.start_timeout_seconds)
+    timeout = datetime.timedelta(seconds=config.start_timeout_seconds + WATCH_MARGIN_SECONDS)
     options = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)  # type: ignore[arg-type]
     try:
@@ -215,7 +218,7 @@ def settle(config: ParallelConfig) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        timeout = datetime.timedelta(seconds=config.step_timeout_seconds)
+        timeout = datetime.timedelta(seconds=config.step_timeout_seconds + WATCH_MARGIN_SECONDS)
         dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 

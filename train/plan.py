@@ -113,7 +113,9 @@ def make_plan(
         notes.append(
             f"{chosen.name} does not fit a {gpu.name}: lower data.micro_batch or set checkpointing.policy: auto"
         )
-    held_out = _held_out_flops(config, dims, sizes) / (gpu.peak_tflops * 1e12 * efficiency) / mesh.num_gpus
+    held_out = (
+        _held_out_flops(config, dims, sizes) / (gpu.peak_tflops * 1e12 * efficiency) / mesh.ulysses
+    )  # every replica takes all of it
     training = chosen.seconds * config.max_steps
     samples = config.max_steps * config.data.global_batch
     return Plan(

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -179,15 +179,16 @@ class Stop:
 class Agreed:
     """What signals have asked any of the ranks for, as all of them have it: looked at by all at the same places."""
 
-    def __init__(self, asked: Stop, ranks: Ranks) -> None:
-        self._asked, self._ranks = asked, ranks
+    def __init__(self, asked: Stop, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
+        self._asked, self._ranks, self._pulse = asked, ranks, pulse
         self.signal: int | None = None
         """Write a checkpoint and end."""
         self.checkpoint = False
         """Write a checkpoint and go on; whoever writes it takes it back."""
 
     def look(self) -> bool:
-        """Ask all ranks; return whether to end."""
+        """Ask all ranks; return whether to end. To the watch it is a sign of life."""
+        self._pulse()
         own = self._asked.checkpoint
         if own:
             self._asked.checkpoint = False

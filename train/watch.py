@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -56,6 +57,7 @@ LEAVE_SECONDS = 30.0
 """How long rank 0, which holds the store, waits at the end for the others to leave it."""
 FAILURE_KEY = "failure"
 _TRANSPORT = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket")
+_RUNS = itertools.count()
 
 
 class Watch:
@@ -70,6 +72,7 @@ class Watch:
         self._step, self._part, self._arrivals, self._since = 0, "meeting the others", 0, time.monotonic()
         self._first_step: int | None = None
         self._number = 0
+        self._run_number = next(_RUNS)
         self._host = socket.gethostname()
         self._store: Any = None
         self._kept: Any = None
@@ -85,11 +88,16 @@ class Watch:
         """The main thread has come to a part of a step; every rank must call this at the same places."""
         if self._first_step is None and step > 0:
             self._first_step = step
-        self._step, self._part, self._since = step, part, time.monotonic()
-        self._arrivals += 1
+        self._step, self._part = step, part
+        self.pulse()
         if self._kept is None and dist.is_initialized():
             # The server of the store lives in rank 0's: it must outlast the group, or the others' last words fail.
             self._kept = dist.distributed_c10d._get_default_store()
+
+    def pulse(self) -> None:
+        """The main thread is a piece further within the part; as with `at`, on every rank alike."""
+        self._since = time.monotonic()
+        self._arrivals += 1
 
     def __enter__(self) -> Watch:
         if self.world_size > 1:
@@ -157,18 +165,18 @@ class Watch:
         deadline, error = time.monotonic() + self._limits.start_timeout_seconds, ""
         while time.monotonic() < deadline and not self._done.is_set():
             try:
-                self._store = connect(self._limits.lost_seconds)
+                self._store = connect(self._limits.lost_seconds, self._run_number)
             except RuntimeError as refused:
                 error = first_line(refused)
             else:
-                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                self._speak()
                 return None
             if (note := read_note()) is not None:
                 return note
         return None if self._done.is_set() else own_failure("lost", f"rank 0 does not answer at {master()}: {error}")
 
     def _look(self) -> Failure | None:
-        self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+        self._speak()
         failure = self._told()
         if failure is not None:
             return failure
@@ -177,6 +185,9 @@ class Watch:
         first = self._first_step is None or self._step == self._first_step
         limit = self._limits.start_timeout_seconds if first else self._limits.step_timeout_seconds
         return self._survey() if time.monotonic() - self._since > limit else None
+
+    def _speak(self) -> None:
+        self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
 
     def _beat(self) -> Beat:
         self._number += 1
@@ -203,10 +214,10 @@ class Watch:
         """Read everybody's place twice, some beats apart, and say who is missing."""
         waited = time.monotonic() - self._since
         before = self._read_all()
-        time.sleep(SILENT_BEATS * BEAT_SECONDS)
-        told = read_note() or self._told()
-        if told is not None:
-            return told
+        for _ in range(SILENT_BEATS):  # heard meanwhile, or another that reads would call this one silent
+            self._speak()
+            if (told := self._wait_for_note(BEAT_SECONDS) or self._told()) is not None:
+                return told
         standing = compare(before, self._read_all(), self.rank, self._beat())
         return own_failure("lost", standing.describe(self.world_size, max(waited, self._limits.lost_seconds)))
 
@@ -224,9 +235,10 @@ class Watch:
         )
 
     def _wait_for_note(self, seconds: float) -> Failure | None:
-        """The launcher's word, if it comes in time; meanwhile this rank goes on to be heard."""
+        """The launcher's word, if it comes in time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            self._ticked = time.monotonic()  # no store is asked: nothing to guard against
             if (note := read_note()) is not None:
                 return note
             time.sleep(NOTE_SECONDS)
@@ -256,7 +268,7 @@ class Watch:
         rounds = 0
         while self._store is not None and time.monotonic() < deadline:
             try:
-                self._store.set(f"beat/{self.rank}", json.dumps(self._beat()))
+                self._speak()
                 before = before or self._read_all()
                 failure = self._wait_for_note(BEAT_SECONDS) or self._told()
                 standing = compare(before, self._read_all(), self.rank, self._beat())
@@ -264,7 +276,7 @@ class Watch:
                 return self._store_lost(lost)
             if failure is not None:
                 return failure
-            rounds, self._ticked = rounds + 1, time.monotonic()
+            rounds += 1
             if rounds > SILENT_BEATS and (standing.silent or standing.absent):
                 return own_failure("lost", standing.describe(self.world_size, time.monotonic() - self._since))
         return own_failure("lost", f"the connection to another rank broke: {first_line(error)}")
@@ -294,14 +306,14 @@ class Watch:
                 self._store.wait(others, datetime.timedelta(seconds=LEAVE_SECONDS))
 
 
-def connect(patience_seconds: float) -> Any:
+def connect(patience_seconds: float, run: int) -> Any:
     """A connection of the watch's own to the ranks' store. Raises RuntimeError when nobody answers for a moment."""
     host, _, port = master().rpartition(":")
     moment = datetime.timedelta(seconds=CONNECT_SECONDS)
     store = dist.TCPStore(host, int(port), None, False, moment, wait_for_workers=False)
     store.set_timeout(datetime.timedelta(seconds=patience_seconds))
-    # torchrun keeps one store over its restarts: a new attempt must not read the last one's end.
-    return dist.PrefixStore(f"wantrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # torchrun keeps one store over its restarts, a process one over its runs: none must read the last one's end.
+    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{run}", store)
 
 
 def master() -> str:
