@@ -56,7 +56,8 @@ RUN = {
     ),
     "wantrain lora info lora-16.safetensors": None,
     "wantrain merge /models/Wan2.2-TI2V-5B lora.safetensors /models/merged --layout diffusers --dtype bfloat16": (
-        "wantrain merge demo/base/model.safetensors demo/run merged --layout diffusers --dtype bfloat16"
+        "wantrain merge demo/base/model.safetensors demo/run/lora.safetensors merged --layout diffusers"
+        " --dtype bfloat16"
     ),
     "wantrain unmerge /models/merged lora.safetensors /models/base-again": (
         "wantrain unmerge merged demo/run/lora.safetensors base-again"
