@@ -38,6 +38,8 @@ def find_alike(prints: np.ndarray, clips: Sequence[str], max_different: float = 
     for run in _shared_bands(prints[varies]):
         # Against the first and the one before: in a run of thousands every pair would be millions.
         places = varies[run].tolist()
+        if len({clips[place] for place in places}) == 1:
+            continue
         for one, before in zip(places[1:], places, strict=False):
             for other in {places[0], before}:
                 if not joined.same(one, other):

@@ -12,13 +12,13 @@ from shards.cat import read_member
 from shards.commit import Commit, LatentSummary, SampleInfo, read_commit
 from shards.damage import MissingObject, ShardDamage
 from shards.dataset_info import DatasetInfo
-from shards.index import list_root
 from shards.keys import clip_hash
-from shards.layout import LATENTS, NULL_UNIT, text_kind
+from shards.layout import LATENTS, text_kind
 from shards.ledger import LedgerRow
 from shards.outcomes import unit_rows
 from shards.stats_unit import read_json
 from shards.storage import Storage
+from shards.unit_list import list_units
 
 PREVIEW_SHARE, RECORD_SHARE, REFUSED_SHARE = 0.60, 0.22, 0.12
 """Parts of the page's bytes for preview strips, for what is said of samples, and for refused records."""
@@ -89,9 +89,10 @@ def choose_samples(
     Those that a finding names come first, then the others by a hash of their keys; read until the bytes are used up.
     A damaged sample is left out: it is a finding by itself.
     """
-    commits = _commits(storage)
     places = [
-        (key not in findings, clip_hash(key, "report"), key, unit) for unit, keys in commits.items() for key in keys
+        (key not in findings, clip_hash(key, "report"), key, unit.unit)
+        for unit in list_units(storage, LATENTS)
+        for key in unit.keys
     ]
     picture_bytes, record_bytes = int(max_bytes * PREVIEW_SHARE), int(max_bytes * RECORD_SHARE)
     reader, shown, num_pictures = _UnitReader(storage, info), [], 0
@@ -230,19 +231,6 @@ def _windows(row: LedgerRow) -> list[dict[str, Any]]:
         {"start": w.start_seconds, "status": w.status, "reason": w.reason, "detail": w.detail, "key": w.key}
         for w in row.windows
     ]
-
-
-def _commits(storage: Storage) -> dict[int, list[str]]:
-    """Keys by unit, of the commits that can be read."""
-    found = {}
-    for _, unit in sorted(list_root(storage, [LATENTS]).commits):
-        if unit == NULL_UNIT:
-            continue
-        try:
-            found[unit] = [sample.key for sample in read_commit(storage, LATENTS, unit).commit.samples]
-        except ShardDamage:
-            continue  # a finding of the statistics already
-    return found
 
 
 def _find(commit: Commit, key: str) -> SampleInfo:

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.commit import Commit, dataset_revision, read_commit
-from shards.damage import ShardDamage
+from shards.commit import dataset_revision
 from shards.dataset_info import DatasetInfo, read_info
 from shards.errors import UserError
 from shards.fingerprints import Alike, find_alike, find_equal
-from shards.index import list_root
 from shards.keys import clip_hash
-from shards.layout import LATENTS, NULL_UNIT, text_kind
+from shards.layout import LATENTS, text_kind
 from shards.stats_cache import StatsCache
 from shards.stats_checks import ReferenceBuilder, ShardVerdict, judge_shard, largest, sample_distances
 from shards.stats_findings import Evidence, find_all
@@ -33,6 +31,7 @@ from shards.stats_result import counted
 from shards.stats_unit import UnitStats, latent_unit, text_unit
 from shards.storage import Storage, open_storage
 from shards.tally import Tally
+from shards.unit_list import UnitRef, list_units
 
 Progress = Callable[[int, int], None]
 """Told units done and units in all."""
@@ -40,20 +39,18 @@ _MAX_GROUPS = 200
 
 
 class _Unit(NamedTuple):
-    """One unit's commit and what of it is asked for."""
+    """One unit and what of it is asked for."""
 
-    kind: str
-    commit: Commit
-    revision: str
+    ref: UnitRef
     wanted: frozenset[str] | None
 
     @property
     def cache_name(self) -> str:
         """By the tar's digest, and by the keys where not all were asked for."""
         if self.wanted is None:
-            return f"{self.commit.tar.sha256[:40]}-all"
+            return f"{self.ref.tar.sha256[:40]}-all"
         chosen = hashlib.sha256(" ".join(sorted(self.wanted)).encode()).hexdigest()
-        return f"{self.commit.tar.sha256[:40]}-{chosen[:16]}"
+        return f"{self.ref.tar.sha256[:40]}-{chosen[:16]}"
 
 
 def dataset_stats(
@@ -83,9 +80,9 @@ def dataset_stats(
     info = read_info(storage)
     text_set = _text_set(info, text_set)
     damaged: list[str] = []
-    latents = _read_units(storage, LATENTS, damaged)
-    texts = _read_units(storage, text_kind(text_set), damaged) if text_set else []
-    num_samples = sum(len(unit.commit.samples) for unit in latents)
+    latents = [_Unit(ref, None) for ref in list_units(storage, LATENTS, damaged)]
+    texts = [_Unit(ref, None) for ref in list_units(storage, text_kind(text_set), damaged)] if text_set else []
+    num_samples = sum(len(unit.ref.keys) for unit in latents)
     latents, texts = _choose(latents, sample), _choose(texts, sample)
     with ExitStack() as stack:
         folder = cache or Path(stack.enter_context(TemporaryDirectory(prefix="wanshards-stats-")))
@@ -103,12 +100,12 @@ def dataset_stats(
             if progress:
                 progress(done, total)
         verdicts, outliers = _second_pass(latents, first, kept, storage)
-    funnel = read_funnel(storage, info, [unit.commit for unit in latents], on_refused)
-    num_with_text = sum(len(unit.commit.samples) for unit in _read_only_matching(texts, latents))
+    funnel = read_funnel(storage, info, [unit.ref for unit in latents], on_refused)
+    num_with_text = sum(len(unit.ref.keys) for unit in _read_only_matching(texts, latents))
     evidence = Evidence(
         info, first.tally, first.texts, [*damaged, *funnel.problems], first.builder.channels(),
         first.builder.references(), verdicts, outliers, first.duplicates(),
-        {unit.commit.unit: unit.commit.tar.name for unit in latents},
+        {unit.ref.unit: unit.ref.tar.name for unit in latents},
     )  # fmt: skip
     return {
         # As it was given: a report that is mailed around need not tell where this machine keeps its files.
@@ -144,7 +141,7 @@ class _FirstPass:
         self.builder.add(stats)
         if self._prints and stats.prints.shape[1:] != self._prints[0].shape[1:]:
             if len(stats.keys):
-                self.tally.add("problem", "latents of another number of channels than before", unit.commit.tar.name)
+                self.tally.add("problem", "latents of another number of channels than before", unit.ref.tar.name)
             return
         if len(stats.keys):
             self.keys += stats.keys
@@ -190,8 +187,8 @@ def _second_pass(
 
     def distances() -> Iterator[tuple[float, str, str]]:
         for unit in latents:
-            stats = kept.read_latents(unit.cache_name) or latent_unit(storage, unit.commit, unit.wanted)
-            verdict = judge_shard(unit.commit.unit, stats, references)
+            stats = kept.read_latents(unit.cache_name) or latent_unit(storage, unit.ref.commit(storage), unit.wanted)
+            verdict = judge_shard(unit.ref.unit, stats, references)
             if verdict:
                 verdicts.append(verdict)
             yield from sample_distances(stats, references)
@@ -206,41 +203,24 @@ def _text_set(info: DatasetInfo, text_set: str | None) -> str | None:
     return text_set
 
 
-def _read_units(storage: Storage, kind: str, damaged: list[str]) -> list[_Unit]:
-    """All units of a kind that have a commit now. A commit that cannot be read is noted in `damaged`."""
-    units = []
-    for of_kind, number in sorted(list_root(storage, [kind]).commits):
-        if number == NULL_UNIT:
-            continue
-        try:
-            stored = read_commit(storage, of_kind, number)
-        except (ShardDamage, UserError) as error:
-            damaged.append(str(error.problem))
-            continue
-        units.append(_Unit(of_kind, stored.commit, stored.revision, None))
-    return units
-
-
 def _choose(units: list[_Unit], sample: int | None) -> list[_Unit]:
     """The units with the keys to read: all, or the `sample` ones of smallest hash, whatever else is there."""
-    if sample is None or sample >= sum(len(unit.commit.samples) for unit in units):
+    if sample is None or sample >= sum(len(unit.ref.keys) for unit in units):
         return units
     if sample < 1:
         raise UserError(f"--sample {sample}", expected="at least 1")
-    keys = [one.key for unit in units for one in unit.commit.samples]
+    keys = [key for unit in units for key in unit.ref.keys]
     hashes = np.array([clip_hash(key, "stats") for key in keys], np.uint64)
     limit = np.partition(hashes, sample - 1)[sample - 1]
     chosen = {key for key, value in zip(keys, hashes.tolist(), strict=True) if value <= limit}
-    return [
-        unit._replace(wanted=frozenset(one.key for one in unit.commit.samples if one.key in chosen)) for unit in units
-    ]
+    return [unit._replace(wanted=frozenset(chosen.intersection(unit.ref.keys))) for unit in units]
 
 
 def _in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs: int) -> Iterator[UnitStats]:
     def one(unit: _Unit) -> UnitStats:
         stats = kept.read_latents(unit.cache_name)
         if stats is None:
-            stats = latent_unit(storage, unit.commit, unit.wanted)
+            stats = latent_unit(storage, unit.ref.commit(storage), unit.wanted)
             kept.write_latents(unit.cache_name, stats)
         return stats
 
@@ -251,7 +231,7 @@ def _texts_in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs
     def one(unit: _Unit) -> Tally:
         tally = kept.read_tally(unit.cache_name)
         if tally is None:
-            tally = text_unit(storage, unit.commit, unit.wanted)
+            tally = text_unit(storage, unit.ref.commit(storage), unit.wanted)
             kept.write_tally(unit.cache_name, tally)
         return tally
 
@@ -269,9 +249,9 @@ def _mapped(one: Callable[[_Unit], Any], units: list[_Unit], jobs: int) -> Itera
 
 
 def _read_only_matching(texts: list[_Unit], latents: list[_Unit]) -> list[_Unit]:
-    there = {unit.commit.unit for unit in latents}
-    return [unit for unit in texts if unit.commit.unit in there]
+    there = {unit.ref.unit for unit in latents}
+    return [unit for unit in texts if unit.ref.unit in there]
 
 
 def _revision(units: list[_Unit]) -> str:
-    return dataset_revision((unit.kind, unit.commit.unit, unit.revision) for unit in units)
+    return dataset_revision((unit.ref.kind, unit.ref.unit, unit.ref.revision) for unit in units)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from shards.canonical import open_document
-from shards.commit import Commit
 from shards.damage import MissingObject, ShardDamage
 from shards.dataset_info import DatasetInfo
 from shards.ledger import LedgerRow, read_ledger
 from shards.outcomes import MAX_LEDGER_BYTES, unit_rows
 from shards.storage import Storage
 from shards.tally import Tally
+from shards.unit_list import UnitRef
 
 _MAX_PLAN_COMMIT_BYTES = 2**26
 STAGES = ("read", "sieve", "fetch", "probe", "window", "bucket", "decode", "caption", "encode")
@@ -29,7 +29,7 @@ class Funnel(NamedTuple):
 
 
 def read_funnel(
-    storage: Storage, info: DatasetInfo, commits: Sequence[Commit], on_refused: OnRefused | None = None
+    storage: Storage, info: DatasetInfo, units: Sequence[UnitRef], on_refused: OnRefused | None = None
 ) -> Funnel:
     """Read the ledgers of plans and units, one row at a time; `on_refused` is shown each refused record.
 
@@ -51,10 +51,10 @@ def read_funnel(
         except ShardDamage as damage:
             problems.append(damage.problem)
     seen: set[int] = set()
-    for commit in sorted(commits, key=lambda commit: commit.unit, reverse=True):
+    for unit in sorted(units, key=lambda unit: unit.unit, reverse=True):
         tally.add("units", "with latents")
         try:
-            rows = list(unit_rows(storage, commit.ledger))
+            rows = list(unit_rows(storage, unit.ledger))
         except ShardDamage as damage:
             problems.append(damage.problem)
             continue
