@@ -63,7 +63,7 @@ RUN = {
         "wantrain unmerge merged demo/run/lora.safetensors base-again"
     ),
     "wanprep scan configs/mbc_832x480.yaml -o corpus.location=/data/mbc": (
-        "wanprep scan configs/mbc_832x480.yaml -o corpus.location=demo/corpus"
+        "wanprep scan configs/mbc_832x480.yaml -o corpus.location=demo/corpus -o encoders.checkpoint=null"
     ),
     "wanshards verify /data/shards": "wanshards verify demo/shards",
 }
