@@ -145,6 +145,8 @@ def test_when_all_is_in_use_nothing_more_is_kept(put, tmp_path):
 
 def test_a_clip_above_the_bound_costs_no_other(put, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(clip_cache.LOG, "propagate", True)
+    monkeypatch.setattr(clip_cache.LOG, "handlers", [])  # other tests set the one logger up
+    caplog.set_level("WARNING", logger=clip_cache.LOG.name)
     cache = ClipCache(tmp_path / "cache", gib(4 * KIB))
     put(cache, "a")
     for name in ("giant", "giant too"):
@@ -175,6 +177,8 @@ def test_a_count_that_cannot_be_read_is_counted_anew(put, tmp_path, total):
 
 def test_a_full_disk_keeps_nothing_and_says_so_once(put, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(clip_cache.LOG, "propagate", True)
+    monkeypatch.setattr(clip_cache.LOG, "handlers", [])  # other tests set the one logger up
+    caplog.set_level("WARNING", logger=clip_cache.LOG.name)
     cache = ClipCache(tmp_path / "cache", gib(4 * KIB))
 
     def full(path):

@@ -25,6 +25,7 @@ def a_plan(num_candidates, seconds_each=10.0, size=(1920, 1080)):
     generation = SimpleNamespace(
         num_candidates=num_candidates, declared_sizes=(declared,), declared_seconds=num_candidates * seconds_each,
         num_refused=0, num_beyond_limit=0, num_units=0, refused_by={}, superseded_by={}, frame_bytes=(),
+        retried=(), num_new=num_candidates,
     )  # fmt: skip
     return Plan(None, (generation,))
 

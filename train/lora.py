@@ -41,6 +41,11 @@ class LoRALinear(Linear):
         self.layer = layer
         self.merged_from: Tensor | None = None
 
+    @property
+    def loras(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B: what trains."""
+        return self.lora_A, self.lora_B
+
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """Base and update in x's dtype; the scale rides in the multiplication."""
         out = super().forward(x)
@@ -116,6 +121,14 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
 
 
 @torch.no_grad()
+def reset(model: nn.Module, seed: int) -> None:
+    """Put every LoRA of a model at its beginning: for one that was injected before it had memory."""
+    for name, module in lora_modules(model).items():
+        _init_a(module.lora_A, name, seed)
+        module.lora_B.zero_()
+
+
+@torch.no_grad()
 def _init_a(lora_a_rI: nn.Parameter, name: str, seed: int) -> None:
     if lora_a_rI.is_meta:
         return
@@ -132,7 +145,7 @@ def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapted module, in the model's order: what the optimizer is given."""
-    return [weight for module in lora_modules(model).values() for weight in (module.lora_A, module.lora_B)]
+    return [weight for module in lora_modules(model).values() for weight in module.loras]
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:

@@ -359,20 +359,27 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
 
     As the official initialisation (Wan model.py, init_weights): Xavier for linears, 0.02 for the embeddings, zero
     biases, but for the head, whose published zeros let no gradient through and make every untrained model alike.
+
+    A LoRA is left as it is; of a base that is spread over ranks each takes its own rows of the same numbers.
     """
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        generator = torch.Generator(parameter.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+    from train.sharding import own_rows
+
+    own = {name: weight for name, weight in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
+    for index, (name, parameter) in enumerate(own.items()):
+        local, rows = own_rows(parameter)
+        generator = torch.Generator(local.device).manual_seed((seed * 1_000_003 + index) % 2**63)
         # Drawn in float32 whatever the weight is kept in: torch 2.9 draws other numbers for 16 bits.
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=local.device)
         if name.endswith("modulation"):
-            parameter.copy_(drawn.normal_(0, model.config.dim**-0.5, generator=generator))
+            drawn.normal_(0, model.config.dim**-0.5, generator=generator)
         elif name.endswith("bias") or (name == "head.head.weight" and zero_head):
-            parameter.zero_()
+            drawn.zero_()
         elif "norm" in name:
-            parameter.fill_(1)
+            drawn.fill_(1)
         elif name.startswith(("text_embedding", "time_embedding")):
-            parameter.copy_(drawn.normal_(0, 0.02, generator=generator))
+            drawn.normal_(0, 0.02, generator=generator)
         else:
             fan = parameter.flatten(1).shape
             bound = (6 / (fan[0] + fan[1])) ** 0.5
-            parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+            drawn.uniform_(-bound, bound, generator=generator)
+        local.copy_(drawn[rows])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shards.config import validate_config
 from shards.errors import UserError
 from train.model_config import DiTConfig
+from train.sharding import own_rows
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -54,6 +55,8 @@ def diffusers_key(official: str) -> str:
 def load_dit(model: nn.Module, path: str | Path) -> None:
     """Copy a checkpoint into a model that exists, one tensor at a time, into each parameter's own dtype and device.
 
+    Of a base that is spread over ranks (train/sharding.py) each rank reads its own rows alone.
+
     Args:
         path: an official folder (`Wan2.2-TI2V-5B`: shards with an index), a Diffusers one (with or without its
             `transformer/`), or one `.safetensors` file of either naming.
@@ -64,8 +67,10 @@ def load_dit(model: nn.Module, path: str | Path) -> None:
     places, names = match_tensors(path, targets)
     ours = {theirs: official for official, theirs in names.items()}
     with torch.no_grad():
-        for theirs, tensor in _stream(places):
-            targets[ours[theirs]].copy_(tensor)
+        for theirs, stored in _stream(places):
+            local, rows = own_rows(targets[ours[theirs]])
+            if local.numel():  # the last ranks may hold no row of a short one
+                local.copy_(stored[rows])
 
 
 def match_tensors(
@@ -148,13 +153,14 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _stream(places: Mapping[str, tuple[Path, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
+def _stream(places: Mapping[str, tuple[Path, tuple[int, ...]]]) -> Iterator[tuple[str, Any]]:
+    """Names, and slices of the files: nothing is read before rows are taken of one."""
     from safetensors import safe_open
 
     for file in sorted({file for file, _ in places.values()}):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
-                yield name, opened.get_tensor(name)
+                yield name, opened.get_slice(name)
 
 
 def _names_in(places: Mapping[str, Any], targets: Mapping[str, Tensor]) -> dict[str, str]:
