@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
+from test_train_parallel import assert_same_run
 from torch import Tensor
+from train_runs import make_config
 
+from shards.console import set_up_logging
+from shards.errors import UserError
 from train.checkpointing import keep
 from train.lora import inject, lora_modules, reset
 from train.model import WanDiT, build_model, init_random
 from train.model_config import DiTConfig, LoRAConfig
+from train.parallel import World, choose_layout
 from train.sharding import own_rows, resident_bytes, spread
 from train.weights import load_dit, save_dit
 
@@ -145,6 +151,82 @@ def test_nothing_is_read_that_is_not_kept(tmp_path: Path) -> None:
     results = run_ranks(2, in_a_group, rows_read, tmp_path / "model.safetensors")
     assert all(taken == held for taken, held in results)
     assert sum(t for t, _ in results) == sum(w.numel() for n, w in model.named_parameters() if n.startswith("blocks."))
+
+
+VARIED = {"lora__dropout": 0.1, "objective__image_to_video_share": 0.5, "optim__lr": 1e-2, "data__micro_batch": 1}
+
+
+def train(config: Any, local_size: int | None = None) -> str:
+    """One rank of a run; rank 0 returns its log."""
+    from train.loop import fit
+
+    if local_size is not None:
+        os.environ |= {"LOCAL_WORLD_SIZE": str(local_size), "LOCAL_RANK": str(int(os.environ["RANK"]) % local_size)}
+    set_up_logging(terminal=False)
+    fit(config)
+    return (Path(config.output) / "logs" / "rank-0.log").read_text() if os.environ["RANK"] == "0" else ""
+
+
+@pytest.fixture
+def one_process(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A run of ten steps in this process."""
+    from train.loop import fit
+
+    fit(make_config(tiny_shards, tmp_path / "one", **VARIED))
+    return tmp_path / "one"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "shard", "local_size", "offload"),
+    [
+        (2, "full", None, False),
+        pytest.param(4, "full", None, True, marks=pytest.mark.long),
+        pytest.param(4, "hybrid", 2, False, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_over_a_spread_base_is_the_run_of_one_process(
+    one_process: Path, tiny_shards: Path, tmp_path: Path, num_ranks: int, shard: str, local_size: int, offload: bool
+) -> None:
+    """The same samples and losses, ten steps, mixed conditionings, dropout."""
+    config = make_config(tiny_shards, tmp_path / "many", **VARIED, parallel={"shard": shard, "offload": offload})
+    log = run_ranks(num_ranks, train, config, local_size)[0]
+    assert f"base over {local_size or num_ranks}" in log
+    assert_same_run(one_process, tmp_path / "many")
+
+
+def test_a_spread_run_resumes_in_one_process_and_back(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    """Four steps spread over two, three alone, three spread again: the run of one process."""
+    from train.loop import fit
+
+    spread_out = VARIED | {"parallel": {"shard": "full"}}
+    run_ranks(2, train, make_config(tiny_shards, tmp_path / "many", **spread_out, max_steps=4))
+    fit(make_config(tiny_shards, tmp_path / "many", **VARIED, max_steps=7))
+    run_ranks(2, train, make_config(tiny_shards, tmp_path / "many", **spread_out, max_steps=10))
+    assert_same_run(one_process, tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    ("shard", "world", "changes", "words"),
+    [
+        ("hybrid", World(0, 6, 0, 4), {}, "6 processes are not whole machines of 4"),
+        ("full", World(0, 2, 0, 2), {"lora": None}, "lora: null trains it"),
+    ],
+)
+def test_layouts_that_cannot_be_are_the_users(
+    tiny_shards: Path, tmp_path: Path, shard: str, world: World, changes: dict[str, Any], words: str
+) -> None:
+    """Before any process is met."""
+    config = make_config(tiny_shards, tmp_path, parallel={"shard": shard}, **changes)
+    with pytest.raises(UserError, match=words):
+        choose_layout(config, world, None)
+
+
+def test_auto_spreads_the_base_only_where_a_step_does_not_fit_beside_it(tiny_shards: Path, tmp_path: Path) -> None:
+    """By the planner's bytes, over the processes of a machine, with its ground."""
+    config = make_config(tiny_shards, tmp_path)
+    for device_bytes, shards in ((None, 1), (80 << 30, 1), (1 << 20, 4)):
+        layout, reason = choose_layout(config, World(0, 8, 0, 4), device_bytes)
+        assert layout.base_shards == shards and reason
 
 
 def test_a_model_with_memory_or_a_base_that_trains_is_refused() -> None:

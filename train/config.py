@@ -163,8 +163,11 @@ class CheckpointingConfig(Config):
 class ParallelConfig(Config):
     """How processes share the work."""
 
-    shard: Literal["auto", "none"] = "auto"
-    """Sharding of the frozen base."""
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """Spreading of the frozen base by FSDP2: `full` over all processes, `hybrid` over those of a machine, `none` not at
+    all; `auto` keeps it whole where a step fits beside it, else it is hybrid."""
+    offload: bool = False
+    """Keep a spread base in the host's memory: slow, for a GPU that holds little more than one block."""
     ulysses: Literal[1] = 1
     """Processes that share the tokens of one sample."""
     start_timeout_seconds: PositiveNumber = 1800.0

@@ -42,7 +42,7 @@ from train.session import (
     stop_signals,
     write_settings,
 )
-from train.trainee import Trainee, choose_device, describe
+from train.trainee import Trainee, choose_device, describe, device_memory
 from train.watch import Watch
 
 SAMPLES_FOLDER = "samples"
@@ -82,7 +82,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
         stack.enter_context(joined(config.parallel, world, device))
-        ranks = make_ranks(choose_layout(config.parallel, world))
+        ranks = make_ranks(*choose_layout(config, world, device_memory(device)))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks)
         trainee, progress = session.trainee, Progress(session)

@@ -226,7 +226,8 @@ class WanDiT(nn.Module):
             text_BSE=text_BSE,
             dropout_key_B=dropout_key_B,
         )
-        return unpatchify(velocity_BLP, grid, self.config.patch)
+        # A view would lose FSDP2's hook to an in-place operation on it.
+        return unpatchify(velocity_BLP, grid, self.config.patch).clone()
 
     def forward_tokens(
         self,

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shards.errors import UserError
-from train.config import ParallelConfig
+from train.config import ParallelConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 WATCH_MARGIN_SECONDS = 60.0
 """An exchange gives up later than the watch (train/watch.py), which can say who is missing."""
@@ -183,6 +184,14 @@ class Ranks:
         dist.all_gather(parts, padded)
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
+    def base_mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks that this one's copy of the base is spread over. Every rank must call it, at the same place."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        size = self.layout.base_shards
+        sizes = (self.layout.world_size // size, size)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=("copy", "part"))["part"]
+
     def meet(self) -> None:
         """Wait for all ranks."""
         self.largest(0.0)
@@ -236,6 +245,31 @@ def make_ranks(layout: Layout, reason: str = "") -> Ranks:
     return Ranks(layout, sequence, reason)
 
 
-def choose_layout(config: ParallelConfig, world: World) -> Layout:
-    """The configured layout. Raises UserError, with the sizes that do, for one that these processes cannot form."""
-    return Layout(world.rank, world.size, world.local_rank)
+def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -> tuple[Layout, str]:
+    """The configured layout, and why. Raises UserError for one that these processes cannot form.
+
+    Args:
+        device_bytes: memory of the GPU; None on a CPU, whose memory is not asked.
+    """
+    shards, reason = _base_shards(config, world, device_bytes)
+    if world.size % shards:
+        raise UserError(
+            f"parallel.shard: hybrid: {world.size} processes are not whole machines of {shards}",
+            expected="as many processes on every machine",
+        )
+    if shards > 1 and config.lora is None:
+        raise UserError("parallel.shard spreads a frozen base; lora: null trains it", mend="parallel.shard=none")
+    return Layout(world.rank, world.size, world.local_rank, base_shards=shards), reason
+
+
+def _base_shards(config: TrainConfig, world: World, device_bytes: int | None) -> tuple[int, str]:
+    wanted = config.parallel.shard
+    if world.size == 1 or wanted != "auto":
+        return {"full": world.size, "hybrid": world.local_size}.get(wanted, 1), f"parallel.shard: {wanted}"
+    if device_bytes is None or config.lora is None:
+        return 1, "the base stays whole: no GPU's memory to fit" if device_bytes is None else "every weight trains"
+    from train.plan import least_memory
+
+    need = least_memory(config)
+    words = f"a step beside the whole base takes {need / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
+    return (1 if need <= device_bytes else world.local_size), words

@@ -163,6 +163,16 @@ def choose_mesh(basis: Basis, num_gpus: int, num_nodes: int) -> Mesh:
     return mesh if fits else mesh._replace(base_shards=mesh.gpus_per_node)
 
 
+def least_memory(config: TrainConfig) -> int:
+    """Bytes that a GPU needs beside the whole base for the largest micro-batch of the dataset, keeping the least."""
+    dims, _ = _dims(config)
+    sizes, _ = read_sizes(config, ())
+    shapes = [Shape(config.data.micro_batch, _tokens(dims, bucket)) for bucket, _ in sizes]
+    compute_bytes = 4 if config.precision.compute == "fp32" else 2
+    saves = ((),) * dims.num_layers
+    return max(run_memory(config, dims, shape, saves, compute_bytes).total for shape in shapes)
+
+
 def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     """The configured checkpointing under other layouts of the same GPUs, those that are possible."""
     if basis.config.lora is None:

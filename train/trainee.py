@@ -21,13 +21,14 @@ from train.checkpointing import ChooseSaves, keep
 from train.config import TrainConfig
 from train.export import locate_lora
 from train.flops import Shape
-from train.lora import inject, load_lora_state, save_export
+from train.lora import inject, load_lora_state, reset, save_export
 from train.lora_formats import read_lora, to_raw_state
-from train.model import WanDiT, build_model
+from train.model import WanDiT, build_model, init_random
 from train.model_config import DiTConfig
 from train.parallel import ALONE, Ranks
 from train.policy import make_chooser
 from train.precision import Precision, resolve_precision
+from train.sharding import spread
 from train.weights import load_dit, read_dit_config, save_dit
 
 if TYPE_CHECKING:
@@ -108,21 +109,11 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
     device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
     precision = resolve_precision(config.precision.compute, device_facts(device))
     dims = resolve_dims(config)
-    whole = config.lora is None
-    model = build_model(
-        dims,
-        precision.dtype,
-        device,
-        param_dtype=torch.float32 if whole else None,
-        seed=config.model.random_seed if config.model.checkpoint is None else None,
-    )
-    if config.model.checkpoint is not None:
-        load_dit(model, config.model.checkpoint)
-    adapted = () if config.lora is None else tuple(inject(model, config.lora, config.seed))
+    model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
         start = read_lora(locate_lora(Path(config.lora.start_from))[0])
         load_lora_state(model, to_raw_state(start, config.lora), start.origin)
-    policy = choose_policy(config, dims, device, precision.dtype)
+    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout.base_shards)
     keep(model, policy, compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
@@ -130,11 +121,35 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
     return Trainee(config, dims, model, device, precision, weights, adapted, policy)
 
 
-def choose_policy(config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype) -> ChooseSaves | str:
+def _build(
+    config: TrainConfig, dims: DiTConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> tuple[WanDiT, tuple[str, ...]]:
+    """The model with its weights and its LoRA, and the names of what was adapted."""
+    seed = config.model.random_seed if config.model.checkpoint is None else None
+    if ranks.layout.base_shards > 1 and config.lora is not None:
+        model = build_model(dims, dtype, "meta")
+        adapted = tuple(inject(model, config.lora, config.seed))
+        spread(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
+        reset(model, config.seed)
+        if seed is not None:
+            init_random(model, seed)
+    else:
+        model = build_model(dims, dtype, device, param_dtype=None if config.lora else torch.float32, seed=seed)
+        adapted = ()
+    if config.model.checkpoint is not None:
+        load_dit(model, config.model.checkpoint)
+    if config.lora is not None and not adapted:
+        adapted = tuple(inject(model, config.lora, config.seed))
+    return model, adapted
+
+
+def choose_policy(
+    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, base_shards: int = 1
+) -> ChooseSaves | str:
     """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    memory = device_memory(device)
     if config.lora is not None:
-        return make_chooser(config, dims, device_bytes=memory, compute_bytes=dtype.itemsize)
+        return make_chooser(config, dims, device_bytes=memory, compute_bytes=dtype.itemsize, base_shards=base_shards)
     policy = config.checkpointing.policy
     return policy if policy in ("none", "full") else "none" if memory is None else "full"
 
@@ -144,6 +159,11 @@ def resolve_dims(config: TrainConfig) -> DiTConfig:
     if config.model.dims is not None:
         return config.model.dims
     return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
