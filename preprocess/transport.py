@@ -8,6 +8,7 @@ socket of one whose deadline has passed, or all of them when the build is to end
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import socket
 import threading
@@ -169,6 +170,9 @@ def _pool_classes(
             super().request(*arguments, **options)
             on_request(self.sock)
 
+        def getresponse(self) -> urllib3.HTTPResponse:
+            return _close_if_refused(self, super().getresponse)
+
     class WatchedTls(HTTPSConnection):
         def connect(self) -> None:
             super().connect()
@@ -178,6 +182,9 @@ def _pool_classes(
             super().request(*arguments, **options)
             on_request(self.sock)
 
+        def getresponse(self) -> urllib3.HTTPResponse:
+            return _close_if_refused(self, super().getresponse)
+
     class Pool(HTTPConnectionPool):
         ConnectionCls = Watched
 
@@ -185,6 +192,26 @@ def _pool_classes(
         ConnectionCls = WatchedTls
 
     return {"http": Pool, "https": TlsPool}
+
+
+def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPResponse]) -> urllib3.HTTPResponse:
+    """What `getresponse` gives; where urllib3 refuses a head that http.client took, the socket is closed.
+
+    A connection that ends with its response hands the socket to it, and urllib3 drops that response as it raises.
+    """
+    taken: list[http.client.HTTPResponse] = []
+
+    def take(*arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        taken.append(http.client.HTTPResponse(*arguments, **options))
+        return taken[-1]
+
+    connection.response_class = take
+    try:
+        return getresponse()
+    except BaseException:
+        for response in taken:
+            response.close()
+        raise
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 import datetime
 import email.utils
+import gc
 import gzip
 import ipaddress
 import ssl
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -106,6 +108,18 @@ def test_each_misbehaviour_ends_as_designed(fetch, name):
         assert (rejection.reason, made) == (reason, attempts)
         assert rejection.retryable == (reason != "fetch-too-large")
         assert fetch.counts.num_again == attempts - 1
+
+
+@pytest.mark.parametrize("name", ["two lengths", "a negative length", "gzip that nobody asked for"])
+def test_a_refused_head_leaves_no_socket_open(fetch, name):
+    """Not even one for the garbage collector, which would close it at any later time, with a warning."""
+    with odd_server(a=ENDS[name][0]) as server:
+        gc.collect()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fetch.refused(f"{server.url}/a", attempts=2)
+            gc.collect()
+        assert not told
 
 
 GOOD_ENDS = [
