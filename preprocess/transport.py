@@ -170,7 +170,7 @@ def _pool_classes(
             super().request(*arguments, **options)
             on_request(self.sock)
 
-        def getresponse(self) -> urllib3.HTTPResponse:
+        def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
             return _close_if_refused(self, super().getresponse)
 
     class WatchedTls(HTTPSConnection):
@@ -182,7 +182,7 @@ def _pool_classes(
             super().request(*arguments, **options)
             on_request(self.sock)
 
-        def getresponse(self) -> urllib3.HTTPResponse:
+        def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
             return _close_if_refused(self, super().getresponse)
 
     class Pool(HTTPConnectionPool):
