@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.vae_config import LATENT_MEAN, LATENT_STD, Z_DIM, vae_arguments
-from preprocess.weight_files import Weight, damaged, fill_module, read_json, read_pickle, read_safetensors
+from preprocess.weight_files import Weight, damaged, fill_module, read_pickle, read_safetensors
 from preprocess.weight_names import rename_text, rename_vae
 from shards.errors import UserError
+from shards.weight_index import read_object
 
 OFFICIAL_VAE = "Wan2.2_VAE.pth"
 OFFICIAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -58,7 +59,7 @@ def name_other_model(folder: Path) -> str | None:
     if (folder / "Wan2.1_VAE.pth").is_file():
         return "Wan2.1, or Wan2.2-A14B, which shares its VAE"
     config = folder / "vae" / "config.json"
-    if config.is_file() and read_json(config).get("z_dim", 16) == 16:
+    if config.is_file() and read_object(config).get("z_dim", 16) == 16:
         return "Wan2.1, or Wan2.2-A14B, which shares its VAE"
     return None
 
@@ -141,7 +142,7 @@ def _official_vae(path: Path) -> Any:
 
 def _diffusers_vae(folder: Path) -> Any:
     weights = read_safetensors(folder, "diffusion_pytorch_model")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     base_dim = config.get("base_dim")
     if not isinstance(base_dim, int) or base_dim < 1:
         raise UserError(f"{folder}/config.json: base_dim {base_dim!r}", expected=VAE_NAME)

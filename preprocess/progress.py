@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards.console import LOG
+from shards.console import LOG, duration_words
 
 if TYPE_CHECKING:
     from shards.ledger import LedgerRow
@@ -120,7 +120,7 @@ class _Bar(Progress):
 
 def describe_facts(facts: dict[str, Any]) -> str:
     """The figures in words, behind a comma; of a pass over clips its clips too."""
-    left = "" if facts["seconds_left"] is None else f", {_clock(facts['seconds_left'])} left"
+    left = "" if facts["seconds_left"] is None else f", {duration_words(facts['seconds_left'])} left"
     if not facts["clips"]:
         return left
     return (
@@ -184,13 +184,3 @@ def _counted_lines(title: str) -> Callable[[int], None]:
             LOG.info("%s %d", title, num_read)
 
     return tell
-
-
-def _clock(seconds: float) -> str:
-    """Days, hours, minutes: what a person waits by."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

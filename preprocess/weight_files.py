@@ -5,17 +5,16 @@ Nothing is read before it is needed: files are mapped, tensors are views of them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
+from shards.weight_index import indexed_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MAX_JSON_BYTES = 10_000_000
 _SHOWN = 12
 
 
@@ -78,18 +77,7 @@ def _component_files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str
         if not single.is_file():
             raise UserError(f"{folder}: no {single.name} and no {index.name}", mend="`wanprep fetch-model`")
         return [single], None
-    indexed = read_json(index).get("weight_map")
-    if not isinstance(indexed, dict):
-        raise UserError(f"{index}: has no weight_map")
-    files = [folder / Path(str(name)).name for name in sorted(set(indexed.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(files)} files are missing ({', '.join(missing)})",
-            expected=f"the files that {index.name} names",
-            mend="`wanprep fetch-model` goes on where a download stopped",
-        )
-    return files, indexed
+    return indexed_files(index)
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, Weight], origin: Path, what: str) -> None:
@@ -117,19 +105,6 @@ def fill_module(module: nn.Module, weights: Mapping[str, Weight], origin: Path, 
             mend="compare sizes and checksums with the publisher's, or fetch it again with `wanprep fetch-model`",
         )
     module.load_state_dict({name: weight.tensor for name, weight in weights.items()}, strict=True, assign=True)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a bounded size. Raises UserError naming the file."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(file, error) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: the top level is {type(values).__name__}", expected="an object")
-    return values
 
 
 def damaged(path: Path, error: Exception) -> UserError:

@@ -38,6 +38,16 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def duration_words(seconds: float) -> str:
+    """What a person waits by: '3 d 4 h', '4 h 05 min', '5 min 09 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
 def set_up_logging(prefix: str = "", level: int = logging.INFO, *, terminal: bool = True) -> None:
     """Send the project's one logger to standard error, each line behind `prefix` (a rank, a worker).
 

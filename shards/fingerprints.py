@@ -37,15 +37,14 @@ def find_alike(prints: np.ndarray, clips: Sequence[str], max_different: float = 
     limit = max_different * prints.shape[1] * 8 if prints.size else 0
     for run in _shared_bands(prints[varies]):
         # Against the first and the one before: in a run of thousands every pair would be millions.
-        places = varies[run].tolist()
-        if len({clips[place] for place in places}) == 1:
+        places = varies[run]
+        if len({clips[place] for place in places.tolist()}) == 1:
             continue
-        for one, before in zip(places[1:], places, strict=False):
-            for other in {places[0], before}:
-                if not joined.same(one, other):
-                    different = int(np.bitwise_count(prints[one] ^ prints[other]).sum())
-                    if different <= limit:
-                        joined.join(one, other, different / (prints.shape[1] * 8))
+        for ones, others in ((places[1:], places[:-1]), (places[2:], np.broadcast_to(places[0], len(places) - 2))):
+            different = np.bitwise_count(prints[ones] ^ prints[others]).sum(axis=1)
+            for near in np.flatnonzero(different <= limit).tolist():
+                if not joined.same(one := int(ones[near]), other := int(others[near])):
+                    joined.join(one, other, int(different[near]) / (prints.shape[1] * 8))
     return [group for group in joined.groups() if len({clips[member] for member in group.members}) > 1]
 
 

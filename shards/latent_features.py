@@ -2,9 +2,9 @@
 
     C channels   T frames   H, W of the latent's grid   R rows that are looked at
 
-Statistics are taken from every k-th row of the grid, at most 65,536 elements a latent and k coprime to H, so that rows
-of all heights enter: float16 converts slowly, and thousands of samples leave no doubt about a channel. Whether a latent
-is finite and whether it is constant is asked of all its elements.
+Statistics are taken from every k-th row of the grid over all frames, at most 32,768 elements a latent, k such that all
+heights of the picture enter: float16 converts slowly, and thousands of samples leave no doubt about a channel. Whether
+a latent is finite and whether it is constant is asked of all its elements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from shards.codec import DTYPES
 
-MAX_ELEMENTS = 2**16
+MAX_ELEMENTS = 2**15
 FEATURES = ("mean", "std", "smoothness")
 """Of each channel; smoothness is the correlation of neighbours in a row, which a VAE's pictures have in common."""
 GRID = 4
@@ -40,27 +40,37 @@ class LatentFeatures(NamedTuple):
 
 def latent_features(latent: np.ndarray) -> LatentFeatures:
     """Features of a C×T×H×W latent in a stored type (uint16: bfloat16's bits)."""
-    num_channels, _, height, width = latent.shape
-    rows_CRW = latent.reshape(num_channels, -1, width)
-    step = row_step(latent.size, height)
-    x_CRW = as_float32(rows_CRW[:, ::step])
+    num_channels, num_frames, height, width = latent.shape
+    step = row_step(num_frames * height, height, latent.size)
+    # `take` copies whole rows: four times as fast as a slice with a step made contiguous.
+    rows_CRW = latent.reshape(num_channels, -1, width).take(_places(num_frames * height, step), axis=1)
+    x_CRW = as_float32(rows_CRW)
     is_finite = _is_finite(latent)
     if not is_finite:
         x_CRW[~(np.abs(x_CRW) < _BEYOND_FLOAT16)] = 0
-    mean, variance, smoothness = _moments(x_CRW)
-    std = np.sqrt(variance)
-    is_constant = bool((std < CONSTANT_STD).all()) and _is_constant(latent)
+    values = _centre(x_CRW)
+    is_constant = bool(values[1].max() < CONSTANT_STD) and _is_constant(latent)
     cells = _pool(x_CRW, step, height)
-    bits = cells > cells.mean(axis=1, keepdims=True)
-    return LatentFeatures(np.stack([mean, std, smoothness]), np.packbits(bits), is_finite, is_constant)
+    above = cells > np.add.reduce(cells, axis=1, keepdims=True) / np.float32(GRID * GRID)
+    # What does not vary has no pictures to be alike in: rounding alone would set its bits.
+    return LatentFeatures(values, np.packbits(above & (not is_constant)), is_finite, is_constant)
 
 
-def row_step(num_elements: int, height: int) -> int:
-    """Every how many rows are looked at: enough to stay under MAX_ELEMENTS, and coprime to the grid's height."""
-    step = max(1, math.ceil(num_elements / MAX_ELEMENTS))
-    while math.gcd(step, height) > 1:
-        step += 1
-    return step
+@lru_cache(maxsize=256)
+def row_step(num_rows: int, height: int, num_elements: int) -> int:
+    """Every how many of the latent's rows are looked at: enough to stay under MAX_ELEMENTS.
+
+    Of the steps up to half as large again, the one whose rows lie most evenly over the grid's height: one more than the
+    height would walk down it once, a row a frame, and never come to the lower half.
+    """
+    least = max(1, math.ceil(num_elements / MAX_ELEMENTS))
+    return min(range(least, least + least // 2 + 4), key=lambda step: _widest_gap(num_rows, height, step))
+
+
+def _widest_gap(num_rows: int, height: int, step: int) -> int:
+    """Most rows of the grid that lie between two that are looked at, or an edge, whatever the frame."""
+    seen = sorted({row % height for row in range(0, num_rows, step)})
+    return max(b - a for a, b in zip([-1, *seen], [*seen, height], strict=True))
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
@@ -79,19 +89,25 @@ def as_float32(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _moments(x_CRW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, variance and correlation of horizontal neighbours, each float32 [C]."""
+@lru_cache(maxsize=256)
+def _places(num: int, step: int) -> np.ndarray:
+    return np.arange(0, num, step)
+
+
+def _centre(x_CRW: np.ndarray) -> np.ndarray:
+    """Mean, deviation and correlation of horizontal neighbours, float32 [3, C]; the means are taken off in place."""
     flat = x_CRW.reshape(len(x_CRW), -1)
-    mean = np.add.reduce(flat, axis=1) / np.float32(flat.shape[1])
+    values = np.zeros((len(FEATURES), len(flat)), np.float32)
+    mean = np.divide(np.add.reduce(flat, axis=1), np.float32(flat.shape[1]), out=values[0])
     # Centred first: float32 sums of squares would lose a small deviation around a large mean.
-    x_CRW = x_CRW - mean[:, None, None]
-    flat = x_CRW.reshape(len(x_CRW), -1)
-    variance = np.vecdot(flat, flat) / flat.shape[1]
+    flat -= mean[:, None]
+    variance = np.vecdot(flat, flat) / np.float32(flat.shape[1])
+    np.sqrt(variance, out=values[1])
     left, right = x_CRW[..., :-1], x_CRW[..., 1:]
-    if not left.size:
-        return mean, variance, np.zeros_like(mean)
-    neighbours = np.einsum("crw,crw->c", left, right) / left[0].size
-    return mean, variance, neighbours / np.maximum(variance, CONSTANT_STD**2)
+    if left.size:
+        neighbours = np.einsum("crw,crw->c", left, right) / np.float32(left[0].size)
+        np.divide(neighbours, np.maximum(variance, np.float32(CONSTANT_STD**2)), out=values[2])
+    return values
 
 
 def _pool(x_CRW: np.ndarray, step: int, height: int) -> np.ndarray:

@@ -7,50 +7,31 @@ and of each sample its key, clip and fingerprint: some 300 bytes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from shards.commit import dataset_revision
 from shards.dataset_info import DatasetInfo, read_info
-from shards.errors import UserError
 from shards.fingerprints import Alike, find_alike, find_equal
-from shards.keys import clip_hash
-from shards.layout import LATENTS, text_kind
+from shards.layout import text_kind
 from shards.stats_cache import StatsCache
 from shards.stats_checks import ReferenceBuilder, ShardVerdict, judge_shard, largest, sample_distances
 from shards.stats_findings import Evidence, find_all
 from shards.stats_funnel import OnRefused, funnel_steps, read_funnel, reason_rows
+from shards.stats_passes import Passes, Unit
 from shards.stats_result import counted
-from shards.stats_unit import UnitStats, latent_unit, text_unit
+from shards.stats_unit import UnitStats, latent_unit
 from shards.storage import Storage, open_storage
 from shards.tally import Tally
-from shards.unit_list import UnitRef, list_units
 
 Progress = Callable[[int, int], None]
 """Told units done and units in all."""
 _MAX_GROUPS = 200
-
-
-class _Unit(NamedTuple):
-    """One unit and what of it is asked for."""
-
-    ref: UnitRef
-    wanted: frozenset[str] | None
-
-    @property
-    def cache_name(self) -> str:
-        """By the tar's digest, and by the keys where not all were asked for."""
-        if self.wanted is None:
-            return f"{self.ref.tar.sha256[:40]}-all"
-        chosen = hashlib.sha256(" ".join(sorted(self.wanted)).encode()).hexdigest()
-        return f"{self.ref.tar.sha256[:40]}-{chosen[:16]}"
 
 
 def dataset_stats(
@@ -79,28 +60,24 @@ def dataset_stats(
     storage = open_storage(root)
     info = read_info(storage)
     text_set = _text_set(info, text_set)
-    damaged: list[str] = []
-    latents = [_Unit(ref, None) for ref in list_units(storage, LATENTS, damaged)]
-    texts = [_Unit(ref, None) for ref in list_units(storage, text_kind(text_set), damaged)] if text_set else []
-    num_samples = sum(len(unit.ref.keys) for unit in latents)
-    latents, texts = _choose(latents, sample), _choose(texts, sample)
     with ExitStack() as stack:
-        folder = cache or Path(stack.enter_context(TemporaryDirectory(prefix="wanshards-stats-")))
-        kept = StatsCache(folder)
-        first = _FirstPass(num_samples if sample is None else min(sample, num_samples))
-        done, total = 0, len(latents) + len(texts)
-        for unit, stats in zip(latents, _in_order(storage, latents, kept, jobs), strict=True):
-            done += 1
+        kept = StatsCache(cache or Path(stack.enter_context(TemporaryDirectory(prefix="wanshards-stats-"))))
+        passes = Passes(storage, text_set, sample, kept, jobs)
+        first, damaged = _FirstPass(), list[str]()
+        latents, texts = list[Unit](), list[Unit]()
+        for unit, stats in passes.latents(damaged):
+            latents.append(unit)
             first.add_latents(unit, stats)
             if progress:
-                progress(done, total)
-        for tally in _texts_in_order(storage, texts, kept, jobs):
-            done += 1
+                progress(len(latents), passes.num_units)
+        for unit, tally in passes.texts(damaged):
+            texts.append(unit)
             first.texts.merge([tally])
             if progress:
-                progress(done, total)
+                progress(len(latents) + len(texts), passes.num_units)
         verdicts, outliers = _second_pass(latents, first, kept, storage)
     funnel = read_funnel(storage, info, [unit.ref for unit in latents], on_refused)
+    num_samples = sum(len(unit.ref.keys) for unit in latents)
     num_with_text = sum(len(unit.ref.keys) for unit in _read_only_matching(texts, latents))
     evidence = Evidence(
         info, first.tally, first.texts, [*damaged, *funnel.problems], first.builder.channels(),
@@ -126,16 +103,16 @@ def dataset_stats(
 class _FirstPass:
     """What the first pass leaves: counts, the reference, and of each sample what finds its likes."""
 
-    def __init__(self, num_expected: int) -> None:
+    def __init__(self) -> None:
         self.tally, self.texts = Tally(), Tally()
-        self.builder = ReferenceBuilder(num_expected)
+        self.builder = ReferenceBuilder()
         self.keys: list[str] = []
         self._clips: list[str] = []
         self._digests: list[str] = []
         self._previews: list[str] = []
         self._prints: list[np.ndarray] = []
 
-    def add_latents(self, unit: _Unit, stats: UnitStats) -> None:
+    def add_latents(self, unit: Unit, stats: UnitStats) -> None:
         """Take one unit."""
         self.tally.merge([stats.tally])
         self.builder.add(stats)
@@ -180,7 +157,7 @@ class _FirstPass:
 
 
 def _second_pass(
-    latents: list[_Unit], first: _FirstPass, kept: StatsCache, storage: Storage
+    latents: list[Unit], first: _FirstPass, kept: StatsCache, storage: Storage
 ) -> tuple[list[ShardVerdict], list[dict[str, Any]]]:
     references = first.builder.references()
     verdicts: list[ShardVerdict] = []
@@ -203,55 +180,10 @@ def _text_set(info: DatasetInfo, text_set: str | None) -> str | None:
     return text_set
 
 
-def _choose(units: list[_Unit], sample: int | None) -> list[_Unit]:
-    """The units with the keys to read: all, or the `sample` ones of smallest hash, whatever else is there."""
-    if sample is None or sample >= sum(len(unit.ref.keys) for unit in units):
-        return units
-    if sample < 1:
-        raise UserError(f"--sample {sample}", expected="at least 1")
-    keys = [key for unit in units for key in unit.ref.keys]
-    hashes = np.array([clip_hash(key, "stats") for key in keys], np.uint64)
-    limit = np.partition(hashes, sample - 1)[sample - 1]
-    chosen = {key for key, value in zip(keys, hashes.tolist(), strict=True) if value <= limit}
-    return [unit._replace(wanted=frozenset(chosen.intersection(unit.ref.keys))) for unit in units]
-
-
-def _in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs: int) -> Iterator[UnitStats]:
-    def one(unit: _Unit) -> UnitStats:
-        stats = kept.read_latents(unit.cache_name)
-        if stats is None:
-            stats = latent_unit(storage, unit.ref.commit(storage), unit.wanted)
-            kept.write_latents(unit.cache_name, stats)
-        return stats
-
-    yield from _mapped(one, units, jobs)
-
-
-def _texts_in_order(storage: Storage, units: list[_Unit], kept: StatsCache, jobs: int) -> Iterator[Tally]:
-    def one(unit: _Unit) -> Tally:
-        tally = kept.read_tally(unit.cache_name)
-        if tally is None:
-            tally = text_unit(storage, unit.ref.commit(storage), unit.wanted)
-            kept.write_tally(unit.cache_name, tally)
-        return tally
-
-    yield from _mapped(one, units, jobs)
-
-
-def _mapped(one: Callable[[_Unit], Any], units: list[_Unit], jobs: int) -> Iterator[Any]:
-    """`map` over threads with few results waiting. With one job, in this thread: a profile stays readable."""
-    if jobs == 1:
-        yield from map(one, units)
-        return
-    with ThreadPoolExecutor(jobs) as pool:
-        for start in range(0, len(units), 4 * jobs):
-            yield from pool.map(one, units[start : start + 4 * jobs])
-
-
-def _read_only_matching(texts: list[_Unit], latents: list[_Unit]) -> list[_Unit]:
+def _read_only_matching(texts: list[Unit], latents: list[Unit]) -> list[Unit]:
     there = {unit.ref.unit for unit in latents}
     return [unit for unit in texts if unit.ref.unit in there]
 
 
-def _revision(units: list[_Unit]) -> str:
+def _revision(units: list[Unit]) -> str:
     return dataset_revision((unit.ref.kind, unit.ref.unit, unit.ref.revision) for unit in units)

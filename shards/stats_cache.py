@@ -16,7 +16,7 @@ import numpy as np
 from shards.stats_unit import UnitStats
 from shards.tally import Tally
 
-VERSION = 1
+VERSION = 2
 """Of what is kept: raise it when a number changes its meaning."""
 
 

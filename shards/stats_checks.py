@@ -71,9 +71,8 @@ class ShardVerdict(NamedTuple):
 class ReferenceBuilder:
     """Collects the reference samples of a stream of units: the same ones in whatever order they come."""
 
-    def __init__(self, num_expected: int) -> None:
-        self._limit = int(min(1.0, REFERENCE_SAMPLES / max(1, num_expected)) * (2**64 - 1))
-        self._rows: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    def __init__(self) -> None:
+        self._rows = {False: _Smallest(REFERENCE_SAMPLES), True: _Smallest(REFERENCE_SAMPLES)}
         self._sums: list[np.ndarray] = []
         self._num = 0
 
@@ -82,8 +81,7 @@ class ReferenceBuilder:
         if not len(stats.keys):
             return
         for place, key in enumerate(stats.keys):
-            if clip_hash(key, "stats") <= self._limit:
-                self._rows[bool(stats.is_image[place])].append(stats.features[place])
+            self._rows[bool(stats.is_image[place])].add(clip_hash(key, "stats"), stats.features[place])
         values = stats.features.astype(np.float64)
         mean, std, smooth = values[:, 0], values[:, 1], values[:, 2]
         sums = np.stack([mean.sum(0), (std**2 + mean**2).sum(0), smooth.sum(0)])
@@ -104,9 +102,33 @@ class ReferenceBuilder:
         """References of videos (False) and of one-frame samples (True), where there are enough samples."""
         return {
             is_image: _reference(np.stack(rows))
-            for is_image, rows in self._rows.items()
-            if len(rows) >= _MIN_REFERENCE and len({row.shape for row in rows}) == 1
+            for is_image, smallest in self._rows.items()
+            if len(rows := smallest.rows()) >= _MIN_REFERENCE and len({row.shape for row in rows}) == 1
         }
+
+
+class _Smallest:
+    """The `num` rows of smallest hash among those added."""
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._limit: int | None = None
+        self._found: list[tuple[int, int, np.ndarray]] = []
+
+    def add(self, value: int, row: np.ndarray) -> None:
+        if self._limit is None or value <= self._limit:
+            self._found.append((value, len(self._found), row))  # the place: rows cannot be compared
+            if len(self._found) >= 2 * self._num:
+                self._cut()
+
+    def rows(self) -> list[np.ndarray]:
+        self._cut()
+        return [row for *_, row in self._found]
+
+    def _cut(self) -> None:
+        self._found = sorted(self._found)[: self._num]
+        if len(self._found) == self._num:
+            self._limit = self._found[-1][0]
 
 
 def _reference(rows: np.ndarray) -> Reference:

@@ -107,7 +107,7 @@ def read_latent(storage: Storage, commit: Commit, sample: SampleInfo) -> tuple[d
     if storage.read_into(commit.tar.name, first, buffer) < size:
         raise ShardDamage(storage.url(commit.tar.name), "cut short", member=sample.key, offset=first)
     text = bytes(buffer[document.offset - first :][: document.size])
-    meta = _checked_json(text, document.sha256, storage.url(commit.tar.name), sample.key)
+    meta = _checked_json(text, document.sha256, commit.tar.name, sample.key)
     frame = buffer[array.offset - first :][: array.size]
     if frame_checksum(frame) != int(array.check, 16):
         raise ShardDamage("array", "its checksum is not the one in the commit", member=sample.key)
@@ -120,7 +120,7 @@ def read_json(storage: Storage, commit: Commit, sample: SampleInfo) -> dict[str,
     if document is None:
         raise ShardDamage(storage.url(commit.tar.name), "no JSON", member=sample.key)
     data = storage.get_range(commit.tar.name, document.offset, document.size)
-    return _checked_json(data, document.sha256, storage.url(commit.tar.name), sample.key)
+    return _checked_json(data, document.sha256, commit.tar.name, sample.key)
 
 
 def count_sample(tally: Tally, meta: Mapping[str, Any], summary: LatentSummary, key: str, *, is_new_clip: bool) -> None:
@@ -241,12 +241,12 @@ def _member_digest(sample: SampleInfo, suffix: str) -> str:
     return member.sha256[:16] if member else ""
 
 
-def _checked_json(data: bytes, sha256: str, url: str, key: str) -> dict[str, Any]:
+def _checked_json(data: bytes, sha256: str, tar: str, key: str) -> dict[str, Any]:
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ShardDamage(url, "its JSON is not the one in the commit", member=key)
-    value = parse_json(data, url, key)
+        raise ShardDamage(tar, "its JSON is not the one in the commit", member=key)
+    value = parse_json(data, tar, key)
     if not isinstance(value, dict):
-        raise ShardDamage(url, "its JSON is no object", member=key)
+        raise ShardDamage(tar, "its JSON is no object", member=key)
     return value
 
 

@@ -122,7 +122,7 @@ class LocalStorage:
                     return False
             else:
                 temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_path(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
         self._forget(name)
@@ -210,7 +210,7 @@ class LocalStorage:
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(folder.parent)
+            sync_path(folder.parent)
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         try:
@@ -272,15 +272,12 @@ def _write_whole(path: Path, data: bytes | Path) -> None:
             shutil.copyfile(data, path)
     else:
         path.write_bytes(data)
+    sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

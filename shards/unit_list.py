@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from shards.commit import Blob, Commit, read_commit
+from shards.commit import Blob, Commit, StoredCommit, read_commit
 from shards.damage import ShardDamage
 from shards.errors import UserError
 from shards.index import list_root
@@ -13,7 +14,6 @@ from shards.layout import NULL_UNIT
 from shards.storage import Storage
 
 _THREADS = 16
-_BATCH = 256
 
 
 class UnitRef(NamedTuple):
@@ -26,6 +26,13 @@ class UnitRef(NamedTuple):
     ledger: Blob | None
     keys: tuple[str, ...]
 
+    @classmethod
+    def of(cls, stored: StoredCommit) -> UnitRef:
+        """From its commit."""
+        commit = stored.commit
+        keys = tuple(sample.key for sample in commit.samples)
+        return cls(commit.kind, commit.unit, stored.revision, commit.tar, commit.ledger, keys)
+
     def commit(self, storage: Storage) -> Commit:
         """Its commit, read anew. Raises ShardDamage when it is gone, damaged, or another tar's by now."""
         commit = read_commit(storage, self.kind, self.unit).commit
@@ -34,25 +41,31 @@ class UnitRef(NamedTuple):
         return commit
 
 
-def list_units(storage: Storage, kind: str, damaged: list[str] | None = None) -> list[UnitRef]:
-    """All units of a kind that have a commit now; what is wrong with one that cannot be read goes into `damaged`."""
-    numbers = [unit for _, unit in sorted(list_root(storage, [kind]).commits) if unit != NULL_UNIT]
-    units = []
+def unit_numbers(storage: Storage, kind: str) -> list[int]:
+    """The units of a kind that have a commit now, ascending; without the null embeddings."""
+    return [unit for _, unit in sorted(list_root(storage, [kind]).commits) if unit != NULL_UNIT]
+
+
+def read_units(
+    storage: Storage, kind: str, units: Sequence[int], damaged: list[str] | None = None
+) -> Iterator[StoredCommit]:
+    """The units' commits in this order, few at a time; what is wrong with an unreadable one goes into `damaged`."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(numbers), _BATCH):  # bounded: the commits of a batch, not of the dataset
-            for found in pool.map(lambda unit: _unit(storage, kind, unit), numbers[start : start + _BATCH]):
-                if isinstance(found, UnitRef):
-                    units.append(found)
+        for start in range(0, len(units), _THREADS):
+            for found in pool.map(lambda unit: _read(storage, kind, unit), units[start : start + _THREADS]):
+                if isinstance(found, StoredCommit):
+                    yield found
                 elif damaged is not None:
                     damaged.append(found)
-    return units
 
 
-def _unit(storage: Storage, kind: str, unit: int) -> UnitRef | str:
+def list_units(storage: Storage, kind: str) -> list[UnitRef]:
+    """All units of a kind whose commit can be read now."""
+    return [UnitRef.of(stored) for stored in read_units(storage, kind, unit_numbers(storage, kind))]
+
+
+def _read(storage: Storage, kind: str, unit: int) -> StoredCommit | str:
     try:
-        stored = read_commit(storage, kind, unit)
+        return read_commit(storage, kind, unit)
     except (ShardDamage, UserError) as error:
         return str(error.problem)
-    commit = stored.commit
-    keys = tuple(sample.key for sample in commit.samples)
-    return UnitRef(kind, unit, stored.revision, commit.tar, commit.ledger, keys)

@@ -114,3 +114,21 @@ def run_distributed() -> Callable[..., list[Any]]:
     from ranks import run_ranks
 
     return run_ranks
+
+
+@pytest.fixture(scope="module")
+def one_browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from browser import browser
+
+    with browser(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def driver(one_browser: Any) -> Any:
+    """The module's browser, light, with nothing said yet."""
+    from browser import console, prefer, requests
+
+    prefer(one_browser, dark=False)
+    console(one_browser), requests(one_browser)
+    return one_browser

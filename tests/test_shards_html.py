@@ -10,7 +10,6 @@ from browser import (
     DESKTOP,
     PHONE,
     accessibility_problems,
-    browser,
     console,
     open_page,
     prefer,
@@ -25,20 +24,6 @@ from shards.html import Section, details, join, json_block, number, page, table,
 
 ROOT = Path(__file__).parents[1]
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
-
-
-@pytest.fixture(scope="module")
-def one_browser(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("browser")) as driver:
-        yield driver
-
-
-@pytest.fixture
-def driver(one_browser):
-    """The module's browser, light, with nothing said yet."""
-    prefer(one_browser, dark=False)
-    console(one_browser), requests(one_browser)
-    return one_browser
 
 
 def _demo_page():

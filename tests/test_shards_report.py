@@ -8,7 +8,6 @@ from browser import (
     DESKTOP,
     PHONE,
     accessibility_problems,
-    browser,
     console,
     open_page,
     prefer,
@@ -26,20 +25,6 @@ from shards.report import write_report
 from shards.report_gallery import RefusedKeeper
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script>&amp;"
-
-
-@pytest.fixture(scope="module")
-def one_browser(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("browser")) as driver:
-        yield driver
-
-
-@pytest.fixture
-def driver(one_browser):
-    """The module's browser, light, with nothing said yet."""
-    prefer(one_browser, dark=False)
-    console(one_browser), requests(one_browser)
-    return one_browser
 
 
 @pytest.fixture(scope="module")

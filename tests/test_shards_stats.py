@@ -12,14 +12,18 @@ from click.testing import CliRunner
 from s3_servers import BUCKET, serve
 from stats_data import CHANNELS, SAMPLES, clip_name, key_of, vae_like, write_latents
 
-from shards import stats as stats_module
+from shards import stats_checks, stats_passes
 from shards.cli import main
+from shards.errors import UserError
 from shards.fingerprints import find_alike, find_equal
-from shards.latent_features import as_float32, latent_features, row_step
+from shards.keys import clip_hash
+from shards.latent_features import MAX_ELEMENTS, as_float32, latent_features, row_step
 from shards.stats import dataset_stats
-from shards.stats_unit import script_of
+from shards.stats_checks import ReferenceBuilder
+from shards.stats_unit import latent_unit, script_of
 from shards.storage import open_storage
 from shards.tally import MAX_LABELS, OTHERS, Tally
+from shards.unit_list import read_units
 
 
 def _stats(tmp_path, plant=None, num_units=6, **options):
@@ -165,7 +169,7 @@ def test_what_was_read_is_not_read_again_and_changes_nothing(tmp_path, monkeypat
     write_latents(root, 4, scratch=tmp_path / "scratch")
     plain = dataset_stats(root)
     read = []
-    once = stats_module.latent_unit
+    once = stats_passes.latent_unit
 
     def counting(storage, commit, wanted=None):
         if len(read) == 2:
@@ -173,7 +177,7 @@ def test_what_was_read_is_not_read_again_and_changes_nothing(tmp_path, monkeypat
         read.append(commit.unit)
         return once(storage, commit, wanted)
 
-    monkeypatch.setattr(stats_module, "latent_unit", counting)
+    monkeypatch.setattr(stats_passes, "latent_unit", counting)
     with pytest.raises(KeyboardInterrupt):
         dataset_stats(root, cache=cache)
     read.clear()
@@ -195,6 +199,29 @@ def test_a_sample_of_n_is_n_the_same_ones_and_counts_all_records(tmp_path):
     assert found["funnel"]["samples"] == 60
     assert dataset_stats(root, sample=20) == found
     assert dataset_stats(root, sample=1000)["sampled"]["read"] == 60
+
+
+def test_a_sample_of_none_is_refused(tmp_path):
+    write_latents(tmp_path / "root", 1, scratch=tmp_path / "scratch")
+    with pytest.raises(UserError, match="--sample 0"):
+        dataset_stats(tmp_path / "root", sample=0)
+
+
+def test_the_reference_is_of_the_same_samples_in_whatever_order_units_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats_checks, "REFERENCE_SAMPLES", 10)
+    write_latents(tmp_path / "root", 4, scratch=tmp_path / "scratch")
+    storage = open_storage(tmp_path / "root")
+    units = [latent_unit(storage, stored.commit) for stored in read_units(storage, "latents", range(4))]
+    rows = {key: row for unit in units for key, row in zip(unit.keys, unit.features, strict=True)}
+    first = sorted(rows, key=lambda key: clip_hash(key, "stats"))[:10]
+    expected = np.median([rows[key] for key in first], axis=0)
+    for order in (units, units[::-1]):
+        builder = ReferenceBuilder()
+        for unit in order:
+            builder.add(unit)
+        reference = builder.references()[False]
+        assert reference.num_samples == 10
+        np.testing.assert_array_equal(reference.median, expected)
 
 
 def test_damage_is_a_finding_and_the_rest_is_counted(tmp_path):
@@ -294,10 +321,25 @@ def test_one_value_that_is_no_number_is_seen_in_every_type(value, dtype):
     assert np.isfinite(found.values).all()
 
 
-@pytest.mark.parametrize(("elements", "height"), [(48 * 13 * 30 * 52, 30), (48 * 31 * 44 * 80, 44), (100, 6)])
-def test_rows_of_every_height_are_looked_at(elements, height):
-    step = row_step(elements, height)
-    assert len({row * step % height for row in range(height)}) == height
+@pytest.mark.parametrize("frames", [1, 5, 13, 31])
+@pytest.mark.parametrize(("height", "width"), [(30, 52), (52, 30), (44, 80), (80, 44), (6, 10)])
+def test_rows_of_all_heights_are_looked_at(frames, height, width):
+    elements = 48 * frames * height * width
+    step = row_step(frames * height, height, elements)
+    rows = range(0, frames * height, step)
+    assert elements / MAX_ELEMENTS <= step <= 5 + 1.5 * elements / MAX_ELEMENTS
+    counts = np.bincount([row % height * 4 // height for row in rows], minlength=4)
+    assert counts.min() >= max(1, len(rows) // 8), "each quarter of the picture has its part"
+
+
+def test_at_the_real_size_a_copy_compressed_again_is_near_and_strangers_are_far():
+    first, other = (vae_like(np.random.default_rng(seed), (48, 13, 30, 52)) for seed in (1, 2))
+    copy = first + 0.1 * np.random.default_rng(3).standard_normal(first.shape)
+    prints = [latent_features(latent.astype(np.float16)).fingerprint for latent in (first, copy, other)]
+    bits = np.unpackbits(prints, axis=1).reshape(3, 48, 4, 4)
+    assert 0 < (bits[0] != bits[1]).mean() < 0.04
+    assert 0.4 < (bits[0] != bits[2]).mean() < 0.6
+    assert (np.abs(bits[0].mean(axis=(0, 2)) - 0.5) < 0.2).all(), "no quarter of the picture is left out"
 
 
 def test_fingerprints_are_searched_without_pairs_and_find_what_pairs_find():

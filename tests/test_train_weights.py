@@ -193,7 +193,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tiny_dit: WanDiT, tmp_path: Pat
     with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a whole safetensors file"):
         load_dit(build_model(tiny_dit.config), folder)
     second.unlink()
-    with pytest.raises(UserError, match=r"1 of 3 shards are missing \(diffusion_pytorch_model-00002"):
+    with pytest.raises(UserError, match=r"1 of 3 files are missing \(diffusion_pytorch_model-00002"):
         load_dit(build_model(tiny_dit.config), folder)
 
 

@@ -12,7 +12,6 @@ There is no pickle, and no state of a random generator: every draw is a function
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from pydantic import Field
 
 from shards.config import Config, validate_config
 from shards.errors import UserError
+from shards.storage import sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def write_checkpoint(
         save_tensors(temporary / name, named)
     write_text(temporary / PIN_FILE, json.dumps(pin) + "\n")
     write_text(temporary / STATE_FILE, state.model_dump_json(indent=1) + "\n")
-    _sync(temporary)
+    sync_path(temporary)
     if final.exists():  # left by a run that was then resumed from an earlier checkpoint
         stale = folder / f".stale-{final.name}"
         if stale.exists():
@@ -111,7 +111,7 @@ def write_checkpoint(
         shutil.rmtree(stale)
     else:
         temporary.rename(final)
-    _sync(folder)
+    sync_path(folder)
     return final
 
 
@@ -198,7 +198,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     temporary = path.with_name(f".writing-{path.name}")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-    _sync(temporary)
+    sync_path(temporary)
     temporary.rename(path)
 
 
@@ -232,13 +232,5 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 beside `path`, sync, rename."""
     temporary = path.with_name(f".writing-{path.name}")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync_path(temporary)
     temporary.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shards.cat import preview_bytes
+from shards.console import duration_words
 from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
 from shards.html import Child, Html, Section, join, number, page, table, tag
@@ -107,8 +108,8 @@ def _facts(run: Run, summary: Mapping[str, Any]) -> Html:
     left = _seconds_left(run)
     pairs: list[tuple[str, Child]] = [
         ("Steps", f"{summary['step']:,} of {run.config.max_steps:,}"),
-        ("Time in steps", _duration(summary["seconds"])),
-        ("Left, about", _duration(left) if left else None),
+        ("Time in steps", duration_words(summary["seconds"])),
+        ("Left, about", duration_words(left) if left else None),
         ("Training loss, last", None if summary["loss"] is None else f"{summary['loss']:.4f}"),
         ("Held-out loss", change),
         ("Best held-out", f"{best:.4f} at step {summary['best_step']:,}" if best else None),
@@ -224,7 +225,7 @@ def _resume(run: Run) -> Html:
         kept = " (best)" if state.best_step == state.step else ""
         owed = f"; a resume begins with {' and '.join(state.owed)}" if state.owed else ""
         rows.append(
-            (f"{state.step:,}", f"{path.name}{kept}{owed}", state.updates, state.epoch, _duration(state.seconds))
+            (f"{state.step:,}", f"{path.name}{kept}{owed}", state.updates, state.epoch, duration_words(state.seconds))
         )
     command = tag("code", f"wantrain fit {run.folder}/config.yaml")
     return join(
@@ -243,17 +244,6 @@ def _seconds_left(run: Run) -> float | None:
         return None
     left = run.config.max_steps - int(run.steps.numbers["step"][-1])
     return left * float(np.median(seconds)) if left > 0 else None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _ratio(part: float, whole: float) -> float | None:

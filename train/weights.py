@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shards.config import validate_config
 from shards.errors import UserError
+from shards.weight_index import indexed_files, read_object
 from train.model_config import DiTConfig
 from train.sharding import own_rows
 
@@ -20,7 +21,6 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 CONFIG_KEY = "wan_dit_config"
 TI2V_NAME = "Wan2.2-TI2V-5B"
-MAX_JSON_BYTES = 10_000_000
 
 _TO_DIFFUSERS = (
     (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
@@ -120,18 +120,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise UserError(f"model.checkpoint: {path}: this is Wan2.2-A14B (two experts)", expected=TI2V_NAME, mend=mend)
     for folder in (path, path / "transformer"):
         if (folder / INDEX).is_file():
-            indexed = _read_json(folder / INDEX).get("weight_map")
-            if not isinstance(indexed, dict):
-                raise UserError(f"{folder / INDEX}: has no weight_map")
-            files = [folder / Path(str(name)).name for name in sorted(set(indexed.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise UserError(
-                    f"{folder}: {len(missing)} of {len(files)} shards are missing ({', '.join(missing)})",
-                    expected=f"the files that {INDEX} names",
-                    mend="download the checkpoint again",
-                )
-            return files, indexed
+            return indexed_files(folder / INDEX)
         for name in (SINGLE, "model.safetensors"):
             if (folder / name).is_file():
                 return [folder / name], None
@@ -253,7 +242,7 @@ def read_dit_config(path: str | Path) -> DiTConfig:
         raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's whole folder")
     places = find_tensors(path)
     refuse_other_wan(path, places)
-    return _parse_config(_read_json(config_file), places, config_file)
+    return _parse_config(read_object(config_file), places, config_file)
 
 
 def _parse_config(values: dict[str, Any], places: Mapping[str, tuple[Path, tuple[int, ...]]], file: Path) -> DiTConfig:
@@ -281,15 +270,3 @@ def _parse_config(values: dict[str, Any], places: Mapping[str, tuple[Path, tuple
     except KeyError as error:
         raise UserError(f"{file}: lacks {error.args[0]!r}", expected="the config of a Wan transformer") from None
     return validate_config(DiTConfig, {**sizes, "patch": patch}, origin=str(file))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: the top level is {type(values).__name__}", expected="an object")
-    return values
