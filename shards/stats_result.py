@@ -96,6 +96,7 @@ def print_stats(found: dict[str, Any]) -> None:
         console.print(f"  {row['count']:>9,}  windows: {row['label']}", markup=False)
     _print_counts(console, "buckets", found["buckets"])
     _print_counts(console, "categories", found["categories"])
+    _print_counts(console, "clips by duration", _binned(found["clip_seconds"], "s"), in_order=True)
     for name, rows in found["decisions"].items():
         _print_counts(console, name, rows)
     differences = found["differences"]
@@ -107,6 +108,7 @@ def print_stats(found: dict[str, Any]) -> None:
         f"captions: {captions['token_total']:,} tokens, {captions['samples_shortened']:,} samples shortened to the "
         f"limit, {captions['samples_without_words']:,} without words"
     )
+    _print_counts(console, "captions by tokens", _binned(captions["tokens"], "tokens"), in_order=True)
     _print_counts(console, "scripts", captions["scripts"])
     _print_counts(console, "cut", captions["cut"])
     _print_latents(console, found["latents"])
@@ -128,9 +130,19 @@ def funnel_lines(funnel: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_counts(console: Any, title: str, rows: list[dict[str, Any]], limit: int = 12) -> None:
+def _binned(found: dict[str, Any], unit: str) -> list[dict[str, Any]]:
+    """A histogram's bins as rows; those that nothing fell into are left out."""
+    edges = found["edges"]
+    bins = zip(edges, edges[1:], found["counts"], strict=False)
+    return [{"label": f"{low} to {high} {unit}", "count": count} for low, high, count in bins if count]
+
+
+def _print_counts(
+    console: Any, title: str, rows: list[dict[str, Any]], limit: int = 12, *, in_order: bool = False
+) -> None:
     if not rows:
         return
+    limit = len(rows) if in_order else limit
     console.print(f"{title}", style="bold", markup=False)
     for row in rows[:limit]:
         console.print(f"  {row['count']:>9,}  {row['label']}", markup=False)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -164,6 +165,35 @@ def test_every_record_is_somewhere_while_a_build_still_writes(tmp_path):
     assert dataset_stats(root, cache=tmp_path / "cache")["funnel"]["waiting"] == 0
 
 
+def test_no_record_is_lost_from_sight_while_units_come_in(tmp_path):
+    root, stop = tmp_path / "root", threading.Event()
+    write_latents(root, 1, planned_units=9, scratch=tmp_path / "scratch")
+    write_latents(tmp_path / "whole", 9, scratch=tmp_path / "scratch")
+    # A build as readers see it: whole files only, each unit's commit last.
+    whole = (tmp_path / "whole/latents").glob("shard-*")
+    late = sorted(whole, key=lambda path: (path.name[:12], path.suffix == ".json"))
+
+    def build():
+        for path in late:
+            if not (root / "latents" / path.name).exists():
+                hidden = root / "latents" / f".tmp-{path.name}"
+                hidden.write_bytes(path.read_bytes())
+                hidden.replace(root / "latents" / path.name)
+                stop.wait(0.02)
+
+    writer, seen = threading.Thread(target=build), []
+    writer.start()
+    while not seen or seen[-1]["samples"] < 9 * SAMPLES:
+        found = dataset_stats(root, cache=tmp_path / "cache")
+        funnel = found["funnel"]
+        assert funnel["records"] == 9 * 13 == funnel["accepted"] + funnel["rejected"] + funnel["waiting"]
+        assert funnel["accepted"] == funnel["samples"] == found["latents"]["samples"]
+        assert found["findings"] == []
+        seen.append(funnel)
+    stop.set(), writer.join()
+    assert len({funnel["samples"] for funnel in seen}) > 2, "some were looked at while units came in"
+
+
 def test_what_was_read_is_not_read_again_and_changes_nothing(tmp_path, monkeypatch):
     root, cache = tmp_path / "root", tmp_path / "cache"
     write_latents(root, 4, scratch=tmp_path / "scratch")
@@ -244,6 +274,10 @@ def test_the_text_is_counted(tiny_shards):
     assert sum(captions["tokens"]["counts"]) == sum(int(row["label"]) * row["count"] for row in captions["variants"])
     assert captions["scripts"][0]["label"] == "Latin"
     assert found["funnel"]["samples_with_text"] == 24
+    words = CliRunner().invoke(main, ["stats", str(tiny_shards), "--no-cache"]).output
+    first = next(place for place, count in enumerate(captions["tokens"]["counts"]) if count)
+    edges = captions["tokens"]["edges"]
+    assert f"{edges[first]} to {edges[first + 1]} tokens" in words
 
 
 def test_over_s3_it_is_the_same(tmp_path, monkeypatch):
