@@ -9,6 +9,7 @@ from urllib.parse import quote
 from shards.charts import Bar, Line, bar_list, histogram, line_chart
 from shards.html import Child, Html, Section, details, join, number, table, tag
 from shards.report_gallery import Gallery
+from shards.stats_checks import MAX_SHARD_Z
 
 _WORDS = {"bad": "To mend", "warn": "To look at", "info": "To know"}
 _MAX_FINDINGS = 40
@@ -144,7 +145,8 @@ def latents(stats: Mapping[str, Any], gallery: Gallery) -> Section:
         shards = found["shards"]
         if len(shards) > 1:
             units = [float(row["unit"]) for row in shards]
-            worst = [Line("largest drift", units, [row["largest_errors"] for row in shards])]
+            worst = [Line("largest drift", units, [row["largest_errors"] for row in shards]),
+                     Line(f"named beyond {MAX_SHARD_Z:g}", [min(units), max(units)], [MAX_SHARD_Z] * 2)]  # fmt: skip
             charts.append(line_chart("Drift of shards: farthest feature from the dataset's median", worst, "unit",
                                      "standard errors", from_zero=True))  # fmt: skip
         parts.append(tag("div", *charts, class_="charts"))

@@ -123,7 +123,9 @@ class _FirstPass:
         if len(stats.keys):
             self.keys += stats.keys
             self._clips += stats.clips
-            self._digests += stats.digests
+            # Constant latents are a finding of their own: they show no pictures that could be the same.
+            varies: list[bool] = np.any(stats.prints, axis=1).tolist()
+            self._digests += [digest if it else "" for digest, it in zip(stats.digests, varies, strict=True)]
             self._previews += stats.previews
             self._prints.append(stats.prints)
 
