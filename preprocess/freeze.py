@@ -92,7 +92,9 @@ def freeze_plan(
         return _freeze(plan, config, num_documents, candidates, refused, Path(folder))
 
 
-def ensure_plan(storage: Storage, config: PrepConfig, *, progress: Progress | None = None) -> Plan:
+def ensure_plan(
+    storage: Storage, config: PrepConfig, *, progress: Progress | None = None, scratch: Path | None = None
+) -> Plan:
     """The frozen plan as it is, or a first one: a build that is started again does not read the corpus again.
 
     `freeze_plan` takes in records that were added later. A limit above what is planned grows the plan.
@@ -105,7 +107,7 @@ def ensure_plan(storage: Storage, config: PrepConfig, *, progress: Progress | No
         and (config.corpus.limit is None or config.corpus.limit > plan.num_candidates)
     )
     if not plan.generations or grows:
-        return freeze_plan(storage, config, progress=progress)
+        return freeze_plan(storage, config, progress=progress, scratch=scratch)
     _warn_of_changes(plan, config)
     return plan
 

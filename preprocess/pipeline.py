@@ -25,7 +25,8 @@ from shards.commit import committed_units
 from shards.console import LOG
 from shards.errors import UserError
 from shards.layout import LATENTS, text_kind
-from shards.storage import Storage, open_storage
+from shards.storage import LocalStorage, Storage, open_storage
+from shards.sweep import sweep_committed
 
 DEFAULT_SET = "default"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -60,8 +61,8 @@ def build_shards(
     """
     style = "none" if quiet else style
     storage = open_storage(config.output)
-    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
-        plan = ensure_plan(storage, config)
+    with _at_work(storage, config.output) as scratch:
+        plan = ensure_plan(storage, config, scratch=scratch)
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
         if part.only != "text":
             _latent_pass(storage, plan, config, scratch, style, part)
@@ -84,7 +85,7 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: 
     if not committed_units(storage, LATENTS):
         mend = "`wanprep build-shards CONFIG` first"
         raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
-    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
+    with _at_work(storage, config.output) as scratch:
         _text_pass(storage, plan, set_name, config, scratch, "none" if quiet else style, WHOLE)
         return count_dataset(storage, plan, set_name)
 
@@ -105,7 +106,7 @@ def retry(
     choice = choose_retries(plan, wanted, committed_units(storage, LATENTS))
     if dry_run or not (choice.ordinals or choice.open_units):
         return Retried(choice, count_dataset(storage, plan, DEFAULT_SET))
-    with _storage_errors(config.output), scratch_folder(config.output) as scratch, _terminate_cleanly():
+    with _at_work(storage, config.output) as scratch:
         plan = freeze_retry(plan, config, choice, scratch)
         part = Part(units=retry_units(plan))
         _latent_pass(storage, plan, config, scratch, style, part)
@@ -153,6 +154,23 @@ def _text_pass(
             progress.unit(unit)
 
         build_texts(storage, plan, set_name, units, config, scratch, on_unit=on_unit)
+
+
+@contextmanager
+def _at_work(storage: Storage, output: str) -> Iterator[Path]:
+    """A scratch folder; before and after, what dead or beaten writers left in a folder is swept."""
+    with _storage_errors(output), scratch_folder(output) as scratch, _terminate_cleanly():
+        if isinstance(storage, LocalStorage):
+            storage.drop_dead_temporaries()
+        try:
+            yield scratch
+        except FileNotFoundError:
+            if scratch.exists():
+                raise
+            mend = "mount it again, then run the same command: it goes on from the last unit"
+            raise UserError(f"{output}: the disk under it is gone", mend=mend) from None
+        if isinstance(storage, LocalStorage):
+            sweep_committed(storage)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from preprocess.worker import Description, OnRow, UnitWorker
 from shards.console import LOG, set_up_logging
 from shards.errors import UserError
 from shards.ledger import LedgerRow
-from shards.storage import TEMPORARY, Storage, open_storage
+from shards.storage import Storage, open_storage
+from shards.temporaries import TEMPORARY
 
 Result = TypeVar("Result")
 _LOOK_SECONDS = 0.2

@@ -12,7 +12,7 @@ import numpy as np
 
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.storage import TEMPORARY
+from shards.temporaries import TEMPORARY
 
 
 def export_plain(dataset: Dataset, target: Path, progress: Callable[[], None] | None = None) -> list[Path]:

@@ -6,7 +6,6 @@ A name is a relative path with "/" between its parts. What `put` has written is 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import threading
 from collections import OrderedDict
@@ -16,13 +15,12 @@ from typing import NamedTuple, Protocol
 
 from shards.damage import MissingObject, ShardDamage
 from shards.errors import UserError
+from shards.temporaries import TEMPORARY, is_dead, temporary_name
 
 MAX_OBJECT_BYTES = 2**30
 """Most bytes that `get` takes into memory unless told otherwise."""
 _MAX_OPEN_FILES = 64
 _CHUNK = 2**20
-TEMPORARY = ".tmp-"
-"""Start of the base name of a file that is not yet there, or of a scratch folder; no list shows them."""
 
 
 class Entry(NamedTuple):
@@ -111,8 +109,10 @@ class LocalStorage:
     def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
         """Temporary file, fsync, rename (or link, which fails when the name is taken), fsync of the folder."""
         target = self._path(name)
+        if isinstance(data, Path):
+            data.stat()  # on a disk that has gone away no folder is made anew where it was
         self._make_folder(target.parent)
-        temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        temporary = target.with_name(temporary_name())
         try:
             _write_whole(temporary, data)
             if if_absent:
@@ -194,6 +194,12 @@ class LocalStorage:
         for place, folders, files in os.walk(self._root):
             yield from (Path(place, name) for name in sorted((*folders, *files)) if name.startswith(TEMPORARY))
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+
+    def drop_dead_temporaries(self) -> None:
+        """Remove what `put`s of this machine's dead processes left; a living one's, or another machine's, stays."""
+        for path in list(self.temporaries()):
+            if is_dead(path.name):
+                path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts

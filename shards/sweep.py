@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
@@ -68,6 +70,30 @@ def sweep(storage: Storage, older_than_seconds: float, *, delete: bool) -> list[
         found += _sweep_temporaries(storage, newest, delete)
     elif isinstance(storage, S3Storage):
         found += _sweep_uploads(storage, newest, delete)
+    return found
+
+
+def sweep_committed(storage: LocalStorage) -> list[Orphan]:
+    """Remove, at any age, the objects of committed units that their commits do not name; a damaged unit keeps all.
+
+    A commit in a folder is never replaced, so what a killed or beaten writer of its unit put beside it stays dead. In
+    a bucket it may be, by a server that ignores `If-None-Match`: there age alone tells, by `sweep`.
+    """
+    listing = list_root(storage, [LATENTS, *(text_kind(name) for name in text_sets(storage))])
+    objects: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in listing.objects:
+        if what := parse_name(name):
+            objects[what.kind, what.unit].append(name)
+    found = []
+    for (kind, unit), names in sorted(objects.items()):
+        if (kind, unit) not in listing.commits or len(names) <= (2 if kind == LATENTS else 1):  # a tar, a ledger
+            continue
+        with contextlib.suppress(ShardDamage, FutureFormat):
+            commit = read_commit(storage, kind, unit).commit
+            kept = {blob.name for blob in (commit.tar, commit.ledger) if blob}
+            found += [Orphan(name, listing.objects[name]) for name in sorted(set(names) - kept)]
+    for orphan in found:
+        storage.delete(orphan.name)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,31 @@ class FixedVae:
 
     def provenance(self) -> dict[str, str]:
         return {}
+
+
+@contextmanager
+def copied_frames() -> Iterator[None]:
+    """Look into and decode one clip; all others take its facts and a copy of its frames."""
+    from preprocess import build as parts
+
+    probe, decode = parts.probe_clip, parts.decode_window
+    probed, frames = [], []
+
+    def probe_once(path: Path, record: Any, config: Any) -> Any:
+        if not probed:
+            probed.append(probe(path, record, config))
+        return probed[0]
+
+    def decode_once(*arguments: Any) -> np.ndarray:
+        if not frames:
+            frames.append(decode(*arguments))
+        return frames[0].copy()
+
+    parts.probe_clip, parts.decode_window = probe_once, decode_once
+    try:
+        yield
+    finally:
+        parts.probe_clip, parts.decode_window = probe, decode
 
 
 def write_clips(root: Path, count: int, size: str, seconds: float, distinct: int = 4) -> Path:

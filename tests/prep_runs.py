@@ -17,6 +17,13 @@ from shards.config import validate_config
 ROOT = Path(__file__).parent.parent
 
 
+TINY: dict[str, dict[str, Any]] = {
+    "corpus": {"limit": 6}, "shards": {"unit_size": 2}, "window": {"num_frames": 5},
+    "buckets": {"sizes": [{"width": 64, "height": 32}, {"width": 32, "height": 64}]},
+}  # fmt: skip
+"""Three units of two candidates, good and bad, which are encoded in no time."""
+
+
 def prep_values(corpus: Path, output: Path, /, **sections: Any) -> dict[str, Any]:
     """A config as plain values: the demo's, one window a clip, small units."""
     values = yaml.safe_load((ROOT / "configs/demo/prep.yaml").read_text())

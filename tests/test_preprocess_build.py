@@ -273,26 +273,6 @@ def _wait_for(path: Path, process, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_killed_and_started_again_it_gives_the_same_bytes(built, demo_corpus, tmp_path):
-    output, config = tmp_path / "out", tmp_path / "config.yaml"
-    process = start_build(demo_corpus, output, config)
-    _wait_for(output / "latents/shard-000000.json", process)
-    process.kill()
-    process.communicate()
-    assert not (output / "latents/shard-000002.json").exists()
-    first = (output / "latents/shard-000000.json").stat().st_mtime_ns
-    process = start_build(demo_corpus, output, config)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert "random weights" in said and "16 read = 9 accepted + 7 rejected" in said
-    assert (output / "latents/shard-000000.json").stat().st_mtime_ns == first
-    assert files_of(output, "**/*.tar") == files_of(built[0], "**/*.tar")
-    assert [(r.clip_id, r.status, r.reason) for r in ledger_rows(output)] == [
-        (r.clip_id, r.status, r.reason) for r in ledger_rows(built[0])
-    ]
-    assert not list(output.glob(".tmp*"))
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_drops_the_open_unit_cleanly(demo_corpus, tmp_path, number, code):
     output = tmp_path / "out"

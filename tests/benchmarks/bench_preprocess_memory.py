@@ -17,30 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine_parts import FixedVae, engine_config, write_clips
+from engine_parts import FixedVae, copied_frames, engine_config, write_clips
 
 
 def build(num_clips: int) -> None:
     """Build with so many clips; print this process's peak memory in kB."""
-    from preprocess import build as parts
     from preprocess import encoders, pipeline
 
     encoders.load_vae_encoder = lambda config: FixedVae(0.0)
-    probe, decode = parts.probe_clip, parts.decode_window
-    probed, frames = [], []
-
-    def probe_once(path, record, config):
-        if not probed:
-            probed.append(probe(path, record, config))
-        return probed[0]
-
-    def decode_once(*arguments):
-        if not frames:
-            frames.append(decode(*arguments))
-        return frames[0].copy()
-
-    parts.probe_clip, parts.decode_window = probe_once, decode_once
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, copied_frames():
         corpus = write_clips(Path(folder, "corpus"), num_clips, "320x192", 3.0, distinct=1)
         config = engine_config(corpus, Path(folder, "out"), (320, 192), 17, engine={"max_queue_mib": 64})
         counts = pipeline.build_shards(config, quiet=True)
