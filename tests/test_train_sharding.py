@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from test_train_parallel import assert_same_run
 from torch import Tensor
 from train_runs import make_config
 
-from shards.console import set_up_logging
 from shards.errors import UserError
 from train.checkpointing import keep
 from train.lora import inject, lora_modules, reset
@@ -151,58 +148,6 @@ def test_nothing_is_read_that_is_not_kept(tmp_path: Path) -> None:
     results = run_ranks(2, in_a_group, rows_read, tmp_path / "model.safetensors")
     assert all(taken == held for taken, held in results)
     assert sum(t for t, _ in results) == sum(w.numel() for n, w in model.named_parameters() if n.startswith("blocks."))
-
-
-VARIED = {"lora__dropout": 0.1, "objective__image_to_video_share": 0.5, "optim__lr": 1e-2, "data__micro_batch": 1}
-
-
-def train(config: Any, local_size: int | None = None) -> str:
-    """One rank of a run; rank 0 returns its log."""
-    from train.loop import fit
-
-    if local_size is not None:
-        os.environ |= {"LOCAL_WORLD_SIZE": str(local_size), "LOCAL_RANK": str(int(os.environ["RANK"]) % local_size)}
-    set_up_logging(terminal=False)
-    fit(config)
-    return (Path(config.output) / "logs" / "rank-0.log").read_text() if os.environ["RANK"] == "0" else ""
-
-
-@pytest.fixture
-def one_process(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A run of ten steps in this process."""
-    from train.loop import fit
-
-    fit(make_config(tiny_shards, tmp_path / "one", **VARIED))
-    return tmp_path / "one"
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "shard", "local_size", "offload"),
-    [
-        (2, "full", None, False),
-        pytest.param(4, "full", None, True, marks=pytest.mark.long),
-        pytest.param(4, "hybrid", 2, False, marks=pytest.mark.long),
-    ],
-)
-def test_a_run_over_a_spread_base_is_the_run_of_one_process(
-    one_process: Path, tiny_shards: Path, tmp_path: Path, num_ranks: int, shard: str, local_size: int, offload: bool
-) -> None:
-    """The same samples and losses, ten steps, mixed conditionings, dropout."""
-    config = make_config(tiny_shards, tmp_path / "many", **VARIED, parallel={"shard": shard, "offload": offload})
-    log = run_ranks(num_ranks, train, config, local_size)[0]
-    assert f"base over {local_size or num_ranks}" in log
-    assert_same_run(one_process, tmp_path / "many")
-
-
-def test_a_spread_run_resumes_in_one_process_and_back(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    """Four steps spread over two, three alone, three spread again: the run of one process."""
-    from train.loop import fit
-
-    spread_out = VARIED | {"parallel": {"shard": "full"}}
-    run_ranks(2, train, make_config(tiny_shards, tmp_path / "many", **spread_out, max_steps=4))
-    fit(make_config(tiny_shards, tmp_path / "many", **VARIED, max_steps=7))
-    run_ranks(2, train, make_config(tiny_shards, tmp_path / "many", **spread_out, max_steps=10))
-    assert_same_run(one_process, tmp_path / "many")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from shards.errors import UserError
 from train.between import make_turn
 from train.flops import SAVE_GROUPS, Shape
 from train.kernels import kernel_name
-from train.lean import BlockParts, LinearParts, LoRAParts, Shared, Values, backward_block, forward_block
+from train.lean import backward_block, forward_block
+from train.lean_parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 from train.lora import LoRALinear, keep_mask
 from train.model import Block, BlockInputs, Linear, WanDiT, set_checkpointing
 
@@ -85,6 +86,7 @@ class LeanRunner:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
         heads = block.self_attn.heads
+        ranks = 1 if inputs.ulysses is None else inputs.ulysses.size
         self._saves = self.choose_saves(Shape(batch, tokens))
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
@@ -96,7 +98,9 @@ class LeanRunner:
             num_first=inputs.num_first,
             heads=heads,
             eps=block.eps,
-            kernel=kernel_name(inputs.backend, device, dtype, heads),
+            kernel=kernel_name(inputs.backend, device, dtype, (heads[0] // ranks, heads[1])),
+            ulysses=inputs.ulysses,
+            num_tokens=inputs.num_tokens,
         )
 
 

@@ -168,8 +168,9 @@ class ParallelConfig(Config):
     all; `auto` keeps it whole where a step fits beside it, else it is hybrid."""
     offload: bool = False
     """Keep a spread base in the host's memory: slow, for a GPU that holds little more than one block."""
-    ulysses: Literal[1] = 1
-    """Processes that share the tokens of one sample."""
+    ulysses: Positive | Literal["auto"] = "auto"
+    """Processes that share the tokens of one sample; must divide the heads. `auto`: as few as let the batch be dealt to
+    all, or a sample fit; one where that is no trouble."""
     start_timeout_seconds: PositiveNumber = 1800.0
     """Longest that a process waits for the others until all have come through the first step: it holds loading the
     weights, building the channels between GPUs, and compiling."""

@@ -11,6 +11,7 @@ from typing import Any
 from shards.errors import UserError
 from train.config import TrainConfig, slots_per_rank
 from train.doctor import Finding
+from train.plan import choose_layout
 
 
 def check_ranks(config: TrainConfig | None) -> Iterator[Finding]:
@@ -92,7 +93,8 @@ def check_cards(names: Sequence[str], without_peers: Sequence[tuple[int, int]]) 
 def check_batch(config: TrainConfig, num_gpus: int) -> Finding:
     """Whether the global batch can be dealt to a process a GPU."""
     try:
-        share = slots_per_rank(config.data, num_gpus // config.parallel.ulysses or 1)
+        mesh, _ = choose_layout(config, num_gpus, 1, None)
+        share = slots_per_rank(config.data, mesh.dp_size)
     except UserError as error:
         return Finding("batch", "note", error.problem, error.expected or "")
     return Finding("batch", "ok", f"{share} of {config.data.global_batch} samples for each share of {num_gpus} GPUs")

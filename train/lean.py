@@ -16,13 +16,12 @@ in the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from train.between import (
-    Turn,
     add_gated,
     add_gated_,
     gelu_backward_,
@@ -31,60 +30,22 @@ from train.between import (
     normalise,
     rms_backward,
     rms_scale,
-    rotated,
     rounded,
     scaled,
     times,
     unrotated,
 )
-from train.kernels import attend_backward, attend_forward
-
-Values = dict[str, Tensor]
-Gradients = dict[str, tuple[Tensor, Tensor]]
-"""By linear: of A and of B, in the compute dtype."""
-
-
-class LoRAParts(NamedTuple):
-    """A LoRA beside a linear, in the compute dtype."""
-
-    down_rI: Tensor
-    up_Or: Tensor
-    scale: float
-    """What its update is multiplied by; 1 / (1 - dropout) included."""
-    live_MI: Tensor | None
-    """Dropout: which of its inputs live, bool."""
-
-
-class LinearParts(NamedTuple):
-    """One linear as the block computes it, in the compute dtype."""
-
-    weight_OI: Tensor
-    bias_O: Tensor
-    lora: LoRAParts | None
-
-
-class BlockParts(NamedTuple):
-    """Frozen tensors of a block, and its LoRA."""
-
-    linears: dict[str, LinearParts]
-    norms: dict[str, Tensor]
-    """Float32 weights: `self_attn.q`, `self_attn.k`, `cross_attn.q`, `cross_attn.k`, `norm3`, `norm3.bias`."""
-    modulation_16D: Tensor
-
-
-class Shared(NamedTuple):
-    """What all blocks of a forward pass read."""
-
-    rows_BR6D: Tensor
-    text_BSD: Tensor
-    turn: Turn
-    zeros_BL1: Tensor
-    """Zeros and ones stand for mean and scale where a normalised input is normalised no further."""
-    ones_BL1: Tensor
-    num_first: int
-    heads: tuple[int, int]
-    eps: float
-    kernel: str
+from train.lean_attention import attention, attention_backward, self_attention, self_attention_backward
+from train.lean_parts import (
+    BlockParts,
+    Gradients,
+    Shared,
+    Values,
+    linear,
+    linear_backward,
+    lora_backward,
+    low_rank,
+)
 
 
 def kept_names(saves: Collection[str], values: Collection[str]) -> list[str]:
@@ -93,8 +54,8 @@ def kept_names(saves: Collection[str], values: Collection[str]) -> list[str]:
 
 
 def group_of(name: str) -> str | None:
-    """The save group of a value; none for the block's input."""
-    if name == "x":
+    """The save group of a value; none for the block's input, and for what other ranks sent."""
+    if name == "x" or name.startswith("sent."):
         return None
     if name.startswith("ffn") or name == "h":
         return "ffn_up"
@@ -105,48 +66,48 @@ def forward_block(x_BLD: Tensor, parts: BlockParts, shared: Shared, saves: Colle
     """The block's output, and the values to keep."""
     mod = _modulation(parts, shared)
     values: Values = {"x": x_BLD}
-    x_BLD = _fill(values, parts, shared, mod)
-    down = _linear(values, "ffn.2", torch.nn.functional.gelu(values["h"], approximate="tanh"), parts)
+    x_BLD = _fill(values, parts, shared, mod, going_back=False)
+    down = linear(values, "ffn.2", torch.nn.functional.gelu(values["h"], approximate="tanh"), parts)
     x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first)
     return x_BLD, {name: values[name] for name in kept_names(saves, values)}
 
 
-def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor) -> Tensor:
-    """Compute what is missing of the values up to `h`; return the residual ahead of the feed-forward if it was made."""
+def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, going_back: bool) -> Tensor:
+    """Compute what is missing of the values up to `h`; return the residual ahead of the feed-forward if it was made.
+
+    `going_back`: the backward pass follows at once, so what other ranks sent is held for it.
+    """
     # The input is kept wherever something below reads it.
     x_BLD, dtype = cast(Tensor, values.get("x")), shared.text_BSD.dtype
     if "n1" not in values:
         values["n1"], values["r1"] = normalise(x_BLD, shared.eps, dtype)
         y_BLD = modulate(values["n1"], mod[:, :, 0], mod[:, :, 1], shared.num_first)
         for name, leaf in (("q", "q"), ("k", "k"), ("v", "v")):
-            values[name] = _linear(values, f"self_attn.{leaf}", y_BLD, parts)
+            values[name] = linear(values, f"self_attn.{leaf}", y_BLD, parts)
         values["rq"], values["rk"] = rms_scale(values["q"], shared.eps), rms_scale(values["k"], shared.eps)
         del y_BLD
     if "a" not in values:
-        rope = shared.turn, shared.heads
-        q, k = (rotated(values[n], values[f"r{n}"], parts.norms[f"self_attn.{n}"], *rope) for n in "qk")
-        _attend(values, "a", q, k, values["v"].unflatten(2, shared.heads), shared)
-        del q, k
+        self_attention(values, parts, shared, going_back=going_back)
     if "n2" not in values:
-        out = _linear(values, "self_attn.o", values["a"], parts)
+        out = linear(values, "self_attn.o", values["a"], parts)
         x_BLD = add_gated(x_BLD, out, mod[:, :, 2], shared.num_first)
         del out
         values["n2"], values["r2"] = normalise(x_BLD, shared.eps, dtype)
         y_BLD = rounded(parts.norms["norm3.bias"], values["n2"], parts.norms["norm3"], dtype)
-        values["q2"] = _linear(values, "cross_attn.q", y_BLD, parts)
+        values["q2"] = linear(values, "cross_attn.q", y_BLD, parts)
         del y_BLD
-        values["k2"], values["v2"] = (_linear(values, f"cross_attn.{n}", shared.text_BSD, parts) for n in "kv")
+        values["k2"], values["v2"] = (linear(values, f"cross_attn.{n}", shared.text_BSD, parts) for n in "kv")
         values["rq2"], values["rk2"] = rms_scale(values["q2"], shared.eps), rms_scale(values["k2"], shared.eps)
     if "a2" not in values:
         q, k = (scaled(values[f"{n}2"], values[f"r{n}2"], parts.norms[f"cross_attn.{n}"], shared.heads) for n in "qk")
-        _attend(values, "a2", q, k, values["v2"].unflatten(2, shared.heads), shared)
+        attention(values, "a2", q, k, values["v2"].unflatten(2, shared.heads), shared)
         del q, k
     if "n3" not in values:
-        x_BLD.add_(_linear(values, "cross_attn.o", values["a2"], parts))
+        x_BLD.add_(linear(values, "cross_attn.o", values["a2"], parts))
         values["n3"], values["r3"] = normalise(x_BLD, shared.eps, dtype)
     if "h" not in values:
         y_BLD = modulate(values["n3"], mod[:, :, 3], mod[:, :, 4], shared.num_first)
-        values["h"] = _linear(values, "ffn.0", y_BLD, parts)
+        values["h"] = linear(values, "ffn.0", y_BLD, parts)
     return x_BLD
 
 
@@ -157,7 +118,7 @@ def backward_block(
     values = dict(values)
     grads: Gradients = {}
     mod = _modulation(parts, shared)
-    _fill(values, parts, shared, mod)
+    _fill(values, parts, shared, mod, going_back=True)
     values.pop("x", None)
     grad_BLD = _feed_forward_backward(values, parts, shared, mod, grad_BLD, grads)
     _cross_backward_(values, parts, shared, grad_BLD, grads)
@@ -173,15 +134,15 @@ def _feed_forward_backward(
     out_BLD = times(grad_BLD, mod[:, :, 5], shared.num_first, h_BLF.dtype)
     act_BLF = h_BLF if down.lora is None else torch.nn.functional.gelu(h_BLF, approximate="tanh")
     if down.lora is not None and "ffn.2.low" not in values:
-        values["ffn.2.low"] = _low(down.lora, act_BLF.flatten(0, 1))
-    dh_BLF = _linear_backward(values, "ffn.2", out_BLD, act_BLF, parts, grads)
+        values["ffn.2.low"] = low_rank(down.lora, act_BLF.flatten(0, 1))
+    dh_BLF = linear_backward(values, "ffn.2", out_BLD, act_BLF, parts, grads)
     del out_BLD, act_BLF
     gelu_backward_(dh_BLF, h_BLF)
     del h_BLF
     y_BLD = values["n3"]
     if up.lora is not None:
         y_BLD = modulate(y_BLD, mod[:, :, 3], mod[:, :, 4], shared.num_first)
-    dy_BLD = _linear_backward(values, "ffn.0", dh_BLF, y_BLD, parts, grads)
+    dy_BLD = linear_backward(values, "ffn.0", dh_BLF, y_BLD, parts, grads)
     del dh_BLF, y_BLD
     dn_BLD = times(dy_BLD, mod[:, :, 4], shared.num_first, torch.float32)
     del dy_BLD
@@ -193,21 +154,21 @@ def _feed_forward_backward(
 
 def _cross_backward_(values: Values, parts: BlockParts, shared: Shared, grad_BLD: Tensor, grads: Gradients) -> None:
     dtype, norms, linears = shared.text_BSD.dtype, parts.norms, parts.linears
-    da_BLD = _linear_backward(values, "cross_attn.o", grad_BLD.to(dtype), values["a2"], parts, grads)
+    da_BLD = linear_backward(values, "cross_attn.o", grad_BLD.to(dtype), values["a2"], parts, grads)
     q, k = (scaled(values[f"{n}2"], values[f"r{n}2"], norms[f"cross_attn.{n}"], shared.heads) for n in "qk")
-    dq, dk, dv = _attend_backward(values, "a2", da_BLD, q, k, values.pop("v2"), shared)
+    dq, dk, dv = attention_backward(values, "a2", da_BLD, q, k, values.pop("v2"), shared)
     del da_BLD, q, k
     if lora := linears["cross_attn.k"].lora:
         dk = rms_backward(dk.flatten(2) * norms["cross_attn.k"], values["k2"], values["rk2"], dtype)
-        _lora_backward(values, "cross_attn.k", dk, shared.text_BSD, lora, grads)
+        lora_backward(values, "cross_attn.k", dk, shared.text_BSD, lora, grads)
     if lora := linears["cross_attn.v"].lora:
-        _lora_backward(values, "cross_attn.v", dv.flatten(2), shared.text_BSD, lora, grads)
+        lora_backward(values, "cross_attn.v", dv.flatten(2), shared.text_BSD, lora, grads)
     del dk, dv
     dq = rms_backward(dq.flatten(2) * norms["cross_attn.q"], values.pop("q2"), values["rq2"], dtype)
     y_BLD = values["n2"]
     if linears["cross_attn.q"].lora:
         y_BLD = rounded(norms["norm3.bias"], y_BLD, norms["norm3"], dtype)
-    dy_BLD = _linear_backward(values, "cross_attn.q", dq, y_BLD, parts, grads)
+    dy_BLD = linear_backward(values, "cross_attn.q", dq, y_BLD, parts, grads)
     del dq, y_BLD
     grad_BLD.addcmul_(
         layer_norm_backward(dy_BLD * norms["norm3"], values.pop("n2"), shared.zeros_BL1, shared.ones_BL1), values["r2"]
@@ -225,12 +186,10 @@ def _self_backward_(
 ) -> None:
     dtype, norms = shared.text_BSD.dtype, parts.norms
     out_BLD = times(grad_BLD, mod[:, :, 2], shared.num_first, dtype)
-    da_BLD = _linear_backward(values, "self_attn.o", out_BLD, values["a"], parts, grads)
+    da_BLD = linear_backward(values, "self_attn.o", out_BLD, values["a"], parts, grads)
     del out_BLD
-    rope = shared.turn, shared.heads
-    q, k = (rotated(values[n], values[f"r{n}"], norms[f"self_attn.{n}"], *rope) for n in "qk")
-    given = dict(zip("qkv", _attend_backward(values, "a", da_BLD, q, k, values.pop("v"), shared), strict=True))
-    del da_BLD, q, k
+    given = dict(zip("qkv", self_attention_backward(values, parts, shared, da_BLD), strict=True))
+    del da_BLD
     dy_BLD, y_BLD = None, values["n1"]
     if any(parts.linears[f"self_attn.{leaf}"].lora for leaf in "qkv"):
         y_BLD = modulate(y_BLD, mod[:, :, 0], mod[:, :, 1], shared.num_first)
@@ -244,9 +203,9 @@ def _self_backward_(
             del dn_BLD
         lora = parts.linears[name].lora
         if needs_input_gradient:
-            dy_BLD = _linear_backward(values, name, out_BLD, y_BLD, parts, grads, dy_BLD)
+            dy_BLD = linear_backward(values, name, out_BLD, y_BLD, parts, grads, dy_BLD)
         elif lora is not None:
-            _lora_backward(values, name, out_BLD, y_BLD, lora, grads)
+            lora_backward(values, name, out_BLD, y_BLD, lora, grads)
         del out_BLD
     del y_BLD
     if dy_BLD is not None:
@@ -262,69 +221,3 @@ def _modulation(parts: BlockParts, shared: Shared) -> Tensor:
     mod_BR6D = parts.modulation_16D + shared.rows_BR6D
     mod_BR6D[:, :, 1::3].add_(1)
     return mod_BR6D
-
-
-def _attend(values: Values, name: str, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> None:
-    out_BLNK, residue = attend_forward(shared.kernel, q, k, v)
-    values[name] = out_BLNK.flatten(2)
-    for place, tensor in enumerate(residue):
-        values[f"{name}.{place}"] = tensor
-
-
-def _attend_backward(
-    values: Values, name: str, grad_BLD: Tensor, q: Tensor, k: Tensor, v_BSD: Tensor, shared: Shared
-) -> tuple[Tensor, Tensor, Tensor]:
-    residue = tuple(values[f"{name}.{place}"] for place in range(4) if f"{name}.{place}" in values)
-    grad, v, out = (x.unflatten(2, shared.heads) for x in (grad_BLD, v_BSD, values.pop(name)))
-    return attend_backward(shared.kernel, grad, q, k, v, out, residue)
-
-
-def _low(lora: LoRAParts, x_MI: Tensor) -> Tensor:
-    return (x_MI if lora.live_MI is None else x_MI * lora.live_MI) @ lora.down_rI.t()
-
-
-def _linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tensor:
-    """x W' + b + scale · B A x. The low-rank product is put by for the backward pass."""
-    part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
-    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t())
-    if part.lora is not None:
-        low_Mr = values[f"{name}.low"] = _low(part.lora, x_MI)
-        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale)
-    return out_MO.unflatten(0, x_BLI.shape[:2])
-
-
-def _linear_backward(
-    values: Values,
-    name: str,
-    grad_BLO: Tensor,
-    x_BLI: Tensor,
-    parts: BlockParts,
-    grads: Gradients,
-    dx_BLI: Tensor | None = None,
-) -> Tensor:
-    """Gradient of a linear's input, added to `dx_BLI` where given; those of its LoRA go into `grads`.
-
-    `x_BLI`, the linear's input, is read only where it has a LoRA.
-    """
-    part, grad_MO = parts.linears[name], grad_BLO.flatten(0, 1)
-    dx_MI = grad_MO @ part.weight_OI if dx_BLI is None else dx_BLI.flatten(0, 1).addmm_(grad_MO, part.weight_OI)
-    if part.lora is not None:
-        dlow_Mr = _lora_backward(values, name, grad_BLO, x_BLI, part.lora, grads)
-        if part.lora.live_MI is None:
-            dx_MI.addmm_(dlow_Mr, part.lora.down_rI)
-        else:
-            dx_MI.add_((dlow_Mr @ part.lora.down_rI).mul_(part.lora.live_MI))
-    return dx_MI.unflatten(0, grad_BLO.shape[:2])
-
-
-def _lora_backward(
-    values: Values, name: str, grad_BLO: Tensor, x_BLI: Tensor, lora: LoRAParts, grads: Gradients
-) -> Tensor:
-    """Gradients of A and B into `grads`; returns that of the low-rank product, M × r."""
-    grad_MO, x_MI = grad_BLO.flatten(0, 1), x_BLI.flatten(0, 1)
-    dlow_Mr, dup_Or = grad_MO @ lora.up_Or, grad_MO.t() @ values.pop(f"{name}.low")
-    if lora.scale != 1:
-        dlow_Mr.mul_(lora.scale)
-        dup_Or.mul_(lora.scale)
-    grads[name] = dlow_Mr.t() @ (x_MI if lora.live_MI is None else x_MI * lora.live_MI), dup_Or
-    return dlow_Mr

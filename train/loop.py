@@ -25,7 +25,7 @@ from train.export import export_metadata
 from train.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
 from train.meter import Meter
 from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
-from train.parallel import Ranks, choose_layout, joined, make_ranks, read_world, settle
+from train.parallel import Ranks, choose_layout, joined, make_ranks, read_world, settle, smallest
 from train.progress import Progress
 from train.sample import Ready, prepare_prompts, sample_prompts
 from train.session import (
@@ -82,7 +82,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
         stack.enter_context(joined(config.parallel, world, device))
-        ranks = make_ranks(*choose_layout(config, world, device_memory(device)))
+        ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks)
         trainee, progress = session.trainee, Progress(session)
@@ -113,7 +113,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             )
         )
         pictures = _prepare_pictures(session, config)
-        meter = Meter(trainee, ranks.layout.world_size)
+        meter = Meter(trainee, ranks.layout)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
         saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1

@@ -75,6 +75,15 @@ def num_parameters(dims: DiTConfig) -> tuple[int, int]:
     return dims.num_layers * linears + text + (dims.in_channels * patch + 1) * dim, wide
 
 
+def block_bytes(dims: DiTConfig, compute_bytes: int, shards: int = 1) -> int:
+    """A block's own weights; padded so that every one's rows divide by the ranks that they are spread over."""
+    linears = list(block_linears(dims).values())
+    narrow = [(outside, columns) for inside, outside in linears for columns in (inside, 1)]
+    wide = [*((dims.dim, 1),) * 6, (1, 6 * dims.dim)]  # norms of q and k in both attentions, norm3, modulation
+    sizes = [(compute_bytes, *shape) for shape in narrow] + [(4, *shape) for shape in wide]
+    return sum(width * -(-rows // shards) * shards * columns for width, rows, columns in sizes)
+
+
 def num_lora_parameters(dims: DiTConfig, lora: LoRAConfig) -> int:
     """Numbers in all A and B."""
     linears = block_linears(dims)
@@ -120,6 +129,7 @@ def block_peak_bytes(
     rank: int,
     *,
     compute_bytes: int = 2,
+    ulysses: int = 1,
 ) -> int:
     """The most that lives while a block is worked on, its kept values included, its neighbours' not.
 
@@ -135,6 +145,10 @@ def block_peak_bytes(
     feed_forward = everything + kept_source + tokens * (4 * dim + c * dim + c * inner * (2 if down else 1))
     # Incoming gradient and ours, one normalisation's gradient and its product in float32; q k, their gradients, input.
     attention = kept_bytes(dims, shape, saves, adapted, rank, compute_bytes=c) + tokens * (16 * dim + 3 * c * dim)
+    if ulysses > 1:
+        # What other ranks sent for self-attention is held from where it is computed again; else it comes beside ours.
+        feed_forward += 0 if {"attention", "projections"} <= set(saves) else 3 * c * tokens * dim
+        attention += 3 * c * tokens * dim
     return max(forward, feed_forward, attention)
 
 
@@ -156,19 +170,23 @@ def step_memory(
     optimizer_bytes: float = 8.0,
     moving_average: bool = False,
     base_shards: int = 1,
+    ulysses: int = 1,
 ) -> Memory:
     """Memory of one GPU for a micro-batch of one shape.
 
     Args:
         saves: for each block the groups it keeps.
         optimizer_bytes: of state a trained number: 8 for AdamW, about 2 for its 8-bit form.
-        base_shards: processes that the base's blocks are spread over (two of them are gathered at a time).
+        base_shards: processes that the base's blocks are spread over (two blocks are gathered at a time); what is no
+            block's stays whole.
+        ulysses: processes that share a sample's tokens; `shape` is what one of them holds.
     """
     narrow, wide = num_parameters(dims)
     base = narrow * compute_bytes + 4 * wide
     if base_shards > 1:
-        gathered = 2 * base // dims.num_layers
-        base = base // base_shards + gathered
+        blocks = dims.num_layers * block_bytes(dims, compute_bytes)
+        gathered = block_bytes(dims, compute_bytes, base_shards)
+        base += dims.num_layers * gathered // base_shards - blocks + 2 * gathered
     trained = num_lora_parameters(dims, lora)
     adapted = adapted_linears(dims, lora)
     first = first_trained_block(adapted)
@@ -179,7 +197,8 @@ def step_memory(
     ]
     peak = max(
         (
-            sum(kept[:index]) + block_peak_bytes(dims, shape, saves[index], adapted[index], lora.rank, **options)
+            sum(kept[:index])
+            + block_peak_bytes(dims, shape, saves[index], adapted[index], lora.rank, ulysses=ulysses, **options)
             for index in range(first, len(kept))
         ),
         default=0,

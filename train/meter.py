@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 
 from train.attention import device_facts
-from train.flops import Shape, num_tokens, step_flops
+from train.flops import SAVE_GROUPS, Shape, num_tokens, step_flops
 from train.hardware import Gpu, by_driver_name
 from train.memory import Memory
 from train.order import Bucket
+from train.parallel import Layout
 from train.plan import Setting
 from train.plan_text import describe_memory
 from train.policy import GIB, describe_saves, run_memory
+from train.scaling import local_shape, rank_flops
 from train.trainee import Trainee
 
 WARM_UP_STEPS = 3
@@ -34,9 +36,9 @@ class Rate(NamedTuple):
 class Meter:
     """Counts a run's FLOPs by its buckets, against the peak of the GPU where that is known."""
 
-    def __init__(self, trainee: Trainee, num_processes: int = 1) -> None:
+    def __init__(self, trainee: Trainee, layout: Layout | None = None) -> None:
         self._trainee, self._config, self._dims = trainee, trainee.config, trainee.dims
-        self._num_processes = num_processes
+        self._layout = layout or Layout()
         self._gpu = gpu_of(trainee)
         self._rates: list[Rate] = []
         self._seconds: dict[Bucket, list[float]] = {}
@@ -94,14 +96,15 @@ class Meter:
         return Shape(self._config.data.micro_batch, self._tokens(bucket))
 
     def _saves(self, bucket: Bucket) -> Sequence[Collection[str]] | None:
-        return self._trainee.saves(self._shape(bucket))
+        return self._trainee.saves(local_shape(self._shape(bucket), self._layout.ulysses))
 
     def _flops(self, bucket: Bucket) -> tuple[float, float]:
         """Of one process's share of a step: executed, and without recomputation."""
-        shape, data = self._shape(bucket), self._config.data
-        passes = data.global_batch / data.micro_batch / self._num_processes
-        executed = step_flops(self._dims, shape, self._config.lora, self._saves(bucket), num_rows=2)
-        own = step_flops(self._dims, shape, self._config.lora, num_rows=2)
+        shape, config, ranks = self._shape(bucket), self._config, self._layout.ulysses
+        passes = config.data.global_batch / config.data.micro_batch / self._layout.dp_size
+        saves = self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
+        executed = rank_flops(self._dims, shape, config.lora, saves, ranks)
+        own = step_flops(self._dims, shape, config.lora, num_rows=2) / ranks
         return executed * passes, own * passes
 
     def _memory(self, bucket: Bucket) -> Memory | None:
@@ -109,7 +112,8 @@ class Meter:
         if saves is None or self._config.lora is None:
             return None
         compute_bytes = self._trainee.precision.dtype.itemsize
-        return run_memory(self._config, self._dims, self._shape(bucket), saves, compute_bytes)
+        layout, shape = self._layout, local_shape(self._shape(bucket), self._layout.ulysses)
+        return run_memory(self._config, self._dims, shape, saves, compute_bytes, layout.base_shards, layout.ulysses)
 
     def _expected_seconds(self, bucket: Bucket) -> str:
         if self._gpu is None:

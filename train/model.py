@@ -25,6 +25,7 @@ from train.attention import Backend, attend, choose_backend, device_facts
 from train.model_config import DiTConfig
 from train.rope import rope_table, rotate
 from train.tokens import num_patch_channels, patchify, token_grid, unpatchify
+from train.ulysses import Ulysses, gather, pad_tokens, to_heads, to_tokens
 
 
 class DropoutKey(NamedTuple):
@@ -46,6 +47,10 @@ class BlockInputs(NamedTuple):
     """Leading tokens that take the first modulation row; 0 where there is one row."""
     backend: Backend
     dropout: DropoutKey | None
+    ulysses: Ulysses | None
+    """The ranks that share the samples' tokens; None: all tokens are here."""
+    num_tokens: int
+    """Tokens of a sample, wherever they are."""
 
 
 BlockRunner = Callable[[int, "Block", Tensor, BlockInputs], Tensor]
@@ -93,7 +98,13 @@ class Attention(nn.Module):
         if rotated:
             q_BLNK, k_BSNK = rotate(q_BLNK, *inputs.rope), rotate(k_BSNK, *inputs.rope)
         dtype = v_BSNK.dtype
-        return self.o(attend(q_BLNK.to(dtype), k_BSNK.to(dtype), v_BSNK, inputs.backend), drop)
+        q_BLNK, k_BSNK = q_BLNK.to(dtype), k_BSNK.to(dtype)
+        if not rotated or inputs.ulysses is None:
+            return self.o(attend(q_BLNK, k_BSNK, v_BSNK, inputs.backend), drop)
+        # What follows the exchange has all tokens of this rank's heads.
+        q, k, v = (to_heads(inputs.ulysses, x, inputs.num_tokens) for x in (q_BLNK, k_BSNK, v_BSNK))
+        a_BLnK = attend(q, k, v, inputs.backend).unflatten(2, q.shape[2:])
+        return self.o(to_tokens(inputs.ulysses, a_BLnK).flatten(2), drop)
 
 
 class Block(nn.Module):
@@ -193,6 +204,8 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, kept) for _ in range(config.num_layers))
         self.head = Head(config)
         self.run_block: BlockRunner = run_plain
+        self.ulysses: Ulysses | None = None
+        """The ranks that share the tokens of a sample: all call the model, with the same inputs, and get the same."""
 
     def forward(
         self,
@@ -216,16 +229,21 @@ class WanDiT(nn.Module):
         """
         check_inputs(self.config, latent_BCTHW, timestep_B, image_first_B, text_BSE)
         grid = token_grid(self.config, latent_BCTHW.shape)
-        tokens_BLP = patchify(latent_BCTHW, self.config.patch)
+        tokens_BLP, offset = patchify(latent_BCTHW, self.config.patch), 0
+        num_tokens = tokens_BLP.shape[1]
+        if self.ulysses is not None:
+            tokens_BLP, offset = self.ulysses.own(tokens_BLP), self.ulysses.offset(num_tokens)
         velocity_BLP = self.forward_tokens(
             tokens_BLP,
             grid,
-            0,
+            offset,
             timestep_B=timestep_B,
             image_first_B=image_first_B,
             text_BSE=text_BSE,
             dropout_key_B=dropout_key_B,
         )
+        if self.ulysses is not None:
+            velocity_BLP = gather(self.ulysses, velocity_BLP, num_tokens)
         # A view would lose FSDP2's hook to an in-place operation on it.
         return unpatchify(velocity_BLP, grid, self.config.patch).clone()
 
@@ -241,18 +259,20 @@ class WanDiT(nn.Module):
         dropout_key_B: Int64[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b l p2"]:
         """The same on patches: a rank of a sequence passes its stretch of tokens and where it begins in the grid."""
-        num_tokens = tokens_BLP.shape[1]
+        num_held, num_tokens = tokens_BLP.shape[1], grid[0] * grid[1] * grid[2]
         # A rank that holds none of the first frame needs one row, like a batch without image-to-video samples.
-        num_first = min(max(grid[1] * grid[2] - token_offset, 0), num_tokens) if image_first_B.any() else 0
+        num_first = min(max(grid[1] * grid[2] - token_offset, 0), num_held) if image_first_B.any() else 0
         time_BRD, rows_BR6D = self.embed_time(timestep_B, image_first_B, two_rows=num_first > 0)
         device, dtype = tokens_BLP.device, self.compute_dtype
         inputs = BlockInputs(
             rows_BR6D=rows_BR6D,
             text_BSD=self.text_embedding(text_BSE.to(dtype)),
-            rope=rope_table(self.config.head_dim, grid, token_offset, num_tokens, device),
+            rope=_rope(self.config.head_dim, grid, token_offset, num_held, device),
             num_first=num_first,
-            backend=backend_for(device, dtype, grid[0] * grid[1] * grid[2], self.config.head_dim),
+            backend=backend_for(device, dtype, num_tokens, self.config.head_dim),
             dropout=None if dropout_key_B is None else DropoutKey(dropout_key_B.to(device), token_offset),
+            ulysses=self.ulysses,
+            num_tokens=num_tokens,
         )
         weight, bias = self.patch_embedding.weight.flatten(1), cast(Tensor, self.patch_embedding.bias)
         x_BLD = F.linear(tokens_BLP.to(dtype), weight.to(dtype), bias.to(dtype)).float()
@@ -271,6 +291,16 @@ class WanDiT(nn.Module):
             rows_BR = torch.stack([first_B, timestep_B], dim=1)
         time_BRD = self.time_embedding(sinusoids(rows_BR, self.config.freq_dim))
         return time_BRD, self.time_projection(time_BRD).unflatten(2, (6, -1))
+
+
+def _rope(
+    head_dim: int, grid: tuple[int, int, int], offset: int, num_held: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The rotary table of the tokens held here; what is held beyond the grid is padding."""
+    num_tokens = grid[0] * grid[1] * grid[2]
+    start = min(offset, num_tokens)
+    cos, sin = rope_table(head_dim, grid, start, min(num_held, num_tokens - start), device)
+    return pad_tokens(cos[None], num_held)[0], pad_tokens(sin[None], num_held)[0]
 
 
 def run_plain(index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:

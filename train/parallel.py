@@ -245,31 +245,26 @@ def make_ranks(layout: Layout, reason: str = "") -> Ranks:
     return Ranks(layout, sequence, reason)
 
 
+def smallest(world: World, device_bytes: int | None) -> int | None:
+    """The least of the ranks' memories, so that all choose the same; None where one has no GPU."""
+    return int(-Ranks(Layout(world.rank, world.size)).largest(-float(device_bytes or 0))[0]) or None
+
+
 def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -> tuple[Layout, str]:
     """The configured layout, and why. Raises UserError for one that these processes cannot form.
 
     Args:
         device_bytes: memory of the GPU; None on a CPU, whose memory is not asked.
     """
-    shards, reason = _base_shards(config, world, device_bytes)
-    if world.size % shards:
+    from train import plan
+
+    if config.parallel.shard == "hybrid" and world.size % world.local_size:
         raise UserError(
-            f"parallel.shard: hybrid: {world.size} processes are not whole machines of {shards}",
+            f"parallel.shard: hybrid: {world.size} processes are not whole machines of {world.local_size}",
             expected="as many processes on every machine",
         )
-    if shards > 1 and config.lora is None:
+    if config.parallel.shard in ("full", "hybrid") and config.lora is None and world.size > 1:
         raise UserError("parallel.shard spreads a frozen base; lora: null trains it", mend="parallel.shard=none")
-    return Layout(world.rank, world.size, world.local_rank, base_shards=shards), reason
-
-
-def _base_shards(config: TrainConfig, world: World, device_bytes: int | None) -> tuple[int, str]:
-    wanted = config.parallel.shard
-    if world.size == 1 or wanted != "auto":
-        return {"full": world.size, "hybrid": world.local_size}.get(wanted, 1), f"parallel.shard: {wanted}"
-    if device_bytes is None or config.lora is None:
-        return 1, "the base stays whole: no GPU's memory to fit" if device_bytes is None else "every weight trains"
-    from train.plan import least_memory
-
-    need = least_memory(config)
-    words = f"a step beside the whole base takes {need / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
-    return (1 if need <= device_bytes else world.local_size), words
+    num_nodes = 1 if world.size % world.local_size else world.size // world.local_size
+    mesh, reason = plan.choose_layout(config, world.size, num_nodes, device_bytes)
+    return Layout(world.rank, world.size, world.local_rank, mesh.base_shards, mesh.ulysses), reason

@@ -19,7 +19,7 @@ from train.memory import Memory
 from train.model_config import TI2V_5B, DiTConfig
 from train.order import Bucket
 from train.policy import GIB, Saves, describe_saves, make_chooser, run_memory
-from train.scaling import Exchange, Mesh, candidates, count_exchange, local_shape, make_mesh, rank_flops
+from train.scaling import Exchange, Mesh, candidates, choose_mesh, count_exchange, local_shape, rank_flops
 
 DAY_SECONDS = 86_400
 HELD_OUT_PASSES = 18
@@ -98,7 +98,17 @@ def make_plan(
     dims, notes = _dims(config)
     compute_bytes = _compute_bytes(config, gpu, notes)
     basis = Basis(config, dims, gpu, tuple(sizes), compute_bytes, efficiency)
-    mesh = choose_mesh(basis, num_gpus, num_nodes)
+    mesh, reason = choose_mesh(
+        config,
+        dims,
+        num_gpus,
+        num_nodes,
+        _shapes(config, dims, sizes),
+        device_bytes=basis.device_bytes,
+        compute_bytes=compute_bytes,
+    )
+    if num_gpus > 1:
+        notes.append(f"layout: {reason}")
     slots_per_rank(config.data, mesh.dp_size)
     settings = []
     for name, choose in _choices(basis, mesh).items():
@@ -152,25 +162,20 @@ class Basis(NamedTuple):
         return int(self.gpu.memory_gib * GIB)
 
 
-def choose_mesh(basis: Basis, num_gpus: int, num_nodes: int) -> Mesh:
-    """The configured layout over these GPUs; `auto` keeps the base whole where a step fits beside it."""
-    wanted, ulysses = str(basis.config.parallel.shard), int(basis.config.parallel.ulysses)
-    shards = {"full": num_gpus, "hybrid": num_gpus // num_nodes}.get(wanted, 1)
-    mesh = make_mesh(num_gpus, num_nodes, shards, ulysses, basis.dims)
-    if wanted != "auto" or num_gpus == 1 or basis.config.lora is None:
-        return mesh
-    fits = cost(basis, mesh, "least", _constant(((),) * basis.dims.num_layers)).fits
-    return mesh if fits else mesh._replace(base_shards=mesh.gpus_per_node)
-
-
-def least_memory(config: TrainConfig) -> int:
-    """Bytes that a GPU needs beside the whole base for the largest micro-batch of the dataset, keeping the least."""
+def choose_layout(config: TrainConfig, num_ranks: int, num_nodes: int, device_bytes: int | None) -> tuple[Mesh, str]:
+    """The layout of a run about to begin, and why: for the sizes of its dataset. Raises UserError as `choose_mesh`."""
     dims, _ = _dims(config)
-    sizes, _ = read_sizes(config, ())
-    shapes = [Shape(config.data.micro_batch, _tokens(dims, bucket)) for bucket, _ in sizes]
+    shapes: list[Shape] = []
+    if device_bytes is not None and config.lora is not None:
+        shapes = _shapes(config, dims, read_sizes(config, ())[0])
     compute_bytes = 4 if config.precision.compute == "fp32" else 2
-    saves = ((),) * dims.num_layers
-    return max(run_memory(config, dims, shape, saves, compute_bytes).total for shape in shapes)
+    return choose_mesh(
+        config, dims, num_ranks, num_nodes, shapes, device_bytes=device_bytes, compute_bytes=compute_bytes
+    )
+
+
+def _shapes(config: TrainConfig, dims: DiTConfig, sizes: Sequence[Size]) -> list[Shape]:
+    return [Shape(config.data.micro_batch, _tokens(dims, bucket)) for bucket, _ in sizes]
 
 
 def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
@@ -264,6 +269,7 @@ def _choices(basis: Basis, mesh: Mesh) -> dict[str, Callable[[Shape], Saves]]:
                 device_bytes=basis.device_bytes,
                 compute_bytes=basis.compute_bytes,
                 base_shards=mesh.base_shards,
+                ulysses=mesh.ulysses,
             )
     elif config.checkpointing.policy == "auto":
         choices["auto"] = choices["full"]
@@ -289,7 +295,7 @@ def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) 
         if config.lora is None:
             words = "what autograd does" if saves[0] else "input only"
             continue
-        memory = run_memory(config, dims, here, saves, basis.compute_bytes, mesh.base_shards)
+        memory = run_memory(config, dims, here, saves, basis.compute_bytes, mesh.base_shards, mesh.ulysses)
         if largest is None or memory.total > largest.total:
             largest, words = memory, describe_saves(saves)
     flops *= config.data.global_batch / micro

@@ -78,6 +78,7 @@ def run_memory(
     saves: Sequence[Collection[str]],
     compute_bytes: int,
     base_shards: int = 1,
+    ulysses: int = 1,
 ) -> Memory:
     """`step_memory` as a run is configured."""
     return step_memory(
@@ -89,21 +90,32 @@ def run_memory(
         optimizer_bytes=2.1 if config.optim.name == "adamw8bit" else 8.0,
         moving_average=config.optim.ema_decay is not None,
         base_shards=base_shards,
+        ulysses=ulysses,
     )
 
 
 def make_chooser(
-    config: TrainConfig, dims: DiTConfig, *, device_bytes: int | None, compute_bytes: int = 2, base_shards: int = 1
+    config: TrainConfig,
+    dims: DiTConfig,
+    *,
+    device_bytes: int | None,
+    compute_bytes: int = 2,
+    base_shards: int = 1,
+    ulysses: int = 1,
 ) -> Callable[[Shape], Saves]:
     """From the shape of a micro-batch to what each block keeps, for a frozen base.
 
     Args:
         device_bytes: memory of the GPU, for `auto`; None (a CPU) keeps everything.
         base_shards: ranks that one copy of the base is spread over.
+        ulysses: ranks that share a sample's tokens; shapes are what one of them holds.
     Raises (when called): UserError where not even the least fits, with what would.
     """
     policy, lora = config.checkpointing.policy, _frozen_base(config)
     everything, nothing = (SAVE_GROUPS,) * dims.num_layers, ((),) * dims.num_layers
+
+    def memory(shape: Shape, saves: Saves) -> Memory:
+        return run_memory(config, dims, shape, saves, compute_bytes, base_shards, ulysses)
 
     @lru_cache(maxsize=64)
     def choose(shape: Shape) -> Saves:
@@ -117,12 +129,10 @@ def make_chooser(
                 dims,
                 shape,
                 lora,
-                lambda saves: run_memory(config, dims, shape, saves, compute_bytes, base_shards).total <= limit,
+                lambda saves: memory(shape, saves).total <= limit,
                 compute_bytes=compute_bytes,
             )
-            return (
-                chosen if chosen is not None else _refuse_device(config, dims, shape, limit, compute_bytes, base_shards)
-            )
+            return chosen if chosen is not None else _refuse_device(shape, memory(shape, nothing), limit)
         budget = int((config.checkpointing.budget_gib or 0) * GIB)
         chosen = save_most(
             dims,
@@ -143,10 +153,7 @@ def make_chooser(
     return choose
 
 
-def _refuse_device(
-    config: TrainConfig, dims: DiTConfig, shape: Shape, limit: int, compute_bytes: int, base_shards: int
-) -> Saves:
-    need = run_memory(config, dims, shape, ((),) * dims.num_layers, compute_bytes, base_shards)
+def _refuse_device(shape: Shape, need: Memory, limit: int) -> Saves:
     mend = "shorter or smaller buckets, or a GPU with more memory"
     if shape.batch > 1:
         mend = f"data.micro_batch: 1 (it is {shape.batch}); " + mend

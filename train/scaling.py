@@ -4,10 +4,11 @@ n ranks, P of them share a sample's tokens (Ulysses), s of them share one copy o
 and receives in an optimizer step of m micro-steps, with c bytes a number in the compute dtype,
 
     LoRA gradients   2 · 4 · (LoRA numbers) · (n − 1)/n              once, float32, whatever m is
-    base             2 · (bytes of the base) · (s − 1)/s · m         gathered in the forward and the backward pass
+    base             2 · (bytes of all blocks) · (s − 1)/s · m       gathered in the forward and the backward pass
     tokens           4 · (N/P) · d · c · (P − 1)/P a block and pass  q k v there, the output back; m times
 
-and a pass is made forward, backward, and once more where a block computes its attention again. Bytes are exact; the
+and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
+was kept by tokens. The velocity is gathered once a forward pass, 4 bytes a number. Bytes are exact; the
 seconds divide them by a bandwidth that is assumed (hardware.py), and nothing is taken to overlap: an upper bound.
 """
 
@@ -20,8 +21,9 @@ from shards.errors import UserError
 from train.config import TrainConfig
 from train.flops import Shape, adapted_linears, first_trained_block, step_flops
 from train.hardware import Gpu
-from train.memory import num_lora_parameters, num_parameters
+from train.memory import block_bytes, num_lora_parameters, num_parameters
 from train.model_config import DiTConfig, LoRAConfig
+from train.policy import run_memory
 
 ULYSSES_TRIED = (1, 2, 4, 8)
 
@@ -88,6 +90,70 @@ def make_mesh(num_gpus: int, num_nodes: int, base_shards: int, ulysses: int, dim
     return Mesh(num_gpus, num_nodes, base_shards, ulysses)
 
 
+def choose_mesh(
+    config: TrainConfig,
+    dims: DiTConfig,
+    num_gpus: int,
+    num_nodes: int,
+    shapes: Sequence[Shape],
+    *,
+    device_bytes: int | None,
+    compute_bytes: int,
+) -> tuple[Mesh, str]:
+    """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
+
+    the base whole, then spread over a machine; on as few ranks a sample as the batch can be dealt to, then on more.
+
+    Args:
+        shapes: whole micro-batches of the run.
+        device_bytes: memory of a GPU; None on a CPU, whose memory is not asked.
+    Raises: UserError for a layout that these GPUs cannot form.
+    """
+    wanted, asked = config.parallel.shard, config.parallel.ulysses
+    here = num_gpus // num_nodes
+    fixed = {"full": num_gpus, "hybrid": here, "none": 1}
+    degrees = [asked] if asked != "auto" else _degrees(config, dims, num_gpus, here)
+    shards = [fixed[wanted]] if wanted != "auto" else sorted({1, here})
+    meshes = [make_mesh(num_gpus, num_nodes, size, degree, dims) for degree in degrees for size in shards]
+    first = meshes[0]
+    words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
+    if asked == "auto" and first.ulysses > 1:
+        batch = config.data.global_batch
+        words += f"; {batch} samples dealt to {num_gpus} processes, so {first.ulysses} share one"
+    if device_bytes is None or config.lora is None or len(meshes) == 1:
+        return first, words
+    for mesh in meshes:
+        need = _least_memory(config, dims, mesh, shapes, compute_bytes)
+        if need <= device_bytes:
+            taken = f"a step takes {need / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
+            if mesh == first:
+                return mesh, f"{words}; {taken}"
+            least = _least_memory(config, dims, first, shapes, compute_bytes)
+            return mesh, f"{words}; {taken}, and {least / 2**30:.1f} as {first}"
+    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.base_shards)), f"{words}; nothing fits"
+
+
+def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> list[int]:
+    """Ranks that may share a sample, ascending; the first is the least that the batch can be dealt to."""
+    data, found = config.data, []
+    for degree in range(1, here + 1):
+        share, rest = divmod(data.global_batch, num_gpus // degree)
+        if here % degree == 0 and dims.num_heads % degree == 0 and share and not rest and not share % data.micro_batch:
+            found.append(degree)
+    # A batch that no degree deals evenly is refused where it is dealt, with the sizes that can be.
+    return found if found and (found[0] == 1 or num_gpus > data.global_batch // data.micro_batch) else [1]
+
+
+def _least_memory(config: TrainConfig, dims: DiTConfig, mesh: Mesh, shapes: Sequence[Shape], compute_bytes: int) -> int:
+    saves = ((),) * dims.num_layers
+    return max(
+        run_memory(
+            config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, mesh.base_shards, mesh.ulysses
+        ).total
+        for shape in shapes
+    )
+
+
 def local_shape(shape: Shape, ulysses: int) -> Shape:
     """What a rank holds of a micro-batch: its stretch of the tokens, padded where they do not divide."""
     return Shape(shape.batch, -(-shape.tokens // ulysses))
@@ -134,21 +200,30 @@ def count_exchange(
     trained = num_lora_parameters(dims, config.lora) if config.lora else narrow + wide
     n, s, p = mesh.num_gpus, mesh.base_shards, mesh.ulysses
     gradients = 8 * trained * (n - 1) / n
-    base = 2 * (narrow * compute_bytes + 4 * wide) * (s - 1) / s * micro_steps
-    a_pass = 4 * local_shape(shape, p).all_tokens * dims.dim * compute_bytes * (p - 1) / p
-    tokens = a_pass * num_passes(dims, config.lora, saves) * micro_steps
+    base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
+    held = local_shape(shape, p).all_tokens * (p - 1) / p
+    velocity = 4 * held * p * dims.out_channels * dims.patch[1] * dims.patch[2]
+    tokens = (4 * held * dims.dim * compute_bytes * num_passes(dims, config.lora, saves) + velocity) * micro_steps
     seconds = gradients / mesh.link(gpu, n) + base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
     return Exchange(gradients, base, tokens, seconds)
 
 
 def num_passes(dims: DiTConfig, lora: LoRAConfig | None, saves: Sequence[Collection[str]]) -> int:
-    """Times that a step takes the tokens of a block through an attention's exchange, over all blocks.
+    """Times that a micro-step takes the tokens of a block through self-attention's exchange, over all blocks.
 
-    Once forward, once backward, and once more for a block that has not kept what self-attention works on.
+    A block of a frozen base is passed once forward and, where it trains, twice more: gradients there and back, and q k
+    v with the output again, which are kept as this rank's tokens, if at all. Where every weight trains autograd keeps
+    what other ranks sent, and the middle one is only made by a block that is computed again.
     """
-    first = first_trained_block(adapted_linears(dims, lora)) if lora else 0
-    backward = sum(2 if not {"attention", "projections"} <= set(kept) else 1 for kept in saves[first:])
-    return dims.num_layers + backward
+    if lora is None:
+        return sum(3 if not kept else 2 for kept in saves)
+    adapted = adapted_linears(dims, lora)
+    first = first_trained_block(adapted)
+    passes = dims.num_layers + 2 * (dims.num_layers - first)
+    if not any(name.startswith("self_attn") for name in adapted[first]):
+        # Nothing of it flows back through self-attention, which is only run again to go on from.
+        passes -= 2 if "attention" in saves[first] else 1
+    return passes
 
 
 def candidates(dims: DiTConfig, num_gpus: int, num_nodes: int, global_batch: int, micro_batch: int) -> list[Mesh]:

@@ -25,10 +25,11 @@ from train.lora import inject, load_lora_state, reset, save_export
 from train.lora_formats import read_lora, to_raw_state
 from train.model import WanDiT, build_model, init_random
 from train.model_config import DiTConfig
-from train.parallel import ALONE, Ranks
+from train.parallel import ALONE, Layout, Ranks
 from train.policy import make_chooser
 from train.precision import Precision, resolve_precision
 from train.sharding import spread
+from train.ulysses import Ulysses
 from train.weights import load_dit, read_dit_config, save_dit
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
     if config.lora is not None and config.lora.start_from is not None:
         start = read_lora(locate_lora(Path(config.lora.start_from))[0])
         load_lora_state(model, to_raw_state(start, config.lora), start.origin)
-    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout.base_shards)
+    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout)
+    if ranks.sequence is not None:
+        model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
     keep(model, policy, compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
@@ -144,12 +147,20 @@ def _build(
 
 
 def choose_policy(
-    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, base_shards: int = 1
+    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
 ) -> ChooseSaves | str:
     """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
     memory = device_memory(device)
     if config.lora is not None:
-        return make_chooser(config, dims, device_bytes=memory, compute_bytes=dtype.itemsize, base_shards=base_shards)
+        layout = layout or Layout()
+        return make_chooser(
+            config,
+            dims,
+            device_bytes=memory,
+            compute_bytes=dtype.itemsize,
+            base_shards=layout.base_shards,
+            ulysses=layout.ulysses,
+        )
     policy = config.checkpointing.policy
     return policy if policy in ("none", "full") else "none" if memory is None else "full"
 
