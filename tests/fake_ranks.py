@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shards.config import validate_config
+from train.config import TrainConfig
+from train.flops import SAVE_GROUPS, Shape
+from train.hardware import GPUS
+from train.model_config import DiTConfig
+from train.parallel import Layout, make_ranks
+from train.scaling import Exchange, Mesh, count_exchange
+from train.trainee import make_trainee
+
+DIMS = DiTConfig(dim=192, num_heads=24, num_layers=3, ffn_dim=448, text_dim=32, text_len=16)
 _functional = torch.ops._c10d_functional
 _c10d = torch.ops.c10d
 
@@ -58,3 +68,48 @@ class CountedExchange(TorchDispatchMode):
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def exchange_of(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> CountedExchange:
+    """What rank 0 of a layout exchanges in an optimizer step of a small model: forward, backward, and the one sum.
+
+    Args:
+        shape: samples of a micro-step, and their tokens: a multiple of 15, the tokens of a latent frame.
+    """
+    config = small_config(layout, policy, shape, micro_steps)
+    with fake_group(layout.world_size):
+        ranks = make_ranks(layout)
+        trainee = make_trainee(config, ranks)
+        latent = torch.zeros(shape.batch, DIMS.in_channels, shape.tokens // 15, 6, 10)
+        text = torch.zeros(shape.batch, DIMS.text_len, DIMS.text_dim)
+        image_first = torch.arange(shape.batch) == 0
+        with CountedExchange() as counted:
+            for _ in range(micro_steps):
+                trainee.model(latent, torch.ones(shape.batch), image_first, text).sum().backward()
+            ranks.reduce_gradients(list(trainee.weights.values()))
+    return counted
+
+
+def small_config(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> TrainConfig:
+    """A run of the small model whose global batch gives each share so many micro-steps."""
+    values = {
+        "output": "run",
+        "max_steps": 1,
+        "model": {"dims": DIMS.model_dump()},
+        "data": {
+            "root": "shards",
+            "global_batch": shape.batch * micro_steps * layout.dp_size,
+            "micro_batch": shape.batch,
+        },
+        "precision": {"compute": "bf16", "device": "cpu"},
+        "checkpointing": {"policy": policy},
+    }
+    return validate_config(TrainConfig, values, origin="the count's config")
+
+
+def planned(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> Exchange:
+    """The same in closed form."""
+    config = small_config(layout, policy, shape, micro_steps)
+    saves = [SAVE_GROUPS if policy == "none" else ()] * DIMS.num_layers
+    mesh = Mesh(layout.world_size, 1, layout.base_shards, layout.ulysses)
+    return count_exchange(config, DIMS, mesh, GPUS["h100"], shape, saves, compute_bytes=2)

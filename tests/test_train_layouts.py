@@ -6,6 +6,7 @@ twenty steps of each alone, and a resume from each to each.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,41 @@ def test_a_run_goes_from_any_layout_to_any(
     run(tiny_shards, tmp_path, before, 5)
     run(tiny_shards, tmp_path, after, SHORT_STEPS)
     assert_same_run(alone(SHORT_STEPS), tmp_path)
+
+
+def train_spoiled(config: TrainConfig, bad_rank: int, bad_step: int) -> list[dict[str, Any]]:
+    """A run in which one rank's latents overflow fp16 in one step; what each rank made of every step."""
+    from train import loop
+    from train.progress import Progress
+
+    plain, seen = loop.backward, []
+
+    def spoiled(trainee: Any, batch: Any, *rest: Any) -> Any:
+        if (int(os.environ["RANK"]), batch.step) == (bad_rank, bad_step):
+            batch.latent_BCTHW[:] = 3e5
+        return plain(trainee, batch, *rest)
+
+    update = Progress.update
+
+    def watched(self: Progress) -> Any:
+        result = update(self)
+        weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.trainee.tensors().values())).hexdigest()
+        seen.append({"scale": self.scaler.scale, "skipped": self.skipped, "blamed": result[2], "weights": weights})
+        return result
+
+    loop.backward, Progress.update = spoiled, watched  # type: ignore[method-assign]
+    set_up_logging(terminal=False)
+    loop.fit(config)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["replicate-2", "ulysses-2"])
+def test_an_overflow_of_one_rank_is_everybodys(tiny_shards: Path, tmp_path: Path, name: str) -> None:
+    """Judged after the one sum: all skip, halve their scale, blame the same block, and go on with the same weights."""
+    changes = VARIED | {"precision__compute": "fp16", "eval": None} | WAYS[name].changes
+    config = make_config(tiny_shards, tmp_path, **changes, max_steps=4)
+    first, second = run_ranks(2, train_spoiled, config, 1, 3)
+    assert first == second
+    assert [step["skipped"] for step in first] == [0, 0, 1, 1]
+    assert first[2]["scale"] == first[1]["scale"] / 2 and first[2]["blamed"].startswith("blocks.")
+    assert first[2]["weights"] == first[1]["weights"] != first[3]["weights"]

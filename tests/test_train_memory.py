@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 import pytest
 import torch
+import torch.distributed as dist
+from fake_ranks import fake_group
 from train_traces import LiveBytes, counted_flops, fake_model, fake_tensors, trace_step
 
 from train.checkpointing import keep
@@ -16,6 +18,7 @@ from train.memory import Memory, step_memory
 from train.model import set_checkpointing
 from train.model_config import TI2V_5B, DiTConfig, LoRAConfig
 from train.policy import GIB, make_chooser, total_kept
+from train.ulysses import Ulysses
 
 FEW = TI2V_5B.model_copy(update={"num_layers": 3})
 """Real blocks, three of them: each further one adds the same; the long tests take all thirty."""
@@ -41,6 +44,7 @@ def measure(
     size: tuple[int, int, int, int],
     *,
     image_first: bool = False,
+    ulysses: Ulysses | None = None,
 ) -> int:
     """Peak bytes of a micro-step, beyond base, LoRA, gradients and optimizer."""
     with fake_tensors():
@@ -49,6 +53,7 @@ def measure(
             if weight.requires_grad:
                 weight.grad = torch.empty_like(weight)
         keep(model, lambda shape: saves)
+        model.ulysses = ulysses
         with LiveBytes() as live:
             trace_step(model, size, image_first=image_first)
     return live.peak
@@ -78,6 +83,19 @@ def test_so_it_is_for_a_batch_and_image_to_video(policy: str) -> None:
     measured = measure(FEW, LoRAConfig(), POLICIES[policy], (2, 5, 30, 52), image_first=True)
     predicted = predict(step_memory(FEW, Shape(2, 5 * 15 * 26), LoRAConfig(), POLICIES[policy]))
     assert measured / predicted == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("ranks", "frames"), [(2, 49), (8, 121)])
+def test_so_it_is_for_a_rank_of_several_that_share_a_sample(ranks: int, frames: int, policy: str) -> None:
+    """By the tokens that it holds, and what other ranks sent; latents and velocities are whole on every rank."""
+    tokens = LATENT_FRAMES[frames] * 22 * 40
+    with fake_group(ranks):
+        ulysses = Ulysses(dist.group.WORLD.group_name, ranks, 0)
+        measured = measure(FEW, LoRAConfig(), POLICIES[policy], (1, LATENT_FRAMES[frames], 44, 80), ulysses=ulysses)
+    shape = Shape(1, ulysses.num_held(tokens))
+    predicted = predict(step_memory(FEW, shape, LoRAConfig(), POLICIES[policy], ulysses=ranks))
+    assert measured / predicted == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from click.testing import CliRunner
 
 from shards.errors import UserError
 from train.cli import main
-from train.config import DataConfig, ModelConfig, TrainConfig
-from train.flops import SAVE_GROUPS, Shape, score_flops, step_flops
+from train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from train.flops import SAVE_GROUPS, Shape, num_tokens, score_flops, step_flops
 from train.hardware import GPUS
 from train.model_config import TI2V_5B, LoRAConfig
 from train.order import Bucket
 from train.plan import Size, make_plan
-from train.scaling import Mesh, candidates, count_exchange, make_mesh, num_passes, rank_flops
+from train.scaling import Mesh, candidates, choose_mesh, count_exchange, make_mesh, num_passes, rank_flops
 
 ROOT = Path(__file__).parents[1]
 CLIP = Shape(1, 11_440)
@@ -113,6 +113,42 @@ def test_auto_replicates_where_the_base_fits_and_shards_where_it_does_not():
     assert plan.chosen.memory.base < 3 * 2**30
     replicate = [s for s in make_plan(config(), GPUS["h100"], 8, size).layouts if s.mesh.base_shards == 1]
     assert all(s.exchange.base_bytes == 0 for s in replicate)
+
+
+def layout(gpu: str | None, num_gpus: int, num_nodes: int = 1, *, frames: int = 49, batch: int = 16, **parallel: Any):
+    settings = config(
+        data=DataConfig(root="shards", global_batch=batch),
+        parallel=ParallelConfig(**parallel),
+    )
+    memory = int(GPUS[gpu].memory_gib * 2**30) if gpu else None
+    shapes = [Shape(1, num_tokens(TI2V_5B, frames, 704, 1280))]
+    return choose_mesh(settings, TI2V_5B, num_gpus, num_nodes, shapes, device_bytes=memory, compute_bytes=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mesh", "words"),
+    [
+        ({"gpu": "v100-32gb", "num_gpus": 2}, Mesh(2), "a step takes"),
+        ({"gpu": "v100-32gb", "num_gpus": 2, "frames": 201}, Mesh(2, 1, 2), "and 3"),
+        ({"gpu": "rtx4090", "num_gpus": 8, "frames": 121}, Mesh(8, 1, 8), "and 26.1 as replicate 8"),
+        ({"gpu": "rtx4090", "num_gpus": 8, "frames": 241}, Mesh(8, 1, 8, 2), "as replicate 8"),
+        ({"gpu": "h100", "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "16 samples dealt to 64"),
+        ({"gpu": None, "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "so 4 share one"),
+        ({"gpu": "h100", "num_gpus": 8, "shard": "full", "ulysses": 4}, Mesh(8, 1, 8, 4), "parallel.ulysses: 4"),
+        ({"gpu": "h100", "num_gpus": 3}, Mesh(3), "auto"),  # refused where the batch is dealt, with sizes that can be
+        ({"gpu": "rtx4090", "num_gpus": 2, "frames": 961}, Mesh(2, 1, 2, 2), "nothing fits"),
+    ],
+)
+def test_auto_takes_the_first_layout_that_a_step_fits_in(arguments, mesh, words):
+    """The base whole, then spread; samples whole, then shared; more ranks a sample where the batch is too small."""
+    chosen, reason = layout(**arguments)
+    assert chosen == mesh and words in reason, (chosen, reason)
+
+
+def test_a_degree_that_does_not_divide_the_heads_is_refused_with_those_that_do():
+    with pytest.raises(UserError, match="24 heads and the 16 GPUs") as caught:
+        layout("h100", 16, ulysses=16)
+    assert caught.value.expected == "1, 2, 4, 8"
 
 
 def test_the_command_compares_layouts_and_machines(tmp_path):

@@ -371,7 +371,8 @@ def _sample(progress: Progress, pictures: list[Ready], look_up: Callable[[], Non
     trainee, began = progress.trainee, time.perf_counter()
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
     with trainee.holding(progress.average):
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder, look_up)
+        first = progress.session.ranks.is_first
+        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, look_up)
     progress.seconds += time.perf_counter() - began
 
 

@@ -147,15 +147,15 @@ def block_peak_bytes(
     attention = kept_bytes(dims, shape, saves, adapted, rank, compute_bytes=c) + tokens * (16 * dim + 3 * c * dim)
     if ulysses > 1:
         # What other ranks sent for self-attention is held from where it is computed again; else it comes beside ours.
-        feed_forward += 0 if {"attention", "projections"} <= set(saves) else 3 * c * tokens * dim
-        attention += 3 * c * tokens * dim
+        feed_forward += 0 if "attention" in saves else 3 * c * tokens * dim
+        attention += 2 * c * tokens * dim
     return max(forward, feed_forward, attention)
 
 
-def input_bytes(dims: DiTConfig, shape: Shape, *, compute_bytes: int = 2) -> int:
-    """Latent, noise, target and prediction; text and its embedding; rotary table; constants a token."""
+def input_bytes(dims: DiTConfig, shape: Shape, *, compute_bytes: int = 2, ulysses: int = 1) -> int:
+    """Latent, noise, target and prediction, whole; text and its embedding; rotary table; constants a token."""
     patch = dims.patch[0] * dims.patch[1] * dims.patch[2]
-    latents = 4 * shape.all_tokens * patch * (3 * dims.in_channels + 2 * dims.out_channels)
+    latents = 4 * shape.all_tokens * ulysses * patch * (3 * dims.in_channels + 2 * dims.out_channels)
     text = shape.batch * dims.text_len * (2 * dims.text_dim + compute_bytes * dims.dim)
     return latents + text + 8 * shape.tokens * dims.head_dim + 8 * shape.all_tokens
 
@@ -211,7 +211,7 @@ def step_memory(
         optimizer=int(trained * (optimizer_bytes + (4 if moving_average else 0))),
         saved=saved,
         transient=peak - saved,
-        inputs=input_bytes(dims, shape, **options),
+        inputs=input_bytes(dims, shape, ulysses=ulysses, **options),
         workspace=0,
     )
     return parts._replace(workspace=CONTEXT_BYTES + int(FRAGMENTATION * parts.total))

@@ -103,25 +103,32 @@ def sample_prompts(
     model: WanDiT,
     prompts: Sequence[Ready],
     sampler: SamplerConfig,
-    folder: Path,
+    folder: Path | None,
     look_up: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode while it lasts.
+
+    Ranks that share the base or the tokens all make it; a rank whose folder is None writes nothing.
 
     `look_up` is called before each step of the solver; where it raises, what is written by then is whole.
     """
     was_training = model.training
     model.eval()
     try:
-        return [_sample_one(model, ready, sampler, folder, look_up) for ready in prompts]
+        made = [_sample_one(model, ready, sampler, folder, look_up) for ready in prompts]
+        return [path for path in made if path is not None]
     finally:
         model.train(was_training)
 
 
-def _sample_one(model: WanDiT, ready: Ready, sampler: SamplerConfig, folder: Path, look_up: Callable[[], None]) -> Path:
+def _sample_one(
+    model: WanDiT, ready: Ready, sampler: SamplerConfig, folder: Path | None, look_up: Callable[[], None]
+) -> Path | None:
     began = time.perf_counter()
     noise_CTHW = draw_start(ready.prompt.seed, ready.shape)
     latent_CTHW = sample_latent(model, noise_CTHW, ready.text_SE, ready.null_SE, sampler, ready.first_CHW, look_up)
+    if folder is None:
+        return None
     path = folder / f"{ready.prompt.name}.safetensors"
     facts = {**ready.facts, "sampler": sampler.model_dump_json(), "seed": str(ready.prompt.seed)}
     write_latent(path, latent_CTHW.cpu().numpy(), facts)
