@@ -85,12 +85,6 @@ TRAPS = (
         ),
     ),
     Trap(
-        4, "what is exchanged not made contiguous", "train/ulysses.py",
-        "padded.unflatten(1, (self.size, held)).transpose(0, 1).contiguous()",
-        "padded.unflatten(1, (self.size, held)).transpose(0, 1)",
-        ("test_train_ulysses.py::test_an_exchange_s_gradient_is_exact_when_what_comes_is_permuted",),
-    ),
-    Trap(
         5, "ranks of one sequence drawing their own noise", "train/data.py",
         "noise = draw_noise(self._config.seed, step,",
         'noise = draw_noise(self._config.seed + int(__import__("os").environ.get("RANK", "0")) % 2, step,',

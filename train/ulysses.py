@@ -58,8 +58,8 @@ class Ulysses(NamedTuple):
         return self._swap(parts_PBlnK).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _swap(self, parts_P: Tensor) -> Tensor:
-        """Part p goes to rank p, and rank p's comes in its place. What goes must be contiguous: else its bytes are read
-        in another order, forward and back alike, and the gradient alone is wrong."""
+        """Part p goes to rank p, and rank p's comes in its place. What goes is contiguous: not every version of the
+        operator sees to that, and a gradient whose bytes lie in another order would be wrong without a word."""
         sizes = [1] * self.size
         swapped: Tensor = _ops.wait_tensor(_ops.all_to_all_single(parts_P, sizes, sizes, self.group))
         return swapped
