@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import hypothesis
 import jaxtyping
 import pytest
+
+# Workers share the machine: threads of torch that wait for each other would wait for the other worker's too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes in the hints of public functions are checked in the tests, and only there.
 SHAPE_CHECKED = ["attention", "lora", "model", "objective", "rope", "tokens"]
