@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes in the hints of public functions are checked in the tests, and only there.
-SHAPE_CHECKED = ["attention", "lora", "model", "objective", "rope", "tokens"]
+SHAPE_CHECKED = ["attention", "blocks", "lora", "model", "objective", "rope", "tokens"]
 jaxtyping.install_import_hook([f"train.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
 
 # A busy machine is no failure: an example has no time limit of its own, a test has pytest's.

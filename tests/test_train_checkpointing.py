@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend
 
 from shards.errors import UserError
 from train import kernels
+from train.blocks import Block, BlockInputs
 from train.checkpointing import ChooseSaves, keep
 from train.flops import SAVE_GROUPS, Shape
 from train.lora import inject, lora_modules
-from train.model import Block, BlockInputs, WanDiT, build_model, set_checkpointing
+from train.model import WanDiT, build_model, set_checkpointing
 from train.model_config import DiTConfig, LoRAConfig
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=96, text_dim=32, text_len=16)

@@ -14,7 +14,7 @@ from train_runs import DIMS, make_config, read_metrics
 
 from shards.dataset import open_dataset
 from shards.errors import UserError
-from train import checkpoint, loop
+from train import checkpoint, step
 from train.loop import fit
 from train.progress import Progress
 from train.session import open_session
@@ -172,7 +172,7 @@ def step_once(session, progress, spoil=None):
         progress.telemetry.begin_step()
     if spoil is not None:
         batch.latent_BCTHW[spoil] = 3e5
-    loop.backward(session.trainee, batch, progress.scaler.scale_loss)
+    step.backward(session.trainee, batch, progress.scaler.scale_loss)
     result = progress.update()
     progress.step, progress.position = batch.step, position
     return result

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
+from train.blocks import DropoutKey
 from train.lora import (
     LoRALinear,
     export_state,
@@ -28,7 +29,7 @@ from train.lora import (
     save_export,
     unmerge,
 )
-from train.model import DropoutKey, WanDiT, build_model, set_checkpointing
+from train.model import WanDiT, build_model, set_checkpointing
 from train.model_config import TI2V_5B, LoRAConfig
 from train.objective import add_noise, model_timestep, slot_losses
 

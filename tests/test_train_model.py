@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from train.attention import Backend, attend
-from train.model import Block, BlockInputs, WanDiT, build_model, check_inputs, init_random, set_checkpointing, sinusoids
+from train.blocks import Block, BlockInputs
+from train.model import WanDiT, build_model, check_inputs, init_random, set_checkpointing, sinusoids
 from train.model_config import TI2V_5B, DiTConfig
 from train.rope import axis_sizes, rope_table, rotate
 from train.tokens import patchify, token_grid, unpatchify
@@ -218,7 +219,7 @@ def test_queries_and_keys_are_turned_in_float32(tiny_dit: WanDiT, monkeypatch: p
         attended.extend((q.dtype, k.dtype, v.dtype))
         return attend(q, k, v, backend)
 
-    monkeypatch.setattr("train.model.rotate", spy_rotate)
+    monkeypatch.setattr("train.blocks.rotate", spy_rotate)
     monkeypatch.setattr("train.model.attend", spy_attend)
     model = build_model(tiny_dit.config, torch.bfloat16)
     model.load_state_dict(tiny_dit.state_dict())

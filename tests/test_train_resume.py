@@ -242,11 +242,11 @@ def test_the_beginning_may_be_the_best(tiny_shards, tmp_path):
 
 def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_shards, tmp_path, monkeypatch):
     """The step is given up whole: what the checkpoint holds is what the straight run holds."""
-    from train import loop
+    from train import step
 
     fit(make_config(tiny_shards, tmp_path / "straight", data__micro_batch=1))
     calls = []
-    original = loop.losses
+    original = step.losses
 
     def signalled(trainee, batch, rows):
         calls.append(batch.step)
@@ -255,10 +255,10 @@ def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_sha
         return original(trainee, batch, rows)
 
     config = make_config(tiny_shards, tmp_path / "stopped", data__micro_batch=1)
-    monkeypatch.setattr(loop, "losses", signalled)
+    monkeypatch.setattr(step, "losses", signalled)
     result = fit(config)
     assert (result.step, result.stopped_by, len(calls)) == (3, signal.SIGTERM, 14)
-    monkeypatch.setattr(loop, "losses", original)
+    monkeypatch.setattr(step, "losses", original)
     fit(config)
     assert checkpoint_bytes(tmp_path / "stopped", 10) == checkpoint_bytes(tmp_path / "straight", 10)
 

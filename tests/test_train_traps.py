@@ -53,7 +53,7 @@ TRAPS = (
         ("test_train_objective.py::test_the_timestep_is_not_rounded",),
     ),
     Trap(
-        3, "the residual stream rounded", "train/model.py",
+        3, "the residual stream rounded", "train/blocks.py",
         "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)",
         "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first).to(dtype).float()",
         ("test_train_model.py::test_the_residual_stream_is_never_rounded",),

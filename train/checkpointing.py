@@ -22,12 +22,13 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.between import make_turn
+from train.blocks import Block, BlockInputs, Linear
 from train.flops import SAVE_GROUPS, Shape
 from train.kernels import kernel_name
 from train.lean import backward_block, forward_block
 from train.lean_parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 from train.lora import LoRALinear, keep_mask
-from train.model import Block, BlockInputs, Linear, WanDiT, set_checkpointing
+from train.model import WanDiT, set_checkpointing
 
 Saves = Sequence[Collection[str]]
 """For each block, the groups it keeps."""

@@ -197,9 +197,9 @@ def check_step(config: TrainConfig) -> Iterator[Finding]:
     import time
 
     from train.data import Loader
-    from train.loop import backward
     from train.progress import Progress
     from train.session import open_session, peak_memory_gib
+    from train.step import backward
 
     session = open_session(config)
     trainee, progress = session.trainee, Progress(session)
@@ -227,9 +227,9 @@ def measure_ranges(config: TrainConfig) -> dict[str, float]:
     import torch
 
     from train.data import Loader
-    from train.loop import losses
     from train.precision import record_ranges
     from train.session import open_session
+    from train.step import losses
 
     config = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "fp32"})})
     session = open_session(config)

@@ -14,17 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from shards.console import LOG
 from train import checkpoint, evaluate
-from train.config import ObjectiveConfig, TrainConfig
-from train.data import Batch, Loader
+from train.config import TrainConfig
+from train.data import Loader
 from train.export import export_metadata
 from train.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
 from train.meter import Meter
-from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
 from train.parallel import Ranks, choose_layout, joined, make_ranks, read_world, settle, smallest
 from train.progress import Progress
 from train.sample import Ready, prepare_prompts, sample_prompts
@@ -42,6 +38,7 @@ from train.session import (
     stop_signals,
     write_settings,
 )
+from train.step import backward, num_tokens, over_ranks, sigma_density
 from train.trainee import Trainee, choose_device, describe, device_memory
 from train.watch import Watch
 
@@ -207,110 +204,6 @@ def _open_log(progress: Progress, start: Path | None) -> RunLog | OwnLog:
     checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
     settings = write_settings(progress.session, config)
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
-
-
-class StepLoss(NamedTuple):
-    """Loss of a batch."""
-
-    mean: float
-    """Sum over the slots ÷ the global batch."""
-    slots: tuple[float, ...]
-    """Each slot's, float32; nothing is computed from them."""
-
-
-class GlobalLoss(NamedTuple):
-    """Loss of the global batch, and what is told of its slots."""
-
-    mean: float
-    slots: list[float]
-    num_image_to_video: int
-    keys: tuple[str, ...]
-    substituted: tuple[tuple[str, str], ...]
-
-
-def over_ranks(ranks: Ranks, batch: Batch, own: StepLoss, global_batch: int) -> GlobalLoss:
-    """Put a step's loss together from what each rank has of it; every rank calls this."""
-    keys, substituted = batch.step_keys, batch.substituted
-    slots = [0.0] * global_batch
-    for slot, loss in zip(batch.slots, own.slots, strict=True):
-        slots[slot] = loss
-    numbers = [own.mean, float(batch.image_first_B.sum()), float(len(substituted)), *slots]
-    if ranks.layout.ulysses_rank:  # the ranks of a sequence have the same slots, and each their whole loss
-        numbers = [0.0] * len(numbers)
-    mean, num_image_to_video, num_substituted, *slots = ranks.total(*numbers)
-    if num_substituted and not ranks.alone:
-        pairs = {bad: taken for part in ranks.gather(substituted) for bad, taken in part}
-        substituted, keys = tuple(pairs.items()), tuple(pairs.get(key, key) for key in keys)
-    return GlobalLoss(mean, slots, int(num_image_to_video), keys, substituted)
-
-
-def backward(
-    trainee: Trainee,
-    batch: Batch,
-    scale_loss: Callable[[Tensor], Tensor],
-    stopping: Callable[[], bool] = lambda: False,
-) -> StepLoss | None:
-    """Gather the gradients of a batch's loss, micro-batch by micro-batch, and return the loss.
-
-    None, with the gradients dropped, where `stopping` turns true before a micro-batch: a step takes minutes on a small
-    card, and a scheduler's grace time does not.
-
-    A slot's loss is the mean over its own trained elements; the batch's is the sum over its slots ÷ the global batch.
-    """
-    data = trainee.config.data
-    total = torch.zeros((), dtype=torch.float64, device=trainee.device)
-    parts: list[Tensor] = []
-    for start in range(0, len(batch.keys), data.micro_batch):
-        if stopping():
-            for weight in trainee.weights.values():
-                weight.grad = None
-            return None
-        rows = slice(start, start + data.micro_batch)
-        losses_B = losses(trainee, batch, rows)
-        loss = losses_B.sum() / data.global_batch
-        scale_loss(loss).backward()
-        total += loss.detach()
-        parts.append(losses_B.detach())
-    return StepLoss(float(total), tuple(torch.cat(parts).tolist()))
-
-
-def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
-    """Weighted loss of each slot of a micro-batch, B float32, with its graph."""
-    objective, device = trainee.config.objective, trainee.device
-    density = sigma_density(objective)
-    sigma_B = sample_sigma(batch.sigma_quantile_B[rows], density)
-    image_first_B = batch.image_first_B[rows]
-    latent_BCTHW, noise_BCTHW, text_BSE = (
-        send(x[rows], device) for x in (batch.latent_BCTHW, batch.noise_BCTHW, batch.text_BSE)
-    )
-    noisy_BCTHW, target_BCTHW = add_noise(latent_BCTHW, noise_BCTHW, sigma_B, image_first_B)
-    velocity_BCTHW = trainee.model(
-        noisy_BCTHW,
-        model_timestep(sigma_B).to(device),
-        image_first_B,
-        text_BSE,
-        batch.dropout_key_B[rows],
-    )
-    return slot_losses(velocity_BCTHW, target_BCTHW, image_first_B, loss_weight(sigma_B, objective.weighting, density))
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """Move to the device; to a GPU from pinned memory, so that the host goes on meanwhile."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
-    """The distribution of noise levels."""
-    return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
-
-
-def num_tokens(trainee: Trainee, batch: Batch) -> int:
-    """Video tokens of the global batch."""
-    _, _, *sides = batch.latent_BCTHW.shape
-    per_slot = 1
-    for side, patch in zip(sides, trainee.dims.patch, strict=True):
-        per_slot *= side // patch
-    return per_slot * trainee.config.data.global_batch
 
 
 def _settle(progress: Progress, log: RunLog | OwnLog, pictures: list[Ready], stop: Agreed) -> bool:

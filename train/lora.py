@@ -18,8 +18,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.blocks import DropoutKey, Linear
 from train.lora_targets import match_targets
-from train.model import DropoutKey, Linear, WanDiT
+from train.model import WanDiT
 from train.model_config import LoRAConfig
 
 PREFIX = "diffusion_model."
