@@ -220,7 +220,7 @@ def test_queries_and_keys_are_turned_in_float32(tiny_dit: WanDiT, monkeypatch: p
         return attend(q, k, v, backend)
 
     monkeypatch.setattr("train.blocks.rotate", spy_rotate)
-    monkeypatch.setattr("train.model.attend", spy_attend)
+    monkeypatch.setattr("train.blocks.attend", spy_attend)
     model = build_model(tiny_dit.config, torch.bfloat16)
     model.load_state_dict(tiny_dit.state_dict())
     latent, timestep, text = batch(model, 3, 4, 6)
