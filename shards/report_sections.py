@@ -13,6 +13,7 @@ from shards.stats_checks import MAX_SHARD_Z
 
 _WORDS = {"bad": "To mend", "warn": "To look at", "info": "To know"}
 _MAX_FINDINGS = 40
+_TITLES = {"vbi_lines": "VBI lines"}
 
 
 def overview(stats: Mapping[str, Any], gallery: Gallery) -> Section:
@@ -117,12 +118,13 @@ def decisions(stats: Mapping[str, Any]) -> Section:
         if differences.get(name)
     ]
     blocks += [
-        _counts(name.replace("_", " ").capitalize(), rows, "value · ground")
+        _counts(_TITLES.get(name) or name.replace("_", " ").capitalize(), rows, "value · ground")
         for name, rows in stats["decisions"].items()
     ]
     if stats["defects"]:
         blocks.append(_counts("Defects of annotations", stats["defects"], "defect"))
-    blocks += [_counts(f"Source {name}", rows, name) for name, rows in stats["sources"].items()]
+    sources = {name.replace("_", " "): rows for name, rows in stats["sources"].items()}
+    blocks += [_counts(f"Source {name}", rows, name) for name, rows in sources.items()]
     parts.append(tag("div", *map(_card, blocks), class_="charts flow wide"))
     return Section("decisions", "Decisions", join(parts))
 

@@ -43,6 +43,7 @@ def browser(folder: Path, *, dark: bool = False) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(executable_path=chromedriver))
+    driver.set_script_timeout(240)  # axe takes minutes where others load the machine
     try:
         prefer(driver, dark=dark)
         yield driver
