@@ -174,16 +174,18 @@ def _legend(lines: Sequence[Line]) -> Html | None:
 
 
 def _path(frame: _Frame, line: Line, place: int) -> Html:
-    words, pen_is_down = [], False
+    runs: list[list[str]] = [[]]
     for x, y in zip(line.x, line.y, strict=True):
-        if not _is_number(y) or y is None:
-            pen_is_down = False
-            continue
-        # A point alone has no line: a round cap on a step of nothing shows it.
-        words.append(f"L{_short(frame.x(x))} {_short(frame.y(y))}" if pen_is_down else
-                     f"M{_short(frame.x(x))} {_short(frame.y(y))}h0")  # fmt: skip
-        pen_is_down = True
-    return tag("path", tag("title", line.name), d=" ".join(words), class_=_stroke(place))
+        if _is_number(y) and y is not None:
+            runs[-1].append(f"{_short(frame.x(x))} {_short(frame.y(y))}")
+        elif runs[-1]:
+            runs.append([])
+    words = " ".join("M" + "L".join(run) for run in runs if len(run) > 1)
+    # A point alone has no line.
+    dots = [run[0].split() for run in runs if len(run) == 1]
+    circles = [tag("circle", cx=x, cy=y, r=3, class_=f"fill{place % NUM_COLOURS}") for x, y in dots]
+    path = tag("path", d=words, class_=_stroke(place)) if words else None
+    return tag("g", tag("title", line.name), path, *circles)
 
 
 def _stroke(place: int) -> str:
@@ -218,8 +220,10 @@ def _range(low: float, high: float, *, loose: bool) -> tuple[tuple[float, float]
 
 def _tick(value: float, ticks: Sequence[float]) -> str:
     largest = max(abs(tick) for tick in ticks)
-    if largest >= 100_000 or (largest and largest < 0.001):
+    if largest >= 100_000:
         return f"{value:.3g}"
+    if 0 < largest < 0.001:  # 0.00015 is wider than the margin
+        return f"{value:.1e}".replace("e-0", "e-") if value else "0"
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 

@@ -63,9 +63,7 @@ def test_numbers_read_well():
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-9, 2e-9], [-3.0, 4e7]])
 def test_line_charts_of_odd_ranges_draw_within_their_box(values):
     svg = line_chart("c", [Line("a", list(range(len(values))), values)], "step", "loss")
-    found = re.search(r' d="([^"]+)" class="line0', svg)
-    assert found
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", found[1])]
+    heights = [float(a or b) for a, b in re.findall(r"[ML][\d.]+ ([\d.]+)|<circle[^>]* cy=\"([\d.]+)", svg)]
     assert len(heights) == len(values)
     assert all(12 <= y <= 200 for y in heights)
 
@@ -83,6 +81,20 @@ def test_what_a_page_needs_travels_with_the_package():
     assert others == packed
 
 
+def test_a_point_alone_is_a_dot_and_small_numbers_fit_the_margin():
+    lines = [Line("one", [0], [1.0]), Line("some", [0, 1, 2, 3, 4], [0.9, None, 1.1, 1.2, None])]
+    chart = str(line_chart("Loss", lines, "step", "loss"))
+    assert len(re.findall("<circle", chart)) == 2, "the only one, and the one between gaps"
+    assert len(re.findall('<path d="M[^"]*L', chart)) == 1
+    chart = str(
+        line_chart("TFLOP/s", [Line("all", [1, 2, 3], [0.00017, 0.00003, 0.00015])], "step", "", from_zero=True)
+    )
+    ticks = re.findall('text-anchor="end">([^<]*)<', chart)
+    assert ticks[:3] == ["0", "5.0e-5", "1.0e-4"]
+    assert max(map(len, ticks)) <= 7
+
+
+@pytest.mark.timeout(600)
 def test_in_a_browser_a_page_is_whole_and_foreign_markup_is_text(driver, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(_demo_page(), encoding="utf-8")
