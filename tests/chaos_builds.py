@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,7 @@ def _warm() -> None:
     import numpy as np
     import torch
 
+    import preprocess.processes
     import preprocess.texts  # noqa: F401
     from preprocess.config import EncodersConfig
     from preprocess.encoders import load_text_encoder, load_tokenizer, load_vae_encoder
@@ -133,13 +135,13 @@ def _build(values: dict[str, Any], log: str, passed: list[str] | None, only: str
         code = _run(values)
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
 
 def _run(values: dict[str, Any]) -> int:
-    import traceback
-
     from preprocess.config import PrepConfig
     from preprocess.pipeline import build_shards
     from shards.config import validate_config
@@ -150,9 +152,6 @@ def _run(values: dict[str, Any]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
 
 
