@@ -164,7 +164,7 @@ def _at_work(storage: Storage, output: str) -> Iterator[Path]:
             storage.drop_dead_temporaries()
         try:
             yield scratch
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):  # the second where a reader finds its dataset gone
             if scratch.exists():
                 raise
             mend = "mount it again, then run the same command: it goes on from the last unit"
