@@ -218,6 +218,7 @@ def test_the_command_reports_and_refuses(tiny_shards, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_of_a_real_build_the_pictures_and_captions_show(demo_corpus, driver, tmp_path):
     build(demo_corpus, tmp_path / "shards")
     made = write_report(str(tmp_path / "shards"), tmp_path / "r.html", cache=tmp_path / "cache")
