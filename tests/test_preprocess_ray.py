@@ -18,6 +18,17 @@ pytestmark = pytest.mark.timeout(900)  # a worker imports torch, two at a time, 
 ONE_EACH = {"corpus": {"limit": 10}, "shards": {"unit_size": 1}}
 
 
+def _add_node(cluster, **options):
+    """Ray gives a node 30 seconds to start, which a machine that does much else may need more than once."""
+    for _ in range(3):
+        try:
+            return cluster.add_node(**options)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    raise RuntimeError("no node of Ray's starts on this machine")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes on this machine, with room for one worker each; the driver is on neither's list of workers."""
@@ -26,8 +37,9 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     store = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **store})
-    nodes = [cluster.add_node(num_cpus=3, **store) for _ in range(2)]
+    cluster = Cluster()
+    _add_node(cluster, num_cpus=0, include_dashboard=False, **store)
+    nodes = [_add_node(cluster, num_cpus=3, **store) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR")
     yield cluster, nodes
     ray.shutdown()

@@ -4,7 +4,8 @@
 
 The server is a process of its own. Both clients write each body to a file; ours has its list of hosts, limits,
 watchdog, length and content checks, and a folder a clip. Interleaved rounds, medians: wall clock, which the server
-bounds too, and the client's CPU time, which is all its own. Promise: wall clock ≤ 1.25 × the bare loop's.
+bounds too, and the client's CPU time, which is all its own. Promise: at most 2 ms of CPU a file more than the bare
+loop; a clip takes a hundred times that to be looked into and decoded.
 """
 
 import argparse
@@ -97,14 +98,16 @@ def main() -> None:
             server.stdin.close()
     wall = median(mine[0] / other[0] for mine, other in pairs)
     cpu = median(mine[1] / other[1] for mine, other in pairs)
+    more = 1000 * median(mine[1] - other[1] for mine, other in pairs) / asked.files
     each = median(mine[0] for mine, _ in pairs) / asked.files
     print(
         f"{asked.files:,} files of {asked.kib} KiB, {asked.parallel} at a time; load average {os.getloadavg()[0]:.1f}"
     )
     print(f"ours {1000 * each:.2f} ms a file, {asked.kib / 1024 / each:.0f} MiB/s")
-    print(f"wall clock, ours ÷ bare   {wall:.2f}   promise ≤ 1.25")
+    print(f"wall clock, ours ÷ bare   {wall:.2f}")
     print(f"client's CPU, ours ÷ bare {cpu:.2f}")
-    sys.exit(wall > 1.25)
+    print(f"more CPU than bare        {more:.2f} ms a file   promise ≤ 2")
+    sys.exit(more > 2)
 
 
 if __name__ == "__main__":
