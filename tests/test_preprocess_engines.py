@@ -7,7 +7,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from prep_runs import build, files_of, prep
+from prep_runs import TINY, build, files_of, prep
 
 from preprocess.cli import main
 from preprocess.dealer import MAX_LOSSES, Dealer
@@ -17,7 +17,6 @@ from shards.errors import UserError
 from shards.storage import open_storage
 from shards.verify import verify
 
-SMALL = {"corpus": {"limit": 6}, "shards": {"unit_size": 2}}
 TWO = {"engine": {"devices": ["cpu", "cpu"]}}
 
 
@@ -25,7 +24,7 @@ TWO = {"engine": {"devices": ["cpu", "cpu"]}}
 def alone(demo_corpus, tmp_path_factory):
     """Three units of two candidates, built by one process; not to be written to."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    build(demo_corpus, output, **SMALL)
+    build(demo_corpus, output, **TINY)
     return output
 
 
@@ -66,7 +65,7 @@ def test_a_unit_that_kills_its_workers_is_given_up():
 
 
 def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
-    build(demo_corpus, tmp_path / "two", **SMALL, **TWO)
+    build(demo_corpus, tmp_path / "two", **TINY, **TWO)
     assert files_of(tmp_path / "two", "**/*.tar") == files_of(alone, "**/*.tar")
     assert list(ledgers(tmp_path / "two")) == list(ledgers(alone))
     assert not list((tmp_path / "two").glob(".tmp*"))
@@ -77,22 +76,22 @@ def test_parts_of_a_build_make_the_whole(alone, demo_corpus, tmp_path):
     """As a Slurm array and a second machine would: latents by ranges, in any order, then text, then nothing is left."""
     output = tmp_path / "parts"
     for units in (range(2, 9), range(2)):
-        counts = build(demo_corpus, output, part=Part("latents", units), **SMALL)
+        counts = build(demo_corpus, output, part=Part("latents", units), **TINY)
         assert counts["units"]["latents"] == len(committed_units(open_storage(output), "latents"))
     assert not (output / "text").exists()
     assert "accepted" not in (output / "dataset.json").read_text()  # no process of an array knows the totals
-    build(demo_corpus, output, part=Part("text", range(1, 2)), **SMALL)
+    build(demo_corpus, output, part=Part("text", range(1, 2)), **TINY)
     assert committed_units(open_storage(output), "text/default") == {1}
-    build(demo_corpus, output, **SMALL)
+    build(demo_corpus, output, **TINY)
     assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
     assert not verify(open_storage(output), "deep").problems
 
 
 def test_text_before_latents_and_units_beyond_the_plan_are_refused(alone, demo_corpus, tmp_path):
     with pytest.raises(UserError, match="no finished latents"):
-        build(demo_corpus, tmp_path / "out", part=Part("text"), **SMALL)
+        build(demo_corpus, tmp_path / "out", part=Part("text"), **TINY)
     with pytest.raises(UserError, match=r"--unit-range 3:9: no unit") as caught:
-        build(demo_corpus, tmp_path / "out", part=Part(None, range(3, 9)), **SMALL)
+        build(demo_corpus, tmp_path / "out", part=Part(None, range(3, 9)), **TINY)
     assert "A < 3" in str(caught.value)
 
 
@@ -104,7 +103,7 @@ def test_a_bad_range_is_named(text):
 
 def test_an_unknown_device_of_a_list_is_the_users_error(demo_corpus, tmp_path):
     with pytest.raises(UserError, match=r"abacus"):
-        build(demo_corpus, tmp_path / "out", **SMALL, engine={"devices": ["abacus", "cpu"]})
+        build(demo_corpus, tmp_path / "out", **TINY, engine={"devices": ["abacus", "cpu"]})
     assert not multiprocessing.active_children()
 
 
@@ -114,7 +113,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
     from preprocess import processes
 
     output = tmp_path / "out"
-    config = prep(demo_corpus, output, **SMALL, **TWO)
+    config = prep(demo_corpus, output, **TINY, **TWO)
 
     def kill_one(row):
         if row.candidate not in (0, 1):  # one time: both processes have work, or have yet to ask for it
@@ -139,7 +138,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
             on_row=kill_one, on_unit=lambda unit: None,
         )  # fmt: skip
     assert not multiprocessing.active_children()
-    build(demo_corpus, output, **SMALL, **TWO)
+    build(demo_corpus, output, **TINY, **TWO)
     assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
 
 
@@ -151,7 +150,7 @@ def test_no_process_outlives_the_build(demo_corpus, tmp_path, number):
     from prep_runs import start_build
 
     output = tmp_path / "out"
-    process = start_build(demo_corpus, output, tmp_path / "config.yaml", **SMALL, **TWO)
+    process = start_build(demo_corpus, output, tmp_path / "config.yaml", **TINY, **TWO)
     deadline = time.monotonic() + 120
     while not list(output.glob("latents/*.json")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -6,7 +6,7 @@ import sys
 
 import psutil
 import pytest
-from prep_runs import build, files_of, prep
+from prep_runs import TINY, build, files_of, prep
 
 from preprocess.pipeline import Part
 from preprocess.ray_engine import place_workers
@@ -15,7 +15,7 @@ from shards.storage import open_storage
 from shards.verify import verify
 
 pytestmark = pytest.mark.timeout(900)  # a worker imports torch, two at a time, beside whatever else the machine does
-ONE_EACH = {"corpus": {"limit": 10}, "shards": {"unit_size": 1}}
+ONE_EACH = {**TINY, "corpus": {"limit": 10}, "shards": {"unit_size": 1}}
 
 
 def _add_node(cluster, **options):
@@ -52,7 +52,7 @@ def ray_build(corpus, output, /, **sections):
 
 def test_ray_writes_the_local_builds_bytes(cluster, demo_corpus, tmp_path):
     """By one worker; the long proofs below have two, and their deaths."""
-    small = {"corpus": {"limit": 3}, "shards": {"unit_size": 2}}
+    small = {**TINY, "corpus": {"limit": 3}}
     build(demo_corpus, tmp_path / "local", part=Part("latents"), **small)
     engine = {"kind": "ray", "ray": {"num_workers": 1}}
     counts = build(demo_corpus, tmp_path / "ray", part=Part("latents"), engine=engine, **small)

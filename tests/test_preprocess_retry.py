@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from prep_runs import files_of, prep, prep_values
+from prep_runs import TINY, files_of, prep, prep_values
 
 from preprocess.cli import main
 from preprocess.demo import BASE_URL
@@ -56,7 +56,7 @@ def _put(demo_corpus: Path, corpus: Path, clip: str) -> None:
 def _run(work, corpus: Path, output: Path, *arguments, **sections):
     with served(corpus) as url:
         fetch = {"mirrors": {BASE_URL: url}, **sections.pop("fetch", {})}
-        config = prep(corpus, output, fetch=fetch, shards={"unit_size": 2}, **sections)
+        config = prep(corpus, output, fetch=fetch, **(TINY | sections))
         return work(config, *arguments, quiet=True)
 
 
