@@ -1,4 +1,4 @@
-"""Tables for people: a step's slots, the doctor's findings, ranges, a LoRA's facts."""
+"""Tables for people: a step's slots, the doctor's findings, ranges."""
 
 from __future__ import annotations
 
@@ -109,12 +109,6 @@ def print_ranges(ranges: Mapping[str, float]) -> None:
     tight = min(headroom, key=lambda name: headroom[name])
     verdict = "fits" if headroom[tight] > 1 else "does NOT fit"
     print(f"fp16 {verdict}: the nearest is {tight}, {headroom[tight]:.3g} times below")
-
-
-def print_facts(facts: Mapping[str, object]) -> None:
-    """Names and values, one a line."""
-    for name, value in facts.items():
-        print(f"{name + ':':<20} {value}")
 
 
 def _print(table: Table) -> None:
