@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ def _make_room(model: nn.Module, device: torch.device, shard_device: torch.devic
             place = shard_device if isinstance(weight, DTensor) else device
             empty = torch.empty_like(weight, device=place)
             module.register_parameter(name, nn.Parameter(empty, requires_grad=weight.requires_grad))
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether a model's base lies over several ranks."""
-    return isinstance(model, FSDPModule)
 
 
 def own_rows(weight: Tensor) -> tuple[Tensor, slice]:
