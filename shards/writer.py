@@ -59,7 +59,8 @@ class ShardWriter:
         kind: 'latents' or 'text/<set>'.
         unit: the unit's number.
         identity: the identity of this kind (for text, of its set).
-        scratch: a folder for the growing tar; on the root's file system the tar is linked, not copied.
+        scratch: a folder for the growing tar; on the root's file system the tar is linked, not copied. It has
+            to be there: made anew, it would hide that a disk has gone away.
         provenance: versions and devices, as text.
     """
 
@@ -78,7 +79,6 @@ class ShardWriter:
         self._provenance = dict(provenance)
         self._samples: list[SampleInfo] = []
         self._keys: set[str] = set()
-        scratch.mkdir(parents=True, exist_ok=True)
         name = stem(kind, unit).replace("/", "-")
         self._path = scratch / f".tmp-{name}-{os.getpid()}-{secrets.token_hex(4)}.tar"
         self._file = self._path.open("wb", buffering=_SPOOL_BYTES)

@@ -49,6 +49,7 @@ def write_dataset(
     rng = np.random.default_rng(seed)
     identity = identity or IDENTITY
     scratch = scratch or Path(root) / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
     sizes = [size for size in SIZES for size in (size, (1, *size[1:]))]
     for unit in range(first_unit, first_unit + num_units):
         _write_unit(storage, unit, samples_per_unit, rng, prefix, channels, identity, scratch, max_variants)

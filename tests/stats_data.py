@@ -49,6 +49,7 @@ def write_latents(
 ) -> None:
     """Units of `samples` clips with one window each, one refused candidate a unit, and dataset.json."""
     storage = open_storage(root)
+    scratch.mkdir(exist_ok=True)
     for unit in range(first_unit, num_units):
         _write_unit(storage, unit, samples, plant or (lambda unit, place, latent: latent), scratch, shape, preview)
     total = planned_units or num_units

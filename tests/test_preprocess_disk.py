@@ -12,6 +12,7 @@ from shards.commit import committed_units
 from shards.errors import UserError
 from shards.storage import open_storage
 from shards.verify import verify
+from shards.writer import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,24 @@ def after_the_first_unit(monkeypatch):
                 action()
 
         monkeypatch.setattr(Progress, "unit", unit)
+
+    return arrange
+
+
+@pytest.fixture
+def before_the_second_unit(monkeypatch):
+    """before_the_second_unit(action): called once, when the build is about to open its second shard."""
+
+    def arrange(action):
+        real, opened = ShardWriter.__init__, []
+
+        def open_writer(writer, *arguments, **options):
+            opened.append(arguments)
+            if len(opened) == 2:
+                action()
+            real(writer, *arguments, **options)
+
+        monkeypatch.setattr(ShardWriter, "__init__", open_writer)
 
     return arrange
 
@@ -89,13 +108,14 @@ def test_a_disk_that_cannot_be_written(disk, demo_corpus, whole):
     assert files_of(disk) == before
 
 
-def test_a_disk_that_goes_away(disk, demo_corpus, whole, after_the_first_unit, tmp_path):
+@pytest.mark.parametrize("moment", ["after_the_first_unit", "before_the_second_unit"])
+def test_a_disk_that_goes_away(disk, demo_corpus, whole, moment, request, tmp_path):
     """Unmounted under the build, as a network file system is; then it is there again, with what was committed."""
     kept = tmp_path / "kept"
     kept.mkdir()
     subprocess.run(["mount", "--bind", str(disk), str(kept)], check=True)
     try:
-        after_the_first_unit(lambda: subprocess.run(["umount", "-l", str(disk)], check=True))
+        request.getfixturevalue(moment)(lambda: subprocess.run(["umount", "-l", str(disk)], check=True))
         with pytest.raises(UserError, match="the disk under it is gone") as caught:
             build(demo_corpus, disk / "out", **TINY)
         assert "run the same command" in str(caught.value)

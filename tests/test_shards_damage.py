@@ -172,7 +172,7 @@ def test_two_members_swapped_are_found(root: Path, tmp_path: Path, with_headers:
     """Payloads of equal size exchanged, with and without their headers: each is a good array of the other sample."""
     rng = np.random.default_rng(0)
     noise = {clip: rng.integers(0, 2**16, (48, 1, 9, 9), np.uint16) for clip in ("one", "two")}
-    write_unit(root, tmp_path / "scratch", noise, {})
+    write_unit(root, tmp_path, noise, {})
     path = tar_of(root, "latents")
     bad = path.read_bytes()
     one, two = (member for member in members_of(path) if member.name.endswith(".latent.npy.zst"))
@@ -282,7 +282,7 @@ def test_a_damaged_sample_is_tried_again(root: Path, monkeypatch: pytest.MonkeyP
 def test_deep_finds_what_was_written_wrong(root: Path, tmp_path: Path) -> None:
     """Infinities, and an array that is not what its JSON says: whole by every digest."""
     good, bad = np.zeros((2, 1, 2, 2), np.float16), np.full((2, 1, 2, 2), np.inf, np.float16)
-    write_unit(root, tmp_path / "scratch", {"inf": bad, "other": good}, {"other": bad})
+    write_unit(root, tmp_path, {"inf": bad, "other": good}, {"other": bad})
     found = [problem for problem in problems(root, "deep") if problem.member]
     assert [problem.member for problem in found] == [
         "inf@0-1-32x32.latent.npy.zst",

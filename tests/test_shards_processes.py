@@ -112,7 +112,7 @@ def test_the_writer_refuses_what_the_reader_would(
     tmp_path: Path, key: str, members: dict, summary: dict, named: str
 ) -> None:
     with (
-        ShardWriter(open_storage(tmp_path), "latents", 0, IDENTITY, tmp_path / "scratch", PROVENANCE) as writer,
+        ShardWriter(open_storage(tmp_path), "latents", 0, IDENTITY, tmp_path, PROVENANCE) as writer,
         pytest.raises(UserError, match=named),
     ):
         writer.add(key, members, summary)
@@ -120,13 +120,14 @@ def test_the_writer_refuses_what_the_reader_would(
 
 
 def test_a_key_twice_in_a_unit_is_refused(tmp_path: Path) -> None:
-    with ShardWriter(open_storage(tmp_path), "latents", 0, IDENTITY, tmp_path / "scratch", PROVENANCE) as writer:
+    with ShardWriter(open_storage(tmp_path), "latents", 0, IDENTITY, tmp_path, PROVENANCE) as writer:
         writer.add(KEY, MEMBERS, SUMMARY)
         with pytest.raises(UserError, match="already"):
             writer.add(KEY, MEMBERS, SUMMARY)
 
 
 def test_an_abandoned_writer_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
     with ShardWriter(open_storage(tmp_path / "root"), "latents", 0, IDENTITY, tmp_path / "s", PROVENANCE) as writer:
         writer.add(KEY, MEMBERS, SUMMARY)
     assert list((tmp_path / "s").iterdir()) == [] and not (tmp_path / "root").exists()

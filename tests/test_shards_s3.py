@@ -148,6 +148,7 @@ def test_a_shard_damaged_on_the_server_is_found(root: str, tmp_path: Path) -> No
 def write_unit(storage: Storage, scratch: Path, value: float) -> Any:
     """One unit with one sample that is full of `value`."""
     array = np.full((2, 1, 2, 2), value, np.float16)
+    scratch.mkdir(exist_ok=True)
     with ShardWriter(storage, "latents", 0, IDENTITY, scratch, PROVENANCE) as writer:
         key = sample_key("a", 0, 1, 32, 32)
         members = {"json": canonical_json({"latent": array_facts(array)}), "latent.npy.zst": encode_array(array)}

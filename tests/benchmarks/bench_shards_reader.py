@@ -40,6 +40,7 @@ TOKENS, DIM = 120, 4096
 def write(root: Path) -> None:
     """Units of 1280×704×49 latents, N(0, 1) in float16, and embeddings of 120 tokens in bfloat16."""
     storage, rng = open_storage(root), np.random.default_rng(0)
+    (root / "scratch").mkdir(parents=True, exist_ok=True)
     for unit in range(UNITS):
         with (
             ShardWriter(storage, "latents", unit, IDENTITY, root / "scratch", PROVENANCE) as latents,

@@ -39,6 +39,7 @@ FLAT_STEPS, MAX_WAIT_SHARE, MAX_GROWTH_MIB = 10_000, 0.01, 24.0
 def write(root: Path) -> None:
     """Real-sized samples of 832×480×17 with captions of 350 tokens."""
     storage, rng = open_storage(root), np.random.default_rng(0)
+    (root / "scratch").mkdir(parents=True, exist_ok=True)
     latents = ShardWriter(storage, "latents", 0, IDENTITY, root / "scratch", PROVENANCE)
     texts = ShardWriter(storage, "text/default", 0, TEXT_IDENTITY, root / "scratch", PROVENANCE)
     with latents, texts:
