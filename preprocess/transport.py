@@ -161,29 +161,25 @@ class Watchdog:
 def _pool_classes(
     on_connect: Callable[[str, str], None], on_request: Callable[[socket.socket], None]
 ) -> dict[str, type[HTTPConnectionPool]]:
-    class Watched(HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
+    class Watch:
+        """Goes before a connection's own class."""
+
+        def connect(self: Any) -> None:
+            super().connect()  # type: ignore[misc]
             on_connect(self.host, self.sock.getpeername()[0])
 
-        def request(self, *arguments: Any, **options: Any) -> None:
-            super().request(*arguments, **options)
+        def request(self: Any, *arguments: Any, **options: Any) -> None:
+            super().request(*arguments, **options)  # type: ignore[misc]
             on_request(self.sock)
 
-        def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
-            return _close_if_refused(self, super().getresponse)
+        def getresponse(self: Any) -> urllib3.HTTPResponse:
+            return _close_if_refused(self, super().getresponse)  # type: ignore[misc]
 
-    class WatchedTls(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            on_connect(self.host, self.sock.getpeername()[0])
+    class Watched(Watch, HTTPConnection):  # type: ignore[misc]
+        pass
 
-        def request(self, *arguments: Any, **options: Any) -> None:
-            super().request(*arguments, **options)
-            on_request(self.sock)
-
-        def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
-            return _close_if_refused(self, super().getresponse)
+    class WatchedTls(Watch, HTTPSConnection):  # type: ignore[misc]
+        pass
 
     class Pool(HTTPConnectionPool):
         ConnectionCls = Watched

@@ -18,10 +18,9 @@ def read_object(file: Path) -> dict[str, Any]:
             raise UserError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes")
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        why = "not valid JSON: " if isinstance(error, ValueError) else ""
         raise UserError(
-            f"{file}: cannot be loaded: not valid JSON: {error}"
-            if isinstance(error, ValueError)
-            else f"{file}: cannot be loaded: {error}",
+            f"{file}: cannot be loaded: {why}{error}",
             expected="the file as published",
             mend="`wanprep fetch-model` fetches it again and checks its digest",
         ) from None
