@@ -29,12 +29,13 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def finish(model: WanDiT, policy: str) -> WanDiT:
+def finish(model: WanDiT, saves: Any) -> WanDiT:
+    """Give its LoRA something to do, and say what its blocks keep."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in lora_modules(model).values():
             module.lora_B.normal_(0, 0.1, generator=generator)
-    keep(model, POLICIES[policy])
+    keep(model, saves)
     return model.train()
 
 
@@ -43,7 +44,7 @@ def whole(policy: str, dtype: torch.dtype, checkpoint: Path | None = None) -> Wa
     if checkpoint:
         load_dit(model, checkpoint)
     inject(model, LORA, 0)
-    return finish(model, policy)
+    return finish(model, POLICIES[policy])
 
 
 def parted(policy: str, dtype: torch.dtype, *, offload: bool = False, checkpoint: Path | None = None) -> WanDiT:
@@ -58,7 +59,7 @@ def parted(policy: str, dtype: torch.dtype, *, offload: bool = False, checkpoint
     else:
         init_random(model, 7)
     reset(model, 0)
-    return finish(model, policy)
+    return finish(model, POLICIES[policy])
 
 
 def steps(model: WanDiT, dtype: torch.dtype) -> list[Tensor]:

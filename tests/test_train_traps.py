@@ -77,8 +77,8 @@ TRAPS = (
     ),
     Trap(
         4, "a loss that all ranks compute counted once for each", "train/ulysses.py",
-        "return None, ctx.ulysses.own(grad_BLP), None",
-        "return None, ctx.ulysses.own(grad_BLP) * ctx.ulysses.size, None",
+        "_Exchange.apply(there, ulysses.own, own_BlP)",
+        "_Exchange.apply(there, lambda grad: ulysses.own(grad) * ulysses.size, own_BlP)",
         (
             f"{RESUMED}[ulysses-2]",
             "test_train_ulysses.py::test_ranks_that_share_the_tokens_give_one_process_s_numbers[2-none-size0]",

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_train_sharding import in_a_group
+from test_train_sharding import finish, in_a_group
 from torch import Tensor
 
-from train.checkpointing import keep
-from train.lora import inject, lora_modules
+from train.lora import inject
 from train.model import WanDiT, build_model
 from train.model_config import DiTConfig, LoRAConfig
 from train.ulysses import Ulysses, to_heads, to_tokens
@@ -32,12 +31,7 @@ def build(policy: str, lora: LoRAConfig | None, dtype: torch.dtype) -> WanDiT:
     model = build_model(DIMS, dtype, seed=7, param_dtype=None if lora else torch.float32)
     if lora:
         inject(model, lora, 0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for module in lora_modules(model).values():
-                module.lora_B.normal_(0, 0.1, generator=generator)
-    keep(model, POLICIES[policy])
-    return model.train()
+    return finish(model, POLICIES[policy])
 
 
 def passes(model: WanDiT, size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:

@@ -122,14 +122,12 @@ def choose_mesh(
         words += f"; {batch} samples dealt to {num_gpus} processes, so {first.ulysses} share one"
     if device_bytes is None or config.lora is None or len(meshes) == 1:
         return first, words
+    needs: list[int] = []
     for mesh in meshes:
-        need = _least_memory(config, dims, mesh, shapes, compute_bytes)
-        if need <= device_bytes:
-            taken = f"a step takes {need / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
-            if mesh == first:
-                return mesh, f"{words}; {taken}"
-            least = _least_memory(config, dims, first, shapes, compute_bytes)
-            return mesh, f"{words}; {taken}, and {least / 2**30:.1f} as {first}"
+        needs.append(_least_memory(config, dims, mesh, shapes, compute_bytes))
+        if needs[-1] <= device_bytes:
+            words += f"; a step takes {needs[-1] / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
+            return mesh, words + (f", and {needs[0] / 2**30:.1f} as {first}" if mesh != first else "")
     return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.base_shards)), f"{words}; nothing fits"
 
 

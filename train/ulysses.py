@@ -12,6 +12,8 @@ Shapes: B slots, L tokens of a sample, l of them held here, N heads, n = N / P o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 # The operators below torch.distributed._functional_collectives: its names change from version to version.
 _ops: Any = torch.ops._c10d_functional
+Way = Callable[[Tensor], Tensor]
 
 
 class Ulysses(NamedTuple):
@@ -77,56 +80,37 @@ def pad_tokens(x_BL: Tensor, num_tokens: int) -> Tensor:
     return F.pad(x_BL, (0, 0) * (x_BL.ndim - 2) + (0, missing)) if missing else x_BL
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ulysses: Ulysses, own_BlNK: Tensor, num_tokens: int) -> Tensor:
-        ctx.ulysses = ulysses
-        return ulysses.to_heads(own_BlNK, num_tokens)
+class _Exchange(torch.autograd.Function):
+    """One way forward, another one back."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLnK: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.ulysses.to_tokens(grad_BLnK), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ulysses: Ulysses, all_BLnK: Tensor) -> Tensor:
-        ctx.ulysses, ctx.num_tokens = ulysses, all_BLnK.shape[1]
-        return ulysses.to_tokens(all_BLnK)
+    def forward(ctx: Any, there: Way, back: Way, x: Tensor) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BlNK: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.ulysses.to_heads(grad_BlNK, ctx.num_tokens)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ulysses: Ulysses, own_BlP: Tensor, num_tokens: int) -> Tensor:
-        ctx.ulysses = ulysses
-        return ulysses.gather(own_BlP, num_tokens)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLP: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.ulysses.own(grad_BLP), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, ctx.back(grad)
 
 
 def to_heads(ulysses: Ulysses, own_BlNK: Tensor, num_tokens: int) -> Tensor:
     """`Ulysses.to_heads`, for autograd."""
-    heads: Tensor = _ToHeads.apply(ulysses, own_BlNK, num_tokens)
+    there = partial(ulysses.to_heads, num_tokens=num_tokens)
+    heads: Tensor = _Exchange.apply(there, ulysses.to_tokens, own_BlNK)
     return heads
 
 
 def to_tokens(ulysses: Ulysses, all_BLnK: Tensor) -> Tensor:
     """`Ulysses.to_tokens`, for autograd."""
-    own: Tensor = _ToTokens.apply(ulysses, all_BLnK)
+    back = partial(ulysses.to_heads, num_tokens=all_BLnK.shape[1])
+    own: Tensor = _Exchange.apply(ulysses.to_tokens, back, all_BLnK)
     return own
 
 
 def gather(ulysses: Ulysses, own_BlP: Tensor, num_tokens: int) -> Tensor:
     """`Ulysses.gather`, for autograd. Every rank computes the same loss from it, whole, so the way back is a cut: each
     takes the gradient of its own stretch, and a sum over the ranks would count it once for every rank."""
-    whole: Tensor = _Gather.apply(ulysses, own_BlP, num_tokens)
+    there = partial(ulysses.gather, num_tokens=num_tokens)
+    whole: Tensor = _Exchange.apply(there, ulysses.own, own_BlP)
     return whole
