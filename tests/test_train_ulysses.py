@@ -11,6 +11,7 @@ from ranks import run_ranks
 from test_train_sharding import finish, in_a_group
 from torch import Tensor
 
+from train.checkpointing import keep
 from train.lora import inject
 from train.model import WanDiT, build_model
 from train.model_config import DiTConfig, LoRAConfig
@@ -27,11 +28,14 @@ EVEN, ODD, SHORT = (4, 8), (6, 10), (2, 2)
 """Latent rows and columns: three frames of them are 24, 45 and 3 tokens."""
 
 
-def build(policy: str, lora: LoRAConfig | None, dtype: torch.dtype) -> WanDiT:
+def build(policy: str, lora: LoRAConfig | None, dtype: torch.dtype, *, compiled: bool = False) -> WanDiT:
     model = build_model(DIMS, dtype, seed=7, param_dtype=None if lora else torch.float32)
     if lora:
         inject(model, lora, 0)
-    return finish(model, POLICIES[policy])
+    finish(model, POLICIES[policy])
+    if compiled:
+        keep(model, POLICIES[policy], compiled=True)
+    return model
 
 
 def passes(model: WanDiT, size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -48,10 +52,12 @@ def passes(model: WanDiT, size: tuple[int, int]) -> tuple[list[Tensor], list[Ten
     return velocities, [weight.grad for weight in model.parameters() if weight.requires_grad]
 
 
-def differences(policy: str, size: tuple[int, int], lora: LoRAConfig | None, dtype: torch.dtype) -> tuple[float, float]:
+def differences(
+    policy: str, size: tuple[int, int], lora: LoRAConfig | None, dtype: torch.dtype, compiled: bool = False
+) -> tuple[float, float]:
     """Of the velocity, and of the gradients summed over the ranks, from one process's, relative in the norm."""
     exact, exact_grads = passes(build(policy, lora, dtype), size)
-    model = build(policy, lora, dtype)
+    model = build(policy, lora, dtype, compiled=compiled)
     model.ulysses = Ulysses(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())
     ours, grads = passes(model, size)
     for grad in grads:
@@ -90,6 +96,16 @@ def test_ranks_that_share_the_tokens_give_one_process_s_numbers(
 def test_a_model_that_trains_whole_does_too(policy: str) -> None:
     """By autograd through the exchanges: also what is no block's, the time and text embeddings, the head."""
     for velocity, gradient in run_ranks(3, in_a_group, differences, policy, ODD, None, torch.float32):
+        assert velocity < 2e-6 and gradient < 5e-6
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("policy", ["none", "mixed"])
+def test_compiled_blocks_give_one_process_s_numbers(policy: str) -> None:
+    """The exchanges are part of the graph: `fullgraph` refuses a break."""
+    lora = LORA.model_copy(update={"dropout": 0.0})
+    for velocity, gradient in run_ranks(2, in_a_group, differences, policy, ODD, lora, torch.float32, True):
         assert velocity < 2e-6 and gradient < 5e-6
 
 
