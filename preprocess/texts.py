@@ -189,7 +189,8 @@ def _remember(embed: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]
         if text in seen:
             seen.move_to_end(text)
             return seen[text]
-        seen[text] = array = embed(text)
+        # A copy: torch's own lies between what its forward pass frees, and the heap grows by it with each text.
+        seen[text] = array = embed(text).copy()
         num_bytes += array.nbytes
         while len(seen) > _REMEMBERED_TEXTS or (num_bytes > _REMEMBERED_BYTES and len(seen) > 1):
             num_bytes -= seen.popitem(last=False)[1].nbytes

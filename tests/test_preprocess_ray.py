@@ -61,14 +61,11 @@ def test_ray_writes_the_local_builds_bytes(cluster, demo_corpus, tmp_path):
     assert not list((tmp_path / "ray").glob(".tmp*"))
 
 
-def kill_a_worker():
-    """SIGKILL one process that runs an actor of ours, on any node."""
-    workers = [
-        each for each in psutil.process_iter(["cmdline"]) if "ray::Worker" in " ".join(each.info["cmdline"] or [])
-    ]
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
-    chosen = next(each for each in workers if each.pid in own)
-    os.kill(chosen.pid, signal.SIGKILL)
+def workers_of(node):
+    """The processes on a node that run an actor of ours."""
+    (raylet,) = node.all_processes["raylet"]
+    children = psutil.Process(raylet.process.pid).children(recursive=True)
+    return [each for each in children if "ray::Worker" in " ".join(each.cmdline())]
 
 
 @pytest.mark.long
@@ -77,16 +74,19 @@ def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpu
 
     cluster, nodes = cluster
     build(demo_corpus, tmp_path / "local", **ONE_EACH)
-    real, done = Progress.unit, []
+    real, done, left = Progress.unit, [], list(nodes)
 
     def with_deaths(progress, unit):
+        """The node that goes is the one whose actor was not killed: it does the units between."""
         real(progress, unit)
         if progress.title == "latents":
             done.append(unit)
             if len(done) == 2:
-                kill_a_worker()
+                struck = next(node for node in nodes if workers_of(node))
+                os.kill(workers_of(struck)[0].pid, signal.SIGKILL)
+                left.remove(struck)
             if len(done) == 5:
-                cluster.remove_node(nodes[1], allow_graceful=False)
+                cluster.remove_node(left.pop(), allow_graceful=False)
 
     monkeypatch.setattr(Progress, "unit", with_deaths)
     counts = ray_build(demo_corpus, tmp_path / "ray", **ONE_EACH)
