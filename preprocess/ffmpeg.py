@@ -154,6 +154,7 @@ def _drain(
     """Read both pipes until they close or a limit is met; returns (overflowed, timed out)."""
     out, err = cast(IO[bytes], process.stdout), cast(IO[bytes], process.stderr)
     _widen(out)
+    ended = False
     with selectors.DefaultSelector() as selector:
         selector.register(out, selectors.EVENT_READ)
         selector.register(err, selectors.EVENT_READ)
@@ -161,9 +162,11 @@ def _drain(
             left = deadline - time.monotonic()
             if left <= 0 or _ENDING.is_set():
                 return False, True
-            ready = selector.select(min(left, 0.2))
-            if not ready and _has_ended(process):
-                return False, False  # it is gone, and what still holds its pipes is a child of it that we end below
+            ready = selector.select(0 if ended else min(left, 0.2))
+            if not ready:
+                if ended:
+                    return False, False  # what still holds its pipes is a child of it that we end below
+                ended = _has_ended(process)  # it may have written since: what is in the pipes is read first
             for key, _ in ready:
                 data = os.read(key.fd, READ_BYTES)
                 if not data:

@@ -87,7 +87,7 @@ def inspect_file(path: Path, config: PrepConfig) -> Inspection:
     try:
         return Inspection.model_validate_json(bytes(result.stdout))
     except ValidationError as error:
-        _reject("inspector-failed", f"its answer is not readable: {error.error_count()} errors")
+        _reject("inspector-failed", f"its answer is not readable: {error.error_count()} errors", retryable=True)
 
 
 def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFacts:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from clips import SMALL, a_record, ffmpeg_run, number_picture, only_bucket, prep
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocess import probe
+from preprocess import ffmpeg, probe
 from preprocess.config import PrepConfig
 from preprocess.container import PLAYLISTS, sniff_cut, sniff_playlist
 from preprocess.decode import decode_window
@@ -176,6 +177,20 @@ def test_a_child_that_outlives_its_parent_does_not_hold_us(tmp_path: Path) -> No
     assert result.returncode == 0 and not result.timed_out
     assert time.monotonic() - begun < 15.0
     assert running(str(tmp_path)) == []
+
+
+def test_what_a_program_writes_in_its_last_moment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes and ends between a look at its pipes and a look at whether it lives."""
+    real = ffmpeg._has_ended
+
+    def late(process: Any) -> bool:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return real(process)
+
+    monkeypatch.setattr(ffmpeg, "_has_ended", late)
+    code = "import time; time.sleep(1); print('x' * 100_000, end='')"
+    result = run_killable([sys.executable, "-c", code], timeout_seconds=30.0, max_stdout_bytes=1 << 20)
+    assert result.returncode == 0 and len(result.stdout) == 100_000
 
 
 def test_output_without_end_is_cut_and_stderr_is_bounded() -> None:
