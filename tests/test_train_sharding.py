@@ -29,13 +29,13 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def finish(model: WanDiT, saves: Any) -> WanDiT:
+def finish(model: WanDiT, saves: Any, *, compiled: bool = False) -> WanDiT:
     """Give its LoRA something to do, and say what its blocks keep."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in lora_modules(model).values():
             module.lora_B.normal_(0, 0.1, generator=generator)
-    keep(model, saves)
+    keep(model, saves, compiled=compiled)
     return model.train()
 
 

@@ -11,7 +11,6 @@ from ranks import run_ranks
 from test_train_sharding import finish, in_a_group
 from torch import Tensor
 
-from train.checkpointing import keep
 from train.lora import inject
 from train.model import WanDiT, build_model
 from train.model_config import DiTConfig, LoRAConfig
@@ -32,10 +31,7 @@ def build(policy: str, lora: LoRAConfig | None, dtype: torch.dtype, *, compiled:
     model = build_model(DIMS, dtype, seed=7, param_dtype=None if lora else torch.float32)
     if lora:
         inject(model, lora, 0)
-    finish(model, POLICIES[policy])
-    if compiled:
-        keep(model, POLICIES[policy], compiled=True)
-    return model
+    return finish(model, POLICIES[policy], compiled=compiled)
 
 
 def passes(model: WanDiT, size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
