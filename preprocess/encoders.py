@@ -112,6 +112,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, sha256: str) -> None:
         self._tokenizer = tokenizer
         self.sha256 = sha256
+        _keep_no_words(tokenizer)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a cleaned text, end token included, however many they are."""
@@ -221,6 +222,17 @@ def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncod
         model, note = checkpoints.load_text_encoder(Path(config.checkpoint)), None
     model = model.eval().requires_grad_(False)
     return TextEncoder(model, tokenizer, device=device, precision=config.text_precision, note=note)
+
+
+def _keep_no_words(tokenizer: Any) -> None:
+    """Switch off the tokenizers library's memory of up to 10,000 words, where it has the (unpublished) switch.
+
+    It saves some 30 µs a caption, and its words lie between what the decoders' threads free: the heap then keeps 20 MB
+    that it cannot give back, and grows with every new word.
+    """
+    resize = getattr(tokenizer.backend_tokenizer.model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
 
 
 def digest_weights(module: Any, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -8,13 +8,13 @@ No query string, user name, cookie or key ever reaches a log, a ledger or an exc
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
+import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import splitext
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from preprocess.fields import SIGNED_URL
 from preprocess.records import Record
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.transfer import Limits, Meter, Partial, Stopped, Trouble
+from preprocess.transport import CHUNK_BYTES
 from shards.console import LOG
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".ts", ".m4v", ".wmv")
@@ -110,12 +111,11 @@ class Fetcher:
             return
         if record.url is None:
             raise _rejected(Trouble("no-source", "no URL in the record and no media file beside its JSON"), 0)
-        folder = Path(tempfile.mkdtemp(prefix="clip-", dir=self._scratch))
+        path = self._scratch / f"clip-{secrets.token_hex(8)}{_suffix(record.url)}"
         try:
-            path = folder / f"clip{_suffix(record.url)}"
             yield self._cached(record, record.url, path)
         finally:
-            shutil.rmtree(folder)
+            path.unlink(missing_ok=True)
 
     def _cached(self, record: Record, url: str, path: Path) -> Clip:
         if self._cache is None:
@@ -135,7 +135,7 @@ class Fetcher:
             config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
             config.min_kib_per_second * 1024, self._stop.is_set,
         )  # fmt: skip
-        with path.open("w+b") as file:
+        with path.open("xb", buffering=CHUNK_BYTES) as file:
             partial = Partial(file, self._meter)
             for attempt in range(1, config.attempts + 1):
                 trouble = self._attempt(url, partial, limits)
@@ -210,5 +210,5 @@ def _wait_seconds(trouble: Trouble, attempt: int) -> float:
 
 def _suffix(url: str) -> str:
     """The file suffix of a URL's path when it is one of a medium; ffmpeg needs it for formats without a signature."""
-    suffix = PurePosixPath(urlsplit(url).path).suffix.lower()
+    suffix = splitext(urlsplit(url).path)[1].lower()
     return suffix if suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES else ""

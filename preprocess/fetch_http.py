@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
+_PLAIN = re.compile(
+    r"https?://[a-z0-9.-]+(?::[1-9]\d{0,4})?/[\w\-.~!$&'()*+,;=:@/]*(?:\?[\w\-.~!$&'()*+,;=:@/?]*)?", re.ASCII
+)
+"""A URL in which percent-encoding changes nothing, unless a segment of its path is one of dots."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
 _UNSIGNED = ("fetch-401", "fetch-403")
@@ -55,7 +59,7 @@ class HttpSource:
 
     def _follow(self, url: str, partial: Partial, limits: Limits) -> None:
         """Ask, going along with redirects within the allowed hosts."""
-        started_at = redact(url)
+        first_url = url
         for _ in range(MAX_REDIRECTS + 1):
             host = self._hosts.check_url(url)
             asked, headers = _spelled(url), _headers(partial)
@@ -68,7 +72,8 @@ class HttpSource:
                     self._receive(response, host, partial, limits)
                     return
             url = self._redirected(url, location)
-        raise Trouble("fetch-redirect-loop", f"more than {MAX_REDIRECTS} redirects from {started_at}", retryable=True)
+        detail = f"more than {MAX_REDIRECTS} redirects from {redact(first_url)}"
+        raise Trouble("fetch-redirect-loop", detail, retryable=True)
 
     def _receive(self, response: BaseHTTPResponse, host: str, partial: Partial, limits: Limits) -> None:
         try:
@@ -99,6 +104,8 @@ def _spelled(url: str) -> str:
     from urllib3.exceptions import LocationParseError
     from urllib3.util import parse_url
 
+    if _PLAIN.fullmatch(url) and "/." not in url:
+        return url
     try:
         return parse_url(url)._replace(fragment=None).url
     except LocationParseError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import signal
 import sys
@@ -128,6 +129,7 @@ def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path
     num_units = len(pending.units)
     with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, style=style) as progress:
         build_latents(storage, plan, pending.units, config, scratch, progress=progress)
+    _give_memory_back()
 
 
 def _text_pass(
@@ -154,6 +156,13 @@ def _text_pass(
             progress.unit(unit)
 
         build_texts(storage, plan, set_name, units, config, scratch, on_unit=on_unit)
+
+
+def _give_memory_back() -> None:
+    """Give the frames' memory back to the system before the text encoder asks for its own, where malloc is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

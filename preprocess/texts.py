@@ -37,7 +37,7 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 _REMEMBERED_BYTES = 256 << 20
-_REMEMBERED_TEXTS = 1024
+_REMEMBERED_TEXTS = 256
 
 
 class TextCounts(NamedTuple):

@@ -95,6 +95,7 @@ class Partial:
     def __init__(self, file: IO[bytes], meter: Meter) -> None:
         self._file = file
         self._meter = meter
+        self._start = b""
         self.num_bytes = 0
         self.validator: str | None = None
         self.total_bytes: int | None = None
@@ -107,9 +108,12 @@ class Partial:
 
     def restart(self) -> None:
         """Forget what has arrived."""
-        self._file.seek(0)
-        self._file.truncate()
+        # Only where there is something: ext4 writes a file that was ever cut to 0 bytes to disk as it is closed.
+        if self.num_bytes:
+            self._file.seek(0)
+            self._file.truncate()
         self.num_bytes = 0
+        self._start = b""
         self.validator = self.total_bytes = None
 
     def append(self, chunks: Iterable[bytes], limits: Limits) -> None:
@@ -117,6 +121,8 @@ class Partial:
         pace = _Pace(limits)
         for chunk in chunks:
             self._file.write(chunk)
+            if len(self._start) < _SNIFFED_BYTES:
+                self._start += chunk[:_SNIFFED_BYTES]
             self.num_bytes += len(chunk)
             self._meter.add(len(chunk))
             limits.check_bytes(self.num_bytes)
@@ -127,15 +133,13 @@ class Partial:
             if received > total:
                 self.restart()
             raise Trouble("fetch-truncated", f"{received:,} of {total:,} bytes arrived", again=True)
-        self._file.flush()
         self._check_content()
 
     def _check_content(self) -> None:
         """Refuse what is no clip at a glance: an error page with status 200 says nothing of the clip."""
-        self._file.seek(0)
-        start = self._file.read(_SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
         if self.num_bytes == 0:
             raise Trouble("fetch-empty", "a body of 0 bytes", again=True)
+        start = self._start[:_SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(_DOCUMENTS):
             num_bytes = self.num_bytes
             self.restart()

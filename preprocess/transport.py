@@ -28,6 +28,7 @@ from preprocess.transfer import Limits, Trouble
 CHUNK_BYTES = 1 << 18
 _MAX_DRAINED_BYTES = 1 << 16
 _LOOK_SECONDS = 0.1
+_NO_RETRIES = urllib3.Retry(False, redirect=False)
 
 CheckAddress = Callable[[str, str], None]
 """(host, address): raises Trouble where it may not be asked."""
@@ -72,18 +73,27 @@ class Transport:
 
     @contextmanager
     def watching(self, url: str, limits: Limits) -> Iterator[None]:
-        """Around `send` and the reading of its response: a watchdog looks, errors become Trouble and Stopped."""
-        with self._watchdog.watching(limits), _troubles(url, limits):
-            yield
+        """Around `send` and the reading of its response: a watchdog looks, errors become Trouble and Stopped.
+
+        The errors' own texts name the URL, query and all: only their types are passed on.
+        """
+        with self._watchdog.watching(limits):
+            try:
+                yield
+            except urllib3.exceptions.HTTPError as error:
+                limits.remaining_seconds()  # the watchdog's work, or a stop: whatever error came of it
+                raise _trouble_of(error, url, limits) from None
+            except UnicodeError:
+                raise Trouble("fetch-bad-url", f"cannot be asked for: {redact(url)}") from None
 
     def send(self, url: str, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
         """One request, within `watching`; errors are urllib3's own."""
         seconds = min(limits.silence_seconds, limits.remaining_seconds())
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        response = self._pools.connection_from_url(url).urlopen(
+        response = self._pools.connection_from_host(parts.hostname, parts.port, parts.scheme).urlopen(
             "GET", target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
-            retries=False, redirect=False, preload_content=False, decode_content=False,
+            retries=_NO_RETRIES, redirect=False, preload_content=False, decode_content=False,
         )  # fmt: skip
         try:
             limits.remaining_seconds()  # a head that the watchdog cut off reads like a short one
@@ -103,7 +113,7 @@ def chunks_of(response: urllib3.BaseHTTPResponse, limits: Limits) -> Iterator[by
     """A body as it comes. Raises Trouble where it breaks off."""
     try:
         # read1 returns what has come: read(n) would sit through a server that drips, past every deadline.
-        while chunk := response.read1(CHUNK_BYTES, decode_content=False):
+        while response.length_remaining != 0 and (chunk := response.read1(CHUNK_BYTES, decode_content=False)):
             yield chunk
     except urllib3.exceptions.ProtocolError as error:
         limits.remaining_seconds()  # the watchdog's work, or a stop
@@ -210,21 +220,8 @@ def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPRes
         raise
 
 
-@contextmanager
-def _troubles(url: str, limits: Limits) -> Iterator[None]:
-    """Errors of the network as Trouble. Their own texts name the URL, query and all: only their types are passed on."""
-    host = urlsplit(url).hostname
-    try:
-        yield
-    except urllib3.exceptions.HTTPError as error:
-        limits.remaining_seconds()  # the watchdog's work, or a stop: whatever error came of it
-        raise _trouble_of(error, url, str(host), limits) from None
-    except UnicodeError:
-        raise Trouble("fetch-bad-url", f"cannot be asked for: {redact(url)}") from None
-
-
-def _trouble_of(error: urllib3.exceptions.HTTPError, url: str, host: str, limits: Limits) -> Trouble:
-    kind = type(error).__name__
+def _trouble_of(error: urllib3.exceptions.HTTPError, url: str, limits: Limits) -> Trouble:
+    kind, host = type(error).__name__, urlsplit(url).hostname
     match error:
         case urllib3.exceptions.NewConnectionError():  # a kind of ConnectTimeoutError, but not silence
             return Trouble("fetch-connection", f"{host}: {kind}", again=True)

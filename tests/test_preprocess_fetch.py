@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 from fetch_runs import FetchRun
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
 
 from preprocess import fetch as fetching
 from preprocess.clip_url import cache_name, redact
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.fetch import Fetcher
+from preprocess.fetch_http import _spelled
 from preprocess.records import Record
+from preprocess.transfer import Trouble
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 
@@ -156,6 +162,23 @@ def test_redirects_stay_within_the_allowed_hosts(fetch):
 )
 def test_what_may_not_be_asked_is_refused(fetch, url, reason):
     assert fetch.refused(url)[0].reason == reason
+
+
+_PIECES = st.sampled_from([*"aB0-_~é %/.?#=&[|", "%2f", "%2F", "%zz", "..", "/./"])
+_PORTS = st.sampled_from(["", ":", ":80", ":080"])
+
+
+@settings(max_examples=1000)
+@given(st.text("ab0-.", min_size=1, max_size=6), _PORTS, st.lists(_PIECES, max_size=8))
+def test_a_plain_url_goes_over_the_wire_as_urllib3_spells_it(host, port, pieces):
+    url = f"http://{host}{port}/{''.join(pieces)}"
+    try:
+        expected = parse_url(url)._replace(fragment=None).url
+    except LocationParseError:
+        with pytest.raises(Trouble):
+            _spelled(url)
+    else:
+        assert _spelled(url) == expected
 
 
 def test_nobody_listening_is_a_connection_error(fetch):
