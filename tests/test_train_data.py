@@ -13,8 +13,9 @@ from train_runs import make_config, read_metrics
 
 from shards.dataset import open_dataset
 from shards.errors import UserError
+from train.batch import pad_texts, to_float32
 from train.config import slots_per_rank
-from train.data import Loader, pad_texts, plan_step, select_samples, to_float32
+from train.data import Loader, plan_step, select_samples
 from train.draws import draw_noise
 from train.loop import fit
 from train.order import START, Order

@@ -4,8 +4,6 @@
 
 The position that comes with a batch is the one after it: a checkpoint made when the batch is done resumes with the
 next. Everything random is looked up by (seed, step, slot), so threads and their timing decide nothing.
-
-Shape letters: B slots, C latent channels, T H W latent frames and sides, S text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -15,78 +13,20 @@ import fnmatch
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from shards.errors import UserError
 from shards.keys import is_validation
+from train.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
 from train.config import DataConfig, TrainConfig, slots_per_rank
 from train.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
 from train.order import START, Bucket, Order, OrderedBatch, Position
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from shards.dataset import Dataset, Sample
 
 LOG = logging.getLogger("wan.data")
 MAX_SUBSTITUTES = 8
-SPATIAL_STRIDE = 16
-TEMPORAL_STRIDE = 4
-
-
-class SlotPlan(NamedTuple):
-    """One slot of one step before anything is read: which sample, drawn how."""
-
-    slot: int
-    """Number in the global batch."""
-    ordinal: int
-    """Index into the dataset's samples."""
-    draws: SlotDraws
-
-
-class SlotItem(NamedTuple):
-    """One slot, read and drawn."""
-
-    plan: SlotPlan
-    key: str
-    latent: np.ndarray
-    """C×T×H×W float32."""
-    noise: np.ndarray
-    """C×T×H×W float32."""
-    text: np.ndarray
-    """Tokens×E uint16, the bits of bf16."""
-    replaced: str | None
-    """Key of the unreadable sample that this one stands in for."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This process's slots of one step, on the CPU."""
-
-    step: int
-    epoch: int
-    bucket: Bucket
-    keys: tuple[str, ...]
-    slots: tuple[int, ...]
-    step_keys: tuple[str, ...]
-    """Samples of all the step's slots, those of other processes included."""
-    latent_BCTHW: Tensor
-    """float32."""
-    noise_BCTHW: Tensor
-    """float32."""
-    text_BSE: Tensor
-    """bfloat16, zero rows up to the model's text length: the model attends to them."""
-    sigma_quantile_B: Tensor
-    """float64 in (0, 1)."""
-    image_first_B: Tensor
-    """bool: image-to-video."""
-    dropout_key_B: Tensor
-    """int64."""
-    substituted: tuple[tuple[str, str], ...]
-    """(unreadable key, key taken instead)."""
 
 
 def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], list[int]]:
@@ -237,7 +177,7 @@ class Loader:
         for item in items:  # a text that is too long is a mistake, not a damaged sample: nothing replaces it
             check_text(item.text, self._text_len, item.key)
         keys = [self._dataset.samples[self._ordinals[place]].key for place in chosen.ordinals]
-        return _stack(step, chosen, keys, items, self._text_len)
+        return stack(step, chosen, keys, items, self._text_len)
 
     def _load(self, plan: SlotPlan, step: int) -> SlotItem:
         try:
@@ -288,66 +228,6 @@ class _Pending(NamedTuple):
     step: int
     batch: Future[Batch]
     after: Position
-
-
-def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
-    """A latent as C×T×H×W float32. Raises UserError when its shape is not its bucket's or it is not finite."""
-    latent = to_float32(dataset.latent(ordinal))
-    frames = (sample.frames - 1) // TEMPORAL_STRIDE + 1
-    expected = (frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
-    if latent.shape[1:] != expected:
-        raise UserError(f"sample {sample.key}: its latent is {latent.shape[1:]}, its size says {expected}")
-    if not np.isfinite(latent).all():
-        raise UserError(f"sample {sample.key}: its latent is not finite")
-    return latent
-
-
-def check_text(text: np.ndarray, text_len: int, key: str) -> np.ndarray:
-    """`text` itself. Raises UserError when it is longer than the model takes: it is never cut."""
-    if len(text) > text_len:
-        raise UserError(f"sample {key}: its caption has {len(text)} tokens, the model takes {text_len}")
-    return text
-
-
-def to_float32(stored: np.ndarray) -> np.ndarray:
-    """float16, float32, or bf16 as uint16 bits, to float32."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
-def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
-    """uint16 bf16 bits of several lengths to B×text_len×E bfloat16, zero rows behind."""
-    import torch
-
-    padded = np.zeros((len(texts), text_len, texts[0].shape[1]), dtype=np.uint16)
-    for row, text in zip(padded, texts, strict=True):
-        row[: len(text)] = text
-    return torch.from_numpy(padded).view(torch.bfloat16)
-
-
-def _stack(step: int, chosen: OrderedBatch, step_keys: list[str], items: Sequence[SlotItem], text_len: int) -> Batch:
-    import torch
-
-    for item in items:
-        step_keys[item.plan.slot] = item.key  # what stands in for an unreadable sample
-
-    draws = [item.plan.draws for item in items]
-    return Batch(
-        step=step,
-        epoch=chosen.epoch,
-        bucket=chosen.bucket,
-        keys=tuple(item.key for item in items),
-        slots=tuple(item.plan.slot for item in items),
-        step_keys=tuple(step_keys),
-        latent_BCTHW=torch.from_numpy(np.stack([item.latent for item in items])),
-        noise_BCTHW=torch.from_numpy(np.stack([item.noise for item in items])),
-        text_BSE=pad_texts([item.text for item in items], text_len),
-        sigma_quantile_B=torch.tensor([draw.sigma_quantile for draw in draws], dtype=torch.float64),
-        image_first_B=torch.tensor([draw.image_to_video for draw in draws]),
-        dropout_key_B=torch.tensor([draw.dropout_key for draw in draws], dtype=torch.int64),
-        substituted=tuple((item.replaced, item.key) for item in items if item.replaced is not None),
-    )
 
 
 def _bucket(sample: Any) -> Bucket:

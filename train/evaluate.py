@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
+from train.batch import check_text, pad_texts, read_latent
 from train.config import EvalConfig
-from train.data import check_text, pad_texts, read_latent
 from train.draws import Purpose, draw_noise
 from train.order import Bucket, hash_key
 

@@ -41,13 +41,10 @@ from train.lean_parts import (
     Gradients,
     Shared,
     Values,
-    base_backward,
-    joint_low_rank,
     linear,
     linear_backward,
+    lora_backward,
     low_rank,
-    low_rank_backward,
-    up_backward,
 )
 
 
@@ -85,9 +82,8 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, goi
     if "n1" not in values:
         values["n1"], values["r1"] = normalise(x_BLD, shared.eps, dtype)
         y_BLD = modulate(values["n1"], mod[:, :, 0], mod[:, :, 1], shared.num_first)
-        joint_low_rank(values, [f"self_attn.{leaf}" for leaf in "qkv"], y_BLD, parts)
-        for leaf in "qkv":
-            values[leaf] = linear(values, f"self_attn.{leaf}", y_BLD, parts)
+        for name, leaf in (("q", "q"), ("k", "k"), ("v", "v")):
+            values[name] = linear(values, f"self_attn.{leaf}", y_BLD, parts)
         values["rq"], values["rk"] = rms_scale(values["q"], shared.eps), rms_scale(values["k"], shared.eps)
         del y_BLD
     if "a" not in values:
@@ -100,7 +96,6 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, goi
         y_BLD = rounded(parts.norms["norm3.bias"], values["n2"], parts.norms["norm3"], dtype)
         values["q2"] = linear(values, "cross_attn.q", y_BLD, parts)
         del y_BLD
-        joint_low_rank(values, [f"cross_attn.{leaf}" for leaf in "kv"], shared.text_BSD, parts)
         values["k2"], values["v2"] = (linear(values, f"cross_attn.{n}", shared.text_BSD, parts) for n in "kv")
         values["rq2"], values["rk2"] = rms_scale(values["q2"], shared.eps), rms_scale(values["k2"], shared.eps)
     if "a2" not in values:
@@ -163,14 +158,12 @@ def _cross_backward_(values: Values, parts: BlockParts, shared: Shared, grad_BLD
     q, k = (scaled(values[f"{n}2"], values[f"r{n}2"], norms[f"cross_attn.{n}"], shared.heads) for n in "qk")
     dq, dk, dv = attention_backward(values, "a2", da_BLD, q, k, values.pop("v2"), shared)
     del da_BLD, q, k
-    given = {}
-    if linears["cross_attn.k"].lora:
+    if lora := linears["cross_attn.k"].lora:
         dk = rms_backward(dk.flatten(2) * norms["cross_attn.k"], values["k2"], values["rk2"], dtype)
-        given["cross_attn.k"] = up_backward(values, "cross_attn.k", dk, parts)
-    if linears["cross_attn.v"].lora:
-        given["cross_attn.v"] = up_backward(values, "cross_attn.v", dv.flatten(2), parts)
+        lora_backward(values, "cross_attn.k", dk, shared.text_BSD, lora, grads)
+    if lora := linears["cross_attn.v"].lora:
+        lora_backward(values, "cross_attn.v", dv.flatten(2), shared.text_BSD, lora, grads)
     del dk, dv
-    low_rank_backward(given, shared.text_BSD, parts, grads)
     dq = rms_backward(dq.flatten(2) * norms["cross_attn.q"], values.pop("q2"), values["rq2"], dtype)
     y_BLD = values["n2"]
     if linears["cross_attn.q"].lora:
@@ -197,7 +190,9 @@ def _self_backward_(
     del out_BLD
     given = dict(zip("qkv", self_attention_backward(values, parts, shared, da_BLD), strict=True))
     del da_BLD
-    dy_BLD, low_given = None, {}
+    dy_BLD, y_BLD = None, values["n1"]
+    if any(parts.linears[f"self_attn.{leaf}"].lora for leaf in "qkv"):
+        y_BLD = modulate(y_BLD, mod[:, :, 0], mod[:, :, 1], shared.num_first)
     for leaf in "vqk":
         name = f"self_attn.{leaf}"
         if leaf == "v":
@@ -206,15 +201,13 @@ def _self_backward_(
             dn_BLD = unrotated(given.pop(leaf), norms[name], shared.turn)
             out_BLD = rms_backward(dn_BLD, values.pop(leaf), values[f"r{leaf}"], dtype)
             del dn_BLD
+        lora = parts.linears[name].lora
         if needs_input_gradient:
-            dy_BLD = base_backward(name, out_BLD, parts, dy_BLD)
-        if parts.linears[name].lora is not None:
-            low_given[name] = up_backward(values, name, out_BLD, parts)
+            dy_BLD = linear_backward(values, name, out_BLD, y_BLD, parts, grads, dy_BLD)
+        elif lora is not None:
+            lora_backward(values, name, out_BLD, y_BLD, lora, grads)
         del out_BLD
-    if low_given:
-        y_BLD = modulate(values["n1"], mod[:, :, 0], mod[:, :, 1], shared.num_first)
-        low_rank_backward(low_given, y_BLD, parts, grads, dy_BLD)
-        del y_BLD
+    del y_BLD
     if dy_BLD is not None:
         dn_BLD = times(dy_BLD, mod[:, :, 1], shared.num_first, torch.float32)
         del dy_BLD

@@ -5,8 +5,7 @@ Shapes: B slots, L tokens, M = B·L, I O input and output channels of a linear, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,91 +70,47 @@ def low_rank(lora: LoRAParts, x_MI: Tensor) -> Tensor:
 
 
 def linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tensor:
-    """x W' + b + scale · B A x. The low-rank product is put by for the backward pass, unless it is there."""
+    """x W' + b + scale · B A x. The low-rank product is put by for the backward pass."""
     part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
     out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t())
     if part.lora is not None:
-        if f"{name}.low" not in values:
-            values[f"{name}.low"] = low_rank(part.lora, x_MI)
-        out_MO.addmm_(values[f"{name}.low"], part.lora.up_Or.t(), alpha=part.lora.scale)
+        low_Mr = values[f"{name}.low"] = low_rank(part.lora, x_MI)
+        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale)
     return out_MO.unflatten(0, x_BLI.shape[:2])
 
 
-def joint_low_rank(values: Values, names: Sequence[str], x_BLI: Tensor, parts: BlockParts) -> None:
-    """Put by the low-rank products of linears that share their input: one GEMM, where no dropout sets them apart."""
-    names = [name for name in names if parts.linears[name].lora is not None]
-    downs = _joint_downs(names, parts)
-    if downs is not None:
-        low_MR = x_BLI.flatten(0, 1) @ torch.cat(downs).t()
-        lows = low_MR.split([len(down_rI) for down_rI in downs], dim=1)
-        for name, low_Mr in zip(names, lows, strict=True):
-            values[f"{name}.low"] = low_Mr
-
-
-def _joint_downs(names: Collection[str], parts: BlockParts) -> list[Tensor] | None:
-    """The A of several LoRAs that take one and the same input; None where there are not several, or dropout is on."""
-    loras = [cast(LoRAParts, parts.linears[name].lora) for name in names]
-    if len(loras) < 2 or any(lora.live_MI is not None for lora in loras):
-        return None
-    return [lora.down_rI for lora in loras]
-
-
 def linear_backward(
-    values: Values, name: str, grad_BLO: Tensor, x_BLI: Tensor, parts: BlockParts, grads: Gradients
-) -> Tensor:
-    """Gradient of a linear's input; those of its LoRA go into `grads`.
-
-    `x_BLI`, the linear's input, is read only where it has a LoRA.
-    """
-    dx_BLI = base_backward(name, grad_BLO, parts)
-    if parts.linears[name].lora is not None:
-        low_rank_backward({name: up_backward(values, name, grad_BLO, parts)}, x_BLI, parts, grads, dx_BLI)
-    return dx_BLI
-
-
-def base_backward(name: str, grad_BLO: Tensor, parts: BlockParts, dx_BLI: Tensor | None = None) -> Tensor:
-    """Gradient of a frozen linear's input, added to `dx_BLI` where given."""
-    grad_MO, weight_OI = grad_BLO.flatten(0, 1), parts.linears[name].weight_OI
-    dx_MI = grad_MO @ weight_OI if dx_BLI is None else dx_BLI.flatten(0, 1).addmm_(grad_MO, weight_OI)
-    return dx_MI.unflatten(0, grad_BLO.shape[:2])
-
-
-def up_backward(values: Values, name: str, grad_BLO: Tensor, parts: BlockParts) -> tuple[Tensor, Tensor]:
-    """Gradients of a LoRA's low-rank product, M × r, and of B; uses up the product that was put by."""
-    lora, grad_MO = cast(LoRAParts, parts.linears[name].lora), grad_BLO.flatten(0, 1)
-    dlow_Mr, dup_Or = grad_MO @ lora.up_Or, grad_MO.t() @ values.pop(f"{name}.low")
-    if lora.scale != 1:
-        dlow_Mr.mul_(lora.scale)
-        dup_Or.mul_(lora.scale)
-    return dlow_Mr, dup_Or
-
-
-def low_rank_backward(
-    given: Mapping[str, tuple[Tensor, Tensor]],
+    values: Values,
+    name: str,
+    grad_BLO: Tensor,
     x_BLI: Tensor,
     parts: BlockParts,
     grads: Gradients,
     dx_BLI: Tensor | None = None,
-) -> None:
-    """From what `up_backward` gave for linears that share their input: gradients of A and B into `grads`, and of the
-    input added to `dx_BLI`. One GEMM each for all of them where no dropout sets them apart.
+) -> Tensor:
+    """Gradient of a linear's input, added to `dx_BLI` where given; those of its LoRA go into `grads`.
+
+    `x_BLI`, the linear's input, is read only where it has a LoRA.
     """
-    x_MI, dx_MI = x_BLI.flatten(0, 1), None if dx_BLI is None else dx_BLI.flatten(0, 1)
-    downs = _joint_downs(given, parts)
-    if downs is not None:
-        dlow_MR = torch.cat([dlow_Mr for dlow_Mr, _ in given.values()], dim=1)
-        ddowns = (dlow_MR.t() @ x_MI).split([len(down_rI) for down_rI in downs])
-        if dx_MI is not None:
-            dx_MI.addmm_(dlow_MR, torch.cat(downs))
-        for name, ddown_rI in zip(given, ddowns, strict=True):
-            grads[name] = ddown_rI, given[name][1]
-        return
-    for name, (dlow_Mr, dup_Or) in given.items():
-        lora = cast(LoRAParts, parts.linears[name].lora)
-        grads[name] = dlow_Mr.t() @ (x_MI if lora.live_MI is None else x_MI * lora.live_MI), dup_Or
-        if dx_MI is None:
-            continue
-        if lora.live_MI is None:
-            dx_MI.addmm_(dlow_Mr, lora.down_rI)
+    part, grad_MO = parts.linears[name], grad_BLO.flatten(0, 1)
+    dx_MI = grad_MO @ part.weight_OI if dx_BLI is None else dx_BLI.flatten(0, 1).addmm_(grad_MO, part.weight_OI)
+    if part.lora is not None:
+        dlow_Mr = lora_backward(values, name, grad_BLO, x_BLI, part.lora, grads)
+        if part.lora.live_MI is None:
+            dx_MI.addmm_(dlow_Mr, part.lora.down_rI)
         else:
-            dx_MI.add_((dlow_Mr @ lora.down_rI).mul_(lora.live_MI))
+            dx_MI.add_((dlow_Mr @ part.lora.down_rI).mul_(part.lora.live_MI))
+    return dx_MI.unflatten(0, grad_BLO.shape[:2])
+
+
+def lora_backward(
+    values: Values, name: str, grad_BLO: Tensor, x_BLI: Tensor, lora: LoRAParts, grads: Gradients
+) -> Tensor:
+    """Gradients of A and B into `grads`; returns that of the low-rank product, M × r."""
+    grad_MO, x_MI = grad_BLO.flatten(0, 1), x_BLI.flatten(0, 1)
+    dlow_Mr, dup_Or = grad_MO @ lora.up_Or, grad_MO.t() @ values.pop(f"{name}.low")
+    if lora.scale != 1:
+        dlow_Mr.mul_(lora.scale)
+        dup_Or.mul_(lora.scale)
+    grads[name] = dlow_Mr.t() @ (x_MI if lora.live_MI is None else x_MI * lora.live_MI), dup_Or
+    return dlow_Mr

@@ -197,7 +197,7 @@ def check_inputs(
     if text_BSE.shape != (batch, config.text_len, config.text_dim):
         raise ValueError(
             f"text is {tuple(text_BSE.shape)}, not {(batch, config.text_len, config.text_dim)}: the model attends the "
-            "zero padding, so text must be padded to text_len (train.data.pad_texts)"
+            "zero padding, so text must be padded to text_len (train.batch.pad_texts)"
         )
 
 

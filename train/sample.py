@@ -24,7 +24,7 @@ from shards.console import LOG
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.handover import Prompts, read_latent_file, read_prompts, write_latent
-from train.data import pad_texts, read_latent
+from train.batch import pad_texts, read_latent
 from train.model import WanDiT
 from train.model_config import DiTConfig
 from train.sample_config import Prompt, SamplerConfig

@@ -2,8 +2,8 @@
 
 dim 768, 6 heads of 128, 6 blocks, feed-forward 3072, 2,700 tokens, rank 16 on q k v o, float32 on the CPU, once without
 recomputation on both sides and once with full checkpointing on both. `--compile` compiles blocks too (minutes).
-Ratios are of wall clock, and of CPU seconds beside it, which a machine that others share disturbs less. Beside them stands
-what share of the peer's step its attention and its GEMMs take: ours calls the same ones, so no ratio can go far below it.
+Ratios are of wall clock, and of CPU seconds beside it, which other users of the machine disturb less. The share of the
+peer's step that is attention and GEMMs stands below: ours calls the same ones, so no ratio can go far below that share.
 """
 
 import statistics
