@@ -129,7 +129,7 @@ TRAPS = (
         ("test_train_model.py::test_the_first_frame_takes_timestep_zero_only_where_asked",),
     ),
     Trap(
-        9, "text not padded with zeros", "train/data.py",
+        9, "text not padded with zeros", "train/batch.py",
         "padded = np.zeros(", "padded = np.ones(",
         ("test_train_data.py::test_padding_is_zero_rows_and_nothing_is_cut",),
     ),
