@@ -13,15 +13,13 @@ import numpy as np
 
 from shards.errors import UserError
 from train.draws import SlotDraws
+from train.flops import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from train.order import Bucket, OrderedBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shards.dataset import Dataset, Sample
-
-SPATIAL_STRIDE = 16
-TEMPORAL_STRIDE = 4
 
 
 class SlotPlan(NamedTuple):

@@ -25,13 +25,11 @@ from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.handover import Prompts, read_latent_file, read_prompts, write_latent
 from train.batch import pad_texts, read_latent
+from train.flops import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from train.model import WanDiT
 from train.model_config import DiTConfig
 from train.sample_config import Prompt, SamplerConfig
 from train.solver import make_grid, make_solver
-
-SPATIAL_STRIDE = 16
-TEMPORAL_STRIDE = 4
 
 
 class Ready(NamedTuple):
