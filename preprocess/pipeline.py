@@ -11,23 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from preprocess.build.dataset_info import find_info, set_totals
+from preprocess.build.latent_pass import build_latents, check_settled_identity, chosen_units, pending_units
+from preprocess.build.progress import Style, show_progress
+from preprocess.build.scratch import scratch_folder
+from preprocess.build.summary import count_dataset
+from preprocess.build.text_pass import TextCounts, build_texts, check_settled_texts
+from preprocess.build.vae_precision import measure_apart, settle_precision
 from preprocess.config import PrepConfig
-from preprocess.freeze import ensure_plan
-from preprocess.info import find_info, set_totals
-from preprocess.latents import build_latents, check_settled_identity, chosen_units, pending_units
-from preprocess.plan import Plan, open_plan
-from preprocess.precision import measure_apart, settle_precision
-from preprocess.progress import Style, show_progress
-from preprocess.report import count_dataset
-from preprocess.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
-from preprocess.scratch import scratch_folder
-from preprocess.texts import TextCounts, build_texts, check_settled_texts
-from shards.commit import committed_units
+from preprocess.plan.freeze import ensure_plan
+from preprocess.plan.plan import Plan, open_plan
+from preprocess.plan.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
+from shards.check.orphans import sweep_committed
 from shards.console import LOG
 from shards.errors import UserError
-from shards.layout import LATENTS, text_kind
-from shards.storage import LocalStorage, Storage, open_storage
-from shards.sweep import sweep_committed
+from shards.format.commit import committed_units
+from shards.format.names import LATENTS, text_kind
+from shards.storage import open_storage
+from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
 
 DEFAULT_SET = "default"
 _FULL = {errno.ENOSPC, errno.EDQUOT}

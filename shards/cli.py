@@ -12,7 +12,7 @@ from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from shards.verify import Level
+    from shards.check.verify import Level
 
 ROOT = click.argument("root")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document, for programs.")
@@ -42,10 +42,10 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
     wanshards ls demo/shards
     wanshards ls s3://bucket/prefix --json
     """
-    from shards.overview import overview, print_overview
+    from shards.show.overview import overview, print_overview
 
     if keys:
-        from shards.dataset import open_dataset
+        from shards.read.dataset import open_dataset
 
         dataset = open_dataset(root, None)
         names = [sample.key for sample in dataset.samples]
@@ -76,7 +76,7 @@ def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
     wanshards show demo/shards clip-1@0-49-480x832
     wanshards show demo/shards clip-1@0-49-480x832 --preview strip.jpg
     """
-    from shards.overview import print_sample, sample_details, write_preview
+    from shards.show.overview import print_sample, sample_details, write_preview
 
     if preview is not None:
         write_preview(root, key, preview)
@@ -102,7 +102,7 @@ def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int
     wanshards verify demo/shards --jobs 4
     wanshards verify s3://bucket/prefix --fast --json
     """
-    from shards.overview import print_report, run_verify
+    from shards.show.overview import print_report, run_verify
 
     report = run_verify(root, cast("Level", level or "hash"), jobs, partial)
     if as_json:
@@ -119,7 +119,7 @@ def index(root: str) -> None:
 
     Only a cache: a stale or missing index changes nothing but the time to open.
     """
-    from shards.index import write_index
+    from shards.read.index import write_index
     from shards.storage import open_storage
 
     with click.progressbar(length=1, label="index", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
@@ -145,7 +145,7 @@ def cat(root: str, member: str, text_set: str | None, npy: bool) -> None:
     wanshards cat demo/shards clip-1@0-49-480x832.preview.jpg > strip.jpg
     wanshards cat demo/shards clip-1@0-49-480x832.text.npy.zst --npy > text.npy
     """
-    from shards.cat import member_bytes
+    from shards.show.member import member_bytes
 
     sys.stdout.buffer.write(member_bytes(root, member, text_set, npy))
 
@@ -161,9 +161,9 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     \b
     wanshards export --plain demo/shards plain/
     """
-    from shards.dataset import open_dataset
-    from shards.dataset_info import read_info
-    from shards.export import export_plain
+    from shards.format.dataset_info import read_info
+    from shards.read.dataset import open_dataset
+    from shards.show.export_plain import export_plain
     from shards.storage import open_storage
 
     if not plain:
@@ -206,9 +206,9 @@ def stats(
     wanshards stats demo/shards
     wanshards stats s3://bucket/prefix --sample 2000 --jobs 8 --json
     """
-    from shards.stats_cache import default_cache
-    from shards.stats_result import print_stats
-    from shards.stats_run import run_stats
+    from shards.stats.cache import default_cache
+    from shards.stats.result import print_stats
+    from shards.stats.stats import run_stats
 
     found = run_stats(
         root, text_set=text_set, sample=sample, jobs=jobs, cache=None if no_cache else cache or default_cache()
@@ -248,8 +248,8 @@ def report(
     wanshards report demo/shards demo/shards.html
     wanshards report s3://bucket/prefix dataset.html --sample 5000 --jobs 8
     """
-    from shards.report import DEFAULT_SAMPLE, write_report
-    from shards.stats_cache import default_cache
+    from shards.report.report import DEFAULT_SAMPLE, write_report
+    from shards.stats.cache import default_cache
 
     if read_all and sample is not None:
         raise UserError("--sample and --all are both given", expected="one of them")
@@ -277,8 +277,8 @@ def sweep(root: str, as_json: bool, delete: bool, older_than_hours: float) -> No
 
     A running build's newest tar has no commit yet: keep --older-than-hours above the time one unit takes to upload.
     """
+    from shards.check.orphans import sweep as find
     from shards.storage import open_storage
-    from shards.sweep import sweep as find
 
     found = find(open_storage(root), older_than_hours * 3600, delete=delete)
     if as_json:
@@ -288,3 +288,7 @@ def sweep(root: str, as_json: bool, delete: bool, older_than_hours: float) -> No
         click.echo(f"{orphan.size:>14,}  {orphan.name}")
     what = "removed" if delete else "found (--delete removes them)"
     click.echo(f"{len(found)} orphans, {sum(orphan.size for orphan in found):,} bytes {what}")
+
+
+if __name__ == "__main__":
+    main()

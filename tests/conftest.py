@@ -16,7 +16,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes in the hints of public functions are checked in the tests, and only there.
-SHAPE_CHECKED = ["attention", "blocks", "lora", "model", "objective", "rope", "tokens"]
+SHAPE_CHECKED = [
+    "model.attention",
+    "model.block",
+    "model.dit",
+    "model.patchify",
+    "model.rope",
+    "lora.lora",
+    "objective",
+]
 jaxtyping.install_import_hook([f"train.{name}" for name in SHAPE_CHECKED], "beartype.beartype")
 
 # A busy machine is no failure: an example has no time limit of its own, a test has pytest's.
@@ -29,8 +37,8 @@ def tiny_dit() -> Any:
     """A float32 DiT of the real architecture, every parameter random (biases, norms and head too)."""
     import torch
 
-    from train.model import build_model
-    from train.model_config import DiTConfig
+    from train.config.model import DiTConfig
+    from train.model.dit import build_model
 
     config = DiTConfig(
         dim=96,
@@ -58,7 +66,7 @@ def diffusers_twin() -> Callable[[Any], Any]:
     import diffusers
     import torch
 
-    from train.weights import diffusers_key
+    from train.model.load import diffusers_key
 
     def twin_of(model: Any) -> Any:
         config = model.config
@@ -103,7 +111,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration's corpus without the base model's clips, not to be written to: 16 records, good and bad."""
-    from preprocess.demo import write_corpus
+    from preprocess.demo.corpus import write_corpus
 
     folder = tmp_path_factory.mktemp("demo_corpus")
     write_corpus(folder, with_base=False)

@@ -11,13 +11,13 @@ from pathlib import Path
 import click
 import pytest
 
-from preprocess.cli import main as wanprep
+from preprocess.cli.main import main as wanprep
 from preprocess.config import PrepConfig
 from shards.cli import main as wanshards
 from shards.config import load_config
-from train.cli import main as wantrain
-from train.config import TrainConfig
-from train.sample_cli import SampleRun
+from train.cli.main import main as wantrain
+from train.cli.sample_commands import SampleRun
+from train.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "README.ko.md", *(ROOT / "docs").rglob("*.md")])
@@ -73,7 +73,7 @@ NEEDS = {
     "/data/": "the real corpus, or shards of it",
     "configs/ti2v_5b_": "the published checkpoint and a GPU",
     "configs/mbc_": "the published encoders and the real corpus",
-    "--watch": "watches until Ctrl-C; tests/test_preprocess_decode_latents.py runs it",
+    "--watch": "watches until Ctrl-C; tests/preprocess/test_decode_latents.py runs it",
 }
 
 
@@ -147,7 +147,7 @@ def _tutorial():
     return {" ".join(shlex.split(line, comments=True)): line for line in "".join(blocks).splitlines()}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_documents_commands_run(tmp_path):
     from PIL import Image
@@ -166,7 +166,7 @@ def test_the_documents_commands_run(tmp_path):
 
 
 def test_quoted_messages_are_the_programs():
-    source = "\n".join(path.read_text(encoding="utf-8") for name in PACKAGES for path in (ROOT / name).glob("*.py"))
+    source = "\n".join(path.read_text(encoding="utf-8") for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
     rows = re.findall(r"^\| (`.+?`[^|]*) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(rows) > 10
     for quoted in (piece for row in rows for piece in re.findall(r"`([^`]+)`", row)):

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from shards.config import Config, validate_config
 from shards.errors import UserError
-from shards.storage import sync_path
+from shards.storage.local import sync_path
 
 if TYPE_CHECKING:
     from torch import Tensor

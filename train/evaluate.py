@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
-from train.batch import check_text, pad_texts, read_latent
-from train.config import EvalConfig
-from train.draws import Purpose, draw_noise
-from train.order import Bucket, hash_key
+from train.config.train import EvalConfig
+from train.data.batch import check_text, pad_texts, read_latent
+from train.data.draws import Purpose, draw_noise
+from train.data.sampler import hash_key
+from train.geometry import Bucket
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from shards.dataset import Dataset
+    from shards.read.dataset import Dataset
     from train.objective import SigmaDensity
 
 NUM_QUANTILES = 9

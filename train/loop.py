@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from shards.console import LOG
 from train import checkpoint, evaluate
-from train.config import TrainConfig
-from train.data import Loader
-from train.export import export_metadata
-from train.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
-from train.meter import Meter
-from train.parallel import Ranks, choose_layout, joined, make_ranks, read_world, settle, smallest
-from train.progress import Progress
-from train.sample import Ready, prepare_prompts, sample_prompts
-from train.session import (
+from train.config.train import TrainConfig
+from train.data.loader import Loader
+from train.device import choose_device, device_memory
+from train.estimate.layout import choose_layout
+from train.launch.heartbeat import Watch
+from train.lora.export import export_metadata
+from train.parallel.ranks import Ranks, joined, make_ranks, read_world, settle, smallest
+from train.run.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
+from train.run.session import (
     Agreed,
     Session,
     Stopped,
@@ -38,9 +38,11 @@ from train.session import (
     stop_signals,
     write_settings,
 )
+from train.run.state import Progress
+from train.run.throughput import Meter
+from train.run.trainee import Trainee, describe
+from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_tokens, over_ranks, sigma_density
-from train.trainee import Trainee, choose_device, describe, device_memory
-from train.watch import Watch
 
 SAMPLES_FOLDER = "samples"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.config import OptimConfig
+from train.config.train import OptimConfig
 
 STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
 CODE_BOOKS = ("qmap1", "qmap2")

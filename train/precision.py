@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.attention import DeviceFacts, device_facts
+from train.device import DeviceFacts, device_facts
 
 __all__ = ["DeviceFacts", "device_facts"]
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.batch import Batch
-from train.config import ObjectiveConfig
+from train.config.train import ObjectiveConfig
+from train.data.batch import Batch
 from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
-from train.parallel import Ranks
-from train.trainee import Trainee
+from train.parallel.ranks import Ranks
+from train.run.trainee import Trainee
 
 
 class StepLoss(NamedTuple):

@@ -2,7 +2,7 @@
 
     python docs/reference/scaling_tables.py
 
-tests/test_train_scaling.py fails while the page differs from what this writes.
+tests/train/test_scaling.py fails while the page differs from what this writes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.hardware import GPUS
-from train.model_config import TI2V_5B
-from train.order import Bucket
-from train.plan import Plan, Setting, Size, make_plan
-from train.policy import GIB
+from shards.gpus import GPUS
+from train.config.model import TI2V_5B
+from train.config.train import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from train.estimate.plan import Plan, Setting, Size, make_plan
+from train.estimate.saves import GIB
+from train.geometry import Bucket
 
 PAGE = Path(__file__).parents[1] / "scaling.md"
 BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from clips import a_record, ffmpeg_run, only_bucket, prep_config
 
-from preprocess.decode import decode_window
-from preprocess.ffmpeg import find_ffmpeg
-from preprocess.probe import probe_clip
-from preprocess.window import Window
+from preprocess.video.decode import decode_window
+from preprocess.video.ffmpeg import find_ffmpeg
+from preprocess.video.probe import probe_clip
+from preprocess.video.window import Window
 
 RUNS = 5
 SCALE = "flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact:out_range=full"

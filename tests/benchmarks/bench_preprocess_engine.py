@@ -15,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from engine_parts import FixedVae, engine_config, write_clips
 
-from preprocess import encoders, pipeline
-from preprocess.progress import Progress
+from preprocess import pipeline
+from preprocess.build.progress import Progress
+from preprocess.encoders import encoders
 
 
 def main() -> None:

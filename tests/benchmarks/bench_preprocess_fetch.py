@@ -23,8 +23,8 @@ from statistics import median
 import urllib3
 
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.fetch import Fetcher
-from preprocess.records import Record
+from preprocess.corpus.records import Record
+from preprocess.fetch.fetcher import Fetcher
 
 ROUNDS = 15
 SERVER = """

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
-from preprocess.encode_cost import vae_encode_tflop
-from preprocess.encoders import VaeEncoder, quiet_libraries
-from preprocess.precision import device_facts, fast_modes, relative_error
-from preprocess.vae_config import vae_arguments
+from preprocess.build.vae_precision import device_facts, fast_modes, relative_error
+from preprocess.encoders.encoders import VaeEncoder, quiet_libraries
+from preprocess.encoders.vae_config import vae_arguments
+from preprocess.forecast.forecast import vae_encode_tflop
 from shards.errors import UserError
 
 SIZES = ((832, 480), (1280, 704))

@@ -15,14 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from engine_parts import FixedVae, copied_frames, engine_config, write_clips
 
 
 def build(num_clips: int) -> None:
     """Build with so many clips; print this process's peak memory in kB."""
-    from preprocess import encoders, pipeline
+    from preprocess import pipeline
+    from preprocess.encoders import encoders
 
     encoders.load_vae_encoder = lambda config: FixedVae(0.0)
     with tempfile.TemporaryDirectory() as folder, copied_frames():

@@ -95,14 +95,14 @@ def bare(config) -> None:
 
 def scan(config) -> None:
     """`wanprep scan`, tokens not counted."""
-    from preprocess.scan import scan_corpus
+    from preprocess.plan.scan import scan_corpus
 
     scan_corpus(config)
 
 
 def plan(config) -> None:
     """`wanprep plan`."""
-    from preprocess.freeze import freeze_plan
+    from preprocess.plan.freeze import freeze_plan
     from shards.storage import open_storage
 
     freeze_plan(open_storage(config.output), config)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from engine_parts import FixedVae, copied_frames, engine_config, write_clips
 
@@ -26,8 +26,9 @@ NUM_LOST = 10
 
 def build(folder: Path) -> None:
     """Build what is not there; print the seconds to the first clip, and to the end."""
-    from preprocess import build as parts
-    from preprocess import encoders, pipeline
+    from preprocess import pipeline
+    from preprocess.build import clip as parts
+    from preprocess.encoders import encoders
 
     encoders.load_text_encoder(config := encoders.EncodersConfig(device="cpu"), encoders.load_tokenizer(config))
     encoders.load_vae_encoder = lambda config: FixedVae(0.0)

@@ -16,20 +16,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import numpy as np
 import zstandard
 from shards_data import IDENTITY, PROVENANCE, TEXT_IDENTITY
 
-from shards.canonical import canonical_json
-from shards.codec import array_facts, encode_array
-from shards.commit import read_commit
-from shards.dataset import Dataset, open_dataset
-from shards.dataset_info import DatasetInfo, Generation, TextSetInfo, write_info
-from shards.keys import sample_key
+from shards.format.arrays import array_facts, encode_array
+from shards.format.commit import read_commit
+from shards.format.dataset_info import DatasetInfo, Generation, TextSetInfo, write_info
+from shards.format.keys import sample_key
+from shards.format.sealed_json import canonical_json
+from shards.read.dataset import Dataset, open_dataset
 from shards.storage import open_storage
-from shards.writer import ShardWriter
+from shards.write.shard_writer import ShardWriter
 
 RUNS = 9
 UNITS, SAMPLES = 2, 32

@@ -12,15 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from shards_data import PREVIEW
 from stats_data import write_latents
 
-from shards.commit import Blob, Commit, SampleInfo, commit_bytes, read_commit
-from shards.dataset_info import read_info, write_info
-from shards.layout import LATENTS, commit_name, tar_name
-from shards.report import write_report
+from shards.format.commit import Blob, Commit, SampleInfo, commit_bytes, read_commit
+from shards.format.dataset_info import read_info, write_info
+from shards.format.names import LATENTS, commit_name, tar_name
+from shards.report.report import write_report
 from shards.storage import open_storage
 
 SAMPLES_PER_UNIT, WRITTEN_UNITS = 64, 4

@@ -17,14 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from stats_data import write_latents
 
-from shards.codec import decode_array
-from shards.commit import Blob, commit_bytes, committed_units, read_commit
-from shards.dataset_info import read_info, write_info
-from shards.layout import LATENT_MEMBER, LATENTS, commit_name, tar_name
+from shards.format.arrays import decode_array
+from shards.format.commit import Blob, commit_bytes, committed_units, read_commit
+from shards.format.dataset_info import read_info, write_info
+from shards.format.names import LATENT_MEMBER, LATENTS, commit_name, tar_name
 from shards.storage import open_storage
 
 SAMPLES_PER_UNIT, WRITTEN_UNITS = 64, 4

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_shards_reader import write
 
+from shards.check.verify import verify
 from shards.storage import open_storage
-from shards.verify import verify
 
 RUNS = 7
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from train.config import DataConfig, slots_per_rank
-from train.flops import SAVE_GROUPS, Shape, num_tokens
-from train.model_config import TI2V_5B, LoRAConfig
-from train.order import Bucket, Order
-from train.scaling import rank_flops
+from train.config.model import TI2V_5B, LoRAConfig
+from train.config.train import DataConfig, slots_per_rank
+from train.data.sampler import Order
+from train.estimate.communication import rank_flops
+from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
 
 PROMISE = 0.97
 NUM_SAMPLES = 20_000

@@ -1,4 +1,6 @@
-"""Bytes that a rank exchanges in an optimizer step ÷ the closed form of train/scaling.py: exact, on every machine.
+"""Bytes that a rank exchanges in an optimizer step ÷ the closed form: exact, on every machine.
+
+The closed form is in train/estimate/communication.py.
 
 The real training step on a small model, in one process whose group is fake: what goes over the wire depends on sizes
 alone. What a rank of 64 and of 1,024 holds is measured at the real sizes.
@@ -12,18 +14,18 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from fake_ranks import DIMS, exchange_of, fake_group, planned
 
-from train.flops import Shape
-from train.lora import inject
-from train.memory import step_memory
-from train.model import build_model
-from train.model_config import TI2V_5B, LoRAConfig
-from train.order import START, Order
-from train.parallel import Layout
-from train.sharding import resident_bytes, spread
+from train.config.model import TI2V_5B, LoRAConfig
+from train.data.sampler import START, Order
+from train.estimate.memory import step_memory
+from train.geometry import Shape
+from train.lora.lora import inject
+from train.model.dit import build_model
+from train.parallel.fsdp import resident_bytes, spread
+from train.parallel.ranks import Layout
 
 LAYOUTS = (
     ("replicate 2", Layout(world_size=2)),

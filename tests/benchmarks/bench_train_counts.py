@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from train_traces import CountedOperators, LiveBytes, counted_flops, fake_model, fake_tensors, trace_step
 
-from train.checkpointing import keep
-from train.flops import SAVE_GROUPS, Shape, step_flops
-from train.lora import inject
-from train.memory import step_memory
-from train.model import build_model
-from train.model_config import TI2V_5B, DiTConfig, LoRAConfig
+from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
+from train.estimate.flops import step_flops
+from train.estimate.memory import step_memory
+from train.geometry import SAVE_GROUPS, Shape
+from train.lora.lora import inject
+from train.model.dit import build_model
+from train.recompute.runner import keep
 
 LORA = LoRAConfig(rank=32)
 TINY = {"dim": 48, "num_heads": 2, "ffn_dim": 96, "text_dim": 32, "text_len": 16}

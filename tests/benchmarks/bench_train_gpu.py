@@ -12,19 +12,20 @@ import time
 
 import torch
 
-from train.attention import device_facts
-from train.checkpointing import keep
-from train.config import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
-from train.flops import SAVE_GROUPS, Shape, num_tokens, step_flops
-from train.hardware import by_driver_name
-from train.kernels import kernel_name
-from train.lora import inject, lora_parameters
-from train.memory import step_memory
-from train.model import WanDiT, backend_for, build_model
-from train.model_config import TI2V_5B, LoRAConfig
+from shards.gpus import by_driver_name
+from train.config.model import TI2V_5B, LoRAConfig
+from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
+from train.device import device_facts
+from train.estimate.flops import step_flops
+from train.estimate.memory import step_memory
+from train.estimate.saves import GIB, describe_saves, make_chooser
+from train.geometry import SAVE_GROUPS, Shape, num_tokens
+from train.lora.lora import inject, lora_parameters
+from train.model.dit import WanDiT, backend_for, build_model
 from train.objective import add_noise, slot_losses
-from train.policy import GIB, describe_saves, make_chooser
 from train.precision import resolve_precision
+from train.recompute.kernels import kernel_name
+from train.recompute.runner import keep
 
 SIZES = ((49, 480, 832), (49, 704, 1280))
 POLICIES = {

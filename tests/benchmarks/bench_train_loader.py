@@ -11,21 +11,21 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import numpy as np
 from shards_data import IDENTITY, PROVENANCE, TEXT_IDENTITY, write_dataset
 from train_runs import make_config
 
-from shards.canonical import canonical_json
-from shards.codec import array_facts, encode_array
-from shards.dataset import open_dataset
-from shards.dataset_info import DatasetInfo, Generation, TextSetInfo, write_info
-from shards.keys import sample_key
+from shards.format.arrays import array_facts, encode_array
+from shards.format.dataset_info import DatasetInfo, Generation, TextSetInfo, write_info
+from shards.format.keys import sample_key
+from shards.format.sealed_json import canonical_json
+from shards.read.dataset import open_dataset
 from shards.storage import open_storage
-from shards.writer import ShardWriter, write_null_embeddings
-from train.data import Loader, select_samples
-from train.order import Order
+from shards.write.shard_writer import ShardWriter, write_null_embeddings
+from train.data.loader import Loader, select_samples
+from train.data.sampler import Order
 
 FRAMES, HEIGHT, WIDTH = 17, 480, 832
 SHAPE = (48, (FRAMES - 1) // 4 + 1, HEIGHT // 16, WIDTH // 16)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from train.checkpointing import keep
-from train.lora import inject, lora_parameters
-from train.model import build_model
-from train.model_config import DiTConfig, LoRAConfig
+from train.config.model import DiTConfig, LoRAConfig
+from train.lora.lora import inject, lora_parameters
+from train.model.dit import build_model
 from train.objective import add_noise, slot_losses
+from train.recompute.runner import keep
 
 PAIRS = 21
 LATENT = (1, 48, 5, 36, 60)  # 5 × 18 × 30 = 2,700 tokens

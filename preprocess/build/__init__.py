@@ -1,0 +1,1 @@
+"""The build: units of the plan in, sealed shards out, on one machine or many."""

@@ -1,0 +1,69 @@
+"""dataset.json as the build keeps it: it grows by generations, text sets and totals, and never changes what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preprocess.config import PrepConfig
+from preprocess.plan.plan import Plan
+from shards.errors import MissingObject
+from shards.format.dataset_info import Bucket, DatasetInfo, Generation, TextSetInfo, read_info, write_info
+from shards.format.names import INFO_NAME
+from shards.storage.base import Storage
+
+ENCODERS_NOTE = "encoders"
+
+
+def find_info(storage: Storage) -> DatasetInfo | None:
+    """dataset.json, or None where there is none yet."""
+    try:
+        return read_info(storage) if storage.exists(INFO_NAME) else None
+    except MissingObject:
+        return None
+
+
+def grow_info(
+    storage: Storage, plan: Plan, *, identity: Mapping[str, Any], config: PrepConfig, note: str | None
+) -> DatasetInfo:
+    """Write the latents' identity, the plan's generations and the buckets. Raises IdentityMismatch."""
+    old = find_info(storage)
+    frames = config.window.num_frames
+    info = DatasetInfo(
+        identity=dict(identity),
+        text_sets=old.text_sets if old else {},
+        buckets=tuple(Bucket(frames=frames, height=size.height, width=size.width) for size in config.buckets.sizes),
+        generations=_generations(old, plan),
+        notes={**(old.notes if old else {}), **({ENCODERS_NOTE: note} if note else {})},
+        totals=old.totals if old else {},
+    )
+    _write_if_changed(storage, old, info)
+    return info
+
+
+def add_text_set(storage: Storage, name: str, identity: Mapping[str, Any], note: str | None) -> DatasetInfo:
+    """Write a text set's identity. Raises IdentityMismatch when the set is there with another."""
+    old = read_info(storage)
+    text_set = TextSetInfo(identity=dict(identity), notes={ENCODERS_NOTE: note} if note else {})
+    info = old.model_copy(update={"text_sets": {**old.text_sets, name: text_set}})
+    _write_if_changed(storage, old, info)
+    return info
+
+
+def set_totals(storage: Storage, plan: Plan, totals: Mapping[str, Any]) -> None:
+    """Write what the last build counted; and the generations, should another process have written over them."""
+    old = read_info(storage)
+    info = old.model_copy(update={"totals": dict(totals), "generations": _generations(old, plan)})
+    _write_if_changed(storage, old, info)
+
+
+def _generations(old: DatasetInfo | None, plan: Plan) -> tuple[Generation, ...]:
+    """The plan's generations, or those that are there where another process has frozen more since."""
+    ours = tuple(generation.generation for generation in plan.generations)
+    theirs = old.generations if old else ()
+    return theirs if theirs[: len(ours)] == ours else ours
+
+
+def _write_if_changed(storage: Storage, old: DatasetInfo | None, new: DatasetInfo) -> None:
+    if old is None or old.model_dump(mode="json") != new.model_dump(mode="json"):
+        write_info(storage, new)

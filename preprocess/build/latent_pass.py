@@ -1,0 +1,137 @@
+"""The first pass: units of candidates to sealed shards of latents, by the engine that the config names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preprocess.build.dataset_info import grow_info
+from preprocess.build.progress import Progress
+from preprocess.build.worker import Description, UnitWorker
+from preprocess.config import PrepConfig
+from preprocess.plan.plan import Plan
+from shards.console import LOG
+from shards.errors import UserError
+from shards.format.commit import committed_units
+from shards.format.dataset_info import DatasetInfo
+from shards.format.identity import refuse_mismatch
+from shards.format.sealed_json import canonical_json
+from shards.storage.base import Storage
+
+
+class Pending(NamedTuple):
+    """What a pass has to do."""
+
+    units: tuple[int, ...]
+    num_candidates: int
+
+
+def pending_units(storage: Storage, plan: Plan, kind: str, chosen: Collection[int] | None = None) -> Pending:
+    """Units of the plan (those of `chosen`, if given) that `kind` has no commit for, in order."""
+    there = committed_units(storage, kind)
+    units = tuple(unit for unit in chosen_units(plan, chosen) if unit not in there)
+    return Pending(units, sum(plan.unit_length(unit) for unit in units))
+
+
+def chosen_units(plan: Plan, chosen: Collection[int] | None) -> Sequence[int]:
+    """The units of the plan, or those of them in `chosen`. Raises UserError where none is."""
+    if chosen is None:
+        return range(plan.num_units)
+    units = [unit for unit in sorted(chosen) if unit < plan.num_units]
+    if not units:
+        shown = f"{min(chosen)}:{max(chosen) + 1}" if chosen else "none"
+        raise UserError(
+            f"--unit-range {shown}: no unit of the plan is in it",
+            expected=f"A:B with A < B and A < {plan.num_units}, the plan's number of units",
+        )
+    return units
+
+
+def build_latents(
+    storage: Storage,
+    plan: Plan,
+    units: Sequence[int],
+    config: PrepConfig,
+    scratch: Path,
+    *,
+    progress: Progress,
+) -> None:
+    """Encode `units` of the plan into `storage`. Raises UserError; a bad clip is a ledger row.
+
+    Left by an exception (Ctrl-C among them) it drops the open units; what is committed stays.
+    """
+    settled: list[Description] = []
+
+    def on_description(about: Description) -> None:
+        _settle(storage, plan, config, about, settled)
+        progress.worker()
+
+    if config.engine.kind == "ray":
+        from preprocess.build.ray_engine import run_ray
+
+        run_ray(
+            storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+        )  # fmt: skip
+        return
+    devices = devices_of(config)
+    if len(devices) > 1:
+        from preprocess.build.processes import run_processes
+
+        run_processes(
+            config, devices, units, scratch, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+        )  # fmt: skip
+        return
+    worker = UnitWorker(config, scratch, device=devices[0])
+    on_description(worker.description)
+    for commit in worker.commits(units, progress.row):
+        progress.unit(commit.unit)
+
+
+def devices_of(config: PrepConfig) -> tuple[str, ...]:
+    """The devices of this machine that encode: those that `engine.devices` lists, or every GPU, or the CPU."""
+    if config.engine.devices:
+        return config.engine.devices
+    if config.encoders.device != "auto":
+        return (config.encoders.device,)
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+
+
+def _settle(storage: Storage, plan: Plan, config: PrepConfig, about: Description, settled: list[Description]) -> None:
+    """Write the identity that the first worker gives; hold the others to it, and say where their versions differ."""
+    if not settled:
+        grow_info(storage, plan, identity=about.identity, config=config, note=about.note)
+        if about.note:
+            LOG.warning("encoders: %s: the latents are for demonstration only", about.note)
+        settled.append(about)
+        return
+    first = settled[0]
+    refuse_mismatch(about.identity, first.identity, "another worker of this build")
+    for name, version in first.provenance.items():
+        if about.provenance.get(name) != version:
+            LOG.warning("workers differ in %s: %s and %s", name, version, about.provenance.get(name))
+
+
+def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) -> None:
+    """Refuse a config that would give other numbers than the finished latents, without loading the encoders.
+
+    The weights' digest is taken from the dataset: with nothing left to encode, no other weights can get in.
+    """
+    from preprocess.video.decode import transform_identity
+
+    ours: dict[str, Any] = {
+        **info.identity,
+        "transform": transform_identity(config),
+        "latent_dtype": config.shards.latent_dtype,
+    }
+    # A round trip through JSON, as what is stored went through one.
+    refuse_mismatch(_plain(ours), info.identity, where)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    plain: dict[str, Any] = json.loads(canonical_json(value))
+    return plain

@@ -1,0 +1,157 @@
+"""Several devices on one machine: a process for each, units dealt as they are asked for.
+
+The parent loads no encoder. A child says what it would write (its identity), is told to begin, and then asks for one
+unit after the other; decoders, encoder and writer are those of `worker.py`.
+
+    child → parent   Description, then any of: ASK, LedgerRow, Done, and last END or the exception that ended it
+    parent → child   BEGIN, then a unit's number or None for each ASK
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preprocess.build.work_queue import Dealer
+from preprocess.build.worker import Description, OnRow, UnitWorker
+from preprocess.config import PrepConfig
+from shards.console import LOG, set_up_logging
+from shards.errors import UserError
+
+BEGIN, ASK, END = "begin", "ask", "end"
+_END_SECONDS = 60.0
+
+
+class Done(NamedTuple):
+    """A unit is committed."""
+
+    unit: int
+
+
+class _Child(NamedTuple):
+    device: str
+    process: BaseProcess
+    pipe: Connection
+
+
+def run_processes(
+    config: PrepConfig,
+    devices: Sequence[str],
+    units: Sequence[int],
+    scratch: Path,
+    *,
+    on_description: Callable[[Description], None],
+    on_row: OnRow,
+    on_unit: Callable[[int], None],
+) -> None:
+    """Encode `units` on `devices`, a process each. Raises what a child raised, or UserError where one was killed.
+
+    Left by an exception it ends the children, which drop their open units; what is committed stays.
+    """
+    children: list[_Child] = []
+    dealer = Dealer(units)
+    try:
+        children += [_start(config, device, scratch, len(devices)) for device in devices]
+        by_pipe = {child.pipe: child for child in children}
+        while by_pipe:
+            for pipe in wait(list(by_pipe)):
+                child = by_pipe[pipe]  # type: ignore[index]
+                message = _receive(child)
+                if message == END:
+                    del by_pipe[child.pipe]
+                elif isinstance(message, BaseException):
+                    raise message
+                elif isinstance(message, Description):
+                    on_description(message)
+                    child.pipe.send(BEGIN)
+                elif message == ASK:
+                    child.pipe.send(dealer.next(child.pipe))
+                elif isinstance(message, Done):
+                    dealer.done(child.pipe, message.unit)
+                    on_unit(message.unit)
+                else:
+                    on_row(message)
+    finally:
+        _end(children)
+
+
+def _start(config: PrepConfig, device: str, scratch: Path, num_workers: int) -> _Child:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_work,
+        args=(theirs, config, device, scratch, num_workers, LOG.level),
+        name=f"encoder-{device}",
+        daemon=True,
+    )
+    process.start()
+    theirs.close()
+    return _Child(device, process, ours)
+
+
+def _receive(child: _Child) -> Any:
+    try:
+        return child.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        child.process.join()
+        how = child.process.exitcode or 0
+    if how > 0:  # its traceback is on the terminal
+        raise RuntimeError(f"the worker on {child.device} ended with {how}")
+    raise UserError(
+        f"the worker on {child.device} was ended by {signal.Signals(-how).name if how else 'nobody knows what'}",
+        mend="see whether memory ran out (dmesg), then run the same command: it goes on from the last unit",
+    )
+
+
+def _end(children: Sequence[_Child]) -> None:
+    """End the children that still run, as SIGTERM ends a build, and collect all of them."""
+    for child in children:
+        child.pipe.close()
+        if child.process.is_alive():
+            child.process.terminate()
+    for child in children:
+        child.process.join(_END_SECONDS)
+        if child.process.is_alive():
+            child.process.kill()
+            child.process.join()
+        child.process.close()
+
+
+def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_workers: int, level: int) -> None:
+    """The child. SIGTERM unwinds it; Ctrl-C is the parent's to pass on; a parent that is gone ends it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    set_up_logging(f"[{device}] ", level)
+    sending = threading.Lock()
+
+    def send(message: Any) -> None:
+        with sending:  # rows come from the writer's thread
+            pipe.send(message)
+
+    def units() -> Iterator[int]:
+        while True:
+            send(ASK)
+            unit = pipe.recv()
+            if unit is None:
+                return
+            yield unit
+
+    try:
+        worker = UnitWorker(config, scratch, device=device, num_workers=num_workers)
+        send(worker.description)
+        if pipe.recv() != BEGIN:
+            raise RuntimeError("the parent did not say to begin")
+        for commit in worker.commits(units(), on_row=send):
+            send(Done(commit.unit))
+        send(END)
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone, and with it whoever would be told
+        sys.exit(1)
+    except (UserError, OSError) as error:  # the user's to mend: the parent says so; a bug ends with its traceback
+        send(error)

@@ -1,0 +1,186 @@
+"""Progress of a pass: a live bar on a terminal, elsewhere a line now and then, JSON lines for programs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from shards.console import LOG, duration_words
+
+if TYPE_CHECKING:
+    from shards.format.ledger import LedgerRow
+
+Style = Literal["auto", "bar", "lines", "json", "none"]
+STYLES: tuple[Style, ...] = ("auto", "bar", "lines", "json", "none")
+
+_SECONDS_A_LINE = 10.0
+_SECONDS_A_DOCUMENT = 1.0
+
+
+class Progress:
+    """What a pass has done so far; the base class counts and says nothing.
+
+    Args:
+        title: of the pass.
+        num_units: units that it has to do.
+        num_clips: clips in these, where it is counted by clips.
+    """
+
+    def __init__(self, title: str, num_units: int, num_clips: int | None) -> None:
+        self.title, self.num_units, self.num_clips = title, num_units, num_clips
+        self.num_workers = self.units = self.accepted = self.rejected = self.num_bytes = 0
+        self._busy_seconds = 0.0
+        self._start = time.monotonic()
+
+    def worker(self) -> None:
+        """One more encoder is loaded; the clock of the rates starts with the first."""
+        if not self.num_workers:
+            self._start = time.monotonic()
+        self.num_workers += 1
+
+    def row(self, row: LedgerRow) -> None:
+        """One candidate is done."""
+        self.accepted += row.status == "accepted"
+        self.rejected += row.status == "rejected"
+        self.num_bytes += row.bytes
+        self._busy_seconds += row.seconds.get("encode", 0.0)
+        self._changed(False)
+
+    def unit(self, unit: int) -> None:
+        """One unit is committed."""
+        self.units += 1
+        self._changed(self.units == self.num_units)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that is shown, as plain JSON: rates are since the first encoder was loaded."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        clips = self.accepted + self.rejected
+        done, total = (self.units, self.num_units) if self.num_clips is None else (clips, self.num_clips)
+        rate = done / seconds
+        return {
+            "pass": self.title,
+            "units": self.units,
+            "of_units": self.num_units,
+            "clips": clips,
+            "of_clips": self.num_clips,
+            "accepted": self.accepted,
+            "rejected": self.rejected,
+            "bytes": self.num_bytes,
+            "clips_per_second": round(clips / seconds, 3),
+            "encoder_busy": round(self._busy_seconds / seconds / max(1, self.num_workers), 3),
+            "seconds": round(seconds, 1),
+            "seconds_left": round((total - done) / rate) if rate else None,
+        }
+
+    def _changed(self, is_last: bool) -> None:
+        """Show it, where it is shown."""
+
+
+class _Now(Progress):
+    """Shown when it has not been for some seconds, and at the end."""
+
+    seconds_between = _SECONDS_A_LINE
+
+    def __init__(self, title: str, num_units: int, num_clips: int | None) -> None:
+        super().__init__(title, num_units, num_clips)
+        self._told = time.monotonic()
+
+    def _changed(self, is_last: bool) -> None:
+        if is_last or time.monotonic() - self._told >= self.seconds_between:
+            self._told = time.monotonic()
+            self._tell(self.facts())
+
+    def _tell(self, facts: dict[str, Any]) -> None:
+        LOG.info("%s: %d of %d units%s", self.title, self.units, self.num_units, describe_facts(facts))
+
+
+class _Documents(_Now):
+    seconds_between = _SECONDS_A_DOCUMENT
+
+    def _tell(self, facts: dict[str, Any]) -> None:
+        sys.stderr.write(json.dumps({"event": "progress", **facts}, ensure_ascii=False) + "\n")
+        sys.stderr.flush()
+
+
+class _Bar(Progress):
+    def __init__(self, title: str, num_units: int, num_clips: int | None, bar: Any) -> None:
+        super().__init__(title, num_units, num_clips)
+        self._bar = bar
+        self._task = bar.add_task(title, total=num_units if num_clips is None else num_clips, facts="")
+
+    def _changed(self, is_last: bool) -> None:
+        facts = self.facts()
+        done = facts["units"] if self.num_clips is None else facts["clips"]
+        self._bar.update(self._task, completed=done, facts=describe_facts(facts).removeprefix(", "))
+
+
+def describe_facts(facts: dict[str, Any]) -> str:
+    """The figures in words, behind a comma; of a pass over clips its clips too."""
+    left = "" if facts["seconds_left"] is None else f", {duration_words(facts['seconds_left'])} left"
+    if not facts["clips"]:
+        return left
+    return (
+        f", {facts['accepted']:,} accepted, {facts['rejected']:,} rejected, {facts['bytes'] / 2**20:,.0f} MiB fetched, "
+        f"{facts['clips_per_second']:.2f} clips/s, encoder busy {facts['encoder_busy']:.0%}{left}"
+    )
+
+
+@contextmanager
+def show_progress(title: str, *, num_units: int, num_clips: int | None, style: Style) -> Iterator[Progress]:
+    """Progress of one pass over `num_units` units; counted by clips where their number is given.
+
+    `auto` is a bar on a terminal and lines elsewhere.
+    """
+    if style == "auto":
+        style = "bar" if sys.stderr.isatty() else "lines"
+    if style == "bar":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+        )
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            yield _Bar(title, num_units, num_clips, bar)
+    else:
+        shown = {"none": Progress, "lines": _Now, "json": _Documents}[style]
+        yield shown(title, num_units, num_clips)
+
+
+@contextmanager
+def count_documents(title: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """How many documents of a corpus have been read, told by calls with further ones; None where nothing is shown."""
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _counted_lines(title)
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as RichProgress
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f}"), TimeElapsedColumn())
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda number: bar.update(task, advance=number)
+
+
+def _counted_lines(title: str) -> Callable[[int], None]:
+    num_read, told = 0, time.monotonic()
+
+    def tell(number: int) -> None:
+        nonlocal num_read, told
+        num_read += number
+        if time.monotonic() - told >= _SECONDS_A_LINE:
+            told = time.monotonic()
+            LOG.info("%s %d", title, num_read)
+
+    return tell

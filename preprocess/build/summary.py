@@ -1,0 +1,119 @@
+"""What a dataset holds and what became of every record, counted from the plan, the commits and their ledgers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from preprocess.build.dataset_info import find_info
+from preprocess.plan.plan import Plan
+from preprocess.plan.retry import retry_units
+from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
+from shards.format.dataset_info import Bucket
+from shards.format.names import LATENTS, text_kind
+from shards.read.outcomes import Outcome, read_outcomes
+from shards.storage.base import Storage
+
+
+def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]:
+    """Everything that `build-shards`, `retry` and `status` say, as plain JSON. Raises ShardDamage.
+
+    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out comes on top of these.
+    Of several attempts at one candidate the latest counts.
+    """
+    info = find_info(storage)
+    reasons: Counter[str] = Counter(dict(plan.refused_by()))
+    buckets: Counter[str] = Counter({_bucket_name(each): 0 for each in info.buckets} if info else {})
+    totals: Counter[str] = Counter()
+    units = committed_units(storage, LATENTS)
+    for unit in units:
+        commit = read_commit(storage, LATENTS, unit).commit
+        totals["latent_bytes"] += commit.tar.size
+        for sample in commit.samples:
+            if isinstance(sample.summary, LatentSummary):
+                buckets[_bucket_name(sample.summary)] += 1
+    for outcome in read_outcomes(storage):
+        _count_row(outcome, totals, reasons)
+    refused, last = plan.num_refused, plan.last_read
+    retries = retry_units(plan)
+    return {
+        "records": plan.num_candidates + refused,
+        "accepted": totals["accepted"],
+        "rejected": totals["rejected"] + refused,
+        "waiting": plan.num_candidates - totals["accepted"] - totals["rejected"],
+        "beyond_limit": last.num_beyond_limit if last else 0,
+        "rejected_by": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "retryable": totals["retryable"],
+        "retried": totals["retried"],
+        "retries_waiting": sum(plan.unit_length(unit) for unit in retries if unit not in units),
+        "units": {"planned": plan.num_units, "latents": len(units)},
+        "samples": totals["samples"],
+        "windows_rejected": totals["windows_rejected"],
+        "buckets": dict(buckets),
+        "empty_buckets": [name for name, count in buckets.items() if not count],
+        "bytes": {"downloaded": totals["downloaded"], "latents": totals["latent_bytes"]},
+        "text": {"set": set_name, **_count_texts(storage, set_name)},
+    }
+
+
+def describe(counts: dict[str, Any]) -> list[str]:
+    """The counts as lines for people."""
+    units, text = counts["units"], counts["text"]
+    beyond = counts["beyond_limit"]
+    lines = [
+        f"records  {counts['records'] + beyond:,} read = {counts['accepted']:,} accepted + "
+        f"{counts['rejected']:,} rejected"
+        + (f" + {counts['waiting']:,} waiting" if counts["waiting"] else "")
+        + (f" + {beyond:,} beyond corpus.limit" if beyond else ""),
+        *(f"  {count:>7,}  {reason}" for reason, count in counts["rejected_by"].items()),
+        f"samples  {counts['samples']:,} in {units['latents']:,} of {units['planned']:,} units, "
+        f"{_mib(counts['bytes']['latents'])} of latents"
+        + (f"; {counts['windows_rejected']:,} windows rejected" if counts["windows_rejected"] else ""),
+        *(f"  {count:>7,}  {name}" for name, count in counts["buckets"].items() if count),
+        *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"]),
+        f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
+        f"{text['samples']:,} samples, {_mib(text['bytes'])}",
+    ]
+    if counts["retried"] or counts["retries_waiting"]:
+        waiting = f", {counts['retries_waiting']:,} wait for theirs" if counts["retries_waiting"] else ""
+        lines.append(f"retries  {counts['retried']:,} earlier attempts count no longer{waiting}")
+    if counts["retryable"]:
+        lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
+        lines.append("         `wanprep retry CONFIG --retryable`")
+    return lines
+
+
+def _count_row(outcome: Outcome, totals: Counter[str], reasons: Counter[str]) -> None:
+    row = outcome.row
+    totals["downloaded"] += row.bytes
+    if not outcome.is_latest:
+        totals["retried"] += 1
+        return
+    totals[row.status] += 1
+    totals["retryable"] += row.retryable
+    totals["samples"] += sum(window.status == "accepted" for window in row.windows)
+    totals["windows_rejected"] += sum(window.status == "rejected" for window in row.windows)
+    if row.status == "rejected":
+        reasons[f"{row.stage}/{row.reason}"] += 1
+
+
+def _count_texts(storage: Storage, set_name: str) -> dict[str, int]:
+    totals = {"units": 0, "samples": 0, "embeddings": 0, "tokens": 0, "bytes": 0}
+    for unit in committed_units(storage, text_kind(set_name)):
+        commit = read_commit(storage, text_kind(set_name), unit).commit
+        totals["units"] += 1
+        totals["bytes"] += commit.tar.size
+        for sample in commit.samples:
+            if isinstance(sample.summary, TextSummary):
+                totals["samples"] += 1
+                totals["embeddings"] += sample.summary.variants
+                totals["tokens"] += sum(sample.summary.tokens)
+    return totals
+
+
+def _bucket_name(size: Bucket | LatentSummary) -> str:
+    return f"{size.width}×{size.height}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

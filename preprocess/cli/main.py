@@ -1,0 +1,412 @@
+"""`wanprep`: annotated clips in, sealed shards out. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from preprocess.build.progress import STYLES, Style
+from preprocess.cli.model_commands import decode, embed, encode_image, fetch_model
+from shards.console import CommandGroup, print_json, set_up_logging
+
+if TYPE_CHECKING:
+    from preprocess.config import PrepConfig
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_CONFIG = click.argument("config", type=click.Path(path_type=Path))
+_OVERRIDES = click.option(
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the config, such as corpus.limit=100.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+_PROGRESS = click.option(
+    "--progress",
+    "style",
+    type=click.Choice(STYLES),
+    default="auto",
+    show_default=True,
+    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line now and then.",
+)
+_QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
+
+
+class _UnitRange(click.ParamType):
+    name = "A:B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, colon, end = str(value).partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+            self.fail(f"{value!r}: expected A:B with 0 ≤ A < B, such as 0:250", param, ctx)
+        return range(int(first), int(end))
+
+
+UNIT_RANGE = _UnitRange()
+
+
+@click.group(cls=CommandGroup, context_settings=CONTEXT)
+@click.version_option(package_name="wan-broadcast-lora", prog_name="wanprep")
+def main() -> None:
+    """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
+
+    \b
+    wanprep demo-corpus demo/corpus                  a small archive to try everything on
+    wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
+    wanprep plan CONFIG                              freeze what is to be done, and say how much it is
+    wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
+    wanprep retry CONFIG --retryable                 try again what failed and may succeed now
+    wanprep recaption SET CONFIG                     another set of captions over the same latents
+    wanprep status CONFIG                            how far a build is
+    """
+
+
+@main.command("demo-corpus")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--clip", "clips", multiple=True, type=click.Path(path_type=Path), help="Add a video file of your own.")
+@click.option("--base-url", default=None, help="Where OUT will be served.  [default: http://127.0.0.1:8765/]")
+@_QUIET
+def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet: bool) -> None:
+    """Write a small annotated corpus with moving pictures, good clips and bad ones, into OUT.
+
+    \b
+    wanprep demo-corpus demo/corpus
+    wanprep demo-corpus demo/corpus --clip holiday.mp4 --clip news.mov
+    """
+    from preprocess.demo.corpus import BASE_URL, write_corpus
+
+    _start(quiet)
+    written = write_corpus(out, clips, base_url or BASE_URL)
+    click.echo(f"{out}: {written.num_records} records, {written.num_media} media files ({written.num_made} made now)")
+
+
+@main.command("serve-corpus")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free one.")
+def serve_corpus(folder: Path, port: int) -> None:
+    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C: the CDN's stand-in.
+
+    \b
+    wanprep serve-corpus demo/corpus --port 8765
+    """
+    from preprocess.demo.server import FolderServer
+
+    with FolderServer(folder, port) as server:
+        click.echo(f"serving {folder} at {server.url} (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_QUIET
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="scan.json",
+    show_default=True,
+    help="The figures as a JSON file.",
+)
+def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, out: Path) -> None:
+    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the sieve would keep.
+
+    Nothing is planned. Caption tokens are counted by the text encoder's tokenizer, for a sample of the records.
+
+    \b
+    wanprep scan configs/mbc_832x480.yaml
+    wanprep scan configs/mbc_832x480.yaml --out mbc.json -o sieve.max_seconds=60
+    """
+    from preprocess.build.progress import count_documents
+    from preprocess.encoders.encoders import load_tokenizer
+    from preprocess.plan.scan import describe_scan, scan_corpus, write_scan
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    tokenizer = load_tokenizer(loaded.encoders)
+    with count_documents("annotations read", quiet=quiet) as progress:
+        report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
+    write_scan(report, out)
+    note = [] if loaded.encoders.checkpoint else ["caption tokens by the demonstration's tokenizer, not the model's"]
+    _show(report.model_dump(mode="json"), [*describe_scan(report), *note, f"written to {out}"], as_json)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_QUIET
+@click.option(
+    "--probe",
+    "num_probed",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Fetch and look at N clips: buckets and bytes by the files themselves.",
+)
+@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, a100-80gb, h100.")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores that decode.  [default: 4 a GPU]")
+@click.option("--mbit", type=click.FloatRange(min=0, min_open=True), default=1000.0, show_default=True, help="Network.")
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    num_probed: int | None,
+    gpu: str | None,
+    num_gpus: int,
+    cores: int | None,
+    mbit: float,
+) -> None:
+    """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
+
+    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu it says
+    how long the build will take there, what bounds it, and what would make it shorter.
+
+    \b
+    wanprep plan configs/mbc_832x480.yaml
+    wanprep plan configs/mbc_832x480.yaml -o corpus.limit=1000
+    wanprep plan configs/mbc_832x480.yaml --probe 200
+    wanprep plan configs/mbc_832x480.yaml --gpu v100-32gb --gpus 2
+    """
+    from preprocess.build.progress import count_documents
+    from preprocess.build.scratch import scratch_folder
+    from preprocess.build.vae_precision import find_precision
+    from preprocess.encoders.encoders import load_tokenizer
+    from preprocess.forecast.forecast import (
+        Hardware,
+        count_plan,
+        describe_forecast,
+        describe_plan,
+        find_speed,
+        forecast,
+    )
+    from preprocess.forecast.probe_some import describe_look, look_at_clips
+    from preprocess.plan.freeze import freeze_plan
+    from shards.storage import open_storage
+
+    _start(quiet)
+    if gpu is not None:
+        find_speed(gpu)  # before the corpus is read for minutes
+    loaded = _load(config, overrides)
+    storage = open_storage(loaded.output)
+    with scratch_folder(loaded.output) as scratch:
+        with count_documents("annotations read", quiet=quiet) as progress:
+            frozen = freeze_plan(storage, loaded, scratch=scratch, progress=progress)
+        counts = count_plan(frozen, loaded)
+        lines = describe_plan(counts)
+        if num_probed is not None:
+            counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
+            lines += describe_look(counts["probed"])
+    if gpu is not None:
+        hardware = Hardware(gpu, num_gpus, mbit, cores or 4 * num_gpus)
+        settled = find_precision(storage)
+        count_tokens = load_tokenizer(loaded.encoders).count
+        mode = settled.mode if settled else None
+        counts["forecast"] = forecast(frozen, loaded, counts, hardware, count_tokens, mode)
+        lines += describe_forecast(counts["forecast"])
+    _show(counts, lines, as_json)
+
+
+@main.command("build-shards")
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing, download nothing.")
+@click.option("--only", type=click.Choice(["latents", "text"]), help="One of the two passes alone.")
+@click.option(
+    "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
+)
+@_JSON
+@_PROGRESS
+@_QUIET
+def build_shards(
+    config: Path,
+    overrides: tuple[str, ...],
+    serve: Path | None,
+    dry_run: bool,
+    only: Literal["latents", "text"] | None,
+    unit_range: range | None,
+    as_json: bool,
+    style: Style,
+    quiet: bool,
+) -> None:
+    """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
+
+    \b
+    wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
+    wanprep build-shards configs/mbc_832x480.yaml -o corpus.limit=100 -o output=/data/try
+    wanprep build-shards configs/mbc_832x480.yaml -o 'engine.devices=[cuda:0, cuda:1]'
+    wanprep build-shards configs/mbc_832x480.yaml --only latents --unit-range 0:250
+    wanprep build-shards configs/mbc_832x480.yaml --dry-run
+    """
+    from preprocess.build.summary import describe
+    from preprocess.pipeline import Part
+    from preprocess.pipeline import build_shards as build
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    if dry_run:
+        _dry_run(loaded, as_json)
+        return
+    with ExitStack() as stack:
+        if serve is not None:
+            loaded = _serve(stack, serve, loaded)
+        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
+    _show(counts, describe(counts), as_json)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Try again what ended so; may be repeated.")
+@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may mend.")
+@click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
+@click.option("--dry-run", is_flag=True, help="Say what would be tried again; write nothing, download nothing.")
+@_JSON
+@_QUIET
+def retry(
+    config: Path,
+    overrides: tuple[str, ...],
+    reasons: tuple[str, ...],
+    retryable: bool,
+    serve: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Try rejected candidates again, in shards of their own; what is there is never written again.
+
+    The latest attempt counts, everywhere. A retry that was stopped is gone on with by the same command, and by
+    `build-shards`. Candidates of which a window was accepted are not rejected, and are left as they are.
+
+    \b
+    wanprep retry configs/mbc_832x480.yaml --reason fetch-timeout --reason fetch-503
+    wanprep retry configs/mbc_832x480.yaml --retryable --dry-run
+    """
+    from preprocess.build.summary import describe
+    from preprocess.pipeline import retry as build
+    from preprocess.plan.retry import Wanted, describe_choice
+    from shards.errors import UserError
+
+    _start(quiet)
+    loaded = _load(config, overrides)
+    if not (reasons or retryable):
+        mend = "`wanprep status CONFIG` lists the reasons"
+        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", mend=mend)
+    wanted = Wanted(frozenset(reasons), retryable)
+    with ExitStack() as stack:
+        if serve is not None:
+            loaded = _serve(stack, serve, loaded)
+        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet)
+    chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
+    lines = [*describe_choice(choice, wanted), *(["dry run: nothing was written"] if dry_run else describe(counts))]
+    _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
+
+
+@main.command()
+@click.argument("text_set", metavar="SET")
+@_CONFIG
+@_OVERRIDES
+@_JSON
+@_PROGRESS
+@_QUIET
+def recaption(
+    text_set: str, config: Path, overrides: tuple[str, ...], as_json: bool, style: Style, quiet: bool
+) -> None:
+    """Write another text set, SET, over all finished latents, by CONFIG's captions; no video is touched.
+
+    \b
+    wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template="{object}"'
+    """
+    from preprocess.build.summary import describe
+    from preprocess.pipeline import recaption as write
+
+    _start(quiet)
+    counts = write(_load(config, overrides), text_set, quiet=quiet, style=style)
+    _show(counts, describe(counts), as_json)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say how far the build of CONFIG's output is, and what was rejected so far and why.
+
+    \b
+    wanprep status configs/mbc_832x480.yaml
+    """
+    from preprocess.build.summary import count_dataset, describe
+    from preprocess.plan.plan import open_plan
+    from shards.errors import UserError
+    from shards.storage import open_storage
+
+    loaded = _load(config, overrides)
+    storage = open_storage(loaded.output)
+    frozen = open_plan(storage)
+    if not frozen.generations:
+        mend = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
+        raise UserError(f"output: {loaded.output!r}: nothing has been planned there", mend=mend)
+    counts = count_dataset(storage, frozen, "default")
+    _show(counts, describe(counts), as_json)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
+    from preprocess.config import PrepConfig
+    from shards.config import load_config
+
+    return load_config(PrepConfig, path, overrides)
+
+
+def _start(quiet: bool) -> None:
+    import logging
+
+    set_up_logging(level=logging.ERROR if quiet else logging.INFO)
+
+
+def _show(counts: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json(counts)
+    else:
+        click.echo("\n".join(lines))
+
+
+def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
+    """Serve `folder` on a free port, and ask there for what the demo corpus's fixed URLs name."""
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.demo.server import served
+
+    mirrors = {**config.fetch.mirrors, BASE_URL: stack.enter_context(served(folder))}
+    return config.model_copy(update={"fetch": config.fetch.model_copy(update={"mirrors": mirrors})})
+
+
+def _dry_run(config: PrepConfig, as_json: bool) -> None:
+    """Count on a plan that is thrown away, or on the one that is frozen already."""
+    from preprocess.forecast.forecast import count_plan, describe_plan
+    from preprocess.plan.freeze import freeze_plan
+    from preprocess.plan.plan import open_plan
+    from shards.storage import open_storage
+
+    frozen = open_plan(open_storage(config.output))
+    if frozen.generations:
+        counts = count_plan(frozen, config)
+    else:
+        with tempfile.TemporaryDirectory(prefix="wanprep-dry-run-") as folder:
+            counts = count_plan(freeze_plan(open_storage(folder), config), config)
+    _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
+
+
+for command in (fetch_model, embed, encode_image, decode):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

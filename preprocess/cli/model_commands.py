@@ -1,0 +1,129 @@
+"""Commands of `wanprep` around the model: fetch it, encode prompts and images for it, decode what it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards.console import set_up_logging
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from preprocess.config import PrepConfig
+
+_PATH = click.Path(path_type=Path)
+_CONFIG = click.option(
+    "-c", "--config", type=_PATH, required=True, help="Config of the shards: its encoders and its sizes are used."
+)
+_OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+
+
+@click.command("fetch-model")
+@click.argument("folder", type=_PATH)
+@click.option("--layout", type=click.Choice(["official", "diffusers"]), default="official", show_default=True)
+@click.option("--only", "part", type=click.Choice(["encoders", "transformer"]), help="A part.  [default: all of it]")
+@click.option("--repo", "repository", help="Repository on the hub.  [default: the published one of the layout]")
+@click.option("--revision", help="Commit, branch or tag.  [default: the commit this project was written against]")
+def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, revision: str | None) -> None:
+    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, go on where an earlier call stopped.
+
+    \b
+    wanprep fetch-model /models/Wan2.2-TI2V-5B
+    wanprep fetch-model /models/Wan2.2-TI2V-5B --only encoders
+    """
+    from preprocess.encoders.download import fetch_model as fetch
+
+    set_up_logging()
+    done = fetch(folder, layout, part=part or "all", repository=repository, revision=revision)
+    click.echo(f"revision {done.revision}: {len(done.downloaded)} files downloaded ({done.num_bytes / 1e9:.2f} GB)")
+    click.echo(
+        f"{len(done.present)} were there with the right digest; all {len(done.downloaded + done.present)} are checked"
+    )
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--out", type=_PATH, required=True, help="File to write, for `embeddings:` of a sample config.")
+@_CONFIG
+@_OVERRIDES
+def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[str, ...]) -> None:
+    """Embed PROMPTS for `wantrain sample`, with the empty text and the negative prompt beside them.
+
+    \b
+    wanprep embed "바닷가를 걷는 사람" "A market at night" --out prompts.safetensors -c configs/demo/prep.yaml
+    """
+    from preprocess.tools.embed import embed_prompts
+
+    set_up_logging()
+    written = embed_prompts(prompts, _load(config, overrides), out)
+    for place, (text, array) in enumerate(zip(written.texts, written.embeddings, strict=True)):
+        click.echo(f"{place}: {len(array)} tokens: {text}")
+
+
+@click.command("encode-image")
+@click.argument("image", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--width", type=int, required=True, help="Pixels, a multiple of 32.")
+@click.option("--height", type=int, required=True, help="Pixels, a multiple of 32.")
+@_CONFIG
+@_OVERRIDES
+def encode_image(image: Path, out: Path, width: int, height: int, config: Path, overrides: tuple[str, ...]) -> None:
+    """Encode IMAGE as the first frame of image-to-video, as a training frame is: over the size, then cut.
+
+    \b
+    wanprep encode-image still.jpg first.safetensors --width 832 --height 480 -c configs/mbc_832x480.yaml
+    """
+    from preprocess.config import Bucket
+    from preprocess.tools.embed import encode_image as encode
+    from shards.config import validate_config
+
+    set_up_logging()
+    size = validate_config(Bucket, {"width": width, "height": height}, origin="--width, --height")
+    encode(image, size, _load(config, overrides), out)
+    click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.argument("latents", type=_PATH, required=False)
+@click.argument("out", type=_PATH, required=False)
+@click.option("--watch", "run", type=_PATH, help="Decode what RUN samples, as it comes, and keep a contact sheet.")
+@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch looks.")
+@click.option("--once", is_flag=True, help="With --watch: decode what is there and end.")
+@_CONFIG
+@_OVERRIDES
+def decode(
+    latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool, config: Path,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Decode LATENTS (of `wantrain sample`) to the video OUT (.mp4) or its first frame (.png); or watch a run.
+
+    \b
+    wanprep decode demo/samples/sea.safetensors sea.mp4 -c configs/demo/prep.yaml
+    wanprep decode --watch demo/run -c configs/demo/prep.yaml
+    """
+    from preprocess.tools.decode_latents import check_suffix, decode_file, decode_new, load_decoder, watch_run
+
+    set_up_logging()
+    if (run is None) == (latents is None) or (latents is None) != (out is None):
+        raise UserError("neither LATENTS with OUT nor --watch RUN alone", expected="one of the two")
+    if out is not None:
+        check_suffix(out)
+    decoder = load_decoder(_load(config, overrides).encoders)
+    if decoder.note:
+        click.echo(f"VAE: {decoder.note}: the pictures are for demonstration only", err=True)
+    if latents is not None and out is not None:
+        click.echo(f"{out}: {len(decode_file(decoder, latents, out))} frames")
+    elif run is not None and once:
+        for video in decode_new(decoder, run):
+            click.echo(str(video))
+    elif run is not None:
+        watch_run(decoder, run, every_seconds)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
+    from preprocess.config import PrepConfig
+    from shards.config import load_config
+
+    return load_config(PrepConfig, path, overrides)

@@ -1,0 +1,1 @@
+"""Annotations on disk or in archives, and the records read from them."""

@@ -1,0 +1,210 @@
+"""One file that holds many annotations: `.jsonl`, `.jsonl.zst`, `.zip`, `.tar`, streamed.
+
+Damage of one document is its row. Damage of the file itself (cut short, not what its name says) is a UserError: a
+corpus read half would freeze half a plan. A member is read up to the limit of a document whatever size it claims, so
+that a bomb costs no memory; names are names, never paths.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple, Self
+
+from preprocess.corpus.records import MAX_DOCUMENT_BYTES, too_large
+from preprocess.rejection import Rejection, short
+from shards.errors import UserError
+
+ARCHIVE_SUFFIXES = (".jsonl", ".jsonl.zst", ".zip", ".tar", ".tar.gz", ".tgz")
+
+MAX_WINDOW_BYTES = 2**27
+"""Memory that a zstd frame may ask for."""
+_BLOCK_BYTES = 2**16
+_ZSTD_INPUT_BYTES = 2**10
+
+
+class Document(NamedTuple):
+    """One annotation as it lies in the corpus."""
+
+    source: str
+    """Where: a path relative to the corpus, a member's name, `file.jsonl:LINE`."""
+    data: bytes
+    rejection: Rejection | None = None
+    """Why it could not be read; then `data` is empty."""
+
+
+def iter_archive(location: str) -> Iterator[Document]:
+    """The documents of an archive, in its order. Raises UserError where the archive is missing or damaged."""
+    path = Path(location)
+    name = path.name.lower()
+    try:
+        with path.open("rb") as file:
+            if name.endswith(".zip"):
+                yield from _iter_zip(file)
+            elif name.endswith((".tar", ".tar.gz", ".tgz")):
+                yield from _iter_tar(file)
+            elif name.endswith(".zst"):
+                yield from _iter_zst_lines(file, path.name)
+            else:
+                yield from _iter_lines(file, path.name)
+    except FileNotFoundError:
+        raise UserError(f"corpus.location: {location}: no such file") from None
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+        raise _damaged(location, error) from None
+
+
+def _damaged(location: str, error: Exception) -> UserError:
+    return UserError(
+        f"corpus.location: {location}: damaged: {short(str(error), 200)}",
+        expected="a whole archive: half a corpus would freeze half a plan",
+        mend="get the file again, and compare its size and digest with the original's",
+    )
+
+
+def _iter_zst_lines(file: IO[bytes], name: str) -> Iterator[Document]:
+    import zstandard
+
+    try:
+        yield from _iter_lines(io.BufferedReader(_ZstdFile(file), _BLOCK_BYTES), name)
+    except zstandard.ZstdError as error:
+        raise _damaged(name, error) from None
+
+
+class _ZstdFile(io.RawIOBase):
+    """Zstd frames, one behind the other, as a raw file; EOFError where the file ends within a frame.
+
+    The library's own stream reader ends quietly there.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import zstandard
+
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        self._frame = self._decompressor.decompressobj()
+        self._is_within_frame = False
+        self._packed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        """A file to read from."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer` with what the next input gives; 0 at the end."""
+        while not self._plain:
+            # So little input at a time gives at most tens of megabytes, whatever the frame's ratio.
+            self._packed = self._packed or self._file.read(_ZSTD_INPUT_BYTES)
+            if not self._packed:
+                if self._is_within_frame:
+                    raise EOFError("cut short within a zstd frame")
+                return 0
+            self._decompress()
+        num_bytes = min(len(buffer), len(self._plain))
+        buffer[:num_bytes] = self._plain[:num_bytes]
+        self._plain = self._plain[num_bytes:]
+        return num_bytes
+
+    def _decompress(self) -> None:
+        self._plain = memoryview(self._frame.decompress(self._packed))
+        self._is_within_frame = not self._frame.eof
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = self._decompressor.decompressobj()
+
+
+def _iter_lines(file: IO[bytes], name: str) -> Iterator[Document]:
+    number = 0
+    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+        number += 1
+        source = f"{name}:{number}"
+        if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+            num_bytes = len(line)
+            while not line.endswith(b"\n") and (line := file.readline(_BLOCK_BYTES)):
+                num_bytes += len(line)
+            yield Document(source, b"", too_large(num_bytes))
+        elif line.strip():
+            yield Document(source, line)
+
+
+def _iter_zip(file: IO[bytes]) -> Iterator[Document]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if not _is_annotation(info.filename) or info.is_dir():
+                continue
+            yield _zip_document(archive, info)
+
+
+def _zip_document(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Document:
+    refusal = _refuse_member(info.filename, info.file_size)
+    if refusal is not None:
+        return refusal
+    try:
+        with archive.open(info) as member:
+            data = member.read(MAX_DOCUMENT_BYTES + 1)
+    # Encrypted (RuntimeError), an unknown method (NotImplementedError), damaged: all are this member's own trouble.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        return Document(info.filename, b"", Rejection("read", "unreadable", short(str(error))))
+    return Document(info.filename, data) if len(data) <= MAX_DOCUMENT_BYTES else _too_large(info.filename, len(data))
+
+
+def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
+    # "r|*" streams and finds the compression.
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_TarInfo) as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # or all members stay in memory
+            if _is_annotation(member.name) and not member.isdir():
+                yield _tar_document(archive, member)
+        if not getattr(archive, "saw_end", False):
+            raise EOFError("cut short: the end mark is missing")
+
+
+class _TarInfo(tarfile.TarInfo):
+    """Notes on its archive that the end mark was read: tarfile ends quietly where a header is cut off."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """See tarfile."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.saw_end = True  # type: ignore[attr-defined]
+            raise
+
+
+def _tar_document(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Document:
+    if not member.isreg():
+        return Document(short(member.name), b"", Rejection("read", "symlink", "a link or a special file"))
+    refusal = _refuse_member(member.name, member.size)
+    if refusal is not None:
+        return refusal
+    content = archive.extractfile(member)
+    data = content.read() if content is not None else b""
+    if len(data) != member.size:
+        raise EOFError(f"cut short within {short(member.name, 80)}")
+    return Document(member.name, data)
+
+
+def _is_annotation(name: str) -> bool:
+    return name.lower().endswith(".json") and not name.startswith("__MACOSX/")
+
+
+def _refuse_member(name: str, num_bytes: int) -> Document | None:
+    """A row for a member whose name would lead out of a folder, or that is too large; None for a good one."""
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or not _is_plain(name):
+        return Document(
+            short(name), b"", Rejection("read", "bad-file-name", "leads out of the archive, or is not UTF-8")
+        )
+    return _too_large(name, num_bytes) if num_bytes > MAX_DOCUMENT_BYTES else None
+
+
+def _is_plain(name: str) -> bool:
+    return not any(0xD800 <= ord(character) <= 0xDFFF or character == "\0" for character in name)
+
+
+def _too_large(name: str, num_bytes: int) -> Document:
+    return Document(name, b"", too_large(num_bytes))

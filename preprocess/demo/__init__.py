@@ -1,0 +1,1 @@
+"""The corpus of the demonstration, and a server for it."""

@@ -1,0 +1,1 @@
+"""The frozen VAE and text encoder: load, check, run, download."""

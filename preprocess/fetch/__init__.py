@@ -1,0 +1,1 @@
+"""Clips from HTTP, S3 and disk: retry, limits, allow-list, signatures, cache."""

@@ -1,0 +1,132 @@
+"""One attempt at one `s3://` clip.
+
+boto3 finds the credentials, the region and the endpoint, and signs; the bytes come over our own connections and under
+the same limits as over HTTP: botocore's reads would sit through a server that drips.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from preprocess.corpus.url import redact, unsigned
+from preprocess.fetch.hosts import AllowedHosts, Turns
+from preprocess.fetch.http_download import accept, refusal
+from preprocess.fetch.transfer import Limits, Partial, Trouble
+from preprocess.fetch.transport import Transport, chunks_of
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
+_STATUS_OF_CODE = {"NoSuchKey": 404, "NoSuchBucket": 404, "NoSuchVersion": 404, "AccessDenied": 403, "SlowDown": 503,
+                   "InvalidAccessKeyId": 403, "SignatureDoesNotMatch": 403, "RequestTimeout": 503,
+                   "ExpiredToken": 403, "InvalidToken": 403, "TokenRefreshRequired": 403,
+                   "RequestTimeTooSkewed": 403}  # fmt: skip
+_CHANGED = {"PreconditionFailed", "InvalidRange"}
+
+
+class S3Source:
+    """Downloads from the buckets of the list of hosts."""
+
+    def __init__(self, hosts: AllowedHosts, turns: Turns, endpoint: str | None, parallel: int) -> None:
+        self._hosts = hosts
+        self._turns = turns
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._asking = threading.local()
+        # An endpoint is the user's own word: its address is not judged.
+        self.transport = Transport(parallel)
+
+    def attempt(self, url: str, partial: Partial, limits: Limits) -> None:
+        """Make one attempt to complete `partial` from `url`. Raises Trouble, Stopped, and UserError without an S3."""
+        request = self._request(url)
+        if partial.resumable:
+            request |= {"Range": f"bytes={partial.num_bytes}-", "IfMatch": partial.validator}
+        else:
+            partial.restart()
+        with self._turns.turn(f"s3://{request['Bucket']}", limits), self.transport.watching(url, limits):
+            response = self._ask(request, partial, limits)
+            try:
+                accept(response, partial, limits)
+                partial.append(chunks_of(response, limits), limits)
+            finally:
+                response.close()
+
+    def _request(self, url: str) -> dict[str, Any]:
+        """Bucket, key and version of a URL that may be asked for."""
+        parts = urlsplit(unsigned(url))
+        bucket, key = parts.netloc, unquote(parts.path.lstrip("/"))
+        if not self._hosts.allows(f"s3://{bucket}"):
+            raise Trouble("fetch-host-refused", f"s3://{bucket} is not in fetch.allow_hosts", retryable=True)
+        options = parse_qs(parts.query, keep_blank_values=True)
+        if not bucket or not key or options.keys() - {"versionId"}:
+            raise Trouble("fetch-bad-url", f"{redact(url)}: expected s3://bucket/key or s3://bucket/key?versionId=…")
+        version = {"VersionId": options["versionId"][0]} if options else {}
+        return {"Bucket": bucket, "Key": key, **version}
+
+    def _ask(self, request: dict[str, Any], partial: Partial, limits: Limits) -> BaseHTTPResponse:
+        """GetObject's response, its body unread."""
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        client = self._s3()
+        self._asking.limits = limits
+        try:
+            client.get_object(**request)
+        except ClientError as error:
+            raise _refusal(error, partial) from None
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            mend = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the machine"
+            raise UserError(f"s3://{request['Bucket']}: {error}", mend=mend) from None
+        except BotoCoreError as error:
+            detail = f"s3://{request['Bucket']}: {type(error).__name__}"
+            raise Trouble("fetch-s3", detail, again=True) from None
+        response: BaseHTTPResponse = self._asking.response
+        return response
+
+    def _s3(self) -> Any:
+        """The client, made at first use; its own retries are off, ours count, and `_send` is its transport."""
+        import boto3
+        from botocore.config import Config as BotoConfig
+        from botocore.exceptions import BotoCoreError
+
+        with self._lock:
+            if self._client is None:
+                options = BotoConfig(
+                    retries={"total_max_attempts": 1},
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                )
+                try:
+                    session = boto3.session.Session()
+                    client = session.client("s3", endpoint_url=self._endpoint, config=options)
+                except (BotoCoreError, ValueError) as error:
+                    raise UserError(f"fetch from s3://: {error}", expected="a profile, region and endpoint") from None
+                client.meta.events.register("before-send.s3", self._send)
+                self._client = client
+            return self._client
+
+    def _send(self, request: Any, **_: object) -> Any:
+        """Send what boto3 has signed. Called by botocore, in the thread that asked."""
+        from botocore.awsrequest import AWSResponse
+
+        response = self.transport.send(request.url, dict(request.headers), self._asking.limits)
+        self._asking.response = response
+        return AWSResponse(request.url, response.status, response.headers, response)
+
+    def close(self) -> None:
+        """Close the client and its connections."""
+        self.transport.close()
+        if self._client is not None:
+            self._client.close()
+
+
+def _refusal(error: Any, partial: Partial) -> Trouble:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    if code in _CHANGED:
+        partial.restart()
+        return Trouble("fetch-changed", "the object changed while it was read", again=True)
+    status = _STATUS_OF_CODE.get(code) or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return refusal(int(status))

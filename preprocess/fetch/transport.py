@@ -1,0 +1,251 @@
+"""HTTP requests over connections that are kept alive per host, each under the eye of a watchdog.
+
+A time-out of a socket bounds one silence, not a whole: a server that sends a header's letters one by one passes it for
+hours, and a stop asked for meanwhile would wait as long. So a thread looks at every request under way, and shuts the
+socket of one whose deadline has passed, or all of them when the build is to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from preprocess.corpus.url import redact
+from preprocess.fetch.transfer import Limits, Trouble
+
+CHUNK_BYTES = 1 << 18
+_MAX_DRAINED_BYTES = 1 << 16
+_LOOK_SECONDS = 0.1
+_NO_RETRIES = urllib3.Retry(False, redirect=False)
+
+CheckAddress = Callable[[str, str], None]
+"""(host, address): raises Trouble where it may not be asked."""
+
+
+class Transport:
+    """A pool of connections, used by many threads at once."""
+
+    def __init__(self, connections_per_host: int, check_address: CheckAddress | None = None) -> None:
+        _hush_libraries()
+        self.num_connections = 0
+        self._check_address = check_address
+        self._watchdog = Watchdog()
+        self._lock = threading.Lock()
+        self._pools = urllib3.PoolManager(num_pools=32, maxsize=connections_per_host, block=False)
+        self._pools.pool_classes_by_scheme = _pool_classes(self._connected, self._watchdog.look_at)
+
+    def close(self) -> None:
+        """Close the connections and end the watchdog."""
+        self._pools.clear()
+        self._watchdog.close()
+
+    @contextmanager
+    def get(self, url: str, headers: Mapping[str, Any], limits: Limits) -> Iterator[urllib3.BaseHTTPResponse]:
+        """The response to GET `url` exactly as it is spelled, its body unread; redirects are the caller's.
+
+        A body that the block reads to its end, or that is short, leaves its connection for the next request.
+        Raises Trouble and Stopped for whatever goes wrong on the way, within the block too.
+        """
+        with self.watching(url, limits):
+            response = self.send(url, headers, limits)
+            try:
+                yield response
+            except Trouble:
+                _leave(response)
+                raise
+            except BaseException:
+                # What is left unread would be taken for the next response on this connection.
+                response.close()
+                raise
+            _leave(response)
+
+    @contextmanager
+    def watching(self, url: str, limits: Limits) -> Iterator[None]:
+        """Around `send` and the reading of its response: a watchdog looks, errors become Trouble and Stopped.
+
+        The errors' own texts name the URL, query and all: only their types are passed on.
+        """
+        with self._watchdog.watching(limits):
+            try:
+                yield
+            except urllib3.exceptions.HTTPError as error:
+                limits.remaining_seconds()  # the watchdog's work, or a stop: whatever error came of it
+                raise _trouble_of(error, url, limits) from None
+            except UnicodeError:
+                raise Trouble("fetch-bad-url", f"cannot be asked for: {redact(url)}") from None
+
+    def send(self, url: str, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
+        """One request, within `watching`; errors are urllib3's own."""
+        seconds = min(limits.silence_seconds, limits.remaining_seconds())
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        response = self._pools.connection_from_host(parts.hostname, parts.port, parts.scheme).urlopen(
+            "GET", target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
+            retries=_NO_RETRIES, redirect=False, preload_content=False, decode_content=False,
+        )  # fmt: skip
+        try:
+            limits.remaining_seconds()  # a head that the watchdog cut off reads like a short one
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    def _connected(self, host: str, address: str) -> None:
+        with self._lock:
+            self.num_connections += 1
+        if self._check_address is not None:
+            self._check_address(host, address)
+
+
+def chunks_of(response: urllib3.BaseHTTPResponse, limits: Limits) -> Iterator[bytes]:
+    """A body as it comes. Raises Trouble where it breaks off."""
+    try:
+        # read1 returns what has come: read(n) would sit through a server that drips, past every deadline.
+        while response.length_remaining != 0 and (chunk := response.read1(CHUNK_BYTES, decode_content=False)):
+            yield chunk
+    except urllib3.exceptions.ProtocolError as error:
+        limits.remaining_seconds()  # the watchdog's work, or a stop
+        detail = f"{type(error).__name__} after {response.tell():,} bytes of an answer"
+        raise Trouble("fetch-truncated", detail, again=True) from None
+
+
+class Watchdog:
+    """A thread, while there is something to watch, that ends requests past their deadline and all on a stop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: dict[int, tuple[Limits, socket.socket | None]] = {}
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextmanager
+    def watching(self, limits: Limits) -> Iterator[None]:
+        """Watch what this thread asks within the block."""
+        own = threading.get_ident()
+        with self._lock:
+            self._watched[own] = (limits, None)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="fetch-watchdog", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._watched[own]
+
+    def look_at(self, sock: socket.socket) -> None:
+        """`sock` is what this thread waits for now."""
+        own = threading.get_ident()
+        with self._lock:
+            self._watched[own] = (self._watched[own][0], sock)
+
+    def _look(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            with self._lock:
+                for limits, sock in self._watched.values():
+                    if sock is not None and (limits.stopped() or now > limits.deadline):
+                        # Not `sock.shutdown`: a TLS socket would drop its state under the thread that reads.
+                        with contextlib.suppress(OSError):
+                            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _pool_classes(
+    on_connect: Callable[[str, str], None], on_request: Callable[[socket.socket], None]
+) -> dict[str, type[HTTPConnectionPool]]:
+    class Watch:
+        """Goes before a connection's own class."""
+
+        def connect(self: Any) -> None:
+            super().connect()  # type: ignore[misc]
+            on_connect(self.host, self.sock.getpeername()[0])
+
+        def request(self: Any, *arguments: Any, **options: Any) -> None:
+            super().request(*arguments, **options)  # type: ignore[misc]
+            on_request(self.sock)
+
+        def getresponse(self: Any) -> urllib3.HTTPResponse:
+            return _close_if_refused(self, super().getresponse)  # type: ignore[misc]
+
+    class Watched(Watch, HTTPConnection):  # type: ignore[misc]
+        pass
+
+    class WatchedTls(Watch, HTTPSConnection):  # type: ignore[misc]
+        pass
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Watched
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = WatchedTls
+
+    return {"http": Pool, "https": TlsPool}
+
+
+def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPResponse]) -> urllib3.HTTPResponse:
+    """What `getresponse` gives; where urllib3 refuses a head that http.client took, the socket is closed.
+
+    A connection that ends with its response hands the socket to it, and urllib3 drops that response as it raises.
+    """
+    taken: list[http.client.HTTPResponse] = []
+
+    def take(*arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        taken.append(http.client.HTTPResponse(*arguments, **options))
+        return taken[-1]
+
+    connection.response_class = take
+    try:
+        return getresponse()
+    except BaseException:
+        for response in taken:
+            response.close()
+        raise
+
+
+def _trouble_of(error: urllib3.exceptions.HTTPError, url: str, limits: Limits) -> Trouble:
+    kind, host = type(error).__name__, urlsplit(url).hostname
+    match error:
+        case urllib3.exceptions.NewConnectionError():  # a kind of ConnectTimeoutError, but not silence
+            return Trouble("fetch-connection", f"{host}: {kind}", again=True)
+        case urllib3.exceptions.ConnectTimeoutError() | urllib3.exceptions.ReadTimeoutError():
+            return Trouble("fetch-timeout", f"{host}: silent for {limits.silence_seconds:g} s", again=True)
+        case urllib3.exceptions.SSLError():
+            return Trouble("fetch-tls", f"TLS with {host} failed", retryable=True)
+        case urllib3.exceptions.InvalidHeader():
+            return Trouble("fetch-bad-length", f"{host}: Content-Length is not one number", again=True)
+        case urllib3.exceptions.LocationValueError():
+            return Trouble("fetch-bad-url", f"cannot be asked for: {redact(url)}")
+    return Trouble("fetch-connection", f"{host}: {kind}", again=True)
+
+
+def _leave(response: urllib3.BaseHTTPResponse) -> None:
+    """Read out what is short, which gives the connection back for the next request; close it on anything else."""
+    left = response.length_remaining
+    if left is not None and left <= _MAX_DRAINED_BYTES and response.tell() == 0:
+        response.drain_conn()
+    response.close()
+
+
+def _hush_libraries() -> None:
+    """No log may have what they write: urllib3 whole URLs, as warnings too; botocore, when debugging, what it signs."""
+    for name, level in (("urllib3", logging.ERROR), ("botocore", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, level))

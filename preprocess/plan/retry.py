@@ -1,0 +1,157 @@
+"""`wanprep retry`: rejected candidates taken up again, in units of their own behind all others.
+
+A retry is a generation of the plan that lists the candidates which are rejected now and were asked for. It is frozen
+before anything is fetched, so a killed retry is gone on with like any build, by this command or by `build-shards`.
+What is committed is never written again; of several rows of one candidate the one in the highest unit counts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from preprocess.config import PrepConfig
+from preprocess.plan.external_sort import Batch, Spill
+from preprocess.plan.freeze import store_generation
+from preprocess.plan.plan import GenerationInfo, Plan
+from shards.format.ledger import LedgerRow
+from shards.read.outcomes import read_outcomes
+
+
+class Wanted(NamedTuple):
+    """Which rejected candidates to try again: those of `reasons`, and all that a retry may help if `retryable`."""
+
+    reasons: frozenset[str]
+    """`fetch-timeout` or `fetch/fetch-timeout`."""
+    retryable: bool
+
+    def has(self, row: LedgerRow) -> bool:
+        """Whether the candidate of this row is to be tried again."""
+        names = {str(row.reason), f"{row.stage}/{row.reason}"}
+        return row.status == "rejected" and (bool(names & self.reasons) or (self.retryable and row.retryable))
+
+
+class Choice(NamedTuple):
+    """What a retry takes up, and what there is."""
+
+    ordinals: tuple[int, ...]
+    """Sorted."""
+    reasons: dict[str, int]
+    """How these ended before, by `stage/reason`, most frequent first."""
+    rejected: dict[str, int]
+    """All rejected candidates but those of a retry that is not done, likewise."""
+    open_units: tuple[int, ...]
+    """Units of earlier retries that are not there yet."""
+
+
+def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Choice:
+    """The candidates whose latest attempt was rejected as `wanted` says, but for those of a retry that is not done.
+
+    So a retry that was stopped is gone on with, and ends as if it had not been: what failed again in its first units is
+    not taken up by going on.
+    """
+    open_units = tuple(unit for unit in retry_units(plan) if unit not in committed)
+    under_way = {
+        ordinal for generation in plan.generations if _has_any(generation, open_units) for ordinal in generation.retried
+    }
+    chosen: list[int] = []
+    reasons: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    for _, row, is_latest in read_outcomes(plan.storage):
+        if not is_latest or row.status != "rejected" or row.candidate in under_way:
+            continue
+        tag = f"{row.stage}/{row.reason}"
+        rejected[tag] += 1
+        if wanted.has(row):
+            chosen.append(row.candidate)
+            reasons[tag] += 1
+    return Choice(tuple(sorted(chosen)), _sorted(reasons), _sorted(rejected), open_units)
+
+
+def _has_any(generation: GenerationInfo, units: Collection[int]) -> bool:
+    end = generation.first_unit + generation.num_units
+    return any(generation.first_unit <= unit < end for unit in units)
+
+
+def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) -> Plan:
+    """Append a generation of the chosen candidates; the plan as it then is."""
+    if not choice.ordinals:
+        return plan
+    with (
+        tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder,
+        closing(Spill(Path(folder, "s"))) as lines,
+    ):
+        lines.add(_frozen_lines(plan, set(choice.ordinals)))
+        plan_file, ledger_file = Path(folder, "plan"), Path(folder, "ledger")
+        frame_bytes = lines.write_frames(range(len(lines)), config.shards.unit_size, plan_file)
+        lines.write_frame([], ledger_file)
+        return store_generation(
+            plan,
+            plan_file,
+            ledger_file,
+            unit_size=config.shards.unit_size,
+            frame_bytes=frame_bytes,
+            records_read=0,
+            num_candidates=len(lines),
+            num_refused=0,
+            num_planned_before=0,
+            num_refused_before=0,
+            num_beyond_limit=0,
+            refused_by={},
+            declared_sizes=(),
+            declared_seconds=0.0,
+            limit=config.corpus.limit,
+            sieve=config.sieve,
+            retried=choice.ordinals,
+            retried_reasons=choice.reasons,
+        )
+
+
+def retry_units(plan: Plan) -> list[int]:
+    """The units of all retries, in order."""
+    return [
+        unit
+        for generation in plan.generations
+        if generation.retried
+        for unit in range(generation.first_unit, generation.first_unit + generation.num_units)
+    ]
+
+
+def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
+    """What will be tried again, for people; where nothing is, why, and what there is."""
+    lines = []
+    if choice.open_units:
+        lines.append(
+            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are gone on with"
+        )
+    if choice.ordinals:
+        lines.append(f"retry    {len(choice.ordinals):,} candidates are tried again:")
+        lines += [f"  {count:>7,}  {reason}" for reason, count in choice.reasons.items()]
+        return lines
+    asked = " or ".join([*sorted(wanted.reasons), *(["a retryable reason"] if wanted.retryable else [])])
+    lines.append(f"retry    no further candidate is rejected for {asked}: nothing to retry")
+    lines += [f"  {count:>7,}  {reason} is there" for reason, count in choice.rejected.items()]
+    return lines
+
+
+def _frozen_lines(plan: Plan, ordinals: set[int]) -> Batch:
+    """The frozen lines of these candidates, by rising ordinal."""
+    found = sorted(
+        (ordinal, line)
+        for unit in range(plan.num_units)
+        if not ordinals.isdisjoint(plan.unit_ordinals(unit))
+        for ordinal, line, _ in plan.unit_lines(unit)
+        if ordinal in ordinals
+    )
+    batch = Batch.empty()
+    for ordinal, line in found:
+        batch.append(ordinal, line, "retried")
+    return batch
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

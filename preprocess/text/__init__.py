@@ -1,0 +1,1 @@
+"""Captions: composed from the levels of a record for a window, and cleaned."""

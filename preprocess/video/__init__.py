@@ -1,0 +1,1 @@
+"""From a file to frames: probe, aspect, interlace, shots, window, bucket, decode."""

@@ -1,0 +1,255 @@
+"""From a window of a clip to frames: T×H×W×3, uint8, RGB, the bucket's size.
+
+The order of the filters matters: VBI lines off, fields apart, black bars off, turned, resampled in time, resized over
+the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of the bucket.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from jaxtyping import UInt8
+
+from preprocess.config import Bucket, DecodeConfig, PrepConfig
+from preprocess.facts import ClipFacts
+from preprocess.rejection import ClipRejected, Rejection
+from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
+from preprocess.video.window import Window
+
+TRANSFORM_VERSION = 1
+"""Raised whenever a change here changes a pixel of any clip: it is part of the dataset's identity."""
+SCALE_FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+TICKS_PER_SECOND = 23_040_000
+"""A multiple of 1000, 12288, 12800, 15360, 24000, 30000, 60000 and 90000: of the time bases that files have."""
+SEEKABLE_FORMATS = {"mov", "matroska", "avi", "mxf", "mpegts"}
+"""Containers in which a seek lands where it should. In an MPEG program stream the timestamps after it are wrong."""
+SEEK_FRAMES = 4
+"""Frames decoded before a window: the deinterlacer looks back, and the first frame may lie before the window."""
+
+
+def decode_window(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Frames of `window`, exactly `window.num_frames` of them, or ClipRejected (stage `decode`).
+
+    Frame k is the clip's picture at start + k / fps by the `fps` filter's rule: the last whose timestamp rounds to k or
+    less. Decoding starts near the window and stops after it. Not the exit code decides but the count of frames and,
+    under the strict policy, that nothing was reported on stderr.
+    """
+    seek = _seek_seconds(facts, window)
+    result = _run(path, facts, window, bucket, config, seek)
+    if seek is not None and complaints(result.stderr) and config.decode.policy == "strict":
+        # Entering an open group of pictures makes libavcodec complain of references that it has not seen. Whether
+        # the file is sound only a decoding from its start can tell.
+        result = _run(path, facts, window, bucket, config, None)
+    _refuse_new_size(result, facts)
+    return _frames_of(result, window, bucket, config)
+
+
+def _run(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek: float | None
+) -> Result:
+    limits = config.decode
+    result = run_ffmpeg(
+        window_arguments(path, facts, window, bucket, config, seek),
+        timeout_seconds=limits.timeout_seconds,
+        max_stdout_bytes=window.num_frames * bucket.width * bucket.height * 3,
+        max_alloc_mib=limits.max_memory_mib,
+        max_cpu_seconds=math.ceil(4 * limits.timeout_seconds * limits.threads),  # never before the deadline
+    )
+    # What is reported becomes a ledger row, whose bytes must not depend on where the clip lay.
+    return result._replace(stderr=result.stderr.replace(file_url(path), "file"))
+
+
+def _refuse_new_size(result: Result, facts: ClipFacts) -> None:
+    """When the size changes ffmpeg rebuilds its filters, and would crop and stretch the new picture in silence."""
+    for line in re.findall(r"econfiguring filter graph because .*", result.stderr):
+        size = re.search(r"\b(\d+)x(\d+)\b", line)
+        if size is not None and size[0] != f"{facts.width}x{facts.height}":
+            _reject("size-changes", f"{facts.width}×{facts.height}, then {size[1]}×{size[2]}")
+
+
+def _frames_of(result: Result, window: Window, bucket: Bucket, config: PrepConfig) -> UInt8[np.ndarray, "T H W 3"]:
+    """The frames of a run, or the reason why they cannot be used."""
+    if result.timed_out:
+        _reject("decode-timeout", f"not done within {config.decode.timeout_seconds:g} s", retryable=True)
+    if result.overflowed:
+        _reject("decode-overflow", f"more than {window.num_frames} frames of {bucket.width}×{bucket.height}")
+    if result.returncode < 0:
+        _reject("decoder-crashed", f"ffmpeg ended by {signal.Signals(-result.returncode).name}")
+    complaint = next(iter(complaints(result.stderr)), "")
+    if (complaint or result.returncode) and config.decode.policy == "strict":
+        _reject("decode-errors", complaint or f"exit code {result.returncode}: {first_line(result.stderr)}")
+    num_frames, rest = divmod(len(result.stdout), 3 * bucket.width * bucket.height)
+    if num_frames < window.num_frames or rest:
+        _reject("missing-frames", f"{num_frames} of {window.num_frames} frames came; {complaint or 'nothing reported'}")
+    frames = np.frombuffer(result.stdout, np.uint8)
+    return frames.reshape(window.num_frames, bucket.height, bucket.width, 3)
+
+
+def window_arguments(
+    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek_seconds: float | None
+) -> list[str]:
+    """ffmpeg's arguments for `decode_window`, without the program and its global limits.
+
+    `seek_seconds`: time of the key frame to start at, from the clip's zero; None: the clip's start.
+    """
+    import ffmpeg
+
+    picture = open_input(path, facts, config.decode, seek_seconds=seek_seconds)
+    if facts.media == "video":
+        picture = _deinterlace(_crop_vbi(_skip(picture, facts, window), facts), facts)
+        picture = _resample(picture, facts, window, config.window.fps)
+    picture = _fit(_turn(_crop_active(picture, facts), facts), facts, bucket)
+    options = {"format": "rawvideo", "pix_fmt": "rgb24", "frames:v": window.num_frames}
+    arguments: list[str] = ffmpeg.output(picture, "pipe:1", **options).get_args()
+    return ["-loglevel", "level+info", "-copyts", "-filter_threads", str(config.decode.threads), *arguments]
+
+
+def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_seconds: float | None = None) -> Any:
+    """ffmpeg-python's stream of the clip's video, with every limit on what opening it may do."""
+    import ffmpeg
+
+    options: dict[str, Any] = {
+        "protocol_whitelist": "file",
+        "format_whitelist": facts.format,
+        "max_pixels": int(config.max_megapixels * 1_000_000),
+        "threads": config.threads,
+        "noautorotate": None,
+        "an": None,
+        "sn": None,
+        "dn": None,
+    }
+    if seek_seconds is not None:
+        options |= {"ss": f"{math.ceil(seek_seconds * 1000) / 1000:.3f}", "noaccurate_seek": None}
+    return ffmpeg.input(file_url(path), **options)[str(facts.stream)]
+
+
+def _seek_seconds(facts: ClipFacts, window: Window) -> float | None:
+    """The last key frame from which everything that the window needs can be decoded; None: the clip's start.
+
+    A key frame's own time is asked for: demuxers without an index (MPEG-TS) go to a place near a time, and the decoder
+    then waits for the next key frame, which may lie within the window.
+    """
+    if facts.format.split(",")[0] not in SEEKABLE_FORMATS:
+        return None
+    keys = [time for time in facts.key_seconds[1:] if time <= _first_needed(facts, window)]
+    return keys[-1] if keys else None
+
+
+def _first_needed(facts: ClipFacts, window: Window) -> float:
+    """Time before which no frame matters: what is shown at the window's start may have begun a gap earlier."""
+    return window.start_seconds - facts.max_gap_seconds - SEEK_FRAMES / facts.fps
+
+
+def _skip(picture: Any, facts: ClipFacts, window: Window) -> Any:
+    """Drop what is decoded only for reference, before any filter works on it."""
+    return picture.filter("trim", start=f"{facts.zero_seconds + _first_needed(facts, window):.3f}")
+
+
+def _crop_vbi(picture: Any, facts: ClipFacts) -> Any:
+    raster = facts.raster
+    if raster.height == facts.height:
+        return picture
+    return picture.filter("crop", raster.width, raster.height, raster.x, raster.y, exact=1)
+
+
+def _deinterlace(picture: Any, facts: ClipFacts) -> Any:
+    """One frame a field: 59.94 fields a second become 59.94 frames, and the resampling chooses among them."""
+    if facts.deinterlace == "none":
+        return picture
+    frames = "all" if facts.deinterlace_frames == "all" else "interlaced"
+    return picture.filter("bwdif", mode="send_field", parity=facts.deinterlace, deint=frames)
+
+
+def _resample(picture: Any, facts: ClipFacts, window: Window, fps: int) -> Any:
+    """Time zero at the window's start, in ticks so fine that no common time base is rounded.
+
+    `-copyts` keeps the file's own timestamps until here: where ffmpeg shifts them it rounds to the stream's time base,
+    which in AVI is a whole frame.
+    """
+    start = round(facts.zero_seconds * 1_000_000) * TICKS_PER_SECOND // 1_000_000
+    start += round(window.start_seconds * 1000) * TICKS_PER_SECOND // 1000
+    picture = picture.filter("settb", f"1/{TICKS_PER_SECOND}").filter("setpts", f"PTS-{start}")
+    return picture.filter("fps", fps=fps, start_time=0, round="near")
+
+
+def _crop_active(picture: Any, facts: ClipFacts) -> Any:
+    active, raster = facts.active, facts.raster
+    if active == raster:
+        return picture
+    return picture.filter("crop", active.width, active.height, active.x - raster.x, active.y - raster.y, exact=1)
+
+
+def _turn(picture: Any, facts: ClipFacts) -> Any:
+    if facts.mirrored:
+        picture = picture.filter("hflip")
+    if facts.rotation == 90:
+        return picture.filter("transpose", "clock")
+    if facts.rotation == 270:
+        return picture.filter("transpose", "cclock")
+    return picture.filter("hflip").filter("vflip") if facts.rotation == 180 else picture
+
+
+def _fit(picture: Any, facts: ClipFacts, bucket: Bucket) -> Any:
+    """Cover the bucket, Lanczos, then cut the centre out: what the model's own image-to-video pre-processing does."""
+    width, height = cover_size(facts.display_width, facts.display_height, bucket)
+    color: dict[str, Any] = {"flags": SCALE_FLAGS, "out_range": "full"}
+    if facts.matrix != "rgb":
+        color |= {"in_color_matrix": facts.matrix, "in_range": facts.range}
+    picture = picture.filter("scale", width, height, **color).filter("format", "rgb24")
+    x, y = (width - bucket.width) // 2, (height - bucket.height) // 2
+    return picture.filter("crop", bucket.width, bucket.height, x, y, exact=1).filter("setsar", 1)
+
+
+def cover_size(display_width: float, display_height: float, bucket: Bucket) -> tuple[int, int]:
+    """Width and height, in pixels, of the displayed picture when it just covers the bucket."""
+    scale = max(bucket.width / display_width, bucket.height / display_height)
+    return max(bucket.width, round(display_width * scale)), max(bucket.height, round(display_height * scale))
+
+
+def transform_identity(config: PrepConfig) -> dict[str, Any]:
+    """What of probing, windows and decoding decides a sample's numbers; datasets that differ in it do not mix."""
+    return {
+        "version": TRANSFORM_VERSION,
+        "scale": SCALE_FLAGS,
+        "resample": "fps filter, round=near",
+        "deinterlace": "bwdif send_field",
+        "window": config.window.model_dump(mode="json"),
+        "window_seed": config.seed if config.window.policy == "random" else None,
+        "buckets": config.buckets.model_dump(mode="json"),
+        "policy": config.decode.policy,
+        "sd_display_aspect": config.decode.sd_display_aspect,
+    }
+
+
+def _reject(reason: str, detail: str, retryable: bool = False) -> NoReturn:
+    raise ClipRejected(Rejection("decode", reason, detail[:300], retryable))
+
+
+# A strip of a few small frames of a sample, for eyes.
+
+STRIP_HEIGHT = 128
+
+
+def preview_strip(frames: UInt8[np.ndarray, "T H W 3"], num: int) -> bytes:
+    """`num` evenly spaced frames side by side, 128 pixels high, as a JPEG. The same frames give the same bytes."""
+    from PIL import Image
+
+    num_frames, height, width, _ = frames.shape
+    num = min(num, num_frames)
+    small_width = max(1, round(width * STRIP_HEIGHT / height))
+    strip = Image.new("RGB", (num * small_width, STRIP_HEIGHT))
+    for place in range(num):
+        frame = frames[round(place * (num_frames - 1) / max(1, num - 1))]
+        small = Image.fromarray(np.ascontiguousarray(frame)).resize((small_width, STRIP_HEIGHT), Image.Resampling.BOX)
+        strip.paste(small, (place * small_width, 0))
+    with io.BytesIO() as file:
+        strip.save(file, "JPEG", quality=80, subsampling="4:2:0", optimize=False)
+        return file.getvalue()

@@ -1,0 +1,331 @@
+"""A program of its own that reads one file with PyAV and prints what it found as JSON.
+
+`python -m preprocess.video.inspector FILE`. It is run under a deadline and with limited memory by `probe.py`: a
+hostile file can hang or crash libav, and then takes only this process with it (docs/decisions/020-probe-in-a-child.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+import numpy as np
+
+from preprocess.facts import Inspection, Picture
+from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
+from preprocess.video.interlace import flagged_order, order_of_votes
+from preprocess.video.measure import fields_of, find_bars, find_vbi
+
+MAX_PACKETS = 2_000_000
+NUM_POSITIONS = 6
+"""Places of the clip whose pictures are looked at."""
+NUM_IDET_FRAMES = 60
+MIN_KEY_DISTANCE_SECONDS = 0.5
+FIELD_VERDICTS = ("progressive", "tff", "bff", "unclear")
+BASE_MEMORY_MIB = 3072
+"""Address space of Python and the libraries before a file is opened."""
+
+
+def main(arguments: list[str]) -> None:
+    """FILE, largest picture in pixels, memory limit in MiB, and `images` or `videos`."""
+    path, max_pixels, max_memory_mib, kind = arguments
+    limit = (BASE_MEMORY_MIB + int(max_memory_mib)) << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    inspection = inspect(
+        Path(path), max_pixels=int(max_pixels), max_memory_mib=int(max_memory_mib), images=kind == "images"
+    )
+    sys.stdout.write(inspection.model_dump_json())
+
+
+def inspect(path: Path, *, max_pixels: int, max_memory_mib: int, images: bool) -> Inspection:
+    """Everything `Inspection` holds. What the file does wrong is in `problem`; a bug of ours raises."""
+    av.logging.set_level(av.logging.ERROR)
+    formats = VIDEO_FORMATS + IMAGE_FORMATS if images else VIDEO_FORMATS
+    options = {"format_whitelist": ",".join(formats), "protocol_whitelist": "file"}
+    with av.logging.Capture() as log:
+        try:
+            with av.open(file_url(path), options=options, metadata_errors="replace") as container:
+                found = _inspect_open(container, max_pixels)
+        except av.FFmpegError as error:
+            found = Inspection(problem="cannot-open", detail=str(error.strerror))
+        except MemoryError:
+            found = Inspection(problem="too-large", detail=f"needs more than {max_memory_mib} MiB")
+    return _explained(found, [message.strip() for _, _, message in log if message.strip()], path)
+
+
+def _explained(found: Inspection, log: list[str], path: Path) -> Inspection:
+    """A problem whose true reason is only in the library's log; its paths, which differ from run to run, taken out."""
+    if found.problem not in ("cannot-open", "no-frames"):
+        return found
+    lines = [line.replace(file_url(path), "file").replace(str(path), "file") for line in log]
+    reasons = {"whitelist": "format-refused", "Picture size": "too-large", "max_pixels": "too-large"}
+    for line in lines:
+        for word, reason in reasons.items():
+            if word in line:
+                return Inspection(problem=reason, detail=line[:200])
+    return found.model_copy(update={"detail": "; ".join([*lines[:1], found.detail])[:200]})
+
+
+def _inspect_open(container: Any, max_pixels: int) -> Inspection:
+    stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+    if stream is None:
+        return Inspection(problem="no-video", detail=f"{len(container.streams)} streams, none of video")
+    codec = stream.codec_context
+    if codec is None:
+        return Inspection(problem="no-decoder", detail=f"stream {stream.index}")
+    if stream.width * stream.height > max_pixels:
+        return Inspection(problem="too-large", detail=f"{stream.width}×{stream.height} pixels")
+    codec.thread_count = 1
+    codec.options = {"max_pixels": str(max_pixels)}
+    packets = _read_packets(container, stream)
+    shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
+    if not shown:
+        return Inspection(problem="no-frames", detail=f"{len(packets)} packets, none to be shown")
+    facts = _timing(container, stream, shown) | _codec_facts(container, stream)
+    facts["truncated"] = _truncation(stream, packets, facts)
+    facts["damaged"] = _damage(packets)
+    pictures = _look(codec, stream, packets, container, facts)
+    return Inspection(**(facts | pictures))
+
+
+def _is_cover(stream: Any) -> bool:
+    return "attached_pic" in str(stream.disposition)
+
+
+def _read_packets(container: Any, stream: Any) -> list:
+    """All packets of the stream with their times; payload is read from the page cache, nothing is decoded."""
+    packets = []
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue
+        if packet.pts is None:
+            packet.pts = packet.dts
+        packets.append(packet)
+        if len(packets) > MAX_PACKETS:
+            break
+    return packets
+
+
+def _codec_facts(container: Any, stream: Any) -> dict:
+    codec = stream.codec_context
+    aspect = stream.sample_aspect_ratio or codec.sample_aspect_ratio
+    formats = set(container.format.name.split(","))
+    return {
+        "format": container.format.name,
+        "codec": codec.name,
+        "pixel_format": codec.pix_fmt or "",
+        "stream": stream.index,
+        "width": stream.width,
+        "height": stream.height,
+        "sample_aspect": (aspect.numerator, aspect.denominator) if aspect else None,
+        "field_order": int(codec.field_order),
+        "matrix": int(codec.colorspace),
+        "range": int(codec.color_range),
+        "transfer": int(codec.color_trc),
+        "is_still": bool(formats & set(IMAGE_FORMATS)) or container.format.name.endswith("_pipe"),
+    }
+
+
+def _timing(container: Any, stream: Any, shown: list) -> dict:
+    base = stream.time_base
+    zero = (container.start_time or 0) / 1_000_000
+    times = sorted({packet.pts for packet in shown})
+    gaps = [(b - a) * base for a, b in itertools.pairwise(times)]
+    last = max(shown, key=lambda packet: packet.pts)
+    period = median(gaps) if gaps else (last.duration or 0) * base or 1 / (stream.average_rate or 25)
+    uneven = max((abs(gap - period) for gap in gaps), default=0)
+    end = times[-1] * base + (period if gaps else max(period, (last.duration or 0) * base))
+    return {
+        "num_frames": len(times),
+        "zero_seconds": zero,
+        "start_seconds": float(times[0] * base) - zero,
+        "end_seconds": float(end) - zero,
+        "period_seconds": _mean_period(times, base, period, uneven),
+        "max_gap_seconds": float(max(gaps, default=period)),
+        "is_constant_rate": bool(uneven <= _tolerance(base, period)),
+        "key_seconds": _key_times(shown, base, zero),
+        "declared_seconds": container.duration / 1_000_000 if container.duration else None,
+    }
+
+
+def _key_times(shown: list, base: Any, zero: float) -> tuple[float, ...]:
+    """Thinned, because every frame of an intra-coded clip is one."""
+    times: list[float] = []
+    for pts in sorted(packet.pts for packet in shown if packet.is_keyframe):
+        time = float(pts * base) - zero
+        if not times or time - times[-1] >= MIN_KEY_DISTANCE_SECONDS:
+            times.append(time)
+    return tuple(times)
+
+
+def _tolerance(base: Any, period: Any) -> Any:
+    """Times are rounded to the stream's time base, so evenly spaced frames differ by up to one tick and a half."""
+    return max(base * 3 / 2, period / 50)
+
+
+def _mean_period(times: list, base: Any, period: Any, uneven: Any) -> float:
+    """At a constant rate the mean over the clip is free of the rounding that the median has."""
+    if len(times) > 1 and uneven <= _tolerance(base, period):
+        return float((times[-1] - times[0]) * base) / (len(times) - 1)
+    return float(period)
+
+
+def _damage(packets: list) -> str | None:
+    num_corrupt = sum(packet.is_corrupt for packet in packets)
+    return f"{num_corrupt} of {len(packets)} packets are marked corrupt" if num_corrupt else None
+
+
+def _truncation(stream: Any, packets: list, facts: dict) -> str | None:
+    if packets[-1].is_corrupt:
+        return "the last packet is cut short"
+    if stream.frames and len(packets) < stream.frames:
+        return f"the index names {stream.frames} frames, {len(packets)} are there"
+    declared = facts["declared_seconds"]
+    if declared and stream.duration is None and facts["end_seconds"] < 0.9 * declared - 1:
+        return f"the container claims {declared:.2f} s, the frames end at {facts['end_seconds']:.2f} s"
+    return None
+
+
+def _look(codec: Any, stream: Any, packets: list, container: Any, facts: dict) -> dict:
+    """Decode a few pictures all over the clip and measure them."""
+    zero = (container.start_time or 0) / 1_000_000
+    pictures, lumas, matrix = [], [], None
+    for frame, following in _sample_frames(codec, packets):
+        luma = luma_of(frame)
+        seconds = float((frame.pts or 0) * stream.time_base) - zero
+        pictures.append(_picture(frame, luma, seconds))
+        same_size = following is not None and (following.width, following.height) == (frame.width, frame.height)
+        lumas.append((luma, luma_of(following) if same_size else None))
+        matrix = matrix or _display_matrix(frame)
+        facts = _flags_of_frame(frame, facts)
+    if not pictures:
+        return {"problem": "no-frames", "detail": "no picture could be decoded"}
+    same = [luma for luma, _ in lumas if luma.shape == lumas[0][0].shape]
+    vbi = find_vbi(same) if stream.width in (704, 720) else 0
+    votes = dict.fromkeys(FIELD_VERDICTS, 0)
+    for luma, following in lumas:
+        if following is not None:
+            votes[fields_of(luma[vbi // 2 * 2 :], following[vbi // 2 * 2 :])] += 1
+    flagged = facts["field_order"] > 1 or any(picture.interlaced for picture in pictures)
+    disagree = flagged_order(facts["field_order"], flagged) != order_of_votes(votes)
+    return {
+        "pictures": tuple(pictures),
+        "display_matrix": matrix,
+        "vbi_lines": vbi,
+        "bars": find_bars([luma[vbi:] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
+        "scan": votes,
+        "idet": _idet(codec, stream, packets) if disagree and not facts["is_still"] else None,
+        **{name: facts[name] for name in ("matrix", "range", "transfer")},
+    }
+
+
+def _picture(frame: Any, luma: np.ndarray, seconds: float) -> Picture:
+    return Picture(
+        seconds=seconds,
+        width=frame.width,
+        height=frame.height,
+        interlaced=bool(frame.interlaced_frame),
+        mean=float(luma.mean()),
+    )
+
+
+def _flags_of_frame(frame: Any, facts: dict) -> dict:
+    """A decoded frame knows flags that the container's header may lack."""
+    facts = dict(facts)
+    if facts["matrix"] == 2:
+        facts["matrix"] = int(frame.colorspace)
+    if facts["range"] == 0:
+        facts["range"] = int(frame.color_range)
+    if facts["transfer"] == 2:
+        facts["transfer"] = int(frame.color_trc)
+    return facts
+
+
+def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any]]:
+    """Frames with the one that follows, at key frames spread over the clip, first and last included.
+
+    Where key frames are few, more frames are taken after each: a clip of one long group is looked at too.
+    """
+    keys = [n for n, packet in enumerate(packets) if packet.is_keyframe] or [0]
+    chosen = sorted({keys[round(k * (len(keys) - 1) / (NUM_POSITIONS - 1))] for k in range(NUM_POSITIONS)})
+    num_frames, step = (2, 2) if len(chosen) >= 4 else (26, 6)
+    for place, start in enumerate(chosen):
+        stop = chosen[place + 1] if place + 1 < len(chosen) else len(packets)
+        frames = list(_decode_from(codec, packets[start:stop], num_frames))
+        for n in range(0, len(frames), step):
+            yield frames[n], frames[n + 1] if n + 1 < len(frames) else None
+
+
+def _decode_from(codec: Any, packets: list, num_frames: int) -> Iterator[Any]:
+    """First frames of a run of packets that starts at a key frame; damage in them is decode's business, not ours."""
+    num_out = 0
+    for packet in [*packets[: num_frames + 8], None]:
+        try:
+            frames = codec.decode(packet)
+        except av.error.EOFError:
+            frames = []
+        except av.error.InvalidDataError:
+            continue
+        for frame in frames:
+            if num_out < num_frames:
+                yield frame
+            num_out += 1
+        if num_out >= num_frames:
+            break
+    codec.flush_buffers()
+
+
+def luma_of(frame: Any) -> np.ndarray:
+    """The luma plane as H×W uint8, as coded where the format has one, else converted by swscale."""
+    component = frame.format.components[0] if frame.format.components else None
+    if component is None or frame.format.is_rgb or not frame.format.is_planar:
+        return np.asarray(frame.to_ndarray(format="gray"))
+    plane = frame.planes[0]
+    wide = component.bits > 8
+    row = np.frombuffer(plane, np.dtype("<u2") if wide else np.uint8).reshape(plane.height, -1)[:, : plane.width]
+    return (row >> (component.bits - 8)).astype(np.uint8) if wide else row.copy()
+
+
+def _display_matrix(frame: Any) -> tuple[float, float, float, float] | None:
+    for entry in frame.side_data.keys():  # noqa: SIM118 - PyAV's container iterates over values
+        if getattr(entry.type, "name", "") == "DISPLAYMATRIX":
+            values = np.frombuffer(entry, "<i4")[:9] / 65536
+            return (float(values[0]), float(values[1]), float(values[3]), float(values[4]))
+    return None
+
+
+def _idet(codec: Any, stream: Any, packets: list) -> dict[str, int]:
+    """Counts of ffmpeg's idet over up to 60 frames from the middle of the clip, in `multiple` mode."""
+    keys = [n for n, packet in enumerate(packets) if packet.is_keyframe and n <= len(packets) // 2] or [0]
+    names = {"tff": 0, "bff": 0, "progressive": 0, "undetermined": 0}
+    graph = None
+    for frame in _decode_from(codec, packets[keys[-1] :], NUM_IDET_FRAMES):
+        if graph is None:
+            graph = av.filter.Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
+            )
+            idet, sink = graph.add("idet"), graph.add("buffersink")
+            source.link_to(idet)
+            idet.link_to(sink)
+            graph.configure()
+        graph.push(frame)
+        while True:
+            try:
+                out = graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                break
+            verdict = out.metadata.get("lavfi.idet.multiple.current_frame", "undetermined")
+            names[verdict] += 1
+    return names
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Verification: every byte, every array, and files that belong to nothing."""

@@ -1,0 +1,63 @@
+"""The deep check of a unit: every array decoded, finite, and what its sample's JSON says it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from shards.errors import ShardDamage
+from shards.format.arrays import DTYPES, decode_array
+from shards.format.commit import Commit, MemberInfo, SampleInfo
+from shards.format.names import JSON_MEMBER, LATENTS
+from shards.format.sealed_json import parse_json
+from shards.storage.base import Storage
+
+
+def check_arrays(storage: Storage, commit: Commit) -> Iterator[ShardDamage]:
+    """Every damage in the arrays of one unit, whose tar is known to have the bytes that were written."""
+    for sample in commit.samples:
+        try:
+            meta = _json(storage, commit, sample)
+        except ShardDamage as damage:
+            yield damage
+            continue
+        for place, member in enumerate(sample.arrays()):
+            try:
+                _check_array(storage, commit, member, _facts(commit.kind, meta, place))
+            except ShardDamage as damage:
+                name = f"{sample.key}.{member.suffix}"
+                yield ShardDamage(storage.url(commit.tar.name), damage.what, member=name, offset=member.offset)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is infinite or NaN; uint16 is read as bfloat16's bits."""
+    if array.dtype == DTYPES["bfloat16"]:
+        return not ((array & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(array).all())
+
+
+def _json(storage: Storage, commit: Commit, sample: SampleInfo) -> Any:
+    member = next(member for member in sample.members if member.suffix == JSON_MEMBER)
+    data = storage.get_range(commit.tar.name, member.offset, member.size)
+    return parse_json(data, storage.url(commit.tar.name), f"{sample.key}.{JSON_MEMBER}", member.offset)
+
+
+def _facts(kind: str, meta: Any, place: int) -> Any:
+    try:
+        return meta["latent"] if kind == LATENTS else meta["text"][place]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _check_array(storage: Storage, commit: Commit, member: MemberInfo, facts: Any) -> None:
+    shape, dtype = member.shape or (), str(member.dtype)
+    data = storage.get_range(commit.tar.name, member.offset, member.size)
+    array = decode_array(data, shape=shape, dtype=dtype)
+    sha256 = hashlib.sha256(array.tobytes()).hexdigest()
+    if facts != {"shape": list(shape), "dtype": dtype, "sha256": sha256}:
+        raise ShardDamage("array", f"{dtype} {list(shape)} with sha256 {sha256}, the sample's JSON says {facts!r}")
+    if not is_finite(array):
+        raise ShardDamage("array", "it holds infinities or NaN")

@@ -1,0 +1,198 @@
+"""`verify`: does a root hold what its commits say? By sizes (fast), by every byte (hash), or by every array (deep)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from shards.check.tar_check import HashingReader, Progress, check_ledger, check_tar
+from shards.errors import FutureFormat, MissingObject, ShardDamage, UserError
+from shards.format.commit import MAX_COMMIT_BYTES, Blob, StoredCommit, read_commit
+from shards.format.dataset_info import DatasetInfo, read_info
+from shards.format.names import LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.format.sealed_json import canonical_digest, open_document
+from shards.read.index import Listing, list_root, text_sets
+from shards.storage.base import Storage
+
+_PLAN_COMMIT = re.compile(r"plan/gen-\d{3,}\.json")
+_PLANNED = re.compile(r"gen-\d{3,}-[0-9a-f]{8}")
+"""A generation with a commit. A plan of one object alone is named without a digest, such as gen-000, and has none."""
+Level = Literal["fast", "hash", "deep"]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the file, the tar member and byte offset where known, and what."""
+
+    file: str
+    member: str | None
+    offset: int | None
+    what: str
+
+
+class Report(NamedTuple):
+    """The result of a verification."""
+
+    problems: list[Problem]
+    num_units: int
+    num_samples: int
+    num_bytes: int
+
+
+def verify(
+    storage: Storage, level: Level = "hash", *, jobs: int = 1, partial: bool = False, progress: Progress | None = None
+) -> Report:
+    """Check a whole root: all latents, all text sets, all null embeddings, plans and ledgers.
+
+    Args:
+        storage: the root.
+        level: 'fast' checks documents, sizes and completeness; 'hash' reads every byte; 'deep' also decodes every
+            array and checks that it is finite and what its JSON says.
+        jobs: threads (hashing and decompression run outside the interpreter's lock).
+        partial: units of the plan that are not there are no problem (a build that goes on).
+        progress: told the bytes that were read.
+    """
+    info = read_info(storage)
+    kinds = [LATENTS, *(text_kind(name) for name in sorted({*info.text_sets, *text_sets(storage)}))]
+    listing = list_root(storage, kinds)
+    problems: list[Problem] = []
+    commits = list(_commits(storage, info, listing, problems))
+    problems += _completeness(storage, info, kinds, commits, listing, partial)
+    problems += _plans(storage, info)
+    problems += _plan_commits(storage, info)
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for found in pool.map(lambda item: _unit(storage, item, listing, level, progress or (lambda _: None)), commits):
+            problems += found
+    num_samples = sum(len(item.commit.samples) for item in commits if item.commit.kind == LATENTS)
+    return Report(problems, len(commits), num_samples, sum(item.commit.tar.size for item in commits))
+
+
+def total_bytes(storage: Storage) -> int:
+    """Bytes of all tars under the root, for a progress bar."""
+    return sum(entry.size for entry in storage.list() if entry.name.endswith(".tar"))
+
+
+def _problem(damage: UserError) -> Problem:
+    if isinstance(damage, ShardDamage):
+        return Problem(damage.file, damage.member, damage.offset, damage.what)
+    return Problem("", None, None, damage.problem)
+
+
+def _commits(storage: Storage, info: DatasetInfo, listing: Listing, problems: list[Problem]) -> Iterator[StoredCommit]:
+    for kind, unit in sorted(listing.commits):
+        name = commit_name(kind, unit)
+        try:
+            stored = read_commit(storage, kind, unit)
+            identity = canonical_digest(info.kind_identity(kind))
+        except (ShardDamage, FutureFormat) as damage:
+            problems.append(_problem(damage))
+            continue
+        except UserError as error:  # a text set that dataset.json does not know
+            problems.append(Problem(storage.url(name), None, None, error.problem))
+            continue
+        if stored.commit.identity_sha256 != identity:
+            what = f"its identity is {stored.commit.identity_sha256}, the dataset's {identity}"
+            problems.append(Problem(storage.url(name), None, None, what))
+        yield stored
+
+
+def _completeness(
+    storage: Storage, info: DatasetInfo, kinds: list[str], commits: list[StoredCommit], listing: Listing, partial: bool
+) -> Iterator[Problem]:
+    planned = info.planned_units()
+    latents = {unit for kind, unit in listing.commits if kind == LATENTS}
+    keys: dict[tuple[str, str], str] = {}
+    for kind in kinds:
+        there = {unit for of_kind, unit in listing.commits if of_kind == kind} - {NULL_UNIT}
+        for unit in sorted(there - planned):
+            yield Problem(storage.url(commit_name(kind, unit)), None, None, "this unit is in no generation's plan")
+        for unit in sorted((planned if kind == LATENTS else planned | latents) - there) if not partial else ():
+            what = f"unit {unit} is missing: not built yet, or lost"
+            yield Problem(storage.url(commit_name(kind, unit)), None, None, what)
+        if kind != LATENTS and (kind, NULL_UNIT) not in listing.commits and not partial:
+            yield Problem(storage.url(commit_name(kind, NULL_UNIT)), None, None, "the null embeddings are missing")
+    for stored in commits:
+        where = storage.url(commit_name(stored.commit.kind, stored.commit.unit))
+        for sample in stored.commit.samples:
+            first = keys.setdefault((stored.commit.kind, sample.key), where)
+            if first != where:
+                yield Problem(where, None, None, f"sample {sample.key} is in {first} too")
+    yield from _text_keys(storage, commits)
+
+
+def _text_keys(storage: Storage, commits: list[StoredCommit]) -> Iterator[Problem]:
+    """Every unit of text holds exactly the keys of its unit of latents."""
+    keys = {(item.commit.kind, item.commit.unit): {s.key for s in item.commit.samples} for item in commits}
+    for (kind, unit), found in keys.items():
+        expected = keys.get((LATENTS, unit))
+        if kind == LATENTS or unit == NULL_UNIT or expected is None or found == expected:
+            continue
+        what = f"its keys are not those of the latents: {len(expected - found)} missing, {len(found - expected)} extra"
+        yield Problem(storage.url(commit_name(kind, unit)), None, None, what)
+
+
+def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
+    for gen in info.generations:
+        for name, sha256 in (
+            (f"plan/{gen.name}.jsonl.zst", gen.plan_sha256),
+            (f"plan/{gen.name}.ledger.jsonl.zst", gen.ledger_sha256),
+        ):
+            if sha256 is None:
+                continue
+            try:
+                found = HashingReader(storage, name, storage.size(name), lambda _: None).hexdigest()
+            except MissingObject as damage:
+                yield _problem(damage)
+                continue
+            if found != sha256:
+                yield Problem(storage.url(name), None, None, f"sha256 {found}, dataset.json says {sha256}")
+
+
+def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
+    """The sealed commits of plans: each is whole, and a generation whose name carries a digest has its own."""
+    names: dict[str, object] = {}
+    for entry in storage.list("plan/"):
+        if not _PLAN_COMMIT.fullmatch(entry.name):
+            continue
+        file = storage.url(entry.name)
+        try:
+            names[entry.name] = open_document(storage.get(entry.name, MAX_COMMIT_BYTES), file).get("name")
+        except ShardDamage as damage:
+            names[entry.name] = None
+            yield _problem(damage)
+    for number, gen in enumerate(info.generations):
+        name = f"plan/gen-{number:03d}.json"
+        if name not in names and _PLANNED.fullmatch(gen.name):
+            yield Problem(storage.url(name), None, None, f"missing, and dataset.json has its generation {gen.name}")
+        elif names.get(name) not in (None, gen.name):
+            what = f"it is the commit of {names[name]!r}, dataset.json says {gen.name!r}"
+            yield Problem(storage.url(name), None, None, what)
+
+
+def _unit(storage: Storage, stored: StoredCommit, listing: Listing, level: Level, progress: Progress) -> list[Problem]:
+    commit = stored.commit
+    problems: list[Problem] = []
+    for blob in filter(None, (commit.tar, commit.ledger)):
+        try:
+            _check_size(storage, blob, listing)
+            if level != "fast":
+                check_tar(storage, commit, blob, progress) if blob is commit.tar else check_ledger(
+                    storage, commit, blob
+                )
+        except (ShardDamage, FutureFormat) as damage:
+            problems.append(_problem(damage))
+    if level == "deep" and not problems:
+        from shards.check.array_check import check_arrays
+
+        problems += [_problem(damage) for damage in check_arrays(storage, commit)]
+    return problems
+
+
+def _check_size(storage: Storage, blob: Blob, listing: Listing) -> None:
+    found = listing.objects.get(blob.name)
+    if found is None:
+        raise MissingObject(storage.url(blob.name), "missing, and its commit is there")
+    if found != blob.size:
+        what = f"{found} bytes, its commit says {blob.size}: {'cut short' if found < blob.size else 'too long'}"
+        raise ShardDamage(storage.url(blob.name), what, offset=min(found, blob.size))

@@ -1,0 +1,1 @@
+"""Tensor files that the two stages exchange, and indexes of safetensors files."""

@@ -1,0 +1,1 @@
+"""The format on disk: names, keys, tars, arrays, commits, ledgers, identity."""

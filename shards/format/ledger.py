@@ -1,0 +1,82 @@
+"""The ledger of a unit: one row a candidate, what became of it and of each of its windows. JSON lines under zstd."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import pydantic
+import zstandard
+
+from shards.config import Config
+from shards.errors import ShardDamage
+from shards.format.arrays import check_frame
+from shards.format.sealed_json import canonical_json
+
+MAX_LINE_BYTES = 2**24
+
+
+class WindowRow(Config):
+    """What became of one window of a candidate."""
+
+    key: str | None
+    """The sample's key; null when the window was refused before it had one."""
+    start_seconds: float
+    status: Literal["accepted", "rejected"]
+    reason: str | None
+    detail: str | None
+
+
+class LedgerRow(Config):
+    """What became of one candidate."""
+
+    candidate: int
+    """Its ordinal in the plan."""
+    clip_id: str
+    source: str
+    """Name of its annotation, relative to the corpus."""
+    status: Literal["accepted", "rejected"]
+    stage: str | None
+    """Where it was refused: read, sieve, fetch, probe, window, bucket, decode, caption, encode."""
+    reason: str | None
+    """A code in kebab-case."""
+    detail: str | None
+    retryable: bool
+    attempts: int
+    windows: tuple[WindowRow, ...]
+    seconds: dict[str, float]
+    """Seconds spent, by stage."""
+    bytes: int
+    """Bytes downloaded."""
+
+
+def write_ledger(rows: Iterable[LedgerRow]) -> bytes:
+    """The ledger as bytes."""
+    lines = b"".join(canonical_json(row.model_dump(mode="json")) + b"\n" for row in rows)
+    return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines)
+
+
+def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
+    """The rows of a ledger, streamed. Raises ShardDamage naming `file` and the line."""
+    for number, line in enumerate(read_lines(data, file), 1):
+        try:
+            yield LedgerRow.model_validate_json(line)
+        except pydantic.ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise ShardDamage(file, f"line {number}: {where}: {problem['msg']}") from None
+
+
+def read_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """Lines of one zstd frame with checksum, streamed: memory is bounded by one line. Raises ShardDamage."""
+    check_frame(data, file)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
+    reader = io.BufferedReader(decompressor.stream_reader(data), 2**17)
+    try:
+        while line := reader.readline(max_line_bytes + 1):
+            if not line.endswith(b"\n"):
+                raise ShardDamage(file, f"a line that does not end, or is longer than {max_line_bytes:,} bytes")
+            yield line[:-1]
+    except (zstandard.ZstdError, EOFError) as error:
+        raise ShardDamage(file, f"zstd: {error}") from None

@@ -1,0 +1,1 @@
+"""The reader: open a dataset, its samples, its index."""

@@ -1,0 +1,137 @@
+"""index.jsonl.zst: all commits as columns, one line a unit. A cache: rebuilt from the commits at will, never trusted.
+
+A line counts only while the root's listing shows the commit with the size the line says and, as the unit's only tar,
+the one it names; any other unit is read from its commit. So a stale or lost index costs time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import zstandard
+
+from shards.console import LOG
+from shards.errors import MissingObject, ShardDamage
+from shards.format.commit import read_commit
+from shards.format.dataset_info import read_info
+from shards.format.ledger import read_lines
+from shards.format.names import FORMAT_VERSION, INDEX_NAME, commit_name, parse_name
+from shards.format.sealed_json import canonical_json, parse_json
+from shards.read.table import unit_columns
+from shards.storage.base import Storage
+
+_MAX_INDEX_BYTES = 2**30
+_MAX_LINES = 2**21
+_THREADS = 16
+
+
+class Listing(NamedTuple):
+    """What a root's listing shows: sizes of commits by (kind, unit), of all other objects by name, each unit's tars."""
+
+    commits: dict[tuple[str, int], int]
+    objects: dict[str, int]
+    tars: dict[tuple[str, int], list[str]]
+    """More than one where a killed or beaten writer left its own, or a unit was made anew."""
+
+
+def list_root(storage: Storage, kinds: list[str]) -> Listing:
+    """List the folders of `kinds`."""
+    commits: dict[tuple[str, int], int] = {}
+    objects: dict[str, int] = {}
+    tars: dict[tuple[str, int], list[str]] = {}
+    for kind in kinds:
+        for entry in storage.list(f"{kind}/"):
+            name = parse_name(entry.name)
+            if name and name.what == "commit":
+                commits[name.kind, name.unit] = entry.size
+                continue
+            objects[entry.name] = entry.size
+            if name and name.what == "tar":
+                tars.setdefault((name.kind, name.unit), []).append(entry.name)
+    return Listing(commits, objects, tars)
+
+
+def text_sets(storage: Storage) -> list[str]:
+    """The text sets that have objects under the root, whatever dataset.json says."""
+    return sorted({entry.name.split("/")[1] for entry in storage.list("text/") if entry.name.count("/") == 2})
+
+
+def write_index(storage: Storage, progress: Callable[[int, int], None] | None = None) -> int:
+    """Rebuild the index from all commits; returns the number of units in it. Raises UserError without a dataset."""
+    read_info(storage)
+    kinds = ["latents", *(f"text/{name}" for name in text_sets(storage))]
+    units = sorted(list_root(storage, kinds).commits)
+    out = io.BytesIO()
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    with compressor.stream_writer(out, closefd=False) as stream:
+        stream.write(canonical_json({"format_version": FORMAT_VERSION, "num_units": len(units)}) + b"\n")
+        for done, columns in enumerate(_read_commits(storage, units), 1):
+            stream.write(canonical_json(columns) + b"\n")
+            if progress:
+                progress(done, len(units))
+    storage.put(INDEX_NAME, out.getvalue())
+    return len(units)
+
+
+def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterator[dict[str, Any]]:
+    """The columns of every commit of `kinds`, from the index where it holds, from the commits elsewhere."""
+    left = {unit for unit in listing.commits if unit[0] in kinds}
+    for columns in _read_index(storage):
+        if _holds(columns, listing) and (unit := _unit_of(columns)) in left:
+            left.remove(unit)
+            yield columns
+    yield from _read_commits(storage, sorted(left))
+
+
+def _holds(columns: dict[str, Any], listing: Listing) -> bool:
+    """Whether a line of the index is that of a commit in the listing, and its tar is the only one of the unit.
+
+    A unit made anew can have a commit of the same size, and the old tar may lie there still: with two tars the listing
+    does not say which one the commit names. With one, it is that one, for a tar's name carries its digest.
+    """
+    try:
+        unit, (commit_size, _), (tar, size, _) = _unit_of(columns), columns["commit"], columns["tar"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    is_only_tar = listing.tars.get(unit) == [tar] and listing.objects.get(tar) == size
+    return is_only_tar and listing.commits.get(unit) == commit_size
+
+
+def _unit_of(columns: dict[str, Any]) -> tuple[str, int]:
+    return str(columns["kind"]), int(columns["unit"])
+
+
+def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:
+    file = storage.url(INDEX_NAME)
+    try:
+        lines = read_lines(storage.get(INDEX_NAME, _MAX_INDEX_BYTES), file)
+    except MissingObject:
+        return
+    try:
+        for number, line in enumerate(lines):
+            value = parse_json(line, file)
+            if number > _MAX_LINES or not isinstance(value, dict):
+                raise ShardDamage(file, f"line {number + 1} is not a unit's columns")
+            if number == 0 and value.get("format_version") != FORMAT_VERSION:
+                raise ShardDamage(file, f"it is of format version {value.get('format_version')!r}")
+            if number:
+                yield value
+    except ShardDamage as damage:
+        LOG.warning("%s (the commits are read instead; `wanshards index` makes it anew)", damage.problem)
+
+
+def _read_commits(storage: Storage, units: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    if not units:
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(units), 256):  # bounded: the columns of a batch, not of the dataset
+            batch = units[start : start + 256]
+            yield from pool.map(lambda unit: unit_columns(read_commit(storage, *unit)), batch)
+
+
+def commit_address(storage: Storage, kind: str, unit: int) -> str:
+    """Where a commit lies, for messages."""
+    return storage.url(commit_name(kind, unit))

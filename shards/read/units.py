@@ -1,0 +1,70 @@
+"""The units of a dataset in short: what a pass over all of them keeps, where whole commits would be too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from shards.errors import ShardDamage, UserError
+from shards.format.commit import Blob, Commit, StoredCommit, read_commit
+from shards.format.names import NULL_UNIT
+from shards.read.index import list_root
+from shards.storage.base import Storage
+
+_THREADS = 16
+
+
+class UnitRef(NamedTuple):
+    """One committed unit; some hundred bytes a sample less than its commit."""
+
+    kind: str
+    unit: int
+    revision: str
+    tar: Blob
+    ledger: Blob | None
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, stored: StoredCommit) -> UnitRef:
+        """From its commit."""
+        commit = stored.commit
+        keys = tuple(sample.key for sample in commit.samples)
+        return cls(commit.kind, commit.unit, stored.revision, commit.tar, commit.ledger, keys)
+
+    def commit(self, storage: Storage) -> Commit:
+        """Its commit, read anew. Raises ShardDamage when it is gone, damaged, or another tar's by now."""
+        commit = read_commit(storage, self.kind, self.unit).commit
+        if commit.tar != self.tar:
+            raise ShardDamage(storage.url(self.tar.name), "its unit was made anew meanwhile: run this again")
+        return commit
+
+
+def unit_numbers(storage: Storage, kind: str) -> list[int]:
+    """The units of a kind that have a commit now, ascending; without the null embeddings."""
+    return [unit for _, unit in sorted(list_root(storage, [kind]).commits) if unit != NULL_UNIT]
+
+
+def read_units(
+    storage: Storage, kind: str, units: Sequence[int], damaged: list[str] | None = None
+) -> Iterator[StoredCommit]:
+    """The units' commits in this order, few at a time; what is wrong with an unreadable one goes into `damaged`."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(units), _THREADS):
+            for found in pool.map(lambda unit: _read(storage, kind, unit), units[start : start + _THREADS]):
+                if isinstance(found, StoredCommit):
+                    yield found
+                elif damaged is not None:
+                    damaged.append(found)
+
+
+def list_units(storage: Storage, kind: str) -> list[UnitRef]:
+    """All units of a kind whose commit can be read now."""
+    return [UnitRef.of(stored) for stored in read_units(storage, kind, unit_numbers(storage, kind))]
+
+
+def _read(storage: Storage, kind: str, unit: int) -> StoredCommit | str:
+    try:
+        return read_commit(storage, kind, unit)
+    except (ShardDamage, UserError) as error:
+        return str(error.problem)

@@ -1,0 +1,1 @@
+"""What a dataset holds, on a terminal: overview, one sample, plain files."""

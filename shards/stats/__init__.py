@@ -1,0 +1,1 @@
+"""Statistics of a dataset, and what looks wrong in it."""

@@ -1,0 +1,130 @@
+"""What is wrong with a dataset, named: each finding says what, where, and what it may come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from shards.format.dataset_info import DatasetInfo
+from shards.stats.counter import Tally
+from shards.stats.drift import OTHER_VAE_SHARE, Channels, Reference, ShardVerdict, channels_off, share_words
+
+Severity = Literal["bad", "warn", "info"]
+_MAX_NAMED = 10
+
+
+class Evidence(NamedTuple):
+    """All that the passes over a dataset found."""
+
+    info: DatasetInfo
+    tally: Tally
+    texts: Tally
+    damaged: list[str]
+    channels: Channels | None
+    references: dict[bool, Reference]
+    shards: list[ShardVerdict]
+    outliers: list[dict[str, Any]]
+    duplicates: list[dict[str, Any]]
+    tars: dict[int, str]
+    """Names of the tars by unit."""
+
+
+def find_all(evidence: Evidence) -> list[dict[str, Any]]:
+    """Every finding, the worst first: code, severity, what in words, samples or shards it is about, their number."""
+    found = [
+        *_damage(evidence),
+        *_other_vae(evidence),
+        *_drift(evidence),
+        *_channels(evidence),
+        *_outliers(evidence),
+        *_duplicates(evidence),
+        *_captions(evidence),
+    ]
+    order = ("bad", "warn", "info")
+    return sorted(found, key=lambda item: order.index(item["severity"]))
+
+
+def _finding(
+    code: str, severity: Severity, what: str, keys: list[str] | tuple[str, ...] = (), num: int | None = None
+) -> dict[str, Any]:
+    count = len(keys) if num is None else num
+    return {"code": code, "severity": severity, "what": what, "num": count, "where": list(keys[:_MAX_NAMED])}
+
+
+def _damage(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for problem in evidence.damaged:
+        yield _finding("damage", "bad", problem)
+    for tally, kind in ((evidence.tally, "latents"), (evidence.texts, "text")):
+        for row in tally.rows("problem"):
+            code, _, what = row["label"].partition(": ")
+            words = {
+                "constant": "latents in which no channel varies: an encoder that failed, or an empty picture",
+                "not finite": "latents with infinities or NaN: training on one would end the run",
+            }.get(code, f"{code} in the {kind}: {what}")
+            code = code.split(" of ")[0].replace(" ", "-")
+            yield _finding(f"latent-{code}", "bad", f"{row['count']:,} {words}", row["examples"], row["count"])
+
+
+def _other_vae(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for shard in evidence.shards:
+        if shard.share_off >= OTHER_VAE_SHARE:
+            what = (
+                f"unit {shard.unit} has the statistics of another VAE or another normalisation, whatever its identity "
+                f"says: {100 * shard.share_off:.0f} % of its channels' features are off ({share_words(shard.off)})"
+            )
+            yield _finding("other-vae", "bad", what, [evidence.tars[shard.unit]])
+
+
+def _drift(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for shard in evidence.shards:
+        if 0 < shard.share_off < OTHER_VAE_SHARE:
+            what = f"unit {shard.unit} drifts from the others: {share_words(shard.off)}"
+            yield _finding("shard-drift", "bad", what, [evidence.tars[shard.unit]])
+
+
+def _channels(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    if evidence.channels is None:
+        return
+    # Random weights are normalised with the trained VAE's numbers: theirs need not be 0 and 1.
+    note = evidence.info.notes.get("encoders")
+    for off in channels_off(evidence.channels, evidence.references.get(False)):
+        what = (
+            f"channel {off['channel']} has mean {off['mean']:.3g} and deviation {off['std']:.3g} over the dataset; "
+            "a normalised latent has about 0 and 1"
+        )
+        severity: Severity = "info" if note else "bad"
+        yield _finding("channel-off", severity, what + (f" (encoders: {note})" if note else ""), num=1)
+
+
+def _outliers(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    if evidence.outliers:
+        worst = evidence.outliers[0]
+        what = (
+            f"{len(evidence.outliers)} samples stand far from all others; the farthest by {worst['spreads']:.0f} "
+            f"spreads: {worst['what']}"
+        )
+        yield _finding("sample-outlier", "warn", what, [item["key"] for item in evidence.outliers])
+
+
+def _duplicates(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for group in evidence.duplicates:
+        more = f" and {len(group['clips']) - 3} more" if len(group["clips"]) > 3 else ""
+        what = f"{group['what']} under several ids: {', '.join(group['clips'][:3])}{more}"
+        if group["difference"]:
+            what += f" ({100 * group['difference']:.1f} % of the fingerprint differs)"
+        yield _finding("duplicate", "warn", what, group["keys"], group["num"])
+
+
+def _captions(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    scripts = evidence.texts.rows("script")
+    total = sum(row["count"] for row in scripts)
+    for row in scripts[1:]:
+        # The rare ones: a set of two languages is no mistake.
+        if row["count"] < 0.05 * total and row["label"] not in ("empty",):
+            what = f"{row['count']:,} captions are mostly {row['label']}, where the others are {scripts[0]['label']}"
+            yield _finding("caption-language", "info", what, row["examples"], row["count"])
+    for row in evidence.texts.rows("no_words"):
+        what = f"{row['count']:,} samples have no caption: {row['label']}"
+        yield _finding("no-caption", "warn", what, row["examples"], row["count"])
+    for row in evidence.texts.rows("shortened"):
+        yield _finding("caption-cut", "info", f"{row['count']:,} {row['label']}", row["examples"], row["count"])

@@ -1,0 +1,253 @@
+"""Where a dataset lies: one small seam, with a folder and an S3 prefix behind it.
+
+A name is a relative path with "/" between its parts. What `put` has written is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from shards.errors import MissingObject, ShardDamage, UserError
+from shards.storage.base import MAX_OBJECT_BYTES, Entry
+
+# Names of files that are not yet there. They say whose they are: a dead process's are known, a living one's spared.
+
+TEMPORARY = ".tmp-"
+"""Start of the base name of a file that is not yet there, or of a scratch folder; no list shows them."""
+
+
+def temporary_name() -> str:
+    """A new name of this process's own."""
+    return f"{_here()}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def is_dead(name: str) -> bool:
+    """Whether a process of this machine made that name and is gone. False of what cannot be known."""
+    pid = name.removeprefix(_here()).partition("-")[0]
+    if not name.startswith(_here()) or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+def _here() -> str:
+    """Where a process number means what it means here: on this machine, among this container's processes."""
+    place = socket.gethostname()
+    with contextlib.suppress(OSError):
+        place += f" {Path('/proc/self/ns/pid').readlink()}"
+    return f"{TEMPORARY}put-{hashlib.sha256(place.encode()).hexdigest()[:8]}-"
+
+
+_MAX_OPEN_FILES = 64
+_CHUNK = 2**20
+
+
+class LocalStorage:
+    """A folder. Reads are `pread` over a bounded set of open files, opened anew in each process."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(root).absolute()
+        self._forget_all()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"root": self._root}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
+        """Temporary file, fsync, rename (or link, which fails when the name is taken), fsync of the folder."""
+        target = self._path(name)
+        if isinstance(data, Path):
+            data.stat()  # on a disk that has gone away no folder is made anew where it was
+        self._make_folder(target.parent)
+        temporary = target.with_name(temporary_name())
+        try:
+            _write_whole(temporary, data)
+            if if_absent:
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+            else:
+                temporary.replace(target)
+            sync_path(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._forget(name)
+        return True
+
+    def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+        """See Storage."""
+        data = self.get_range(name, 0, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ShardDamage(name, f"larger than {max_bytes:,} bytes")
+        return data
+
+    def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """See Storage."""
+        file = self._open(name)
+        length = min(length, max(0, os.fstat(file.descriptor).st_size - offset))
+        parts = []
+        while length > 0:
+            part = os.pread(file.descriptor, length, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """See Storage."""
+        file, done = self._open(name), 0
+        while done < len(buffer):
+            got = os.preadv(file.descriptor, [buffer[done:]], offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See Storage. Temporary files are not shown."""
+        folder = prefix.rpartition("/")[0]
+        entries = [entry for entry in self._walk(folder) if entry.name.startswith(prefix)]
+        return iter(sorted(entries))
+
+    def exists(self, name: str) -> bool:
+        """See Storage."""
+        return self._path(name).is_file()
+
+    def size(self, name: str) -> int:
+        """See Storage."""
+        return self._stat(name).st_size
+
+    def modified(self, name: str) -> float:
+        """See Storage."""
+        return self._stat(name).st_mtime
+
+    def delete(self, name: str) -> None:
+        """See Storage."""
+        self._path(name).unlink(missing_ok=True)
+        self._forget(name)
+
+    def url(self, name: str = "") -> str:
+        """See Storage."""
+        return str(self._root / name)
+
+    def address(self) -> str:
+        """See Storage."""
+        return self.url()
+
+    def temporaries(self) -> Iterator[Path]:
+        """Files that a killed `put` left behind, and scratch folders of builds, whole: for the sweep."""
+        for place, folders, files in os.walk(self._root):
+            yield from (Path(place, name) for name in sorted((*folders, *files)) if name.startswith(TEMPORARY))
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+
+    def drop_dead_temporaries(self) -> None:
+        """Remove what `put`s of this machine's dead processes left; a living one's, or another machine's, stays."""
+        for path in list(self.temporaries()):
+            if is_dead(path.name):
+                path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts:
+            raise UserError(f"object name {name!r}", expected="a relative path that stays under the root")
+        return self._root.joinpath(*parts)
+
+    def _stat(self, name: str) -> os.stat_result:
+        try:
+            return self._path(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObject(self.url(name)) from None
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_path(folder.parent)
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        try:
+            found = list(os.scandir(self._root / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for item in found:
+            name = f"{folder}/{item.name}" if folder else item.name
+            if item.name.startswith(TEMPORARY):
+                continue
+            if item.is_dir():
+                yield from self._walk(name)
+            else:
+                yield Entry(name, item.stat().st_size)
+
+    def _open(self, name: str) -> _OpenFile:
+        if not name.endswith(".tar"):
+            return _OpenFile(self._path(name))  # only a tar never changes under its name
+        if self._pid != os.getpid():
+            self._forget_all()  # another thread may have held the lock when this process was forked
+        with self._lock:
+            file = self._files.pop(name, None) or _OpenFile(self._path(name))
+            self._files[name] = file
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+    def _forget(self, name: str) -> None:
+        if self._pid == os.getpid():
+            with self._lock:
+                self._files.pop(name, None)
+
+    def _forget_all(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._pid = os.getpid()
+
+
+class _OpenFile:
+    """A descriptor that closes with its last reference, so that a reader in another thread never loses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObject(str(path)) from None
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _write_whole(path: Path, data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        try:
+            os.link(data, path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(data, path)
+    else:
+        path.write_bytes(data)
+    sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

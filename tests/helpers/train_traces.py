@@ -1,0 +1,139 @@
+"""Counting what torch does: FLOPs, operators, live bytes. Works on fake tensors, so at real dimensions too."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.config.model import DiTConfig, LoRAConfig
+from train.lora.lora import inject
+from train.model.dit import WanDiT
+from train.model.rope import rope_table
+from train.objective import add_noise, slot_losses
+
+aten = torch.ops.aten
+
+
+def _scores(q: Sequence[int], k: Sequence[int]) -> int:
+    batch, heads, length, channels = q
+    return 2 * batch * heads * length * k[2] * channels
+
+
+def _forward(q: Sequence[int], k: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * _scores(q, k)
+
+
+def _backward(grad: Any, q: Sequence[int], k: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 5 * _scores(q, k)
+
+
+def _addmm(out: Any, a: Sequence[int], b: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# torch's counter knows neither the CPU's flash attention nor GEMMs that add in place.
+UNCOUNTED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    aten.addmm_: _addmm,
+}
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors without numbers: sizes as large as you like."""
+    rope_table.cache_clear()  # what is cached outside must not come in, nor the other way round
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        rope_table.cache_clear()
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """FLOPs of GEMMs and attention, all of them."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        yield counter
+
+
+class CountedOperators(TorchDispatchMode):
+    """Operators that compute something: no views, no bookkeeping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func not in (aten.detach.default, aten.empty.memory_format, aten.empty_like.default):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of storages made while it is on and still alive; and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_iter((args, kwargs or {})):
+            if isinstance(tensor, Tensor):
+                self._seen[tensor.untyped_storage()] = None
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = None
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+
+def fake_model(dims: DiTConfig, lora: LoRAConfig | None, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
+    """A model of fake tensors. Make and use it under one `fake_tensors`."""
+    model = WanDiT(dims, dtype, torch.float32 if lora is None else None)
+    if lora is not None:
+        inject(model, lora, 0)
+    return model.train()
+
+
+def trace_step(model: WanDiT, shape: tuple[int, int, int, int], *, image_first: bool = False) -> None:
+    """One micro-step on fake tensors: noise, velocity, loss, gradients.
+
+    Args:
+        shape: samples, latent frames, rows, columns.
+    """
+    batch, dims = shape[0], model.config
+
+    flags = torch.empty(batch, dtype=torch.bool)
+    flags.any = lambda: image_first  # type: ignore[method-assign]  # a fake tensor has no value to ask for
+    latent, noise = (torch.empty(batch, dims.in_channels, *shape[1:]) for _ in range(2))
+    text = torch.empty(batch, dims.text_len, dims.text_dim, dtype=torch.bfloat16)
+    noised, target = add_noise(latent, noise, torch.empty(batch, dtype=torch.float64), flags)
+    timestep = torch.empty(batch)
+    velocity = model(noised, timestep, flags, text)
+    del noised
+    slot_losses(velocity, target, flags).sum().backward()

@@ -1,0 +1,165 @@
+"""Who does the work changes no byte: one process, two, part by part; and a worker that is lost is told of."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from click.testing import CliRunner
+from prep_runs import TINY, build, files_of, prep
+
+from preprocess.build.work_queue import MAX_LOSSES, Dealer
+from preprocess.cli.main import main
+from preprocess.pipeline import Part
+from shards.check.verify import verify
+from shards.errors import UserError
+from shards.format.commit import committed_units, read_commit
+from shards.storage import open_storage
+
+TWO = {"engine": {"devices": ["cpu", "cpu"]}}
+
+
+@pytest.fixture(scope="module")
+def alone(demo_corpus, tmp_path_factory):
+    """Three units of two candidates, built by one process; not to be written to."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    build(demo_corpus, output, **TINY)
+    return output
+
+
+def ledgers(root):
+    from shards.format.ledger import read_ledger
+
+    storage = open_storage(root)
+    for unit in sorted(committed_units(storage, "latents")):
+        for row in read_ledger(storage.get(read_commit(storage, "latents", unit).commit.ledger.name)):
+            yield row.clip_id, row.status, row.reason, row.bytes
+
+
+def test_a_dealer_deals_each_unit_once():
+    dealer = Dealer([3, 5, 8])
+    assert [dealer.next("a"), dealer.next("b"), dealer.next("a"), dealer.next("b")] == [3, 5, 8, None]
+    dealer.done("a", 3)
+    assert (dealer.num_waiting, dealer.num_out) == (0, 2)
+
+
+def test_what_a_lost_worker_had_is_dealt_again_first():
+    dealer = Dealer(range(5))
+    assert [dealer.next("a"), dealer.next("a"), dealer.next("b")] == [0, 1, 2]
+    dealer.done("a", 0)
+    dealer.next("a")
+    assert dealer.lost("a") == [1, 3]
+    assert dealer.lost("a") == []
+    assert [dealer.next("b") for _ in range(4)] == [1, 3, 4, None]
+
+
+def test_a_unit_that_kills_its_workers_is_given_up():
+    dealer = Dealer([7, 8])
+    for worker in range(MAX_LOSSES - 1):
+        assert [dealer.next(worker), dealer.next(worker)] == [7, 8]
+        assert dealer.lost(worker) == [7, 8]
+    dealer.next("last")
+    with pytest.raises(UserError, match="unit 7: 3 workers were lost"):
+        dealer.lost("last")
+
+
+def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
+    build(demo_corpus, tmp_path / "two", **TINY, **TWO)
+    assert files_of(tmp_path / "two", "**/*.tar") == files_of(alone, "**/*.tar")
+    assert list(ledgers(tmp_path / "two")) == list(ledgers(alone))
+    assert not list((tmp_path / "two").glob(".tmp*"))
+    assert not multiprocessing.active_children()
+
+
+def test_parts_of_a_build_make_the_whole(alone, demo_corpus, tmp_path):
+    """As a Slurm array and a second machine would: latents by ranges, in any order, then text, then nothing is left."""
+    output = tmp_path / "parts"
+    for units in (range(2, 9), range(2)):
+        counts = build(demo_corpus, output, part=Part("latents", units), **TINY)
+        assert counts["units"]["latents"] == len(committed_units(open_storage(output), "latents"))
+    assert not (output / "text").exists()
+    assert "accepted" not in (output / "dataset.json").read_text()  # no process of an array knows the totals
+    build(demo_corpus, output, part=Part("text", range(1, 2)), **TINY)
+    assert committed_units(open_storage(output), "text/default") == {1}
+    build(demo_corpus, output, **TINY)
+    assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+    assert not verify(open_storage(output), "deep").problems
+
+
+def test_text_before_latents_and_units_beyond_the_plan_are_refused(alone, demo_corpus, tmp_path):
+    with pytest.raises(UserError, match="no finished latents"):
+        build(demo_corpus, tmp_path / "out", part=Part("text"), **TINY)
+    with pytest.raises(UserError, match=r"--unit-range 3:9: no unit") as caught:
+        build(demo_corpus, tmp_path / "out", part=Part(None, range(3, 9)), **TINY)
+    assert "A < 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["5", "5:", ":5", "5:5", "6:5", "-1:3", "a:b"])
+def test_a_bad_range_is_named(text):
+    told = CliRunner().invoke(main, ["build-shards", "config.yaml", "--unit-range", text])
+    assert told.exit_code == 2 and "expected A:B" in told.output
+
+
+def test_an_unknown_device_of_a_list_is_the_users_error(demo_corpus, tmp_path):
+    with pytest.raises(UserError, match=r"abacus"):
+        build(demo_corpus, tmp_path / "out", **TINY, engine={"devices": ["abacus", "cpu"]})
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_corpus, tmp_path):
+    """SIGKILL, as the kernel does when memory runs out, of one of two processes; the same command then goes on."""
+    from preprocess.build import processes
+
+    output = tmp_path / "out"
+    config = prep(demo_corpus, output, **TINY, **TWO)
+
+    def kill_one(row):
+        if row.candidate not in (0, 1):  # one time: both processes have work, or have yet to ask for it
+            return
+        child = next(child for child in multiprocessing.active_children() if child.is_alive())
+        os.kill(child.pid, signal.SIGKILL)
+
+    from preprocess.build.dataset_info import grow_info
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.demo.server import served
+    from preprocess.plan.freeze import ensure_plan
+
+    storage = open_storage(output)
+    plan = ensure_plan(storage, config)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with served(demo_corpus) as url, pytest.raises(UserError, match="on cpu was ended by SIGKILL"):
+        mirrored = config.model_copy(update={"fetch": config.fetch.model_copy(update={"mirrors": {BASE_URL: url}})})
+        processes.run_processes(
+            mirrored, ["cpu", "cpu"], range(3), scratch,
+            on_description=lambda about: grow_info(storage, plan, identity=about.identity, config=config, note=None),
+            on_row=kill_one, on_unit=lambda unit: None,
+        )  # fmt: skip
+    assert not multiprocessing.active_children()
+    build(demo_corpus, output, **TINY, **TWO)
+    assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_build(demo_corpus, tmp_path, number):
+    """SIGTERM ends the children cleanly; after a SIGKILL they notice by themselves that nobody asks any more."""
+    import psutil
+    from prep_runs import start_build
+
+    output = tmp_path / "out"
+    process = start_build(demo_corpus, output, tmp_path / "config.yaml", **TINY, **TWO)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("latents/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=100)
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert children and not alive
+    if number == signal.SIGTERM:
+        assert process.returncode == 143 and not list(output.glob(".tmp*"))

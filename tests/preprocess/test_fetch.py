@@ -1,0 +1,270 @@
+"""Downloads from a server that misbehaves: each ends as designed, and no secret is told."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fetch_runs import FetchRun
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
+from preprocess.config import CorpusConfig, FetchConfig
+from preprocess.corpus.records import Record
+from preprocess.corpus.url import cache_name, redact
+from preprocess.fetch import fetcher as fetching
+from preprocess.fetch.fetcher import Fetcher
+from preprocess.fetch.http_download import _spelled
+from preprocess.fetch.transfer import Trouble
+
+SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(fetching, "BACKOFF_SECONDS", 0.01)
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    return FetchRun(tmp_path / "scratch")
+
+
+def test_a_good_server_is_asked_once(fetch):
+    with odd_server(a=[whole]) as server:
+        assert fetch(f"{server.url}/a{SECRET}") == BODY
+        assert len(server.requests) == 1
+        assert fetch.attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "retryable"),
+    [(404, 1, False), (410, 1, False), (403, 1, True), (401, 1, True), (418, 1, False), (500, 3, True), (503, 3, True)],
+)
+def test_each_status_has_its_reason(fetch, code, attempts, retryable):
+    with odd_server(a=[status(code)]) as server:
+        rejection, made = fetch.refused(f"{server.url}/a{SECRET}", attempts=3)
+        assert (rejection.reason, made, rejection.retryable) == (f"fetch-{code}", attempts, retryable)
+        assert len(server.requests) == attempts
+
+
+def test_a_server_that_recovers_is_asked_again(fetch):
+    with odd_server(a=[status(503), status(500), whole]) as server:
+        assert fetch(f"{server.url}/a", attempts=3) == BODY
+        assert fetch.attempts == 3
+
+
+def test_retry_after_is_honoured(fetch):
+    with odd_server(a=[status(429, Retry_After="1"), whole]) as server:
+        start = time.monotonic()
+        assert fetch(f"{server.url}/a") == BODY
+        assert 1.0 <= time.monotonic() - start < 4
+
+
+def test_retry_after_beyond_the_deadline_ends_at_once(fetch):
+    with odd_server(a=[status(429, Retry_After="3600")]) as server:
+        start = time.monotonic()
+        rejection, attempts = fetch.refused(f"{server.url}/a")
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-429", True, 1)
+        assert time.monotonic() - start < 3
+
+
+def test_a_cut_download_goes_on_where_it_stopped(fetch):
+    with odd_server(a=[cut(300_000), whole]) as server:
+        assert fetch(f"{server.url}/a") == BODY
+        asked = server.requests[1][1]
+        assert asked["Range"] == "bytes=300000-" and asked["If-Range"] == '"v1"'
+
+
+def test_a_download_that_is_always_cut_is_truncated(fetch):
+    with odd_server(a=[cut(1000)]) as server:
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2)
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-truncated", True, 2)
+        assert "1,000 bytes" in rejection.detail
+
+
+def test_content_that_changed_meanwhile_is_never_joined(fetch):
+    with odd_server(a=[cut(300_000), other_content]) as server:
+        assert fetch(f"{server.url}/a") == b"new" * 1000
+
+
+def test_a_part_that_was_not_asked_for_is_never_joined(fetch):
+    with odd_server(a=[cut(300_000), wrong_part, whole]) as server:
+        assert fetch(f"{server.url}/a") == BODY
+
+
+def test_a_length_that_is_too_long_is_a_truncation(fetch):
+    with odd_server(a=[cut(len(BODY), length=len(BODY) + 7)]) as server:
+        rejection, _ = fetch.refused(f"{server.url}/a", attempts=2)
+        assert rejection.reason == "fetch-truncated"
+
+
+def test_a_length_of_many_digits_is_no_length(fetch):
+    digits = "9" * 5000
+    with odd_server(a=[cut(10, length=digits)]) as server:
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2)
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-bad-length", True, 2)
+    rest = status(206, Content_Range=f"bytes 300000-{digits}/{digits}")
+    with odd_server(a=[cut(300_000), rest]) as server:
+        assert fetch.refused(f"{server.url}/a", attempts=2)[0].reason == "fetch-bad-range"
+
+
+def test_a_stall_is_a_timeout(fetch):
+    with odd_server(a=[stall(1000, 3)]) as server:
+        rejection, attempts = fetch.refused(f"{server.url}/a", attempts=2, timeout_seconds=0.3)
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-timeout", True, 2)
+
+
+def test_a_drip_meets_the_deadline(fetch):
+    with odd_server(a=[drip(0.05)]) as server:
+        start = time.monotonic()
+        rejection, _ = fetch.refused(f"{server.url}/a", deadline_seconds=0.5)
+        assert rejection.reason == "fetch-timeout"
+        assert time.monotonic() - start < 4
+
+
+def test_a_body_beyond_the_limit_is_not_read(fetch):
+    with odd_server(a=[cut(10, length=10 << 30)]) as server:
+        rejection, attempts = fetch.refused(f"{server.url}/a", max_mib=1)
+        assert (rejection.reason, rejection.retryable, attempts) == ("fetch-too-large", False, 1)
+
+
+def test_redirects_stay_within_the_allowed_hosts(fetch):
+    with odd_server(a=[status(302, Location="/b")], b=[whole]) as server:
+        assert fetch(f"{server.url}/a") == BODY
+    with odd_server(a=[status(302, Location="http://foreign.example/x?Signature=hush")]) as server:
+        rejection, _ = fetch.refused(f"{server.url}/a")
+        assert rejection.reason == "fetch-redirect-refused"
+        assert "foreign.example" in rejection.detail
+    with odd_server(a=[status(302, Location="file:///etc/passwd")]) as server:
+        assert fetch.refused(f"{server.url}/a")[0].reason == "fetch-redirect-refused"
+    with odd_server(a=[status(302, Location="/a")]) as server:
+        assert fetch.refused(f"{server.url}/a")[0].reason == "fetch-redirect-loop"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        (f"http://foreign.example/a{SECRET}", "fetch-host-refused"),
+        (f"http://127.0.0.1.foreign.example/a{SECRET}", "fetch-host-refused"),
+        (f"s3://secret-bucket/a{SECRET}", "fetch-host-refused"),
+        ("file:///etc/passwd", "fetch-bad-url"),
+        ("ftp://127.0.0.1/a", "fetch-bad-url"),
+        ("http://user:hush@127.0.0.1/a", "fetch-bad-url"),
+        ("http://127.0.0.1:port/a", "fetch-bad-url"),
+        ("nonsense", "fetch-bad-url"),
+        (None, "no-source"),
+    ],
+)
+def test_what_may_not_be_asked_is_refused(fetch, url, reason):
+    assert fetch.refused(url)[0].reason == reason
+
+
+_PIECES = st.sampled_from([*"aB0-_~é %/.?#=&[|", "%2f", "%2F", "%zz", "..", "/./"])
+_PORTS = st.sampled_from(["", ":", ":80", ":080"])
+
+
+@settings(max_examples=1000)
+@given(st.text("ab0-.", min_size=1, max_size=6), _PORTS, st.lists(_PIECES, max_size=8))
+def test_a_plain_url_goes_over_the_wire_as_urllib3_spells_it(host, port, pieces):
+    url = f"http://{host}{port}/{''.join(pieces)}"
+    try:
+        expected = parse_url(url)._replace(fragment=None).url
+    except LocationParseError:
+        with pytest.raises(Trouble):
+            _spelled(url)
+    else:
+        assert _spelled(url) == expected
+
+
+def test_nobody_listening_is_a_connection_error(fetch):
+    rejection, attempts = fetch.refused(f"http://127.0.0.1:9/a{SECRET}", attempts=2)
+    assert (rejection.reason, rejection.retryable, attempts) == ("fetch-connection", True, 2)
+
+
+def test_no_secret_is_logged(fetch, caplog):
+    logger = logging.getLogger("wan")
+    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="wan")  # a command line run before may have raised it
+    logger.propagate = True
+    with odd_server(a=[status(503), cut(10), whole]) as server:
+        fetch(f"{server.url}/a{SECRET}")
+    assert "fetch-503" in caplog.text  # it is logged,
+    ours = "".join(record.getMessage() for record in caplog.records if record.name == "wan")
+    assert "hush" not in ours  # without the query
+
+
+def test_redaction_keeps_host_and_path_only():
+    assert redact(f"https://user:pw@host.example:8443/a/b.mp4{SECRET}#f") == "https://host.example:8443/a/b.mp4"
+    assert redact("http://[broken") == "(not a URL)"
+
+
+def test_wildcards_match_whole_labels(fetch):
+    rejection, _ = fetch.refused("https://evilcloudfront.net/a", allow_hosts=("*.cloudfront.net",))
+    assert rejection.reason == "fetch-host-refused"
+
+
+def test_a_mirror_replaces_the_prefix(fetch):
+    with odd_server(b=[whole]) as server:
+        assert fetch("https://cdn.example/clips/b", mirrors={"https://cdn.example/clips/": f"{server.url}/"}) == BODY
+
+
+def test_the_file_beside_the_json_comes_first(fetch, tmp_path):
+    folder = tmp_path / "corpus" / "video"
+    folder.mkdir(parents=True)
+    (folder / "a.mov").write_bytes(b"beside")
+    assert fetch("http://foreign.example/a", location=tmp_path / "corpus") == b"beside"
+    assert (folder / "a.mov").exists()
+
+
+def test_the_file_beside_the_json_is_of_the_records_kind(fetch, tmp_path):
+    folder = tmp_path / "corpus" / "video"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"thumbnail")
+    with odd_server(a=[whole]) as server:
+        assert fetch(f"{server.url}/a", location=tmp_path / "corpus") == BODY
+    (folder / "a.MP4").write_bytes(b"beside")
+    assert fetch("http://foreign.example/a", location=tmp_path / "corpus") == b"beside"
+
+
+def test_the_cache_is_shared_and_bounded(fetch, tmp_path):
+    cache = tmp_path / "cache"
+    with odd_server(a=[whole], b=[whole], c=[whole]) as server:
+        one = 1_100_000 / 2**30
+        for name in ("a", "a", "b", "a", "c"):
+            assert fetch(f"{server.url}/{name}{SECRET}", cache=str(cache), cache_gib=2 * one) == BODY
+            time.sleep(0.02)
+        assert [path for path, _ in server.requests] == ["/a", "/b", "/c"]
+        kept = list(cache.glob("*.clip"))
+        assert len(kept) == 2 and sum(path.stat().st_size for path in kept) == 2 * len(BODY)
+        assert fetch(f"{server.url}/a{SECRET}", cache=str(cache), cache_gib=2 * one) == BODY  # b went: least recent
+        assert len(server.requests) == 3
+
+
+def test_the_cache_tells_clips_apart_by_their_query_but_not_by_their_signature(fetch, tmp_path):
+    cache = str(tmp_path / "cache")
+    with odd_server(get=[whole, other_content]) as server:
+        assert fetch(f"{server.url}/get?id=1", cache=cache) == BODY
+        assert fetch(f"{server.url}/get?id=2", cache=cache) == b"new" * 1000
+        assert fetch(f"{server.url}/get?id=1&X-Amz-Signature=hush&Expires=2#f", cache=cache) == BODY
+        assert len(server.requests) == 2
+    assert cache_name(f"http://a/b{SECRET}") == cache_name("http://a/b") != cache_name("http://a/b?id=1")
+    assert not [path for path in (tmp_path / "cache").rglob("*id=*")]
+
+
+def test_stopping_interrupts_a_wait(tmp_path):
+    stop = threading.Event()
+    record = Record(clip_id="a", source="a.json", url="http://127.0.0.1:9/a")
+    config = FetchConfig(allow_hosts=("127.0.0.1",), attempts=5)
+    stop.set()
+    with (
+        Fetcher(config, CorpusConfig(location="nowhere"), tmp_path, stop) as fetcher,
+        pytest.raises(fetching.Stopped),
+        fetcher.fetched(record),
+    ):
+        pass
+    assert not list(Path(tmp_path).iterdir())

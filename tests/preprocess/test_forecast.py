@@ -1,0 +1,151 @@
+"""What `wanprep plan --gpu` foretells: the references' figures, what bounds a build, and what would shorten it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from prep_runs import prep, prep_values
+
+from preprocess.cli.main import main
+from preprocess.config import PrepConfig
+from preprocess.forecast.forecast import (
+    SPEEDS,
+    Hardware,
+    count_plan,
+    describe_forecast,
+    encode_seconds,
+    forecast,
+    vae_encode_tflop,
+)
+from preprocess.plan.plan import Plan
+from shards.config import validate_config
+from shards.errors import UserError
+from shards.gpus import GPUS
+
+
+def a_plan(num_candidates, seconds_each=10.0, size=(1920, 1080)):
+    """A plan of which only the counts are read."""
+
+    declared = SimpleNamespace(width=size[0], height=size[1], count=num_candidates)
+    generation = SimpleNamespace(
+        num_candidates=num_candidates, declared_sizes=(declared,), declared_seconds=num_candidates * seconds_each,
+        num_refused=0, num_beyond_limit=0, num_units=0, refused_by={}, superseded_by={}, frame_bytes=(),
+        retried=(), num_new=num_candidates,
+    )  # fmt: skip
+    return Plan(None, (generation,))
+
+
+def a_config(**sections):
+    values = {
+        "output": "out", "corpus": {"location": "corpus"},
+        "buckets": {"sizes": [{"width": 1280, "height": 704}], "max_upscale": 1.0}, "window": {"num_frames": 49},
+    }  # fmt: skip
+    return validate_config(PrepConfig, {**values, **sections}, origin="test")
+
+
+def foretell(plan, config, gpu="v100-32gb", gpus=2, mbit=1000.0, cores=8, probed=None, settled=None):
+    counts = count_plan(plan, config) | ({"probed": probed} if probed else {})
+    return forecast(plan, config, counts, Hardware(gpu, gpus, mbit, cores), len, settled)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "num_frames", "tflop"),
+    [(1280, 704, 1, 4.2), (1280, 704, 17, 54.7), (1280, 704, 49, 155.6), (1280, 704, 121, 382.6), (832, 480, 49, 68.9)],
+)
+def test_the_closed_form_gives_the_counted_flops(width, height, num_frames, tflop):
+    assert vae_encode_tflop(width, height, num_frames) == pytest.approx(tflop, rel=0.003)
+
+
+def test_the_closed_form_is_what_the_real_architecture_takes():
+    """Counted on the published sizes, on the meta device: nothing is computed."""
+    import torch
+    from diffusers import AutoencoderKLWan
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from preprocess.encoders.vae_config import vae_arguments
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**vae_arguments())
+        pixels = torch.empty(1, 3, 9, 480, 832)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(pixels)
+    assert vae_encode_tflop(832, 480, 9) == pytest.approx(counter.get_total_flops() / 1e12, rel=0.005)
+
+
+def test_160_000_clips_on_two_v100s_in_fp32_are_12_to_14_days():
+    found = foretell(a_plan(160_000), a_config())
+    assert found["samples"] == 160_000 and found["vae_mode"] == "fp32" and found["bound"] == "encode"
+    assert 12 <= found["days"]["encode"] <= 14
+    assert 4 <= found["encode_days_by_mode"]["fast"] <= 5.5  # 5 s a clip in fp16
+    assert any("vae_precision=auto" in line for line in found["shorter"])
+    assert found["disk_bytes"]["latents"] / 160_000 == pytest.approx(0.919 * 4.39e6, rel=0.03)
+
+
+def test_its_seconds_a_clip_are_those_of_the_trainers_plan():
+    """Both stages say what stage 1 takes on a GPU; neither imports the other, so this holds them together."""
+    assert SPEEDS.keys() == GPUS.keys()
+    for name, speed in SPEEDS.items():
+        mode = "fp32" if name.startswith("v100") else "fp16"
+        assert encode_seconds(speed, mode, 155.6) == pytest.approx(GPUS[name].encode_seconds, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("options", "bound", "told"),
+    [
+        ({"mbit": 1.0}, "fetch", "fetch.mirrors"),
+        ({"gpu": "h100", "gpus": 8, "cores": 1}, "decode", "more cores"),
+        ({"gpu": "h100", "gpus": 1, "cores": 64}, "encode", "more GPUs"),
+    ],
+)
+def test_what_bounds_it_is_named_with_what_helps(options, bound, told):
+    found = foretell(a_plan(10_000), a_config(), **options)
+    assert found["bound"] == bound == max(found["days"], key=found["days"].get)
+    assert any(told in line for line in found["shorter"])
+
+
+def test_a_settled_or_given_mode_is_what_is_foretold():
+    plan = a_plan(1000)
+    auto = a_config(encoders={"vae_precision": "auto"})
+    assert foretell(plan, auto)["vae_mode"] == "fp32"
+    assert foretell(plan, auto, settled="fp16")["days"]["encode"] < foretell(plan, auto)["days"]["encode"] / 2
+    given = foretell(plan, a_config(encoders={"vae_precision": "fp16"}))
+    assert given["vae_mode"] == "fp16" and not any("vae_precision" in line for line in given["shorter"])
+
+
+def test_windows_unknown_sizes_and_probed_clips_are_counted():
+    tiled = a_config(window={"num_frames": 49, "policy": "tile", "max_windows": 8})
+    assert foretell(a_plan(100), tiled)["samples"] == 400  # 10 s hold four windows of 2.04 s
+    assert foretell(a_plan(100, size=(0, 0)), a_config())["samples"] == 100
+    assert foretell(a_plan(100, size=(640, 360)), a_config())["samples"] == 0  # too small for 1280×704
+    probed = {"estimate_by_bucket": {"1280×704": 60}, "estimate_download_gib": 2.0}
+    found = foretell(a_plan(100), a_config(), probed=probed)
+    assert found["samples"] == 60 and found["download_bytes"] == 2 * 2**30
+    assert "probed" in found["assumed"][0]
+
+
+def test_an_unknown_gpu_is_named_before_the_corpus_is_read(tmp_path):
+    told = CliRunner().invoke(main, ["plan", str(tmp_path / "none.yaml"), "--gpu", "v100-32"])
+    assert told.exit_code == 2 and "did you mean v100-32gb?" in told.output
+    with pytest.raises(UserError, match="not known"):
+        foretell(a_plan(1), a_config(), gpu="abacus")
+
+
+def test_the_command_says_it_to_people_and_to_programs(demo_corpus, tmp_path):
+    import yaml
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(prep_values(demo_corpus, tmp_path / "out"), allow_unicode=True))
+    asked = ["plan", str(path), "--gpu", "v100-32gb", "--gpus", "2", "--quiet"]
+    told = CliRunner().invoke(main, asked)
+    assert told.exit_code == 0, told.output
+    for part in ("11 candidates", "download", "on disk", "2 × v100-32gb, bound by", "shorter", "assumed"):
+        assert part in told.output
+    found = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout)
+    assert found["candidates"] == 11 and found["forecast"]["gpus"] == 2
+    assert 20 < found["forecast"]["caption_tokens"] <= 160
+    assert describe_forecast(found["forecast"])[0].split()[2] == str(found["forecast"]["samples"])
+
+
+def test_without_gpu_nothing_is_foretold(demo_corpus, tmp_path):
+    assert "forecast" not in count_plan(a_plan(3), prep(demo_corpus, tmp_path))

@@ -1,0 +1,341 @@
+"""Every damage is found: by `verify` anywhere, by the reader before a damaged sample is used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shards_data import IDENTITY, PROVENANCE, write_dataset
+
+from shards.check.verify import Problem, verify
+from shards.errors import ShardDamage, UserError
+from shards.format.arrays import array_facts, encode_array
+from shards.format.commit import read_commit
+from shards.format.dataset_info import read_info, write_info
+from shards.format.keys import sample_key
+from shards.format.ledger import read_ledger, write_ledger
+from shards.format.sealed_json import canonical_json, open_document, seal_document
+from shards.format.tar import BLOCK, Member, padding, scan_tar
+from shards.read.dataset import Dataset, open_dataset
+from shards.read.index import write_index
+from shards.storage import open_storage
+from shards.write.shard_writer import ShardWriter
+
+TAR_KINDS = ("latents", "text/default")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two units of four samples with few channels: small enough to damage it thousands of times."""
+    root = tmp_path_factory.mktemp("small")
+    write_dataset(root, num_units=2, samples_per_unit=4, channels=2, scratch=tmp_path_factory.mktemp("scratch"))
+    return root
+
+
+@pytest.fixture
+def root(small: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def tar_of(root: Path, kind: str, unit: int = 1) -> Path:
+    return root / read_commit(open_storage(root), kind, unit).commit.tar.name
+
+
+def members_of(path: Path) -> list[Member]:
+    data = path.read_bytes()
+    return list(scan_tar(lambda offset, length: data[offset : offset + length], path.name, len(data)))
+
+
+def problems(root: Path, level: str = "hash", partial: bool = False) -> list[Problem]:
+    return verify(open_storage(root), level, partial=partial).problems  # type: ignore[arg-type]
+
+
+def read_all(dataset: Dataset) -> Iterator[tuple[str, bytes]]:
+    """Every sample's arrays and documents, by the reader."""
+    for place, sample in enumerate(dataset.samples):
+        yield sample.key, dataset.latent(place).tobytes()
+        yield sample.key, repr(dataset.meta(place)).encode()
+        yield sample.key, repr(dataset.text_meta(place)).encode()
+        for variant in range(sample.num_variants):
+            yield sample.key, dataset.text(place, variant).tobytes()
+
+
+@pytest.fixture(scope="module")
+def whole(small: Path) -> list[tuple[str, bytes]]:
+    return list(read_all(open_dataset(small)))
+
+
+def assert_reader_is_not_fooled(root: Path, whole: list[tuple[str, bytes]]) -> bool:
+    """All that the reader gives is what was written; True when it found damage."""
+    try:
+        dataset = open_dataset(root)
+    except UserError:
+        return True
+    given = read_all(dataset)
+    for expected in whole:
+        try:
+            assert next(given) == expected
+        except ShardDamage as damage:
+            assert damage.file.endswith(".tar") and damage.member and damage.offset
+            return True
+    return False
+
+
+def test_the_small_dataset_is_whole(small: Path, whole: list[tuple[str, bytes]]) -> None:
+    assert problems(small, "deep") == problems(small, "fast") == []
+    assert not assert_reader_is_not_fooled(small, whole)
+
+
+@pytest.mark.parametrize("kind", TAR_KINDS)
+def test_a_tar_cut_anywhere_is_found(root: Path, kind: str, whole: list[tuple[str, bytes]]) -> None:
+    path = tar_of(root, kind)
+    good = path.read_bytes()
+    boundaries = {place for m in members_of(path) for place in (m.offset - BLOCK, m.offset, m.offset + m.size)}
+    random = {int(place) for place in np.random.default_rng(0).integers(0, len(good), 30)}
+    for length in sorted(boundaries | random | {0, len(good) - 1, len(good) - BLOCK}):
+        path.write_bytes(good[:length])
+        for level in ("fast", "hash"):
+            found = problems(root, level)
+            assert [problem.file for problem in found] == [str(path)]
+            assert found[0].offset == length and "cut short" in found[0].what
+        with pytest.raises(ShardDamage, match=path.name):
+            open_dataset(root)
+
+
+def test_an_open_dataset_finds_a_tar_cut_under_it(root: Path) -> None:
+    dataset = open_dataset(root)
+    path = Path(dataset.storage(dataset.shard(7)).url(dataset.shard(7).tar))
+    with path.open("r+b") as file:
+        file.truncate(members_of(path)[-2].offset - 2 * BLOCK)
+    with pytest.raises(ShardDamage, match=rf"{path.name}: member {dataset.samples[7].key}.* at offset \d+: "):
+        dataset.latent(7)
+
+
+@pytest.mark.parametrize("kind", TAR_KINDS)
+def test_a_flipped_bit_of_every_class_is_found(root: Path, kind: str, whole: list[tuple[str, bytes]]) -> None:
+    path = tar_of(root, kind)
+    good = path.read_bytes()
+    rng = np.random.default_rng(1)
+    places = {len(good) - 1, len(good) - BLOCK - 1}
+    for m in members_of(path):
+        places |= {m.offset - BLOCK + int(place) for place in rng.integers(0, BLOCK, 3)}
+        places |= {m.offset + int(place) for place in rng.integers(0, m.size, 4)}
+        places |= {m.offset + m.size + int(place) for place in rng.integers(0, max(1, padding(m.size)), 1)}
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << int(rng.integers(0, 8))
+        path.write_bytes(bad)
+        found = problems(root)
+        assert [problem.file for problem in found] == [str(path)], place
+        assert found[0].offset is not None
+        assert_reader_is_not_fooled(root, whole)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flip_in_a_payload_names_its_member(root: Path, whole: list[tuple[str, bytes]], data: st.DataObject) -> None:
+    path = tar_of(root, data.draw(st.sampled_from(TAR_KINDS)))
+    good = path.read_bytes()
+    member = data.draw(st.sampled_from([m for m in members_of(path) if "__" not in m.name]))
+    bad = bytearray(good)
+    bad[member.offset + data.draw(st.integers(0, member.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        path.write_bytes(bad)
+        assert [(p.file, p.member, p.offset) for p in problems(root)] == [(str(path), member.name, member.offset)]
+        assert_reader_is_not_fooled(root, whole)
+    finally:
+        path.write_bytes(good)
+
+
+def write_unit(root: Path, scratch: Path, arrays: dict[str, np.ndarray], said: dict[str, np.ndarray]) -> None:
+    """Unit 1 of latents anew: an image of 32×32 for each clip, whose JSON tells of another array where `said` does."""
+    for path in root.glob("latents/shard-000001*"):
+        path.unlink()
+    with ShardWriter(open_storage(root), "latents", 1, IDENTITY, scratch, PROVENANCE) as writer:
+        for clip, array in arrays.items():
+            meta = {"clip": clip, "latent": array_facts(said.get(clip, array))}
+            summary = {"clip": clip, "start_ms": 0, "frames": 1, "height": 32, "width": 32}
+            members = {"json": canonical_json(meta), "latent.npy.zst": encode_array(array)}
+            key = sample_key(clip, 0, 1, 32, 32)
+            writer.add(key, members, {**summary, "source_media": "image", "category": None})
+        writer.seal()
+
+
+@pytest.mark.parametrize("with_headers", [False, True])
+def test_two_members_swapped_are_found(root: Path, tmp_path: Path, with_headers: bool) -> None:
+    """Payloads of equal size exchanged, with and without their headers: each is a good array of the other sample."""
+    rng = np.random.default_rng(0)
+    noise = {clip: rng.integers(0, 2**16, (48, 1, 9, 9), np.uint16) for clip in ("one", "two")}
+    write_unit(root, tmp_path, noise, {})
+    path = tar_of(root, "latents")
+    bad = path.read_bytes()
+    one, two = (member for member in members_of(path) if member.name.endswith(".latent.npy.zst"))
+    assert one.size == two.size
+    start = BLOCK if with_headers else 0
+    parts = [bad[member.offset - start : member.offset + member.size] for member in (one, two)]
+    for member, part in zip((two, one), parts, strict=True):
+        bad = bad[: member.offset - start] + part + bad[member.offset + member.size :]
+    path.write_bytes(bad)
+    assert [problem.member for problem in problems(root) if problem.member] in ([one.name], [two.name])
+    dataset = open_dataset(root, None)
+    for sample in dataset.samples[-2:]:
+        with pytest.raises(
+            ShardDamage, match="tar header" if with_headers else "checksum is not the one in the commit"
+        ):
+            dataset.latent(sample.key)
+
+
+def test_two_shards_swapped_are_found(root: Path, whole: list[tuple[str, bytes]]) -> None:
+    for suffix in (".tar", ".json"):
+        one, two = ((tar_of(root, "latents", unit) if suffix == ".tar" else root / f"latents/shard-00000{unit}.json")
+                    for unit in (0, 1))  # fmt: skip
+        swap(one, two)
+        assert {problem.file for problem in problems(root)} >= {str(one), str(two)}
+        assert assert_reader_is_not_fooled(root, whole)
+        swap(one, two)
+    assert problems(root) == []
+
+
+def swap(one: Path, two: Path) -> None:
+    hold = one.with_name("hold")
+    one.rename(hold)
+    two.rename(one)
+    hold.rename(two)
+
+
+def test_a_commit_of_another_tar_is_found(root: Path, whole: list[tuple[str, bytes]]) -> None:
+    """A commit sealed anew, that names unit 1's tar as unit 0's."""
+    body = open_document((root / "latents/shard-000001.json").read_bytes(), "one")
+    (root / "latents/shard-000000.json").write_bytes(seal_document({**body, "unit": 0}))
+    assert any("shard-000000.json" in problem.file for problem in problems(root))
+    assert assert_reader_is_not_fooled(root, whole)
+
+
+def test_missing_and_doubled_units_are_named(root: Path, whole: list[tuple[str, bytes]]) -> None:
+    (root / "latents/shard-000001.json").rename(root / "latents/shard-000007.json")
+    found = {(str(Path(problem.file).relative_to(root)), problem.what.split(",")[0]) for problem in problems(root)}
+    assert found == {
+        ("latents/shard-000001.json", "unit 1 is missing: not built yet"),
+        ("latents/shard-000007.json", "it is the commit of unit 1 of latents"),
+        ("latents/shard-000007.json", "this unit is in no generation's plan"),
+        ("text/default/shard-000007.json", "unit 7 is missing: not built yet"),
+    }
+    assert assert_reader_is_not_fooled(root, whole)
+    (root / "latents/shard-000007.json").unlink()
+    assert [p.what for p in problems(root, partial=True)] == []
+    assert len(problems(root)) == 1
+
+
+@pytest.mark.parametrize("level", ["fast", "hash"])
+@pytest.mark.parametrize("pattern", ["latents/*1-*.tar", "latents/*1-*.ledger*", "text/default/*1-*.tar",
+                                     "text/default/null-*.tar", "plan/*", "text/default/null.json"])  # fmt: skip
+def test_a_deleted_object_is_named(root: Path, pattern: str, level: str) -> None:
+    (path,) = root.glob(pattern)
+    path.unlink()
+    found = problems(root, level)
+    assert len(found) == 1 and found[0].file == str(path) and "missing" in found[0].what
+
+
+@pytest.mark.parametrize("pattern", ["latents/*1-*.ledger*", "plan/*"])
+def test_a_flipped_bit_of_ledger_and_plan_is_named(root: Path, pattern: str) -> None:
+    (path,) = root.glob(pattern)
+    good = path.read_bytes()
+    for place in range(0, len(good), max(1, len(good) // 40)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert [problem.file for problem in problems(root)] == [str(path)]
+
+
+def test_another_good_ledger_is_named(root: Path) -> None:
+    """A ledger of another run of the unit: whole, of the same samples, and not the commit's."""
+    (path,) = root.glob("latents/*1-*.ledger*")
+    rows = list(read_ledger(path.read_bytes()))
+    runs = [write_ledger([row.model_copy(update={"bytes": row.bytes * n}) for row in rows]) for n in range(2, 99)]
+    other = next(data for data in runs if len(data) == path.stat().st_size)  # nothing but its digest tells
+    path.write_bytes(other)
+    assert {problem.file for problem in problems(root)} == {str(path)}
+
+
+def test_a_damaged_sample_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(root)
+    storage = dataset.storage(dataset.shard(0))
+    good = dataset.latent(0)
+    real, reads = type(storage).read_into, []
+
+    def bad_once(self: object, name: str, offset: int, buffer: memoryview) -> int:
+        got = real(self, name, offset, buffer)
+        if not reads:
+            buffer[600] ^= 1
+        reads.append(name)
+        return got
+
+    monkeypatch.setattr(type(storage), "read_into", bad_once)
+    assert np.array_equal(dataset.latent(0), good)
+    assert len(reads) == 2
+
+
+def test_deep_finds_what_was_written_wrong(root: Path, tmp_path: Path) -> None:
+    """Infinities, and an array that is not what its JSON says: whole by every digest."""
+    good, bad = np.zeros((2, 1, 2, 2), np.float16), np.full((2, 1, 2, 2), np.inf, np.float16)
+    write_unit(root, tmp_path, {"inf": bad, "other": good}, {"other": bad})
+    found = [problem for problem in problems(root, "deep") if problem.member]
+    assert [problem.member for problem in found] == [
+        "inf@0-1-32x32.latent.npy.zst",
+        "other@0-1-32x32.latent.npy.zst",
+    ]
+    assert "infinities" in found[0].what and "JSON says" in found[1].what
+    assert [problem for problem in problems(root) if problem.member] == []
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_in_a_tar_give_a_sample_or_a_typed_error(
+    root: Path, whole: list[tuple[str, bytes]], data: st.DataObject
+) -> None:
+    """The fuzzer of the reader: a stretch of a tar, a commit or the index overwritten by anything."""
+    storage = open_storage(root)
+    if not storage.exists("index.jsonl.zst"):
+        write_index(storage)
+    names = ["latents/shard-000001.json", "text/default/shard-000001.json", "dataset.json", "index.jsonl.zst"]
+    paths = [tar_of(root, "latents"), tar_of(root, "text/default"), *(root / name for name in names)]
+    path = data.draw(st.sampled_from(paths))
+    good = path.read_bytes()
+    start = data.draw(st.integers(0, len(good) - 1))
+    junk = data.draw(st.binary(min_size=1, max_size=600))
+    try:
+        path.write_bytes((good[:start] + junk + good[start + len(junk) :])[: len(good)])
+        assert_reader_is_not_fooled(root, whole)
+        if path.name.endswith(".tar") and path.read_bytes() != good:
+            assert problems(root)
+    finally:
+        path.write_bytes(good)
+
+
+def test_verify_looks_at_the_commits_of_plans(root: Path) -> None:
+    """Of generations named `gen-NNN-<d8>`, as the preprocessing names them; gen-000 alone has no commit."""
+    storage = open_storage(root)
+    info = read_info(storage)
+    assert verify(storage, "fast").problems == []
+    (root / "plan/gen-000.jsonl.zst").rename(root / "plan/gen-000-0123abcd.jsonl.zst")
+    (root / "dataset.json").unlink()
+    generation = info.generations[0].model_copy(update={"name": "gen-000-0123abcd"})
+    write_info(storage, info.model_copy(update={"generations": (generation,)}))
+    path = root / "plan/gen-000.json"
+
+    def found() -> list[tuple[str, str]]:
+        return [(problem.file, problem.what) for problem in verify(storage, "fast").problems]
+
+    assert found() == [(str(path), "missing, and dataset.json has its generation gen-000-0123abcd")]
+    data = seal_document({"name": "gen-000-0123abcd", "plan_version": 1})
+    path.write_bytes(data)
+    assert found() == []
+    path.write_bytes(bytes([*data[:20], data[20] ^ 1, *data[21:]]))
+    ((file, what),) = found()
+    assert file == str(path) and "its seal says" in what
+    path.write_bytes(seal_document({"name": "gen-000-ffffffff", "plan_version": 1}))
+    ((file, what),) = found()
+    assert file == str(path) and "gen-000-ffffffff" in what

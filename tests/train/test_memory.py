@@ -1,0 +1,168 @@
+"""The planner's judge: our own model at real dimensions, on fake tensors with the flash operator."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_ranks import fake_group
+from train_traces import LiveBytes, counted_flops, fake_model, fake_tensors, trace_step
+
+from shards.gpus import GPUS
+from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
+from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
+from train.estimate.flops import forward_flops, step_flops
+from train.estimate.memory import Memory, step_memory
+from train.estimate.saves import GIB, make_chooser, total_kept
+from train.geometry import SAVE_GROUPS, Shape
+from train.model.dit import set_checkpointing
+from train.parallel.ulysses import Ulysses
+from train.recompute.runner import keep
+
+FEW = TI2V_5B.model_copy(update={"num_layers": 3})
+"""Real blocks, three of them: each further one adds the same; the long tests take all thirty."""
+LATENT_FRAMES = {17: 5, 49: 13, 121: 31}
+EVERY_LINEAR = LoRAConfig(targets=("self_attn", "cross_attn", "ffn"))
+LORAS = {
+    "attention": LoRAConfig(),
+    "every": EVERY_LINEAR,
+}
+POLICIES: dict[str, tuple[Collection[str], ...]] = {
+    "none": (SAVE_GROUPS,) * 3,
+    "attention + projections": (("attention", "projections"),) * 3,
+    "attention": (("attention",),) * 3,
+    "full": ((),) * 3,
+    "mixed": ((), ("attention",), SAVE_GROUPS),
+}
+
+
+def measure(
+    dims: DiTConfig,
+    lora: LoRAConfig,
+    saves: tuple[Collection[str], ...],
+    size: tuple[int, int, int, int],
+    *,
+    image_first: bool = False,
+    ulysses: Ulysses | None = None,
+) -> int:
+    """Peak bytes of a micro-step, beyond base, LoRA, gradients and optimizer."""
+    with fake_tensors():
+        model = fake_model(dims, lora)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.grad = torch.empty_like(weight)
+        keep(model, lambda shape: saves)
+        model.ulysses = ulysses
+        with LiveBytes() as live:
+            trace_step(model, size, image_first=image_first)
+    return live.peak
+
+
+def predict(memory: Memory) -> int:
+    """The same of the planner: the LoRA's copy in the compute dtype is made in the step."""
+    return memory.saved + memory.transient + memory.inputs + memory.lora // 3
+
+
+@pytest.mark.parametrize(
+    ("frames", "policy", "targets"),
+    [
+        *((frames, policy, "attention") for frames in LATENT_FRAMES for policy in POLICIES),
+        *((49, policy, "every") for policy in ("none", "full", "mixed")),
+    ],
+)
+def test_peak_memory_is_the_planners(frames: int, policy: str, targets: str) -> None:
+    size = (1, LATENT_FRAMES[frames], 44, 80)
+    shape = Shape(1, LATENT_FRAMES[frames] * 22 * 40)
+    measured = measure(FEW, LORAS[targets], POLICIES[policy], size)
+    assert measured / predict(step_memory(FEW, shape, LORAS[targets], POLICIES[policy])) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "mixed"])
+def test_so_it_is_for_a_batch_and_image_to_video(policy: str) -> None:
+    measured = measure(FEW, LoRAConfig(), POLICIES[policy], (2, 5, 30, 52), image_first=True)
+    predicted = predict(step_memory(FEW, Shape(2, 5 * 15 * 26), LoRAConfig(), POLICIES[policy]))
+    assert measured / predicted == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("ranks", "frames"), [(2, 49), (8, 121)])
+def test_so_it_is_for_a_rank_of_several_that_share_a_sample(ranks: int, frames: int, policy: str) -> None:
+    """By the tokens that it holds, and what other ranks sent; latents and velocities are whole on every rank."""
+    tokens = LATENT_FRAMES[frames] * 22 * 40
+    with fake_group(ranks):
+        ulysses = Ulysses(dist.group.WORLD.group_name, ranks, 0)
+        measured = measure(FEW, LoRAConfig(), POLICIES[policy], (1, LATENT_FRAMES[frames], 44, 80), ulysses=ulysses)
+    shape = Shape(1, ulysses.num_held(tokens))
+    predicted = predict(step_memory(FEW, shape, LoRAConfig(), POLICIES[policy], ulysses=ranks))
+    assert measured / predicted == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("frames", "policy", "targets"),
+    [
+        *((frames, policy, "attention") for frames in LATENT_FRAMES for policy in POLICIES),
+        *((49, policy, "every") for policy in ("none", "full", "mixed")),
+    ],
+)
+def test_flops_are_the_formulas(frames: int, policy: str, targets: str) -> None:
+    shape = Shape(1, LATENT_FRAMES[frames] * 22 * 40)
+    with fake_tensors():
+        model = fake_model(FEW, LORAS[targets])
+        keep(model, lambda shape: POLICIES[policy])
+        with counted_flops() as counter:
+            trace_step(model, (1, LATENT_FRAMES[frames], 44, 80))
+    formula = step_flops(FEW, shape, LORAS[targets], POLICIES[policy])
+    assert counter.get_total_flops() / formula == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("frames", "tflop"), [(17, (47.4, 106.5, 153.9)), (49, (151.9, 379.8, 531.7))])
+def test_table_1_by_counting(frames: int, tflop: tuple[float, float, float]) -> None:
+    """The plain twin, thirty blocks, LoRA on all ten linears: forward, step, step with every block run twice."""
+    size = (1, LATENT_FRAMES[frames], 44, 80)
+    counted = []
+    for mode in ("none", "full"):
+        with fake_tensors():
+            model = fake_model(TI2V_5B, EVERY_LINEAR)
+            set_checkpointing(model, mode)
+            with counted_flops() as counter:
+                trace_step(model, size)
+        counted.append(counter.get_total_flops() / 1e12)
+    assert counted == pytest.approx(tflop[1:], rel=0.005)
+    forward = forward_flops(TI2V_5B, Shape(1, size[1] * 22 * 40), EVERY_LINEAR) / 1e12
+    assert forward == pytest.approx(tflop[0], rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["v100-32gb", "rtx4090", "a100-40gb"])
+def test_auto_lands_where_the_planner_said(gpu: str) -> None:
+    """Thirty blocks of 49 frames: the mix that was chosen for a card takes what it was chosen by."""
+    limit, shape, lora = int(GPUS[gpu].memory_gib * GIB), Shape(1, 11_440), LoRAConfig()
+    config = TrainConfig(output="run", max_steps=1, model=ModelConfig(dims=TI2V_5B), data=DataConfig(root="shards"))
+    saves = make_chooser(config, TI2V_5B, device_bytes=limit)(shape)
+    assert len(set(saves)) == 2
+    memory = step_memory(TI2V_5B, shape, lora, saves)
+    measured = measure(TI2V_5B, lora, saves, (1, 13, 44, 80)) - predict(memory) + memory.total
+    assert measured / memory.total == pytest.approx(1, abs=0.005)
+    assert measured <= limit
+
+
+@pytest.mark.slow
+def test_selective_keeps_what_its_budget_says() -> None:
+    shape, budget = Shape(1, 11_440), CheckpointingConfig(policy="selective", budget_gib=12.0)
+    config = TrainConfig(
+        output="run",
+        max_steps=1,
+        model=ModelConfig(dims=TI2V_5B),
+        data=DataConfig(root="shards"),
+        checkpointing=budget,
+    )
+    saves = make_chooser(config, TI2V_5B, device_bytes=None)(shape)
+    saved = total_kept(TI2V_5B, shape, LoRAConfig(), saves)
+    full = total_kept(TI2V_5B, shape, LoRAConfig(), ((),) * 30)
+    size = (1, 13, 44, 80)
+    growth = measure(TI2V_5B, LoRAConfig(), saves, size) - measure(TI2V_5B, LoRAConfig(), ((),) * 30, size)
+    assert saved <= 12 * GIB < saved + 0.3 * GIB
+    assert growth / (saved - full) == pytest.approx(1, abs=0.08)  # the last block's working set is its own

@@ -1,0 +1,214 @@
+"""The plan: figures of the reference come out, settings are compared, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from shards.errors import UserError
+from shards.gpus import GPUS, by_driver_name, find_gpu
+from train.cli.main import main
+from train.config.model import TI2V_5B, LoRAConfig
+from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
+from train.estimate.flops import step_flops
+from train.estimate.memory import num_lora_parameters, num_parameters
+from train.estimate.plan import Plan, Size, describe, make_plan, parse_size
+from train.estimate.saves import GIB, make_chooser, rank_groups, run_memory, total_kept
+from train.geometry import SAVE_GROUPS, Bucket, Shape
+
+CLIP = Size(Bucket(49, 704, 1280), 1.0)
+
+
+def config(**changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "output": "run",
+        "max_steps": 10_000,
+        "model": ModelConfig(dims=TI2V_5B),
+        "data": DataConfig(root="shards"),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def setting(plan: Plan, name: str) -> Any:
+    return next(setting for setting in plan.settings if setting.name == name)
+
+
+def test_parameters_are_counted() -> None:
+    assert sum(num_parameters(TI2V_5B)) == 4_999_787_712
+    every = LoRAConfig(targets=("self_attn", "cross_attn", "ffn"))
+    assert num_lora_parameters(TI2V_5B, every) == 2_519_040 * 32
+    assert num_lora_parameters(TI2V_5B, LoRAConfig()) == 1_474_560 * 32
+
+
+def test_days_of_the_seed_are_the_references() -> None:
+    """Table 1: 160,000 samples of 1280×704×49 on two V100 take 8.8 days at 50 %, with every block run twice."""
+    plan = make_plan(config(), GPUS["v100-32gb"], 2, [CLIP], efficiency=0.5)
+    full = setting(plan, "full")
+    # Ours leaves the feed-forward's way down out of the second run: 1.32 in place of 1.40.
+    assert full.seconds * 10_000 / 86_400 == pytest.approx(8.8 * 498.4 / 531.7, rel=0.01)
+    assert full.seconds_at_peak < full.seconds
+    assert setting(plan, "none").fits is False
+    assert setting(plan, "full").fits is True
+    assert plan.fastest is not None and plan.fastest.seconds <= full.seconds
+    assert 12 < plan.encode_days < 14  # issue 8's figure for fp32 encoding there
+
+
+def test_seconds_follow_gpus_and_efficiency() -> None:
+    one = make_plan(config(), GPUS["h100"], 1, [CLIP])
+    eight = make_plan(config(), GPUS["h100"], 8, [CLIP])
+    assert one.chosen.exchange.seconds == 0
+    assert eight.chosen.seconds_at_peak == pytest.approx(one.chosen.seconds_at_peak / 8)
+    # fp32 gradients of the LoRA, there and back, over seven eighths: 1.6 ms at r 32 on all linears (Table 3).
+    assert eight.chosen.exchange.seconds == pytest.approx(1.6e-3 * 1_474_560 / 2_519_040, rel=0.05)
+    assert make_plan(config(), GPUS["h100"], 1, [CLIP], efficiency=0.25).chosen.seconds == 2 * one.chosen.seconds
+
+
+def test_the_held_out_share_counts_its_forward_passes() -> None:
+    assert make_plan(config(eval=None), GPUS["h200"], 1, [CLIP]).held_out_share == 0
+    share = make_plan(config(), GPUS["h200"], 1, [CLIP]).held_out_share
+    forward, step = 151.3, 16 * 377.4
+    held_out = 21 * 16 * 18 * forward
+    assert share == pytest.approx(held_out / (held_out + 10_000 * step), rel=0.01)
+
+
+def test_sizes_are_weighted_and_the_largest_decides_memory() -> None:
+    small, large = Bucket(17, 480, 832), Bucket(49, 704, 1280)
+    both = make_plan(config(), GPUS["h200"], 1, [Size(small, 0.75), Size(large, 0.25)])
+    alone = [make_plan(config(), GPUS["h200"], 1, [Size(bucket, 1.0)]) for bucket in (small, large)]
+    assert both.chosen.memory == alone[1].chosen.memory
+    mean = 0.75 * alone[0].chosen.step_flops + 0.25 * alone[1].chosen.step_flops
+    assert both.chosen.step_flops == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("gpu", "tokens"), [(g, t) for g in GPUS for t in (1_950, 4_400, 11_440, 27_280)])
+def test_auto_keeps_as_much_as_fits(gpu: str, tokens: int) -> None:
+    limit, shape = int(GPUS[gpu].memory_gib * GIB), Shape(1, tokens)
+    choose = make_chooser(config(), TI2V_5B, device_bytes=limit)
+    if (gpu, tokens) == ("rtx4090", 27_280):
+        with pytest.raises(UserError, match="27,280 tokens need"):
+            choose(shape)
+        return
+    saves = choose(shape)
+    memory = run_memory(config(), TI2V_5B, shape, saves, 2).total
+    assert memory <= 0.97 * limit
+    if saves != (SAVE_GROUPS,) * 30 and any(len(groups) < 3 for groups in saves):
+        assert memory > 0.94 * limit
+    fewest, most = len(saves[0]), len(saves[-1])
+    assert fewest <= most
+
+
+def test_selective_lands_on_its_budget() -> None:
+    shape = Shape(1, 11_440)
+    lora = LoRAConfig()
+    previous = None
+    for budget in (5.0, 10.0, 15.0, 20.0, 26.0, 40.0):
+        chosen = config(checkpointing=CheckpointingConfig(policy="selective", budget_gib=budget))
+        saves = make_chooser(chosen, TI2V_5B, device_bytes=None)(shape)
+        kept = total_kept(TI2V_5B, shape, lora, saves) / GIB
+        assert kept <= budget
+        assert kept > min(budget, 27.2) - 0.4
+        flops = step_flops(TI2V_5B, shape, lora, saves)
+        assert previous is None or flops < previous
+        previous = flops
+    assert previous == step_flops(TI2V_5B, shape, lora)
+
+
+def test_what_costs_most_a_byte_is_kept_first() -> None:
+    assert rank_groups(TI2V_5B, Shape(1, 11_440)) == ["attention", "projections", "ffn_up"]
+    # Short sequences: scores are cheap, GEMMs are not.
+    assert rank_groups(TI2V_5B, Shape(1, 1_950))[-1] == "attention"
+
+
+def test_a_budget_below_the_blocks_inputs_is_refused() -> None:
+    chosen = config(checkpointing=CheckpointingConfig(policy="selective", budget_gib=1.0))
+    with pytest.raises(UserError, match="less than the blocks' inputs"):
+        make_chooser(chosen, TI2V_5B, device_bytes=None)(Shape(1, 11_440))
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("selective", None), ("full", 4.0)])
+def test_a_budget_belongs_to_selective(policy: Any, budget: float | None) -> None:
+    with pytest.raises(ValueError, match="selective takes one"):
+        CheckpointingConfig(policy=policy, budget_gib=budget)
+
+
+def test_a_whole_model_has_days_but_no_closed_form_of_memory() -> None:
+    plan = make_plan(config(lora=None), GPUS["h200"], 1, [CLIP])
+    assert plan.chosen.memory is None and plan.fastest is None
+    assert "not in closed form" in "\n".join(describe(plan))
+
+
+def test_bf16_on_a_v100_is_refused() -> None:
+    from train.config.train import PrecisionConfig
+
+    with pytest.raises(UserError, match="only emulated"):
+        make_plan(config(precision=PrecisionConfig(compute="bf16")), GPUS["v100-sxm"], 1, [CLIP])
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="does not divide by 3"):
+        make_plan(config(), GPUS["h100"], 3, [CLIP])
+
+
+@pytest.mark.parametrize("text", ["1280x704", "1280x704x0", "axbxc", "1280,704,49"])
+def test_a_size_is_width_height_frames(text: str) -> None:
+    with pytest.raises(UserError, match="not a size"):
+        parse_size(text)
+
+
+def test_a_size_the_model_does_not_take_is_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 32"):
+        make_plan(config(), GPUS["h100"], 1, [Size(Bucket(49, 720, 1280), 1.0)])
+
+
+def test_gpus_have_names() -> None:
+    with pytest.raises(UserError, match="did you mean h100"):
+        find_gpu("h10")
+    for driver, name in {
+        "Tesla V100-PCIE-32GB": "v100-32gb",
+        "Tesla V100-SXM2-32GB": "v100-sxm",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "NVIDIA A100-SXM4-40GB": "a100-40gb",
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }.items():
+        assert by_driver_name(driver) is GPUS[name]
+    assert by_driver_name("NVIDIA L4") is None
+
+
+def test_the_command_plans(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output: run\nmax_steps: 100\nmodel: {checkpoint: /nowhere}\ndata: {root: /nowhere}\n")
+    result = CliRunner().invoke(main, ["plan", str(path), "--gpu", "v100-32gb", "--gpus", "2"])
+    assert result.exit_code == 0, result.output
+    for words in (
+        "◀ configured",
+        "workspace",
+        "(an estimate)",
+        "stage 1 before it",
+        "held-out loss",
+        "sizes of Wan2.2",
+    ):
+        assert words in result.output
+    arguments = ["plan", str(path), "--gpu", "h200", "--size", "832x480x49", "--json"]
+    values = json.loads(CliRunner().invoke(main, arguments).output)
+    assert values["sizes"] == [{"size": "832×480×49", "share": 1.0}]
+    assert values["chosen"]["memory"]["total"] > values["chosen"]["memory"]["base"] > 9 * GIB
+
+
+def test_the_command_imports_no_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    path = tmp_path / "run.yaml"
+    path.write_text("output: run\nmax_steps: 100\nmodel: {checkpoint: /nowhere}\ndata: {root: /nowhere}\n")
+    script = (
+        "import sys\nfrom train.cli.main import main\n"
+        f"main(['plan', {str(path)!r}, '--gpu', 'h200', '--size', '832x480x49'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

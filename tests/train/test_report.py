@@ -1,0 +1,308 @@
+"""`wantrain report`: a run's numbers and its page, whole, cut short, long, odd; in a real browser."""
+
+import json
+import logging
+import math
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from browser import (
+    DESKTOP,
+    PHONE,
+    accessibility_problems,
+    browser,
+    console,
+    open_page,
+    prefer,
+    requests,
+    scrolls_sideways,
+)
+from click.testing import CliRunner
+from train_runs import make_config
+
+from shards.console import LOG
+from shards.errors import UserError
+from shards.files.tensor_files import read_latent_file, write_latent
+from shards.read.dataset import open_dataset
+from train.cli.main import main
+from train.doctor.tables import describe_slots
+from train.loop import fit
+from train.report.curves import hard_samples, look_up_levels, smooth, thin
+from train.report.page import summarise, write_report
+from train.report.read_run import read_log, read_run, read_steps
+
+EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
+JPEG, MP4 = b"\xff\xd8\xff picture ", b"video "
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards, tmp_path_factory):
+    """Stopped after six steps and resumed; evaluated, sampled."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+
+    def config(steps):
+        return make_config(
+            tiny_shards, folder, max_steps=steps, eval={"num_clips": 2, "every_steps": 3},
+            sample={"every_steps": 6, "prompts": [{"name": "sea", "key": "*"}], "sampler": {"steps": 1}},
+        )  # fmt: skip
+
+    level = LOG.level
+    LOG.setLevel(logging.INFO)  # as the command does
+    fit(config(6))
+    fit(config(12))
+    LOG.setLevel(level)
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def _page(folder, **options):
+    out = folder / "report.html"
+    write_report(read_run(folder), out, **options)
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_the_runs(run):
+    found = read_run(run)
+    levels = look_up_levels(found.steps, found.config)
+    summary = summarise(found, levels)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line)["mean"] for line in (run / "held_out.jsonl").read_text().splitlines()]
+    assert summary["step"] == 12
+    assert summary["samples_seen"] == 48
+    assert summary["loss"] == lines[-1]["loss"]
+    assert summary["tokens_seen"] == sum(line["tokens"] for line in lines)
+    names = ("first", "last", "best")
+    assert [summary[f"held_out_{name}"] for name in names] == [
+        held_out[0],
+        held_out[-1],
+        min(held_out),
+    ]
+    assert [(event["what"], event["step"]) for event in summary["events"]] == [("began", 0), ("resumed", 6)]
+    assert summary["planned_gib"] > 0
+    assert summary["checkpoints"][-1].endswith("step-0000012")
+    result = CliRunner().invoke(main, ["report", str(run), "--json"])
+    assert json.loads(result.stdout) == json.loads(json.dumps(summary))
+
+
+def test_noise_level_and_mode_are_what_the_step_drew(run):
+    """They are looked up, not recorded: as `show-step` says them."""
+    found = read_run(run)
+    slots, levels = found.steps.slots, look_up_levels(found.steps, found.config)
+    for step in (1, 7, 12):
+        for drawn in describe_slots(found.config, step):
+            (row,) = np.flatnonzero((slots.step == step) & (slots.slot == drawn["slot"]))
+            assert found.steps.keys[slots.key[row]] == drawn["key"]
+            (place,) = np.flatnonzero(levels.rows == row)
+            assert ("i2v" if levels.image_to_video[place] else "t2v") == drawn["mode"]
+            u = levels.quantile[place]
+            assert 5 * u / (1 + 4 * u) == pytest.approx(drawn["sigma"])
+
+
+def test_curves_keep_their_extremes():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=10_000)
+    y[[17, 5_000, 9_998]] = 50, -40, math.nan
+    curve = thin(np.arange(10_000.0), y)
+    assert len(curve.x) <= 400
+    assert curve.x == sorted(curve.x)
+    assert (max(curve.y), min(curve.y)) == (50, -40)
+    assert curve.y[curve.x.index(17)] == 50
+    assert thin(np.arange(3.0), np.array([1.0, math.nan, 2.0])).x == [0, 1, 2]
+    assert all(math.isnan(value) for value in thin(np.arange(1000.0), np.full(1000, math.nan)).y)
+    assert smooth(np.arange(4.0), np.array([1.0, 3.0, math.nan, 5.0]), 2).y == [2, 5]
+
+
+def test_the_hardest_samples_are_those_hard_for_their_noise(copy):
+    """One sample's losses tripled: it leads, and the others are not said to be hard."""
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    victim = lines[0]["keys"][0]
+    many = []
+    for step in range(1, 801):  # a long run from a short one
+        line = dict(lines[step % 12], step=step)
+        rng = np.random.default_rng(step)
+        losses = rng.uniform(0.9, 1.1, len(line["keys"]))
+        line["slot_losses"] = [
+            float(x) * (3 if key == victim else 1) for x, key in zip(losses, line["keys"], strict=True)
+        ]
+        many.append(json.dumps(line))
+    path.write_text("\n".join(many) + "\n")
+    found = read_run(copy)
+    first, second, *_ = hard_samples(found.steps, look_up_levels(found.steps, found.config), 5)
+    assert first.key == victim
+    assert first.ratio > 2
+    assert second.ratio < 1.2
+    assert first.worst_step in [line["step"] for line in map(json.loads, many) if victim in line["keys"]]
+
+
+def test_a_half_written_last_line_is_left_for_later_and_a_bad_one_is_named(copy):
+    whole = summarise(read_run(copy), look_up_levels(read_steps(copy), read_run(copy).config))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    with (copy / "held_out.jsonl").open("a") as file:
+        file.write('{"step"')
+    found = read_run(copy)
+    assert summarise(found, look_up_levels(found.steps, found.config)) == whole
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 13"):
+        read_run(copy)
+    result = CliRunner().invoke(main, ["report", str(copy)])
+    assert result.exit_code == 2
+
+
+def test_no_run_and_a_run_without_steps(tmp_path, copy):
+    result = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is no run: it has no config.yaml" in result.output
+    for name in ("metrics.jsonl", "held_out.jsonl", "logs/rank-0.log"):
+        (copy / name).unlink()
+    assert "No step is finished yet" in _page(copy)
+
+
+def test_a_run_of_an_earlier_version_has_no_losses_by_slot(copy):
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "slot_losses"}) + "\n" for line in lines))
+    assert "has no losses by slot" in _page(copy)
+
+
+def test_what_went_wrong_stands_at_the_top(copy):
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[3] |= {"overflow": "blocks.1", "grad_norm": None, "loss": None, "loss_scale": 512.0}
+    lines[5]["substituted"] = [["bad@0-1-96x160", lines[5]["keys"][0]]]
+    for line in lines:
+        line["data_wait_seconds"] = line["seconds"] / 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notes = write_report(read_run(copy), copy / "report.html")
+    words = " ".join(notes)
+    for expected in ("1 updates were skipped", "blocks.1", "not a finite number in 1 steps", "1 samples could not be",
+                     "50 % of the time went into waiting"):  # fmt: skip
+        assert expected in words
+    text = (copy / "report.html").read_text()
+    assert "bad@0-1-96x160" in text
+
+
+def test_the_plan_in_the_log_is_found(run):
+    log = read_log(run)
+    assert log.device.startswith("cpu")
+    assert log.base.startswith("random weights")
+
+
+def test_pictures_are_inside_within_the_budget_and_linked_beyond(copy, tmp_path):
+    videos = []
+    for latent in sorted((copy / "samples").glob("step-*/*.safetensors")):
+        latent.with_suffix(".jpg").write_bytes(JPEG + latent.parent.name.encode())
+        latent.with_suffix(".mp4").write_bytes(MP4 * 20_000)
+        videos.append(latent.with_suffix(".mp4"))
+    (copy / "samples/contact-sheet.jpg").write_bytes(JPEG)
+    text = _page(copy, open_data=False)
+    assert text.count("data:image/jpeg;base64") == len(videos) - 1
+    assert text.count("data:video/mp4;base64") == 1  # the newest
+    text = _page(copy, open_data=False, budget_bytes=100_000)
+    assert text.count("data:image/jpeg;base64") == len(videos)
+    assert "data:video" not in text
+    assert 'href="samples/step-0000012/sea.mp4"' in text
+    text = _page(copy, open_data=False, budget_bytes=0)
+    assert "data:image" not in text
+    write_report(read_run(copy), tmp_path / "elsewhere" / "page.html", budget_bytes=0, open_data=False)
+    assert 'href="../run/samples/step-0000012/sea.mp4"' in (tmp_path / "elsewhere/page.html").read_text()
+
+
+def test_a_dataset_that_is_gone_is_said_and_hides_nothing_else(copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"]["root"] = str(copy / "nowhere")
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    text = _page(copy)
+    assert "the dataset could not be opened" in text
+    assert "typical" in text
+
+
+@pytest.mark.timeout(600)
+def test_in_a_browser_the_page_is_whole_and_foreign_markup_is_text(copy, tmp_path):
+    newest = copy / "samples/step-0000012/sea.safetensors"
+    latent = read_latent_file(newest)
+    write_latent(newest, latent.values, {**latent.facts, "prompt": EVIL})
+    path = copy / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    key = json.loads(lines[0])["keys"][0]
+    odd = json.loads(lines[-1])
+    odd |= {"keys": [EVIL, *odd["keys"][1:]], "overflow": EVIL, "slot_losses": [99.0, *odd["slot_losses"][1:]]}
+    path.write_text("\n".join([*lines[:-1], json.dumps(odd)]) + "\n")
+    out = copy / "report.html"
+    write_report(read_run(copy), out, num_hard=6)
+    with browser(tmp_path) as driver:
+        for dark, size in ((False, DESKTOP), (True, PHONE)):
+            prefer(driver, dark=dark)
+            open_page(driver, out, size)
+            assert driver.title.startswith("Training run")
+            assert driver.find_element("css selector", "#hard li h3").text == f"1 · {EVIL}"
+            assert driver.find_element("css selector", "#pictures .prompt").text == EVIL
+            assert EVIL in driver.find_element("css selector", "#memory > .scroll table").text
+            assert not scrolls_sideways(driver)
+            assert driver.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert len(driver.find_elements("css selector", "#hard img")) == 5  # the forged key has no strip
+            assert accessibility_problems(driver) == []
+        assert console(driver) == []
+        assert requests(driver) == []
+        heading = driver.find_elements("css selector", "section h2")
+        assert [h.text for h in heading][:3] == ["Overview", "Loss", "By noise level"]
+    assert open_dataset(read_run(copy).config.data.root).ordinal(key) >= 0
+
+
+def test_from_a_clip_to_its_steps_and_back(run):
+    """As the steps themselves say which samples they train on."""
+    found = read_run(run)
+    drawn = {step: describe_slots(found.config, step) for step in range(1, 13)}
+    key = drawn[3][0]["key"]
+    result = CliRunner().invoke(main, ["show-clip", str(run), key, "--json"])
+    uses = [(use["step"], use["slot"], use["mode"]) for use in json.loads(result.stdout)]
+    assert uses == [(n, s["slot"], s["mode"]) for n, slots in drawn.items() for s in slots if s["key"] == key]
+    assert (
+        f"step       3  slot   0  {drawn[3][0]['mode']}"
+        in CliRunner().invoke(main, ["show-clip", str(run), key]).output
+    )
+    assert len(json.loads(CliRunner().invoke(main, ["show-clip", str(run), "*", "--json"]).stdout)) == 48
+    result = CliRunner().invoke(main, ["show-clip", str(run), "nothing"])
+    assert result.exit_code == 2
+    assert "no step of" in result.output
+
+
+def test_a_samples_strip_is_written(tiny_shards, tmp_path):
+    from shards.cli import main as wanshards
+    from shards.show.member import member_bytes
+
+    key = open_dataset(tiny_shards).samples[0].key
+    result = CliRunner().invoke(wanshards, ["show", str(tiny_shards), key, "--preview", str(tmp_path / "strip.jpg")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "strip.jpg").read_bytes() == member_bytes(str(tiny_shards), f"{key}.preview.jpg")
+    result = CliRunner().invoke(wanshards, ["show", str(tiny_shards), key, "--preview", str(tmp_path / "no/strip.jpg")])
+    assert result.exit_code == 2
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_make_a_page_of_a_few_megabytes(copy):
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for step in range(1, 10_001):
+            line = dict(lines[step % 12], step=step)
+            line["loss"] = 77.0 if step == 4321 else float(rng.uniform(0.5, 1.5))
+            line["keys"] = [f"{key}" for key in line["keys"]] * 4
+            line["slot_losses"] = rng.uniform(0.5, 1.5, len(line["keys"])).round(5).tolist()
+            file.write(json.dumps(line) + "\n")
+    evaluations = (copy / "held_out.jsonl").read_text().splitlines()
+    with (copy / "held_out.jsonl").open("w") as file:
+        for step in range(0, 10_001, 50):
+            file.write(json.dumps({**json.loads(evaluations[-1]), "step": step}) + "\n")
+    text = _page(copy)
+    assert len(text.encode()) < 3 << 20
+    assert "77" in text  # the spike

@@ -1,0 +1,125 @@
+"""Commands of `wantrain` that handle LoRA files: export, merge, unmerge, lora info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards.console import print_json, set_up_logging
+
+_PATH = click.Path(path_type=Path)
+_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+_LAYOUT = click.option(
+    "--layout", type=click.Choice(["official", "diffusers"]), default="official", show_default=True,
+    help="Layout of OUT: the official one, or Diffusers' with transformer/.",
+)  # fmt: skip
+_DTYPE = click.option(
+    "--dtype", type=_DTYPES, default="float32", show_default=True, help="Type of the tensors written."
+)
+
+
+@click.command()
+@click.argument("source", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option(
+    "--format", "written", type=click.Choice(["comfyui", "musubi", "diffusers", "diffsynth"]), default="comfyui",
+    show_default=True, help="Whose names; comfyui is read by diffusers, DiffSynth-Studio and musubi's converter too.",
+)  # fmt: skip
+@_DTYPE
+@click.option("--step", type=int, help="Checkpoint of a run.  [default: the newest]")
+@click.option("--licence", help="Licence of the LoRA, for its header.")
+def export(source: Path, out: Path, written: Any, dtype: str, step: int | None, licence: str | None) -> None:
+    """Write the LoRA of SOURCE (a run, a checkpoint, or a LoRA file of any tool) to the file OUT.
+
+    The scale is folded into B, so that every loader applies it once.
+
+    \b
+    wantrain export demo/run lora.safetensors
+    wantrain export demo/run lora-16.safetensors --dtype float16 --licence "CC BY-NC 4.0"
+    wantrain export lora.safetensors for-musubi.safetensors --format musubi
+    """
+    import torch
+
+    from train.lora.export import export_lora
+
+    metadata = export_lora(source, out, written, getattr(torch, dtype), step=step, licence=licence)
+    for name, value in sorted(metadata.items()):
+        click.echo(f"{name}: {value}")
+    click.echo(f"wrote {out} ({written}, {dtype})")
+
+
+@click.command()
+@click.argument("base", type=_PATH)
+@click.argument("lora", type=_PATH)
+@click.argument("out", type=_PATH)
+@_LAYOUT
+@_DTYPE
+@click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
+def merge(base: Path, lora: Path, out: Path, layout: Any, dtype: str, scale: float) -> None:
+    """Write the checkpoint BASE with LORA in its weights to the folder OUT, one tensor at a time.
+
+    \b
+    wantrain merge /models/Wan2.2-TI2V-5B demo/run/lora.safetensors /models/merged
+    wantrain merge demo/base/model.safetensors demo/run/lora.safetensors merged --layout diffusers --dtype bfloat16
+    """
+    from train.lora.export import locate_lora
+    from train.lora.formats import read_lora
+    from train.lora.merge import DTYPES, merge_checkpoint
+
+    set_up_logging()
+    merged = merge_checkpoint(base, read_lora(locate_lora(lora)[0]), out, layout, DTYPES[dtype], scale)
+    click.echo(
+        f"{merged.num_changed} of {merged.num_tensors} tensors changed; wrote {', '.join(map(str, merged.files))}"
+    )
+
+
+@click.command()
+@click.argument("merged", type=_PATH)
+@click.argument("lora", type=_PATH)
+@click.argument("out", type=_PATH)
+@_LAYOUT
+@_DTYPE
+@click.option("--unrecorded-scale", type=float, help="Strength at which another tool merged it.")
+def unmerge(merged: Path, lora: Path, out: Path, layout: Any, dtype: str, unrecorded_scale: float | None) -> None:
+    """Write the checkpoint MERGED without LORA to the folder OUT. Exact to rounding if it was merged in float32.
+
+    \b
+    wantrain unmerge /models/merged demo/run/lora.safetensors /models/base-again
+    """
+    from train.lora.export import locate_lora
+    from train.lora.formats import read_lora
+    from train.lora.merge import DTYPES, unmerge_checkpoint
+
+    set_up_logging()
+    done = unmerge_checkpoint(
+        merged, read_lora(locate_lora(lora)[0]), out, layout, DTYPES[dtype], unrecorded_scale=unrecorded_scale
+    )
+    click.echo(f"{done.num_changed} of {done.num_tensors} tensors changed; wrote {', '.join(map(str, done.files))}")
+
+
+@click.group()
+def lora() -> None:
+    """Look into LoRA files."""
+
+
+@lora.command("info")
+@click.argument("file", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def info(file: Path, as_json: bool) -> None:
+    """Say what FILE (a LoRA of any tool, a run or a checkpoint) is: rank, alpha, targets, norms, tool, model.
+
+    \b
+    wantrain lora info demo/run/lora.safetensors
+    wantrain lora info someone-elses.safetensors --json
+    """
+    from train.lora.export import locate_lora
+    from train.lora.formats import read_lora
+    from train.lora.info import describe_lora, lines_of
+
+    facts = describe_lora(read_lora(locate_lora(file)[0]))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo("\n".join(lines_of(facts)))

@@ -1,0 +1,209 @@
+"""`wantrain`: train a LoRA from sealed shards, look into a run, check the machine, handle LoRA files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from shards.config import load_config
+from shards.console import CommandGroup, print_json, set_up_logging
+from shards.errors import UserError
+from train.cli.lora_commands import export, lora, merge, unmerge
+from train.cli.report_commands import report, show_clip
+from train.cli.sample_commands import sample
+
+SIGNAL_EXIT = 128
+
+OVERRIDES = click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config: -o optim.lr=2e-4"
+)
+CONFIG = click.argument("config", type=click.Path(path_type=Path))
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="wan-broadcast-lora")
+def main() -> None:
+    """Train a LoRA of Wan2.2-TI2V-5B from sealed shards.
+
+    \b
+    wantrain doctor configs/demo/train.yaml
+    wantrain fit configs/demo/train.yaml
+    wantrain fit configs/demo/train.yaml -o max_steps=10 -o output=/elsewhere
+    wantrain show-step configs/demo/train.yaml 7
+    """
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="Go on from the run's newest checkpoint, insist on beginning, or go on from a checkpoint's folder.",
+)
+@click.option("--verify", is_flag=True, help="Hash every byte of the dataset first.")
+@click.option("--nproc-per-node", metavar="N|gpu", help="Start N processes on this machine, or one for each GPU.")
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the run.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Which of them this is, from 0.")
+@click.option("--master", metavar="HOST:PORT", help="Where machine 0 is reached by all of them.")
+def fit(
+    config: Path,
+    overrides: tuple[str, ...],
+    resume: str,
+    verify: bool,
+    nproc_per_node: str | None,
+    nnodes: int,
+    node_rank: int | None,
+    master: str | None,
+) -> None:
+    """Train as CONFIG says.
+
+    SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and goes on. The same command goes on from
+    the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
+
+    Exit codes: 0 done, 1 a defect, 2 a mistake to mend, 75 another rank or machine was lost (try again), 128 + n ended
+    by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
+
+    \b
+    wantrain fit configs/demo/train.yaml
+    wantrain fit configs/ti2v_5b_1xh200.yaml -o model.checkpoint=/models/Wan2.2-TI2V-5B --verify
+    wantrain fit run.yaml --resume demo/run/checkpoints/step-0000040
+    wantrain fit run.yaml --nproc-per-node 8
+    wantrain fit run.yaml --nproc-per-node gpu --nnodes 2 --node-rank 0 --master node0:29500
+    """
+    from train.config.train import TrainConfig
+    from train.launch.failure import Reported, end_now
+
+    loaded = load_config(TrainConfig, config, overrides)
+    output = Path(loaded.output)
+    if nproc_per_node is not None:
+        from train.launch.launch import launch, make_place, own_command
+
+        place = make_place(nproc_per_node, nnodes, node_rank, master)
+        again = ["fit", str(config), *(word for pair in overrides for word in ("-o", pair)), "--resume", resume]
+        command = own_command(again + ["--verify"] * verify)
+        raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))
+    if nnodes > 1 or node_rank is not None or master is not None:
+        raise UserError("--nnodes, --node-rank and --master belong to --nproc-per-node", mend="add --nproc-per-node")
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(terminal=rank == 0)
+    with Reported():
+        from train.loop import fit as run
+
+        result = run(loaded, resume=resume, verify=verify)
+    code = 0 if result.stopped_by is None else SIGNAL_EXIT + result.stopped_by
+    if "RANK" in os.environ:
+        end_now(code)
+    if code:
+        raise SystemExit(code)
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h100, h200, rtx4090 …, or auto.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that they are in.")
+@click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="Instead of the dataset's buckets; repeatable.")
+@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    gpu: str,
+    gpus: int,
+    nodes: int,
+    sizes: tuple[str, ...],
+    efficiency: float | None,
+    as_json: bool,
+) -> None:
+    """Say what a run would take, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
+
+    \b
+    wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
+    wantrain plan configs/ti2v_5b_1xh200.yaml --gpu h200 --size 832x480x49 --size 1280x704x49
+    wantrain plan configs/ti2v_5b_8xh100.yaml --gpu h100 --gpus 64 --nodes 8 -o data.global_batch=64
+    """
+    from shards.gpus import find_gpu
+    from train.config.train import TrainConfig
+    from train.estimate import plan as plan_text
+    from train.estimate import plan as planning
+
+    loaded = load_config(TrainConfig, config, overrides)
+    buckets, origin = planning.read_sizes(loaded, sizes)
+    made = planning.make_plan(loaded, find_gpu(gpu), gpus, buckets, efficiency=efficiency, num_nodes=nodes)
+    if as_json:
+        print_json(plan_text.as_json(made) | {"sizes_from": origin})
+    else:
+        click.echo("\n".join(plan_text.describe(made, origin)))
+
+
+@main.command("show-step")
+@CONFIG
+@click.argument("step", type=click.IntRange(min=1))
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List the clips, windows, timesteps, modes and captions that STEP (from 1) trains on.
+
+    Nothing is trained and no model is built: all of it is a function of the seed and the step.
+
+    \b
+    wantrain show-step configs/demo/train.yaml 7
+    wantrain show-step demo/run/config.yaml 7 --json
+    """
+    from train.config.train import TrainConfig
+    from train.doctor.tables import describe_slots, print_slots
+
+    slots = describe_slots(load_config(TrainConfig, config, overrides), step)
+    if as_json:
+        print_json(slots)
+    else:
+        print_slots(slots)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@OVERRIDES
+@click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
+    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to mend it.
+
+    Exits with 1 when something is.
+
+    \b
+    wantrain doctor
+    wantrain doctor configs/demo/train.yaml
+    wantrain doctor configs/ti2v_5b_2xv100.yaml --ranges
+    """
+    from train.config.train import TrainConfig
+    from train.doctor.machine import examine, is_healthy, measure_ranges
+    from train.doctor.tables import print_findings, print_ranges
+
+    if config is None and (ranges or overrides):
+        raise UserError("--ranges and -o need a CONFIG", mend="wantrain doctor CONFIG --ranges")
+    loaded = None if config is None else load_config(TrainConfig, config, overrides)
+    if ranges and loaded is not None:
+        measured = measure_ranges(loaded)
+        print_json(measured) if as_json else print_ranges(measured)
+        return
+    findings = list(examine(loaded))
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_findings(findings)
+    if not is_healthy(findings):
+        raise SystemExit(1)
+
+
+for command in (sample, report, show_clip, export, merge, unmerge, lora):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

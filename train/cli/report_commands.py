@@ -1,0 +1,80 @@
+"""`wantrain report`: a run as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shards.console import print_json, set_up_logging
+from shards.errors import UserError
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--embed-mib", type=click.FloatRange(0, 1000), default=2.0, show_default=True,
+    help="Pictures inside the page; what is beyond is linked beside it.",
+)  # fmt: skip
+@click.option("--hardest", type=click.IntRange(0, 1000), default=20, show_default=True, help="Samples of highest loss.")
+@click.option("--no-data", is_flag=True, help="Leave the dataset alone: no strips and captions of those samples.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as one JSON document, and write no page.")
+def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data: bool, as_json: bool) -> None:
+    """Show RUN, the output of `wantrain fit`, as one page that needs no network: OUT [default: RUN/report.html].
+
+    Loss and held-out loss by noise level and mode, speed, memory, skipped updates, the samples of highest loss, sampled
+    videos, where to resume. It reads only, so a run that goes on is not disturbed; make it again for what is new.
+
+    \b
+    wantrain report demo/run
+    wantrain report demo/run /tmp/run.html --embed-mib 10
+    wantrain report demo/run --json
+    """
+    from train.report.curves import look_up_levels
+    from train.report.page import summarise, write_report
+    from train.report.read_run import read_run
+
+    set_up_logging()
+    found = read_run(run)
+    if as_json:
+        print_json(summarise(found, look_up_levels(found.steps, found.config), hardest))
+        return
+    target = out or run / "report.html"
+    notes = write_report(found, target, budget_bytes=int(embed_mib * 2**20), num_hard=hardest, open_data=not no_data)
+    for line in notes:
+        click.echo(line)
+    click.echo(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
+
+
+@click.command("show-clip")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("key")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def show_clip(run: Path, key: str, as_json: bool) -> None:
+    """List the steps of RUN that trained on KEY, a sample's key or a glob over keys: slot, mode, noise level, loss.
+
+    The noise level is a share of what is drawn, lowest noise first; `show-step` says the whole step.
+
+    \b
+    wantrain show-clip demo/run '3338992@0-17-160x96'
+    wantrain show-clip demo/run '3338992@*' --json
+    """
+    from train.report.curves import look_up_levels, uses_of
+    from train.report.read_run import read_run
+
+    found = read_run(run)
+    uses = uses_of(found.steps, look_up_levels(found.steps, found.config), key)
+    if not uses:
+        raise UserError(
+            f"no step of {run} trained on {key!r}",
+            expected="a key of a sample that was drawn, or a glob such as 'CLIP@*'",
+            mend="held-out clips are never trained on; `wanshards ls ROOT --keys` lists all",
+        )
+    if as_json:
+        print_json(uses)
+        return
+    for use in uses:
+        loss = "not finite" if use["loss"] is None else f"{use['loss']:.4f}"
+        where = f"step {use['step']:>7,}  slot {use['slot']:>3}  {use['mode']}  noise {use['quantile']:.2f}"
+        click.echo(f"{where}  loss {loss}  {use['key']}")

@@ -1,0 +1,1 @@
+"""The configuration of training, of the model and of sampling."""

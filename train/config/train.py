@@ -1,0 +1,311 @@
+"""Configuration of stage 2, one section a noun. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shards.config import Config
+from shards.errors import UserError
+from train.config.model import DiTConfig, LoRAConfig
+from train.config.sampling import SampleConfig
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class BaseModelConfig(Config):
+    """The model to start from."""
+
+    checkpoint: str | None = None
+    """Folder or safetensors file of the DiT, official or Diffusers layout; null: random weights, for demonstrations."""
+    random_seed: int = 0
+    """Seed of the random weights when there is no checkpoint."""
+    dims: DiTConfig | None = None
+    """Size of the transformer; null: what the checkpoint says of itself."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.checkpoint is None and self.dims is None:
+            raise ValueError("neither model.checkpoint nor model.dims is given")
+        return self
+
+
+class ModelConfig(BaseModelConfig):
+    """The frozen base."""
+
+    compile: bool = False
+    """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
+
+
+class DataConfig(Config):
+    """What is trained on, and how it is batched."""
+
+    root: str | tuple[str, ...]
+    """Folder or `s3://bucket/prefix` of the sealed shards, or several of one identity."""
+    text_set: str = "default"
+    """Which set of captions."""
+    revision: str | None = None
+    """Revision of the dataset to insist on; null: the one found at the start, which the run then keeps to."""
+    cache: str | None = None
+    """Folder for samples read from S3; null: none is kept."""
+    include: tuple[str, ...] = ()
+    """Globs over clip ids: only these clips; empty: all."""
+    exclude: tuple[str, ...] = ()
+    """Globs over clip ids: without these clips."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the clips, by a hash of their id, that are held out and never trained on."""
+    global_batch: Positive = 16
+    """Samples (slots) of one optimizer step over all processes."""
+    micro_batch: Positive = 1
+    """Samples of one forward pass of one process; the rest of its share is accumulated."""
+    caption_dropout: Share = 0.1
+    """Share of the slots that are given the null caption."""
+    null_caption: Literal["empty", "negative"] = "empty"
+    """Whose embedding the null caption is: the empty text's, or the negative prompt's."""
+    workers: Positive = 2
+    """Threads that read samples and draw noise ahead of the step."""
+    prefetch_steps: Positive = 2
+    """Batches that are kept ready."""
+    on_bad_sample: Literal["fatal", "substitute"] = "fatal"
+    """What to do when a sample stays unreadable at the second try: stop, or take another of its bucket and say so."""
+    read_timeout_seconds: PositiveNumber = 600.0
+    """Longest that a step waits for its batch before the run stops and says so."""
+
+
+class ObjectiveConfig(Config):
+    """Flow matching."""
+
+    sigma: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """Distribution of the noise level before the shift."""
+    shift: PositiveNumber = 5.0
+    """σ' = shift·σ ÷ (1 + (shift − 1)·σ)."""
+    logit_mean: float = 0.0
+    """Mean of `logit_normal`."""
+    logit_std: PositiveNumber = 1.0
+    """Standard deviation of `logit_normal`."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
+    """Scale of `mode`; beyond these bounds σ would leave 0…1."""
+    weighting: Literal["none", "bell"] = "none"
+    """Weight of a slot's loss by its timestep."""
+    image_to_video_share: Share = 0.4
+    """Share of the slots trained with a clean first frame; samples of one frame never are."""
+
+
+class OptimConfig(Config):
+    """How the weights move."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with fp32 state, or bitsandbytes' with 8-bit state."""
+    lr: Annotated[float, Field(ge=0)] = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
+    eps: PositiveNumber = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises from zero, in a line."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
+    final_lr_share: Share = 0.0
+    """Share of `lr` that `cosine` and `linear` end at."""
+    max_grad_norm: PositiveNumber | None = 1.0
+    """Gradients longer than this are scaled down to it; null: never."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, used by the held-out loss and the export."""
+    min_8bit_size: Positive = 4096
+    """Tensors of fewer elements keep fp32 state under `adamw8bit`."""
+
+
+class ComputeConfig(Config):
+    """In what numbers, and where."""
+
+    compute: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 where the chip computes it, fp16 with loss scaling on V100 and T4, fp32 on CPU."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` …"""
+    deterministic: bool = False
+    """Only kernels that repeat to the bit; slower on a GPU."""
+
+
+class PrecisionConfig(ComputeConfig):
+    """In what numbers."""
+
+    initial_scale: PositiveNumber = 65536.0
+    """First loss scale under fp16."""
+    scale_growth_updates: Positive = 1000
+    """Updates without overflow after which the loss scale doubles."""
+    max_skipped_in_a_row: Positive = 20
+    """Updates that may be skipped one after the other for overflow before the run stops."""
+
+
+class CheckpointingConfig(Config):
+    """What is computed again in the backward pass instead of stored. It moves no bit of loss or gradients."""
+
+    policy: Literal["auto", "none", "full", "selective"] = "auto"
+    """`auto`: store all that fits the GPU, on a CPU everything; `none`: nothing is computed again but norms and the
+    like; `full`: every block; `selective`: store what is worth most within `budget_gib`. Per block, and per bucket."""
+    budget_gib: PositiveNumber | None = None
+    """GiB a process for what blocks keep from forward to backward; only with `selective`."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> CheckpointingConfig:
+        if (self.policy == "selective") != (self.budget_gib is not None):
+            raise ValueError(f"policy {self.policy}, budget_gib {self.budget_gib}: selective takes one, no other does")
+        return self
+
+
+class ParallelConfig(Config):
+    """How processes share the work."""
+
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """Spreading of the frozen base by FSDP2: `full` over all processes, `hybrid` over those of a machine, `none` not at
+    all; `auto` keeps it whole where a step fits beside it, else it is hybrid."""
+    offload: bool = False
+    """Keep a spread base in the host's memory: slow, for a GPU that holds little more than one block."""
+    ulysses: Positive | Literal["auto"] = "auto"
+    """Processes that share the tokens of one sample; must divide the heads. `auto`: as few as let the batch be dealt to
+    all, or a sample fit; one where that is no trouble."""
+    start_timeout_seconds: PositiveNumber = 1800.0
+    """Longest that a process waits for the others until all have come through the first step: it holds loading the
+    weights, building the channels between GPUs, and compiling."""
+    step_timeout_seconds: PositiveNumber = 600.0
+    """Longest that it waits afterwards at one place of a step, before it names who did not arrive and ends."""
+    lost_seconds: PositiveNumber = 30.0
+    """Silence after which a process, or its machine, counts as gone."""
+    grace_seconds: PositiveNumber = 120.0
+    """Under `--nproc-per-node`: longest from a signal to the end of all processes; what is left then is killed."""
+
+
+class CheckpointConfig(Config):
+    """What is kept of a run."""
+
+    every_steps: Positive = 500
+    """Steps between checkpoints; the last step and a signal write one too."""
+    keep_last: Positive = 3
+    """Newest checkpoints that are kept; the best by held-out loss is kept beside them."""
+    export: Literal["last", "best"] = "last"
+    """Which one `lora.safetensors` of the run is exported from."""
+    licence: str | None = None
+    """Licence of what is trained, for the exported file's header; it follows from the training material."""
+
+
+class EvalConfig(Config):
+    """The held-out loss."""
+
+    every_steps: Positive = 500
+    """Steps between evaluations; there is one before the first step and one after the last."""
+    num_clips: Positive = 16
+    """Held-out clips, one sample each, the same every time."""
+    batch: Positive = 1
+    """Samples of one forward pass."""
+    patience: Positive | None = None
+    """Evaluations without improvement after which the run stops; null: never."""
+    min_improvement: Annotated[float, Field(ge=0)] = 0.0
+    """Share by which the held-out loss must fall below the best to count as improvement."""
+
+
+class LogConfig(Config):
+    """What is said of a run. `metrics.jsonl` and TensorBoard are always written."""
+
+    every_steps: Positive = 1
+    """Steps between lines on the terminal."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to as well; null: none."""
+
+
+class TrainConfig(Config):
+    """`wantrain fit`: the whole of stage 2."""
+
+    output: str
+    """Folder of the run."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Keys the order and every draw."""
+    max_steps: Positive
+    """Batches to consume."""
+    model: ModelConfig
+    data: DataConfig
+    lora: LoRAConfig | None = LoRAConfig()
+    """null trains the whole model."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpointing: CheckpointingConfig = CheckpointingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig | None = EvalConfig()
+    """null: no held-out loss."""
+    sample: SampleConfig | None = None
+    """Pictures during training; null: none."""
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.eval is not None and self.data.validation_fraction == 0:
+            raise ValueError("eval needs held-out clips and data.validation_fraction is 0; raise it or set eval: null")
+        if self.lora is None and self.checkpointing.policy == "selective":
+            raise ValueError("checkpointing.policy: selective is for a LoRA beside a frozen base, and lora is null")
+        if self.model.compile and self.lora is not None and self.lora.dropout:
+            raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
+        if self.checkpoint.export == "best" and self.eval is None:
+            raise ValueError("checkpoint.export: best needs the held-out loss, and eval is null")
+        if self.optim.schedule != "constant" and self.optim.warmup_updates >= self.max_steps:
+            raise ValueError(
+                f"optim.warmup_updates {self.optim.warmup_updates} is not below max_steps {self.max_steps}"
+            )
+        return self
+
+
+def dataset_roots(config: DataConfig) -> tuple[str, ...]:
+    """`data.root` as a tuple, whether it was given as one or as a list."""
+    return (config.root,) if isinstance(config.root, str) else config.root
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers of a run, as JSON values.
+
+    Left out is what may change between a stop and a resume: paths (weights are known by their digest), how often things
+    are written, how the work is split (micro-batch, recomputation), and `max_steps` unless the schedule leans on it.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json")
+    identity = {name: values[name] for name in ("seed", "lora", "objective", "optim")}
+    if config.lora is not None:
+        del identity["lora"]["start_from"]  # a path; the checkpoint that a resume reads holds what became of it
+    data = values["data"]
+    moving = ("root", "revision", "cache", "micro_batch", "workers", "prefetch_steps", "read_timeout_seconds")
+    identity["data"] = {name: value for name, value in data.items() if name not in moving}
+    identity["model"] = {name: values["model"][name] for name in ("dims", "random_seed")}
+    identity["precision"] = {
+        name: values["precision"][name] for name in ("compute", "initial_scale", "scale_growth_updates")
+    }
+    identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
+    return identity
+
+
+def slots_per_rank(config: DataConfig, dp_size: int) -> int:
+    """Slots of the global batch that each data-parallel process takes.
+
+    Raises UserError, with the sizes that do, when the global batch does not divide by the processes or a process's
+    share does not divide by the micro-batch.
+    """
+    batch = config.global_batch
+    if batch % dp_size:
+        fits = sorted({max(dp_size, batch // dp_size * dp_size), (batch // dp_size + 1) * dp_size})
+        ranks = [size for size in range(1, batch + 1) if batch % size == 0]
+        raise UserError(
+            f"data.global_batch: {batch} does not divide by {dp_size} data-parallel processes",
+            expected=f"a global batch of {' or '.join(map(str, fits))}, or {', '.join(map(str, ranks))} processes",
+        )
+    share = batch // dp_size
+    if share % config.micro_batch:
+        fits = [size for size in range(1, share + 1) if share % size == 0]
+        raise UserError(
+            f"data.micro_batch: {config.micro_batch} does not divide the {share} samples that each process takes",
+            expected=f"a micro-batch of {', '.join(map(str, fits))}",
+        )
+    return share

@@ -1,0 +1,235 @@
+"""From the order to a batch: read, draw, pad, ahead of the step.
+
+    position → ordinals of the step → this rank's slots → [threads: latent, text, noise] → stack → (batch, position)
+
+The position that comes with a batch is the one after it: a checkpoint made when the batch is done resumes with the
+next. Everything random is looked up by (seed, step, slot), so threads and their timing decide nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shards.errors import UserError
+from shards.format.keys import is_validation
+from train.config.train import DataConfig, TrainConfig, slots_per_rank
+from train.data.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
+from train.data.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
+from train.data.sampler import START, Order, OrderedBatch, Position
+from train.geometry import Bucket
+
+if TYPE_CHECKING:
+    from shards.read.dataset import Dataset, Sample
+
+LOG = logging.getLogger("wan.data")
+MAX_SUBSTITUTES = 8
+
+
+def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], list[int]]:
+    """Ordinals of the training and of the validation side, after include and exclude.
+
+    Raises UserError that says why when nothing is left to train on.
+    """
+    chosen = [ordinal for ordinal, sample in enumerate(dataset.samples) if _included(sample.clip_id, config)]
+    sides: tuple[list[int], list[int]] = ([], [])
+    for ordinal in chosen:
+        held_out = is_validation(dataset.samples[ordinal].clip_id, config.validation_fraction)
+        sides[held_out].append(ordinal)
+    if sides[0]:
+        return sides
+    total = len(dataset.samples)
+    if total == 0:
+        raise UserError(
+            "the dataset holds no sample: no shard of it is committed, or every record was rejected",
+            mend="`wanshards ls ROOT` shows the shards, the ledger's reasons are in `wanprep report`; build some",
+        )
+    if not chosen:
+        raise UserError(
+            f"data.include {list(config.include)} and data.exclude {list(config.exclude)} leave none of {total}",
+            mend=f"clip ids look like {dataset.samples[0].clip_id!r}",
+        )
+    raise UserError(
+        f"data.validation_fraction {config.validation_fraction} puts all {len(chosen)} samples on the validation side",
+        mend="lower data.validation_fraction",
+    )
+
+
+def _included(clip_id: str, config: DataConfig) -> bool:
+    wanted = not config.include or any(fnmatch.fnmatchcase(clip_id, glob) for glob in config.include)
+    return wanted and not any(fnmatch.fnmatchcase(clip_id, glob) for glob in config.exclude)
+
+
+def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim: int, text_len: int) -> None:
+    """Raise UserError when latents or text of the dataset are not what the model takes, before the first step."""
+    found, text = dataset.latent_shape(ordinal)[0], dataset.text(ordinal, 0)
+    if found != channels:
+        raise UserError(
+            f"the dataset's latents have {found} channels, the model takes {channels} (model.dims.in_channels)"
+        )
+    if text.shape[1] != text_dim:
+        raise UserError(
+            f"the dataset's text embeddings are {text.shape[1]} wide, the model takes {text_dim} (model.dims.text_dim)",
+            mend="use the text encoder that belongs to the model, or change model.dims",
+        )
+    longest = max(text.shape[0], *(dataset.null_text(name).shape[0] for name in ("empty", "negative")))
+    if longest > text_len:
+        raise UserError(f"a caption has {longest} tokens, the model takes {text_len} (model.dims.text_len)")
+
+
+def plan_step(
+    config: TrainConfig, dataset: Dataset, ordinals: Sequence[int], step: int, slots: range
+) -> list[SlotPlan]:
+    """What each of `slots` of `step` will be: a function of (seed, step, slot) and the step's samples alone."""
+    plans = []
+    for slot in slots:
+        sample = dataset.samples[ordinals[slot]]
+        plans.append(SlotPlan(slot, ordinals[slot], _draw(config, sample, step, slot)))
+    return plans
+
+
+def _draw(config: TrainConfig, sample: Sample, step: int, slot: int) -> SlotDraws:
+    draws = draw_slot(
+        config.seed,
+        step,
+        slot,
+        image_to_video_share=config.objective.image_to_video_share,
+        num_captions=sample.num_variants,
+        caption_dropout=config.data.caption_dropout,
+    )
+    # One latent frame would be all condition and nothing to learn.
+    return draws._replace(image_to_video=draws.image_to_video and sample.frames > 1)
+
+
+class Loader:
+    """Iterates over (batch, position after it) from a position on, reading ahead in threads.
+
+    Args:
+        dataset: the opened dataset.
+        order: over the training side; its ordinals index `train_ordinals`.
+        train_ordinals: from the order's ordinals to the dataset's.
+        text_len: rows that texts are padded to.
+        step: number of the first batch (from 1).
+        position: its place in the order.
+        dp_rank, dp_size: which contiguous share of each step's slots is this process's.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        train_ordinals: Sequence[int],
+        config: TrainConfig,
+        *,
+        text_len: int,
+        step: int = 1,
+        position: Position = START,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        share = slots_per_rank(config.data, dp_size)
+        self._dataset, self._order, self._ordinals, self._config = dataset, order, train_ordinals, config
+        self._text_len = text_len
+        self._slots = range(dp_rank * share, (dp_rank + 1) * share)
+        self._step, self._position = step, position
+        self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
+        self._pending: collections.deque[_Pending] = collections.deque()
+
+    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, Position]:
+        """The next batch and the position after it. Raises what reading raised, UserError for a bad sample."""
+        while len(self._pending) <= self._config.data.prefetch_steps:
+            self._enqueue()
+        pending = self._pending.popleft()
+        limit = self._config.data.read_timeout_seconds
+        try:
+            batch = pending.batch.result(timeout=limit)
+        except TimeoutError:
+            raise UserError(
+                f"step {pending.step}: its samples did not arrive within {limit:g} s",
+                mend="see whether the storage answers, or raise data.read_timeout_seconds",
+            ) from None
+        return batch, pending.after
+
+    def close(self) -> None:
+        """Stop reading ahead. Safe to call twice."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def _enqueue(self) -> None:
+        chosen = self._order.batch(self._position)
+        ordinals = [self._ordinals[place] for place in chosen.ordinals]
+        plans = plan_step(self._config, self._dataset, ordinals, self._step, self._slots)
+        items = [self._pool.submit(self._load, plan, self._step) for plan in plans]
+        # Behind its items in the queue, so that when it runs they are done or running: it cannot wait for itself.
+        batch = self._pool.submit(self._stack, self._step, chosen, items)
+        self._position = self._order.next(self._position)
+        self._pending.append(_Pending(self._step, batch, self._position))
+        self._step += 1
+
+    def _stack(self, step: int, chosen: OrderedBatch, futures: Sequence[Future[SlotItem]]) -> Batch:
+        items = [future.result() for future in futures]
+        for item in items:  # a text that is too long is a mistake, not a damaged sample: nothing replaces it
+            check_text(item.text, self._text_len, item.key)
+        keys = [self._dataset.samples[self._ordinals[place]].key for place in chosen.ordinals]
+        return stack(step, chosen, keys, items, self._text_len)
+
+    def _load(self, plan: SlotPlan, step: int) -> SlotItem:
+        try:
+            return self._read(plan, step, None)
+        except (UserError, OSError) as error:
+            bad = self._dataset.samples[plan.ordinal]
+            if self._config.data.on_bad_sample == "fatal":
+                raise UserError(
+                    f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
+                    mend="`wanshards verify` finds what else is damaged; build its unit again, "
+                    "or set data.on_bad_sample=substitute",
+                ) from error
+            LOG.warning("sample %s cannot be read: %s", bad.key, error)
+            return self._substitute(plan, step, bad)
+
+    def _substitute(self, plan: SlotPlan, step: int, bad: Sample) -> SlotItem:
+        """Another sample of the bucket, by a draw of the slot's own: the same on whichever rank has the slot."""
+        pool = [
+            ordinal
+            for ordinal in self._ordinals
+            if _bucket(sample := self._dataset.samples[ordinal]) == _bucket(bad) and sample.key != bad.key
+        ]
+        for attempt in range(MAX_SUBSTITUTES if pool else 0):
+            place = draw_integer(self._config.seed + attempt, step, plan.slot, Purpose.SUBSTITUTE, len(pool))
+            other = self._dataset.samples[pool[place]]
+            try:
+                draws = _draw(self._config, other, step, plan.slot)
+                item = self._read(SlotPlan(plan.slot, pool[place], draws), step, bad.key)
+            except (UserError, OSError) as error:
+                LOG.warning("sample %s cannot be read: %s", other.key, error)
+                continue
+            LOG.warning("step %d slot %d: %s takes the place of %s", step, plan.slot, other.key, bad.key)
+            return item
+        raise UserError(f"sample {bad.key} cannot be read and no readable substitute was found among {len(pool)}")
+
+    def _read(self, plan: SlotPlan, step: int, replaced: str | None) -> SlotItem:
+        sample = self._dataset.samples[plan.ordinal]
+        if plan.draws.drop_caption:
+            text = self._dataset.null_text(self._config.data.null_caption)
+        else:
+            text = self._dataset.text(plan.ordinal, plan.draws.caption)
+        latent = read_latent(self._dataset, plan.ordinal, sample)
+        noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
+        return SlotItem(plan, sample.key, latent, noise, text, replaced)
+
+
+class _Pending(NamedTuple):
+    step: int
+    batch: Future[Batch]
+    after: Position
+
+
+def _bucket(sample: Any) -> Bucket:
+    return Bucket(sample.frames, sample.height, sample.width)

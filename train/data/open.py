@@ -1,0 +1,16 @@
+"""Open the dataset that a config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shards.read.dataset import Dataset, open_dataset
+from train.config.train import TrainConfig, dataset_roots
+
+
+def open_data(config: TrainConfig, pin: dict[str, Any] | None = None) -> Dataset:
+    """Open the configured dataset: at the configured revision, or at a pinned one."""
+    data = config.data
+    cache = None if data.cache is None else Path(data.cache)
+    return open_dataset(dataset_roots(data), data.text_set, revision=data.revision, pin=pin, cache=cache)

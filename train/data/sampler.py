@@ -1,0 +1,167 @@
+"""Which sample is trained when: a function of (seed, epoch, key), with a state of two numbers.
+
+Samples of one size form a bucket, and a step takes all its slots from one bucket. A bucket is an endless line: the
+permutation of its keys for epoch 0, then the one for epoch 1, and so on, cut into batches without a gap. What does
+not fill a batch at the end of an epoch is thus the beginning of the bucket's next one: nothing is padded, repeated or
+left out. An epoch of the run holds every batch that is complete by then, in an order that mixes the buckets.
+
+    epoch 0   bucket A  [a3 a0 a4][a1 a5 a2] a6        bucket B  [b1 b0 b2] b3
+    epoch 1   bucket A  [a6 a2 a5][a0 a1 a6] a3 a4     bucket B  [b3 b2 b0] b1
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from shards.errors import UserError
+from train.geometry import Bucket
+
+ORDER_VERSION = 1
+
+
+class Sized(Protocol):
+    """What the order needs to know of a sample."""
+
+    @property
+    def key(self) -> str:
+        """Unique name of the sample."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the window."""
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+
+
+class Position(NamedTuple):
+    """The next batch: the whole state of the order."""
+
+    epoch: int
+    batch: int
+
+
+START = Position(0, 0)
+
+
+class OrderedBatch(NamedTuple):
+    """One step's samples, slot by slot."""
+
+    ordinals: tuple[int, ...]
+    """Indices into the samples the order was made from."""
+    bucket: Bucket
+    epoch: int
+
+
+class Order:
+    """The order of a fixed set of samples under a seed and a global batch."""
+
+    def __init__(self, samples: Sequence[Sized], seed: int, global_batch: int) -> None:
+        self.seed = seed
+        self.global_batch = global_batch
+        members: dict[Bucket, list[int]] = {}
+        for ordinal, sample in enumerate(samples):
+            members.setdefault(Bucket(sample.frames, sample.height, sample.width), []).append(ordinal)
+        self.too_small = {bucket: len(some) for bucket, some in sorted(members.items()) if len(some) < global_batch}
+        """Buckets that cannot fill a batch, with their number of samples; they are never trained on."""
+        self.buckets = [bucket for bucket in sorted(members) if bucket not in self.too_small]
+        if not self.buckets:
+            raise UserError(
+                f"no bucket can fill a batch: {describe_buckets(self.too_small.items()) or 'there are no samples'}",
+                expected=f"at least data.global_batch = {global_batch} samples of one size",
+                mend="lower data.global_batch, or build more shards",
+            )
+        self._ordinals, self._hashes = [], []
+        for bucket in self.buckets:
+            # By key, so that the order in which the samples are listed has no say.
+            ordinals = sorted(members[bucket], key=lambda ordinal: samples[ordinal].key)
+            self._ordinals.append(np.array(ordinals, dtype=np.int64))
+            self._hashes.append(np.array([hash_key(samples[ordinal].key) for ordinal in ordinals], dtype=np.uint64))
+        # A step reads at most two epochs of a bucket; the rest is kept so that buckets do not evict each other.
+        self._permutation = lru_cache(maxsize=4 * len(self.buckets))(self._permute)
+        self._schedule = lru_cache(maxsize=2)(self._mix)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are trained on."""
+        return sum(map(len, self._ordinals))
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches that `epoch` holds."""
+        return len(self._schedule(epoch))
+
+    def batch(self, position: Position) -> OrderedBatch:
+        """The samples at `position`."""
+        which, index = self._schedule(position.epoch)[position.batch]
+        size = len(self._ordinals[which])
+        line = range(index * self.global_batch, (index + 1) * self.global_batch)
+        ordinals = tuple(int(self._permutation(which, place // size)[place % size]) for place in line)
+        return OrderedBatch(ordinals, self.buckets[which], position.epoch)
+
+    def next(self, position: Position) -> Position:
+        """The position after `position`."""
+        if position.batch + 1 < self.num_batches(position.epoch):
+            return Position(position.epoch, position.batch + 1)
+        return Position(position.epoch + 1, 0)
+
+    def position_of_step(self, step: int) -> Position:
+        """The position of the batch that step `step` (from 1) takes in a run that began at the first."""
+        epoch, left = 0, step - 1
+        while left >= (batches := self._count(epoch)):
+            epoch, left = epoch + 1, left - batches
+        return Position(epoch, left)
+
+    def _count(self, epoch: int) -> int:
+        return sum(len(self._indices(which, epoch)) for which in range(len(self.buckets)))
+
+    def _indices(self, which: int, epoch: int) -> range:
+        """Batches along a bucket's endless line that are completed in `epoch`."""
+        size = len(self._ordinals[which])
+        return range(epoch * size // self.global_batch, (epoch + 1) * size // self.global_batch)
+
+    def _permute(self, which: int, epoch: int) -> np.ndarray:
+        return self._ordinals[which][np.argsort(mix(self._hashes[which], self.seed, epoch), kind="stable")]
+
+    def _mix(self, epoch: int) -> list[tuple[int, int]]:
+        batches = [(which, index) for which in range(len(self.buckets)) for index in self._indices(which, epoch)]
+        names = [hash_key(f"{self.buckets[which]} {index}") for which, index in batches]
+        places = np.argsort(mix(np.array(names, dtype=np.uint64), self.seed, epoch), kind="stable")
+        return [batches[place] for place in places]
+
+
+def hash_key(key: str) -> int:
+    """A uint64 of a key, the same in every process and version."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def mix(hashes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """uint64 hashes keyed by (seed, epoch): splitmix64's finaliser (Steele et al. 2014) over each."""
+    key = hash_key(f"order {ORDER_VERSION} {seed} {epoch}")
+    mixed = hashes ^ np.uint64(key)
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(multiplier)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def describe_buckets(buckets: Iterable[tuple[Bucket, int]]) -> str:
+    """Buckets and their numbers of samples, for people."""
+    return ", ".join(f"{bucket} has {count}" for bucket, count in buckets)
+
+
+def check_version(version: int) -> None:
+    """Raise UserError when a checkpoint's order was made by another version of this file."""
+    if version != ORDER_VERSION:
+        raise UserError(
+            f"the checkpoint's sample order is version {version}, this program's is {ORDER_VERSION}",
+            mend="resume with the program that began the run, or begin a new run",
+        )

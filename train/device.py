@@ -1,0 +1,57 @@
+"""The device of this process: which one, what it is, how much memory it has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from shards.errors import UserError
+
+
+class DeviceFacts(NamedTuple):
+    """What the choice of precision and kernel depends on; made by hand in tests."""
+
+    kind: str
+    """`cpu` or `cuda`."""
+    name: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None on a CPU."""
+
+
+def device_facts(device: torch.device | str) -> DeviceFacts:
+    """Name and compute capability of a device."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return DeviceFacts(device.type, device.type, None)
+    return DeviceFacts("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is some. One of several processes takes the GPU of its number on the machine.
+
+    Raises UserError for a device that is not there, or one GPU for all processes.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"precision.device: {name!r} is not a device", expected="auto, cpu, cuda or cuda:1") from None
+    if local_rank is not None and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"precision.device: {name} for all processes of a machine", expected="auto, cpu or cuda")
+        device = torch.device("cuda", local_rank)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"precision.device: {name} cannot train here", expected="auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"precision.device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices",
+            mend="`wantrain doctor` says why; precision.device=cpu trains without one",
+        )
+    return device

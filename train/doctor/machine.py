@@ -1,0 +1,244 @@
+"""`wantrain doctor`: what is wrong with this machine and this configuration, and how to mend it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from shards.errors import UserError
+from train.config.train import TrainConfig
+from train.doctor.finding import Finding
+
+MIN_PYTHON = (3, 11)
+MIN_TORCH = (2, 9)
+MIN_SHARED_MEMORY_GIB = 1.0
+MIN_DISK_GIB = 5.0
+TORCH_FOR_VOLTA = (
+    "pip install 'torch>=2.9' from the index of CUDA 12.6 builds (cu126): the last ones with sm_70 kernels"
+)
+
+
+def examine(config: TrainConfig | None) -> Iterator[Finding]:
+    """All findings, one after the other; those that need a configuration only with one."""
+    yield check_python(sys.version_info[:3])
+    yield from check_torch()
+    yield check_ffmpeg()
+    yield check_bitsandbytes(config)
+    yield check_shared_memory(Path("/dev/shm"))  # noqa: S108 - looked at, not written to
+    if importlib.util.find_spec("torch") is not None:
+        from train.doctor.ranks import check_ranks
+
+        yield from check_ranks(config)
+    if config is None:
+        return
+    yield check_disk(Path(config.output))
+    yield from _guarded("dataset", lambda: check_dataset(config))
+    yield from _guarded("one step", lambda: check_step(config))
+
+
+def is_healthy(findings: list[Finding]) -> bool:
+    """Whether no finding is a problem."""
+    return all(finding.status != "problem" for finding in findings)
+
+
+def check_python(version: tuple[int, ...]) -> Finding:
+    """Python is new enough."""
+    found = ".".join(map(str, version))
+    if version < MIN_PYTHON:
+        return Finding("python", "problem", found, "install Python 3.11 or newer and make the environment anew")
+    return Finding("python", "ok", found)
+
+
+def check_torch() -> Iterator[Finding]:
+    """torch is there, new enough, and built for every card that is there."""
+    if importlib.util.find_spec("torch") is None:
+        yield Finding("torch", "problem", "not installed", "pip install -e '.[train]' -c constraints.txt")
+        return
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    build = f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"
+    if version < MIN_TORCH:
+        yield Finding("torch", "problem", build, "pip install 'torch>=2.9': FSDP2 of older ones trains wrong on gloo")
+    else:
+        yield Finding("torch", "ok", build)
+    if not torch.cuda.is_available():
+        yield check_no_gpu(torch.version.cuda, Path("/proc/driver/nvidia/version").exists())
+        return
+    for index in range(torch.cuda.device_count()):
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        yield check_card(f"gpu {index}", name, capability, torch.cuda.get_arch_list(), torch.version.cuda)
+
+
+def check_no_gpu(cuda_build: str | None, driver: bool) -> Finding:
+    """Why there is no CUDA device: no card, a CPU build, or a driver that is too old."""
+    if not driver:
+        return Finding("gpu", "note", "none: no NVIDIA driver; trains on the CPU")
+    if cuda_build is None:
+        mend = "install a CUDA build of torch; for V100: " + TORCH_FOR_VOLTA
+        return Finding("gpu", "problem", "a driver is there, torch is built for the CPU only", mend)
+    return Finding(
+        "gpu",
+        "problem",
+        f"a driver is there, torch (CUDA {cuda_build}) sees no card",
+        "nvidia-smi shows whether the card answers; the driver must be as new as torch's CUDA",
+    )
+
+
+def check_card(
+    subject: str, name: str, capability: tuple[int, int], architectures: list[str], cuda_build: str | None
+) -> Finding:
+    """Whether torch's kernels run on a card: a binary of its major version up to its minor, or PTX up to it."""
+    major, minor = capability
+    found = f"{name}, sm_{major}{minor}"
+    numbers = {kind: _numbers(architectures, kind) for kind in ("sm_", "compute_")}
+    binary = any(number // 10 == major and number % 10 <= minor for number in numbers["sm_"])
+    portable = any(number <= 10 * major + minor for number in numbers["compute_"])
+    if binary or portable:
+        kind = "bf16" if capability >= (8, 0) else "fp16 with loss scaling"
+        return Finding(subject, "ok", f"{found}, {kind}")
+    mend = "install a torch build that names this architecture"
+    if capability < (7, 5):
+        mend = TORCH_FOR_VOLTA
+    have = f"torch for CUDA {cuda_build} has kernels for {', '.join(architectures) or 'no card'}"
+    return Finding(subject, "problem", f"{found}: {have}", mend)
+
+
+def _numbers(architectures: list[str], kind: str) -> list[int]:
+    digits = (name.removeprefix(kind).rstrip("af") for name in architectures if name.startswith(kind))
+    return [int(text) for text in digits if text.isdigit()]
+
+
+def check_ffmpeg() -> Finding:
+    """ffmpeg serves stage 1 only: its absence is a note."""
+    path = shutil.which("ffmpeg")
+    return Finding("ffmpeg", "ok" if path else "note", path or "none on PATH: training needs none")
+
+
+def check_bitsandbytes(config: TrainConfig | None) -> Finding:
+    """bitsandbytes is needed for 8-bit AdamW only."""
+    needed = config is not None and config.optim.name == "adamw8bit"
+    if importlib.util.find_spec("torch") is None:
+        return Finding("bitsandbytes", "note", "not looked at without torch")
+    from train.optim import import_bitsandbytes
+
+    try:
+        return Finding("bitsandbytes", "ok", str(import_bitsandbytes().__version__))
+    except UserError as error:
+        return Finding("bitsandbytes", "problem" if needed else "note", error.problem, error.mend or "")
+
+
+def check_shared_memory(place: Path) -> Finding:
+    """Collectives between processes of one machine go through it."""
+    if not place.is_dir():
+        return Finding("shared memory", "note", f"no {place} on {platform.system()}")
+    free = shutil.disk_usage(place).free / 2**30
+    if free < MIN_SHARED_MEMORY_GIB:
+        mend = "start the container with --shm-size=8g (or --ipc=host)"
+        return Finding("shared memory", "problem", f"{free:.2f} GiB free in {place}", mend)
+    return Finding("shared memory", "ok", f"{free:.1f} GiB free in {place}")
+
+
+def check_disk(output: Path) -> Finding:
+    """Room for checkpoints where the run will lie, and the right to write there."""
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        return Finding("output", "problem", f"{place} cannot be written to", "choose another output")
+    if free < MIN_DISK_GIB:
+        return Finding("output", "problem", f"{free:.1f} GiB free in {place}", "free some, or choose another output")
+    return Finding("output", "ok", f"{free:,.0f} GiB free in {place}")
+
+
+def check_dataset(config: TrainConfig) -> Iterator[Finding]:
+    """The dataset opens; its identity, its text set, its sides, its buckets."""
+    from train.data.loader import select_samples
+    from train.data.open import open_data
+    from train.data.sampler import Order, describe_buckets
+
+    dataset = open_data(config)
+    identity, revision = dataset.identity_digest[:12], dataset.revision[:12]
+    yield Finding("dataset", "ok", f"{len(dataset):,} samples, identity {identity}, revision {revision}")
+    empty, negative = (len(dataset.null_text(which)) for which in ("empty", "negative"))
+    text = f"{config.data.text_set}, identity {str(dataset.text_identity_digest)[:12]}"
+    yield Finding("text set", "ok", f"{text}, null captions of {empty} and {negative} tokens")
+    for name, note in sorted(dataset.info.notes.items()):
+        yield Finding("dataset note", "note", f"{name}: {note}")
+    train, validation = select_samples(dataset, config.data)
+    order = Order([dataset.samples[ordinal] for ordinal in train], config.seed, config.data.global_batch)
+    batches = order.num_batches(0)
+    sides = f"{order.num_samples:,} samples to train on in {batches:,} batches, {len(validation):,} held out"
+    yield Finding("order", "ok", sides)
+    if order.too_small:
+        few = describe_buckets(order.too_small.items())
+        yield Finding("order", "note", f"left out: {few}", "lower data.global_batch, or build more shards")
+    if config.eval is not None and not validation:
+        yield Finding("held-out loss", "problem", "no held-out clip", "raise data.validation_fraction, or eval: null")
+
+
+def check_step(config: TrainConfig) -> Iterator[Finding]:
+    """One real step, nothing written: the model loads, the LoRA is injected, gradients come and are finite."""
+    import time
+
+    from train.data.loader import Loader
+    from train.run.session import open_session, peak_memory_gib
+    from train.run.state import Progress
+    from train.step import backward
+
+    session = open_session(config)
+    trainee, progress = session.trainee, Progress(session)
+    what = f"LoRA in {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    yield Finding("model", "ok", f"{trainee.precision.name} ({trainee.precision.reason}), {what}")
+    text_len = trainee.dims.text_len
+    loader = Loader(session.dataset, session.order, session.ordinals, config, text_len=text_len)
+    try:
+        batch, _ = next(loader)
+    finally:
+        loader.close()
+    began = time.perf_counter()
+    loss = backward(trainee, batch, progress.scaler.scale_loss)
+    _, norm, overflow = progress.update()
+    seconds, memory = time.perf_counter() - began, peak_memory_gib(trainee.device)
+    found = f"loss {loss.mean if loss else math.nan:.4f}, {seconds:.2f} s, {memory:.1f} GiB"
+    if norm is None:
+        yield Finding("one step", "note", f"{found}; skipped for overflow in {overflow}; the loss scale adapts")
+    else:
+        yield Finding("one step", "ok", f"{found}, gradient norm {norm:.3g}")
+
+
+def measure_ranges(config: TrainConfig) -> dict[str, float]:
+    """Largest magnitude of every block's and every linear's output over one batch of real latents, in fp32."""
+    import torch
+
+    from train.data.loader import Loader
+    from train.precision import record_ranges
+    from train.run.session import open_session
+    from train.step import losses
+
+    config = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "fp32"})})
+    session = open_session(config)
+    text_len = session.trainee.dims.text_len
+    loader = Loader(session.dataset, session.order, session.ordinals, config, text_len=text_len)
+    try:
+        batch, _ = next(loader)
+    finally:
+        loader.close()
+    with torch.no_grad(), record_ranges(session.trainee.model) as ranges:
+        for start in range(0, len(batch.keys), config.data.micro_batch):
+            losses(session.trainee, batch, slice(start, start + config.data.micro_batch))
+    return ranges
+
+
+def _guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check whose UserError is the finding."""
+    try:
+        yield from check()
+    except UserError as error:
+        expected = f" (expected: {error.expected})" if error.expected else ""
+        yield Finding(subject, "problem", error.problem + expected, error.mend or "")

@@ -1,0 +1,1 @@
+"""Memory, FLOPs, traffic and days of a run, before it runs."""

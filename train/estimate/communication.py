@@ -1,0 +1,241 @@
+"""Many GPUs in closed form: what a layout computes, exchanges and holds a rank. Importing it imports no torch.
+
+n ranks, P of them share a sample's tokens (Ulysses), s of them share one copy of the frozen base (FSDP2). A rank sends
+and receives in an optimizer step of m micro-steps, with c bytes a number in the compute dtype,
+
+    LoRA gradients   2 · 4 · (LoRA numbers) · (n − 1)/n              once, float32, whatever m is
+    base             2 · (bytes of all blocks) · (s − 1)/s · m       gathered in the forward and the backward pass
+    tokens           4 · (N/P) · d · c · (P − 1)/P a block and pass  q k v there, the output back; m times
+
+and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
+was kept by tokens. The velocity is gathered once a forward pass, 4 bytes a number. Bytes are exact; the
+seconds divide them by a bandwidth that is assumed (hardware.py), and nothing is taken to overlap: an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from shards.errors import UserError
+from shards.gpus import Gpu
+from train.config.model import DiTConfig, LoRAConfig
+from train.config.train import TrainConfig
+from train.estimate.flops import adapted_linears, first_trained_block, step_flops
+from train.estimate.memory import block_bytes, num_lora_parameters, num_parameters
+from train.estimate.saves import run_memory
+from train.geometry import Shape
+
+ULYSSES_TRIED = (1, 2, 4, 8)
+
+
+class Mesh(NamedTuple):
+    """How the GPUs of a run share its work."""
+
+    num_gpus: int = 1
+    num_nodes: int = 1
+    """Machines; each has as many GPUs."""
+    base_shards: int = 1
+    """Neighbouring ranks that one copy of the frozen base is spread over."""
+    ulysses: int = 1
+    """Neighbouring ranks that share the tokens of one sample."""
+
+    @property
+    def dp_size(self) -> int:
+        """Shares that a global batch is dealt into."""
+        return self.num_gpus // self.ulysses
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of one machine."""
+        return self.num_gpus // self.num_nodes
+
+    def link(self, gpu: Gpu, size: int) -> float:
+        """Bytes a second a GPU of an exchange among `size` neighbouring ranks."""
+        return 1e9 * (gpu.link_gb_per_second if size <= self.gpus_per_node else gpu.network_gb_per_second)
+
+    def __str__(self) -> str:
+        if self.num_gpus == 1:
+            return "one GPU"
+        parts = [f"replicate {self.dp_size}"] if self.base_shards == 1 and self.dp_size > 1 else []
+        parts += [f"shard over {self.base_shards}"] if self.base_shards > 1 else []
+        parts += [f"ulysses {self.ulysses}"] if self.ulysses > 1 else []
+        return " × ".join(parts)
+
+
+class Exchange(NamedTuple):
+    """What one rank exchanges in an optimizer step."""
+
+    gradient_bytes: float = 0.0
+    base_bytes: float = 0.0
+    token_bytes: float = 0.0
+    seconds: float = 0.0
+    """At the assumed bandwidths, without overlap."""
+
+    @property
+    def total_bytes(self) -> float:
+        """All of it."""
+        return self.gradient_bytes + self.base_bytes + self.token_bytes
+
+
+def make_mesh(num_gpus: int, num_nodes: int, base_shards: int, ulysses: int, dims: DiTConfig) -> Mesh:
+    """Check sizes against each other. Raises UserError with those that do."""
+    if num_gpus % num_nodes:
+        raise UserError(f"--gpus {num_gpus} does not divide by --nodes {num_nodes}")
+    if dims.num_heads % ulysses or num_gpus % ulysses:
+        fits = [size for size in range(1, num_gpus + 1) if dims.num_heads % size == 0 and num_gpus % size == 0]
+        raise UserError(
+            f"parallel.ulysses: {ulysses} must divide the {dims.num_heads} heads and the {num_gpus} GPUs",
+            expected=", ".join(map(str, fits)),
+        )
+    return Mesh(num_gpus, num_nodes, base_shards, ulysses)
+
+
+def choose_mesh(
+    config: TrainConfig,
+    dims: DiTConfig,
+    num_gpus: int,
+    num_nodes: int,
+    shapes: Sequence[Shape],
+    *,
+    device_bytes: int | None,
+    compute_bytes: int,
+) -> tuple[Mesh, str]:
+    """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
+
+    the base whole, then spread over a machine; on as few ranks a sample as the batch can be dealt to, then on more.
+
+    Args:
+        shapes: whole micro-batches of the run.
+        device_bytes: memory of a GPU; None on a CPU, whose memory is not asked.
+    Raises: UserError for a layout that these GPUs cannot form.
+    """
+    wanted, asked = config.parallel.shard, config.parallel.ulysses
+    here = num_gpus // num_nodes
+    fixed = {"full": num_gpus, "hybrid": here, "none": 1}
+    degrees = [asked] if asked != "auto" else _degrees(config, dims, num_gpus, here)
+    shards = [fixed[wanted]] if wanted != "auto" else sorted({1, here})
+    meshes = [make_mesh(num_gpus, num_nodes, size, degree, dims) for degree in degrees for size in shards]
+    first = meshes[0]
+    words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
+    if asked == "auto" and first.ulysses > 1:
+        batch = config.data.global_batch
+        words += f"; {batch} samples dealt to {num_gpus} processes, so {first.ulysses} share one"
+    if device_bytes is None or config.lora is None or len(meshes) == 1:
+        return first, words
+    needs: list[int] = []
+    for mesh in meshes:
+        needs.append(_least_memory(config, dims, mesh, shapes, compute_bytes))
+        if needs[-1] <= device_bytes:
+            words += f"; a step takes {needs[-1] / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
+            return mesh, words + (f", and {needs[0] / 2**30:.1f} as {first}" if mesh != first else "")
+    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.base_shards)), f"{words}; nothing fits"
+
+
+def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> list[int]:
+    """Ranks that may share a sample, ascending; the first is the least that the batch can be dealt to."""
+    data, found = config.data, []
+    for degree in range(1, here + 1):
+        share, rest = divmod(data.global_batch, num_gpus // degree)
+        if here % degree == 0 and dims.num_heads % degree == 0 and share and not rest and not share % data.micro_batch:
+            found.append(degree)
+    # A batch that no degree deals evenly is refused where it is dealt, with the sizes that can be.
+    return found if found and (found[0] == 1 or num_gpus > data.global_batch // data.micro_batch) else [1]
+
+
+def _least_memory(config: TrainConfig, dims: DiTConfig, mesh: Mesh, shapes: Sequence[Shape], compute_bytes: int) -> int:
+    saves = ((),) * dims.num_layers
+    return max(
+        run_memory(
+            config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, mesh.base_shards, mesh.ulysses
+        ).total
+        for shape in shapes
+    )
+
+
+def local_shape(shape: Shape, ulysses: int) -> Shape:
+    """What a rank holds of a micro-batch: its stretch of the tokens, padded where they do not divide."""
+    return Shape(shape.batch, -(-shape.tokens // ulysses))
+
+
+def rank_flops(
+    dims: DiTConfig,
+    shape: Shape,
+    lora: LoRAConfig | None,
+    saves: Sequence[Collection[str]],
+    ulysses: int = 1,
+) -> float:
+    """FLOPs that one rank executes for a micro-batch.
+
+    A step is a polynomial a + bN + cN² of the tokens: text and time are computed by every rank of a sequence (a), what
+    is done token by token by each for its own, padding included (b), and self-attention's scores by head, over the
+    tokens that there are (c).
+    """
+
+    def flops(tokens: int) -> int:
+        return step_flops(dims, Shape(shape.batch, tokens), lora, saves, num_rows=2)
+
+    n = shape.tokens
+    if ulysses == 1:
+        return float(flops(n))
+    nothing, one, two = flops(0), flops(n), flops(2 * n)
+    square = (two - 2 * one + nothing) / 2
+    line = one - nothing - square
+    return nothing + line * local_shape(shape, ulysses).tokens / n + square / ulysses
+
+
+def count_exchange(
+    config: TrainConfig,
+    dims: DiTConfig,
+    mesh: Mesh,
+    gpu: Gpu,
+    shape: Shape,
+    saves: Sequence[Collection[str]],
+    compute_bytes: int,
+) -> Exchange:
+    """What a rank exchanges in a step of one micro-batch shape."""
+    micro_steps = config.data.global_batch / mesh.dp_size / shape.batch
+    narrow, wide = num_parameters(dims)
+    trained = num_lora_parameters(dims, config.lora) if config.lora else narrow + wide
+    n, s, p = mesh.num_gpus, mesh.base_shards, mesh.ulysses
+    gradients = 8 * trained * (n - 1) / n
+    base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
+    held = local_shape(shape, p).all_tokens * (p - 1) / p
+    velocity = 4 * held * p * dims.out_channels * dims.patch[1] * dims.patch[2]
+    tokens = (4 * held * dims.dim * compute_bytes * num_passes(dims, config.lora, saves) + velocity) * micro_steps
+    seconds = gradients / mesh.link(gpu, n) + base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
+    return Exchange(gradients, base, tokens, seconds)
+
+
+def num_passes(dims: DiTConfig, lora: LoRAConfig | None, saves: Sequence[Collection[str]]) -> int:
+    """Times that a micro-step takes the tokens of a block through self-attention's exchange, over all blocks.
+
+    A block of a frozen base is passed once forward and, where it trains, twice more: gradients there and back, and q k
+    v with the output again, which are kept as this rank's tokens, if at all. Where every weight trains autograd keeps
+    what other ranks sent, and the middle one is only made by a block that is computed again.
+    """
+    if lora is None:
+        return sum(3 if not kept else 2 for kept in saves)
+    adapted = adapted_linears(dims, lora)
+    first = first_trained_block(adapted)
+    passes = dims.num_layers + 2 * (dims.num_layers - first)
+    if not any(name.startswith("self_attn") for name in adapted[first]):
+        # Nothing of it flows back through self-attention, which is only run again to go on from.
+        passes -= 2 if "attention" in saves[first] else 1
+    return passes
+
+
+def candidates(dims: DiTConfig, num_gpus: int, num_nodes: int, global_batch: int, micro_batch: int) -> list[Mesh]:
+    """Layouts worth comparing: the base whole, over a machine, over all; tokens over 1, 2, 4, 8 GPUs of a machine."""
+    here = num_gpus // num_nodes
+    meshes = []
+    for ulysses in ULYSSES_TRIED:
+        if dims.num_heads % ulysses or here % ulysses or global_batch % (num_gpus // ulysses):
+            continue
+        if (global_batch // (num_gpus // ulysses)) % micro_batch:
+            continue
+        for shards in sorted({1, here, num_gpus}):
+            mesh = Mesh(num_gpus, num_nodes, shards, ulysses)
+            if mesh not in meshes:
+                meshes.append(mesh)
+    return meshes

@@ -1,0 +1,158 @@
+"""Floating-point operations of a step in closed form: 2 a multiply-add, GEMMs and attention only.
+
+A block over N tokens of width d, with feed-forward f, S text tokens and LoRA rank r, costs forward
+
+    linears  2N(6d² + 2df)     q k v o of self-attention, q o of cross-attention, both of the feed-forward
+    text     4Sd²              k v of cross-attention
+    scores   4N²d + 4NSd       both attentions
+    LoRA     2r(in + out) a token of each adapted linear
+
+Backward with a frozen base: the linears once more (no weight gradients), 2.5 × the scores (flash: 5 GEMMs for 2),
+2 × the LoRA. Nothing flows into the text, and nothing into the input of the first adapted block. What is recomputed
+comes on top. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from train.config.model import DiTConfig, LoRAConfig
+from train.geometry import SAVE_GROUPS, Shape
+from train.lora.targets import match_targets
+
+Adapted = Sequence[frozenset[str]]
+"""For each block, which of its linears carry a LoRA."""
+
+
+def block_linears(dims: DiTConfig) -> dict[str, tuple[int, int]]:
+    """Linears of a block by their name in it: channels in, channels out."""
+    dim, inner = dims.dim, dims.ffn_dim
+    sizes = {f"{part}.{leaf}": (dim, dim) for part in ("self_attn", "cross_attn") for leaf in "qkvo"}
+    return {**sizes, "ffn.0": (dim, inner), "ffn.2": (inner, dim)}
+
+
+def adapted_linears(dims: DiTConfig, lora: LoRAConfig | None) -> tuple[frozenset[str], ...]:
+    """For each block, the linears that the LoRA's targets select. Raises UserError when a target selects nothing."""
+    linears = block_linears(dims)
+    if lora is None:
+        return (frozenset(),) * dims.num_layers
+    names = [f"blocks.{index}.{name}" for index in range(dims.num_layers) for name in linears]
+    chosen = match_targets(names, lora.targets)
+    return tuple(
+        frozenset(name for name in linears if f"blocks.{index}.{name}" in chosen) for index in range(dims.num_layers)
+    )
+
+
+def linear_rows(dims: DiTConfig, shape: Shape, name: str) -> int:
+    """Rows that a linear of a block multiplies: video tokens, or text tokens for the text's keys and values."""
+    return shape.batch * dims.text_len if name in ("cross_attn.k", "cross_attn.v") else shape.all_tokens
+
+
+def linear_flops(dims: DiTConfig, shape: Shape, name: str) -> int:
+    """Forward FLOPs of one linear of a block, without its LoRA."""
+    inside, outside = block_linears(dims)[name]
+    return 2 * linear_rows(dims, shape, name) * inside * outside
+
+
+def lora_flops(dims: DiTConfig, shape: Shape, name: str, rank: int) -> int:
+    """Forward FLOPs of one linear's LoRA."""
+    return 2 * linear_rows(dims, shape, name) * rank * sum(block_linears(dims)[name])
+
+
+def score_flops(dims: DiTConfig, shape: Shape) -> int:
+    """Forward FLOPs of both attentions of a block, at two GEMMs each."""
+    return 4 * shape.all_tokens * dims.dim * (shape.tokens + dims.text_len)
+
+
+def block_forward_flops(dims: DiTConfig, shape: Shape, adapted: Collection[str] = (), rank: int = 0) -> int:
+    """One block, forward."""
+    linears = sum(linear_flops(dims, shape, name) for name in block_linears(dims))
+    return linears + score_flops(dims, shape) + sum(lora_flops(dims, shape, name, rank) for name in adapted)
+
+
+def block_backward_flops(
+    dims: DiTConfig, shape: Shape, adapted: Collection[str], rank: int, *, needs_input_gradient: bool
+) -> int:
+    """One block, backward through a frozen base; `needs_input_gradient` is False for the first block that trains."""
+    text = {"cross_attn.k", "cross_attn.v"}
+    # The linears whose input needs no gradient.
+    closed = text | (set() if needs_input_gradient else {"self_attn.q", "self_attn.k", "self_attn.v"})
+    total = sum(linear_flops(dims, shape, name) for name in block_linears(dims) if name not in closed)
+    total += 5 * score_flops(dims, shape) // 2
+    for name in adapted:
+        inside, outside = block_linears(dims)[name]
+        # Into low rank and into B cost `outside` each; into A costs `inside`, and into the input again `inside`.
+        gemms = 2 * outside + inside * (1 if name in closed else 2)
+        total += 2 * linear_rows(dims, shape, name) * rank * gemms
+    return total
+
+
+def recompute_flops(dims: DiTConfig, shape: Shape, group: str, adapted: Collection[str] = (), rank: int = 0) -> int:
+    """What a block computes again in its backward pass when it has not kept `group`."""
+    if group == "attention":
+        return score_flops(dims, shape)
+    inside = {"ffn_up": ("ffn.0",)}.get(group) or tuple(n for n in block_linears(dims) if not n.startswith("ffn"))
+    base = sum(linear_flops(dims, shape, name) for name in inside)
+    if group == "ffn_up" and "ffn.2" in adapted:
+        # Of the way down only its LoRA's low-rank product is needed again.
+        base += 2 * shape.all_tokens * rank * dims.ffn_dim
+    return base + sum(lora_flops(dims, shape, name, rank) for name in inside if name in adapted)
+
+
+def outer_forward_flops(dims: DiTConfig, shape: Shape, *, num_rows: int = 1) -> int:
+    """Embeddings and head; `num_rows` modulation rows a sample (two where the first frame is clean)."""
+    dim, patch = dims.dim, dims.patch[0] * dims.patch[1] * dims.patch[2]
+    tokens = 2 * shape.all_tokens * dim * patch * (dims.in_channels + dims.out_channels)
+    text = 2 * shape.batch * dims.text_len * dim * (dims.text_dim + dim)
+    return tokens + text + 2 * shape.batch * num_rows * dim * (dims.freq_dim + dim + 6 * dim)
+
+
+def forward_flops(dims: DiTConfig, shape: Shape, lora: LoRAConfig | None, *, num_rows: int = 1) -> int:
+    """The whole model, forward."""
+    rank = lora.rank if lora else 0
+    blocks = sum(block_forward_flops(dims, shape, adapted, rank) for adapted in adapted_linears(dims, lora))
+    return blocks + outer_forward_flops(dims, shape, num_rows=num_rows)
+
+
+def step_flops(
+    dims: DiTConfig,
+    shape: Shape,
+    lora: LoRAConfig | None,
+    saves: Sequence[Collection[str]] | None = None,
+    *,
+    num_rows: int = 1,
+) -> int:
+    """Forward and backward of one micro-batch, what is recomputed included.
+
+    Args:
+        saves: for each block the groups it keeps; None keeps everything, so that no GEMM is done twice.
+        lora: None trains every weight: then the base's weight gradients count too.
+    """
+    total = forward_flops(dims, shape, lora, num_rows=num_rows)
+    if lora is None:
+        return 3 * total + dims.num_layers * score_flops(dims, shape) // 2 + _recomputed(dims, shape, None, saves)
+    adapted = adapted_linears(dims, lora)
+    first = first_trained_block(adapted)
+    for index, names in enumerate(adapted):
+        if index >= first:
+            total += block_backward_flops(dims, shape, names, lora.rank, needs_input_gradient=index > first)
+    patch = dims.patch[0] * dims.patch[1] * dims.patch[2]
+    total += 2 * shape.all_tokens * dims.dim * patch * dims.out_channels
+    return total + _recomputed(dims, shape, lora, saves)
+
+
+def _recomputed(dims: DiTConfig, shape: Shape, lora: LoRAConfig | None, saves: Sequence[Collection[str]] | None) -> int:
+    if saves is None:
+        return 0
+    adapted = adapted_linears(dims, lora)
+    return sum(
+        recompute_flops(dims, shape, group, names, lora.rank if lora else 0)
+        for names, kept in list(zip(adapted, saves, strict=True))[first_trained_block(adapted) if lora else 0 :]
+        for group in SAVE_GROUPS
+        if group not in kept
+    )
+
+
+def first_trained_block(adapted: Adapted) -> int:
+    """Index of the first block with a LoRA: the backward pass ends there."""
+    return next((index for index, names in enumerate(adapted) if names), len(adapted))

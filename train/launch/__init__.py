@@ -1,0 +1,1 @@
+"""Processes on one machine or many: start, watch, name the first failure."""

@@ -1,0 +1,1 @@
+"""LoRA: inject, save, load, merge, export, convert."""

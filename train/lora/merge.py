@@ -1,0 +1,157 @@
+"""Put a LoRA into a checkpoint's weights, or take it out again, without holding the model: W ± scale · B A.
+
+Every output tensor is one input tensor, read, changed in float32, rounded once, and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shards.errors import UserError
+from train.lora.formats import LoRAFile, Pair, refuse_other_model
+from train.model.dit import build_model
+from train.model.load import base_parameters, match_tensors, read_dit_config
+from train.model.save import Layout, TensorSpec, plan_shards, write_layout
+
+MERGED_KEY = "wan_merged_loras"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Places = Mapping[str, tuple[Path, tuple[int, ...]]]
+
+
+class Merged(NamedTuple):
+    """What `merge` did."""
+
+    files: list[Path]
+    num_changed: int
+    """Tensors that the LoRA changed."""
+    num_tensors: int
+
+
+def merge_checkpoint(
+    base: Path,
+    lora: LoRAFile,
+    out: Path,
+    layout: Layout = "official",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Merged:
+    """Write `base` with a LoRA in its weights to `out`.
+
+    Args:
+        scale: strength of the LoRA on top of its own scale.
+
+    The header of every file records the LoRA's digest and the strength, which `unmerge_checkpoint` insists on.
+    Raises UserError for a LoRA of another model, a checkpoint with missing or unexpected keys, weights that overflow
+    the dtype, no room, an output that is there.
+    """
+    record = [*merged_loras(base), {"sha256": digest_file(Path(lora.origin)), "scale": scale}]
+    return _rewrite(base, lora, out, layout, dtype, scale, record)
+
+
+def unmerge_checkpoint(
+    merged: Path,
+    lora: LoRAFile,
+    out: Path,
+    layout: Layout = "official",
+    dtype: torch.dtype = torch.float32,
+    *,
+    unrecorded_scale: float | None = None,
+) -> Merged:
+    """Take a LoRA out of a checkpoint again. Exact to float32's rounding where it was merged in float32; rounding to 16
+    bits at the merge cannot be undone.
+
+    Args:
+        unrecorded_scale: the strength at which another tool merged it; None: as the header records.
+
+    Raises UserError when the header does not record this LoRA.
+    """
+    records = merged_loras(merged)
+    digest = digest_file(Path(lora.origin))
+    if unrecorded_scale is not None:
+        return _rewrite(merged, lora, out, layout, dtype, -unrecorded_scale, records)
+    mine = [record for record in records if record["sha256"] == digest]
+    if not mine:
+        held = ", ".join(str(record["sha256"])[:8] for record in records) or "none"
+        raise UserError(
+            f"{merged}: its header does not say that {lora.origin} (sha256 {digest[:8]}…) is merged into it",
+            expected=f"one of its merged LoRAs: {held}",
+            mend="if another tool merged it, give the strength it used: --unrecorded-scale 1.0",
+        )
+    records.remove(mine[-1])
+    return _rewrite(merged, lora, out, layout, dtype, -float(mine[-1]["scale"]), records)
+
+
+def _rewrite(
+    base: Path, lora: LoRAFile, out: Path, layout: Layout, dtype: torch.dtype, scale: float, record: list[dict]
+) -> Merged:
+    config = read_dit_config(base)
+    targets = base_parameters(build_model(config, device="meta"))
+    places, names = match_tensors(base, targets)
+    sizes = {name.removesuffix(".weight"): (w.shape[0], w.shape[1]) for name, w in targets.items() if w.ndim == 2}
+    refuse_other_model(lora, sizes, str(base))
+    shards = plan_shards({name: tuple(weight.shape) for name, weight in targets.items()}, layout, dtype)
+    tensors = _changed(shards, places, names, lora.pairs, scale)
+    metadata = {MERGED_KEY: json.dumps(record)} if record else {}
+    files = write_layout(out, layout, shards, config, tensors, metadata)
+    return Merged(files, len(lora.pairs), len(targets))
+
+
+def _changed(
+    shards: list[list[TensorSpec]], places: Places, names: Mapping[str, str], pairs: Mapping[str, Pair], scale: float
+) -> Iterator[tuple[TensorSpec, Tensor]]:
+    for shard in shards:
+        for spec in shard:
+            file = places[names[spec.official]][0]
+            tensor = _read_tensor(file, names[spec.official])
+            pair = pairs.get(spec.official.removesuffix(".weight"))
+            yield spec, _finite(_change(tensor, pair, scale).to(spec.dtype), spec, file)
+
+
+def _change(tensor: Tensor, pair: Pair | None, scale: float) -> Tensor:
+    if pair is None:
+        return tensor
+    return torch.addmm(tensor.float(), pair.up_Or.float(), pair.down_rI.float(), alpha=scale * pair.scale)
+
+
+def _finite(tensor: Tensor, spec: TensorSpec, file: Path) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{file}: {spec.official} is not finite as {spec.dtype}".replace("torch.", ""),
+            mend="--dtype float32 or bfloat16; `wantrain lora info` shows a LoRA's broken modules",
+        )
+    return tensor
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    # Opened for each tensor: an open file keeps every page mapped that was read through it.
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def merged_loras(checkpoint: Path) -> list[dict]:
+    """LoRAs that a checkpoint's header says are in its weights: digest and strength, in order."""
+    from safetensors import safe_open
+
+    from train.model.load import find_tensors
+
+    file = next(iter(find_tensors(checkpoint).values()))[0]
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(MERGED_KEY, "[]")
+    records: list[dict] = json.loads(text)
+    return records
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

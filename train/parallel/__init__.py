@@ -1,0 +1,1 @@
+"""Ranks, FSDP2 and Ulysses."""

@@ -1,0 +1,223 @@
+"""How blocks are run, and what each keeps for its backward pass.
+
+With a frozen base a block's backward pass is written out (train/recompute/block.py) and keeps the groups of
+values it is told to:
+
+    attention     outputs of both attentions: 4 bytes a channel and token
+    projections   q k v of both, and the three normalised inputs in place of the block's own: 16 bytes
+    ffn_up        the feed-forward's inner activation: 2 bytes an inner channel
+
+(at 16 bit). `none` keeps all three: no GEMM is done twice. `full` keeps a block's input only. Whatever is kept, loss
+and gradients are the same to the bit, where the kernels repeat. When every weight is trained, autograd decides what
+`none` keeps, and `full` is torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from shards.errors import UserError
+from train.geometry import SAVE_GROUPS, Shape
+from train.lora.lora import LoRALinear, keep_mask
+from train.model.block import Block, BlockInputs, Linear
+from train.model.dit import WanDiT, set_checkpointing
+from train.recompute.block import backward_block, forward_block
+from train.recompute.kernels import kernel_name
+from train.recompute.ops import make_turn
+from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
+
+Saves = Sequence[Collection[str]]
+"""For each block, the groups it keeps."""
+ChooseSaves = Callable[[Shape], Saves]
+
+
+class _Call(NamedTuple):
+    """One block's forward pass and what its backward pass will want again."""
+
+    block: Block
+    shared: Shared
+    inputs: BlockInputs
+    saves: Collection[str]
+    linears: dict[str, Linear]
+    casts: dict[str, tuple[Tensor, Tensor]]
+    """This block's LoRA in the compute dtype, by linear."""
+    forward: Any
+    backward: Any
+
+
+class LeanRunner:
+    """Runs blocks whose base is frozen; without gradients they run plainly."""
+
+    def __init__(self, model: WanDiT, choose_saves: ChooseSaves, *, compiled: bool = False) -> None:
+        self.choose_saves = choose_saves
+        self._linears = [
+            {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+            for block in model.blocks
+        ]
+        self._adapted = [_adapted(linears) for linears in self._linears]
+        self._casts: list[dict[str, tuple[Tensor, Tensor]]] = []
+        self._shared: Shared | None = None
+        self._saves: Saves = ()
+        wrap = _compiled if compiled else _as_is
+        self._forward, self._backward = wrap(forward_block), wrap(backward_block)
+
+    def __call__(self, index: int, block: Block, x_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+        """Run block `index`; blocks come in order, the first one opens a pass."""
+        if not torch.is_grad_enabled():
+            return block(x_BLD, inputs)
+        if index == 0:
+            self._begin(x_BLD, block, inputs)
+        adapted = self._adapted[index]
+        if not adapted and not x_BLD.requires_grad:
+            return block(x_BLD, inputs)
+        # The first trained block's backward pass is another graph (nothing flows on), so it runs as it is.
+        backward = self._backward if x_BLD.requires_grad else backward_block
+        shared = cast(Shared, self._shared)
+        own = self._linears[index], self._casts[index]
+        call = _Call(block, shared, inputs, self._saves[index], *own, self._forward, backward)
+        weights = [weight for module in adapted.values() for weight in (module.lora_A, module.lora_B)]
+        # Through the block's own call, for whoever hooks it (sharding, telemetry).
+        return block(x_BLD, inputs, lambda x: _LeanBlock.apply(x, call, *weights))
+
+    def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
+        dtype, device = inputs.text_BSD.dtype, x_BLD.device
+        batch, tokens = x_BLD.shape[:2]
+        heads = block.self_attn.heads
+        ranks = 1 if inputs.ulysses is None else inputs.ulysses.size
+        self._saves = self.choose_saves(Shape(batch, tokens))
+        self._casts = _cast_all(self._adapted, dtype)
+        self._shared = Shared(
+            rows_BR6D=inputs.rows_BR6D,
+            text_BSD=inputs.text_BSD,
+            turn=make_turn(*inputs.rope),
+            zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
+            ones_BL1=torch.ones(batch, tokens, 1, device=device),
+            num_first=inputs.num_first,
+            heads=heads,
+            eps=block.eps,
+            kernel=kernel_name(inputs.backend, device, dtype, (heads[0] // ranks, heads[1])),
+            ulysses=inputs.ulysses,
+            num_tokens=inputs.num_tokens,
+        )
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph a bucket, mode and save list. Dynamo's limit of eight is the calling thread's own, and on a GPU the
+    backward pass has a thread of its own: so it is raised around each call."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+            return compiled(*arguments)
+
+    return call
+
+
+def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+class _LeanBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, call: _Call, *weights: Tensor) -> Tensor:
+        # Detached, so that the first block's input is like the others' and one compiled graph serves all.
+        out_BLD, values = call.forward(x_BLD.detach(), _parts(call), call.shared, tuple(call.saves))
+        ctx.call, ctx.names = call, list(values)
+        ctx.save_for_backward(*values.values())
+        return out_BLD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        values: Values = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        call: _Call = ctx.call
+        dx_BLD, grads = call.backward(values, _parts(call), call.shared, grad_BLD, ctx.needs_input_grad[0])
+        return dx_BLD, None, *_to_float32([grad for name in call.casts for grad in grads[name]])
+
+
+def _adapted(linears: dict[str, Linear]) -> dict[str, LoRALinear]:
+    return {name: module for name, module in linears.items() if isinstance(module, LoRALinear)}
+
+
+def _to_float32(grads: list[Tensor]) -> list[Tensor]:
+    """All of a block's gradients by one copy."""
+    if not grads or grads[0].dtype == torch.float32:
+        return grads
+    wide = [torch.empty(grad.shape, dtype=torch.float32, device=grad.device) for grad in grads]
+    torch._foreach_copy_(wide, grads)
+    return wide
+
+
+def _cast_all(adapted: Sequence[dict[str, LoRALinear]], dtype: torch.dtype) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Every LoRA in the compute dtype, by one copy for the whole pass."""
+    weights = [w.detach() for block in adapted for module in block.values() for w in (module.lora_A, module.lora_B)]
+    if weights and weights[0].dtype != dtype:
+        flat = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=weights[0].device)
+        casts = [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
+        torch._foreach_copy_(casts, weights)
+        weights = casts
+    pairs = iter(zip(weights[::2], weights[1::2], strict=True))
+    return [{name: next(pairs) for name in block} for block in adapted]
+
+
+def _parts(call: _Call) -> BlockParts:
+    """The block's tensors as they are now: a sharded base is gathered anew for the backward pass."""
+    block = call.block
+    linears = {name: _linear_parts(name, module, call) for name, module in call.linears.items()}
+    attentions = {"self_attn": block.self_attn, "cross_attn": block.cross_attn}
+    norms = {f"{part}.{n}": getattr(module, f"norm_{n}").weight for part, module in attentions.items() for n in "qk"}
+    norms |= {"norm3": block.norm3.weight, "norm3.bias": block.norm3.bias}
+    return BlockParts(linears, norms, block.modulation)
+
+
+def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
+    dtype = call.shared.text_BSD.dtype
+    weight, bias = module.weight.to(dtype), module.bias.to(dtype)
+    if not isinstance(module, LoRALinear) or module.merged_from is not None:
+        return LinearParts(weight, bias, None)
+    scale, live = module.scale, None
+    if module.training and module.dropout:
+        key = call.inputs.dropout
+        if key is None:
+            raise ValueError("LoRA dropout in training needs dropout_key_B: one int64 a sample")
+        tokens = call.shared.zeros_BL1.shape[1]
+        if name in ("cross_attn.k", "cross_attn.v"):
+            key, tokens = key._replace(token_offset=0), call.shared.text_BSD.shape[1]
+        live = keep_mask(key, module.layer, tokens, module.in_features, module.dropout).flatten(0, 1)
+        scale /= 1 - module.dropout
+    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live))
+
+
+def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> None:
+    """Choose how a model's blocks are run. Call it after the LoRA was injected.
+
+    Args:
+        saves: `none` (keep everything), `full` (keep nothing but a block's input), or a function from the shape of a
+            forward pass to what each block keeps.
+        compiled: run a block's forward and backward pass through torch.compile.
+    Raises: UserError when the whole model is trained and anything but none and full is asked for.
+    """
+    frozen = not any(weight.requires_grad for name, weight in model.named_parameters() if ".lora_" not in name)
+    if frozen:
+        kept = {"none": SAVE_GROUPS, "full": ()}
+        choose = saves if callable(saves) else partial(_same, (kept[saves],) * len(model.blocks))
+        model.run_block = LeanRunner(model, choose, compiled=compiled)
+        return
+    if callable(saves):
+        raise UserError(
+            "checkpointing.policy: selective keeps the values of blocks whose base is frozen, and every weight trains",
+            expected="none or full with lora: null",
+        )
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    set_checkpointing(model, saves)
+
+
+def _same(saves: Saves, shape: Shape) -> Saves:
+    return saves

@@ -1,0 +1,253 @@
+"""What a run says of itself: a line a step for people, a JSON object a step for programs, curves for both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+from shards.console import LOG
+from shards.errors import UserError
+from train.config.train import LogConfig
+from train.evaluate import HeldOut
+
+METRICS_FILE = "metrics.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
+
+
+class StepRecord(NamedTuple):
+    """One step, as it goes into metrics.jsonl."""
+
+    step: int
+    """Batches consumed, this one included."""
+    epoch: int
+    bucket: str
+    loss: float
+    """Sum over the global batch's slots ÷ its size, weighted as configured."""
+    lr: float
+    grad_norm: float | None
+    """Before clipping; None when the update was skipped."""
+    updates: int
+    """Optimizer steps applied, this one included."""
+    skipped: int
+    """Optimizer steps skipped for overflow so far."""
+    loss_scale: float
+    seconds: float
+    """Wall clock of the step."""
+    data_wait_seconds: float
+    """Of it, waiting for the batch."""
+    tokens: int
+    """Video tokens of the global batch."""
+    tflops: float
+    """Executed a second by a process, recomputation included, 10¹²."""
+    mfu: float | None
+    """The model's own FLOPs a second ÷ the GPU's peak; None where that is not known."""
+    memory_gib: float
+    """Peak of the device so far; of the process on a CPU."""
+    num_image_to_video: int
+    keys: Sequence[str]
+    """Samples by slot."""
+    slot_losses: Sequence[float]
+    """Loss of each slot, to five digits, weighted as configured."""
+    overflow: str | None
+    """Block that the update was skipped for."""
+    substituted: Sequence[tuple[str, str]]
+    """(unreadable key, key taken instead)."""
+
+
+class RunLog:
+    """Writes metrics.jsonl, held_out.jsonl, TensorBoard and, if asked, Weights & Biases. Close it, or use `with`."""
+
+    def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
+        self._config, self._folder = config, folder
+        self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
+        self._board = _open_tensorboard(folder / "tensorboard", first_step)
+        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._held_out = (folder / HELD_OUT_FILE).open("a", encoding="utf-8")
+        self._bar = _Bar(first_step - 1, max_steps)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write_step(self, record: StepRecord) -> None:
+        """One step, everywhere."""
+        _append(self._metrics, record._asdict())
+        values = {
+            name: getattr(record, name)
+            for name in ("loss", "lr", "grad_norm", "loss_scale", "memory_gib", "tflops", "mfu")
+        }
+        values["tokens_per_second"] = record.tokens / max(record.seconds, 1e-9)
+        values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
+        self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
+        if record.step % self._config.every_steps == 0 or record.overflow:
+            self._bar.say(describe_step(record))
+        self._bar.advance(record.step)
+
+    def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
+        """One evaluation, everywhere."""
+        _append(self._held_out, {"step": step, **held_out.as_dict(), "seconds": seconds})
+        curves = {"held_out/mean": held_out.mean}
+        for mode in ("t2v", "i2v"):
+            losses: tuple[float, ...] = getattr(held_out, mode)
+            for place, loss in enumerate(losses, start=1):
+                curves[f"held_out/{mode}_q{place}"] = loss
+        self._curves(curves, step)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What was written of evaluations so far."""
+        return read_lines(self._folder / HELD_OUT_FILE)
+
+    def say(self, line: str) -> None:
+        """A line for people, above the bar."""
+        self._bar.say(line)
+
+    def sync(self) -> None:
+        """Make what was written so far survive a crash of the machine; called with each checkpoint."""
+        for file in (self._metrics, self._held_out):
+            file.flush()
+            os.fsync(file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.sync()
+        self._bar.close()
+        self._metrics.close()
+        self._held_out.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _curves(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+
+class OwnLog:
+    """What a rank other than the first says: lines in its own log, nothing of what is written once for all."""
+
+    def write_step(self, record: StepRecord) -> None:
+        """One step, in one line."""
+        LOG.info("%s", describe_step(record))
+
+    def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
+        """Rank 0's."""
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """None here."""
+        return []
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        LOG.info("%s", line)
+
+    def sync(self) -> None:
+        """Nothing to keep."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def describe_step(record: StepRecord) -> str:
+    """One line a step: loss, rate, gradient norm, time, throughput, share of waiting for data, memory."""
+    wait = 100 * record.data_wait_seconds / max(record.seconds, 1e-9)
+    line = (
+        f"step {record.step}  loss {record.loss:.4f}  lr {record.lr:.2e}  grad {record.grad_norm or math.nan:.3g}  "
+        f"{record.seconds:.2f} s/step  {record.tokens / max(record.seconds, 1e-9):,.0f} tokens/s  "
+        f"{record.tflops:.3g} TFLOP/s  data wait {wait:.0f} %  {record.memory_gib:.1f} GiB"
+    )
+    if record.mfu is not None:
+        line += f"  MFU {record.mfu:.0%}"
+    if record.overflow:
+        line += f"  SKIPPED: overflow in {record.overflow}, loss scale now {record.loss_scale:g}"
+    for bad, taken in record.substituted:
+        line += f"  SUBSTITUTED {bad} by {taken}"
+    return line
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl or held_out.jsonl; none when the file is not there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class _Bar:
+    """A progress bar on a terminal; plain log lines elsewhere."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._progress = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True))
+            self._task = self._progress.add_task("training", completed=done, total=total)
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        if self._progress is None:
+            LOG.info("%s", line)
+        else:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _append(file: IO[str], values: Mapping[str, Any]) -> None:
+    file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON has no word for (a loss that overflowed)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _open_tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            f"TensorBoard cannot be imported: {error}", mend="pip install -e '.[train]' -c constraints.txt"
+        ) from None
+    # What a killed run wrote beyond its checkpoint is hidden.
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _open_wandb(project: str | None, folder: Path, settings: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"log.wandb_project: {project} needs the package wandb",
+            mend="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
+        ) from None
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same at every resume
+    return wandb.init(
+        project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
+    )

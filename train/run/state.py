@@ -1,0 +1,199 @@
+"""What of a run changes from step to step, and its way into a checkpoint and back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shards.console import LOG
+from shards.errors import UserError
+from shards.format.identity import refuse_mismatch
+from train import checkpoint
+from train.checkpoint import Owed
+from train.data import draws
+from train.data import sampler as order
+from train.data.sampler import Position
+from train.optim import (
+    clip_gradients,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+    update_average,
+)
+from train.precision import LossScaler, OverflowTelemetry, has_overflow
+from train.run.session import Session, provenance
+from train.run.trainee import check_names
+
+
+class Progress:
+    """Counters, position, optimizer, loss scale, moving average: at step 0 until `restore`."""
+
+    def __init__(self, session: Session) -> None:
+        trainee, config = session.trainee, session.trainee.config
+        self.session, self.trainee, self.config = session, trainee, config
+        self.step = 0
+        """Batches consumed."""
+        self.updates = 0
+        """Optimizer steps applied."""
+        self.skipped = 0
+        """Optimizer steps skipped for overflow."""
+        self.skipped_in_a_row = 0
+        self.position = Position(0, 0)
+        """Of the next batch."""
+        self.best_step: int | None = None
+        self.best_loss: float | None = None
+        self.evaluations_since_best = 0
+        self.owed: tuple[Owed, ...] = ()
+        """What the step has still to do beside training: see `due`."""
+        self.seconds = 0.0
+        """Wall clock of all steps and evaluations."""
+        self.eval_seconds = 0.0
+        self.optimizer = make_optimizer(trainee.weights.values(), config.optim)
+        self.scaler = LossScaler(
+            trainee.precision.scales_loss,
+            init_scale=config.precision.initial_scale,
+            growth_interval=config.precision.scale_growth_updates,
+            max_skips=config.precision.max_skipped_in_a_row,
+        )
+        self.telemetry = OverflowTelemetry(trainee.model) if trainee.precision.scales_loss else None
+        self.average: dict[str, Tensor] | None = None
+        """Moving average of the trained weights."""
+        if config.optim.ema_decay is not None:
+            self.average = {name: weight.clone() for name, weight in trainee.tensors().items()}
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints lie."""
+        return self.session.folder / "checkpoints"
+
+    def update(self) -> tuple[float, float | None, str | None]:
+        """Sum the gathered gradients over the ranks and apply them, or skip them, on all, when any is not finite.
+
+        Returns: learning rate, gradient norm before clipping (None if skipped), and the block to blame for a skip.
+        Raises UserError when too many updates in a row were skipped.
+        """
+        weights = list(self.trainee.weights.values())
+        self.session.ranks.reduce_gradients(weights)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        self.scaler.unscale_(gradients)
+        overflow = bool(has_overflow(gradients))
+        rate = learning_rate(self.config.optim, self.updates, self.config.max_steps)
+        blamed = None
+        if overflow:
+            blamed = self._blame()
+            norm = None
+            self.skipped += 1
+            self._bound_skips()
+        else:
+            set_learning_rate(self.optimizer, rate)
+            norm = clip_gradients(weights, self.config.optim.max_grad_norm)
+            self.optimizer.step()
+            self.updates += 1
+            self.skipped_in_a_row = 0
+            if self.average is not None and self.config.optim.ema_decay is not None:
+                update_average(self.average, self.trainee.tensors(), self.config.optim.ema_decay, self.updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(overflow)
+        return rate, norm, blamed
+
+    def _blame(self) -> str:
+        if self.telemetry is None:
+            return "gradients"
+        return self.telemetry.blame(self.trainee.weights.items(), self.session.ranks.largest)
+
+    def _bound_skips(self) -> None:
+        """Where a loss scale can be lowered, the scaler has the last word; elsewhere nothing will mend by itself."""
+        self.skipped_in_a_row += 1
+        if not self.scaler.enabled and self.skipped_in_a_row > self.config.precision.max_skipped_in_a_row:
+            raise UserError(
+                f"gradients were not finite {self.skipped_in_a_row} times in a row in {self.trainee.precision.name}",
+                expected="finite gradients",
+                mend="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
+            )
+
+    def due(self) -> tuple[Owed, ...]:
+        """What the configuration wants after this step: both before the first and after the last one too."""
+        sections: dict[Owed, Any] = {"evaluation": self.config.eval, "pictures": self.config.sample}
+        last = self.step == self.config.max_steps
+        return tuple(name for name, its in sections.items() if its and (last or self.step % its.every_steps == 0))
+
+    def judge(self, held_out_loss: float) -> bool:
+        """Take note of an evaluation; return whether it is the best so far."""
+        margin = self.config.eval.min_improvement if self.config.eval else 0.0
+        if math.isfinite(held_out_loss) and (self.best_loss is None or held_out_loss < self.best_loss * (1 - margin)):
+            self.best_loss, self.best_step, self.evaluations_since_best = held_out_loss, self.step, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+    def save(self) -> Path:
+        """Write a checkpoint and remove those that need not be kept."""
+        names = {weight: name for name, weight in self.trainee.weights.items()}
+        tensors = {
+            self.trainee.file_name: self.trainee.tensors(),
+            checkpoint.OPTIMIZER_FILE: optimizer_tensors(self.optimizer, names),
+        }
+        if self.average is not None:
+            tensors[checkpoint.AVERAGE_FILE] = self.average
+        path = checkpoint.write_checkpoint(self.folder, self._state(), tensors, self.session.dataset.pin())
+        checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.best_step)
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Go to a checkpoint. Raises UserError when it belongs to another configuration, model or dataset."""
+        state = checkpoint.read_checkpoint(path)
+        refuse_mismatch(
+            self.session.identity,
+            state.identity,
+            f"checkpoint {path}",
+            mend="take back the change, or begin a new run in another output folder",
+        )
+        draws.check_version(state.draws_version)
+        order.check_version(state.order_version)
+        for name, was in state.provenance.items():
+            if (now := provenance(self.trainee).get(name)) != was:
+                LOG.warning("resuming on another %s: was %s, is %s; the last bits may differ", name, was, now)
+        self.trainee.load(checkpoint.load_tensors(path / self.trainee.file_name))
+        names = {weight: name for name, weight in self.trainee.weights.items()}
+        load_optimizer_tensors(self.optimizer, names, checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE))
+        if self.average is not None:
+            loaded = checkpoint.load_tensors(path / checkpoint.AVERAGE_FILE)
+            check_names(self.average, loaded, "the checkpoint's average")
+            for name, kept in self.average.items():
+                kept.copy_(loaded[name])
+        self.scaler.load_state_dict(state.scaler)
+        if self.telemetry is not None:
+            self.telemetry.load_state_dict(state.overflows)
+        self.step, self.updates, self.skipped = state.step, state.updates, state.skipped
+        self.skipped_in_a_row = state.skipped_in_a_row
+        self.position = Position(state.epoch, state.batch)
+        self.best_step, self.best_loss = state.best_step, state.best_loss
+        self.evaluations_since_best, self.owed = state.evaluations_since_best, state.owed
+        self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
+
+    def _state(self) -> checkpoint.RunState:
+        return checkpoint.RunState(
+            step=self.step,
+            updates=self.updates,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+            epoch=self.position.epoch,
+            batch=self.position.batch,
+            scaler=self.scaler.state_dict(),
+            overflows=self.telemetry.state_dict() if self.telemetry else {},
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            evaluations_since_best=self.evaluations_since_best,
+            owed=self.owed,
+            seconds=self.seconds,
+            eval_seconds=self.eval_seconds,
+            draws_version=draws.DRAWS_VERSION,
+            order_version=order.ORDER_VERSION,
+            identity=self.session.identity,
+            provenance=provenance(self.trainee),
+        )

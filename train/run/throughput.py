@@ -1,0 +1,128 @@
+"""What a run was planned to take, said at its start, and what it took, said at its end and in every step's line."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+
+from shards.gpus import Gpu, by_driver_name
+from train.device import device_facts
+from train.estimate.communication import local_shape, rank_flops
+from train.estimate.flops import step_flops
+from train.estimate.memory import Memory
+from train.estimate.plan import Setting, describe_memory
+from train.estimate.saves import GIB, describe_saves, run_memory
+from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
+from train.parallel.ranks import Layout
+from train.run.trainee import Trainee
+
+WARM_UP_STEPS = 3
+"""Left out of the comparison: kernels are chosen and memory is gathered in them."""
+
+
+class Rate(NamedTuple):
+    """How fast a step was, a GPU."""
+
+    tflops: float
+    """Executed FLOPs, recomputation included, ÷ seconds, in 10¹²/s."""
+    mfu: float | None
+    """The model's own FLOPs, without recomputation, ÷ seconds ÷ the peak; None where no peak is known."""
+
+
+class Meter:
+    """Counts a run's FLOPs by its buckets, against the peak of the GPU where that is known."""
+
+    def __init__(self, trainee: Trainee, layout: Layout | None = None) -> None:
+        self._trainee, self._config, self._dims = trainee, trainee.config, trainee.dims
+        self._layout = layout or Layout()
+        self._gpu = gpu_of(trainee)
+        self._rates: list[Rate] = []
+        self._seconds: dict[Bucket, list[float]] = {}
+
+    def rate(self, bucket: Bucket, seconds: float) -> Rate:
+        """Take note of a step of a bucket."""
+        executed, own = self._flops(bucket)
+        peak = self._gpu.peak_tflops * 1e12 if self._gpu else None
+        rate = Rate(executed / seconds / 1e12, own / seconds / peak if peak else None)
+        self._rates.append(rate)
+        self._seconds.setdefault(bucket, []).append(seconds)
+        return rate
+
+    def before(self, buckets: list[Bucket]) -> list[str]:
+        """The plan's figures for the bucket that takes most, for people."""
+        largest = max(buckets, key=self._tokens)
+        executed, own = self._flops(largest)
+        lines = [
+            f"plan, largest bucket {largest}: {executed / 1e12:.3g} TFLOP a step and process, {executed / own:.2f} × "
+            "what it takes without recomputing" + self._expected_seconds(largest)
+        ]
+        memory, saves = self._memory(largest), self._saves(largest)
+        if memory is not None and saves is not None:
+            setting = Setting(self._config.checkpointing.policy, describe_saves(saves), memory, None, 0, 0, 0)
+            parts = [" ".join(line.split()) for line in describe_memory(setting)]
+            lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
+        return lines
+
+    def after(self) -> list[str]:
+        """What was measured beside what was planned."""
+        rates = self._rates[WARM_UP_STEPS:]
+        if not rates:
+            return []
+        mfu = [rate.mfu for rate in rates if rate.mfu is not None]
+        line = f"measured: {statistics.median(rate.tflops for rate in rates):.3g} TFLOP/s a GPU"
+        line += f", MFU {statistics.median(mfu):.1%}" if mfu else ""
+        lines = [line]
+        for bucket, seconds in sorted(self._seconds.items()):
+            median = statistics.median(seconds)
+            lines.append(f"measured, {bucket}: {median:.3g} s a step" + self._expected_seconds(bucket))
+        largest = max(self._seconds, key=self._tokens)
+        memory = self._memory(largest)
+        if memory is not None and self._trainee.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._trainee.device)
+            lines.append(
+                f"measured: {peak / GIB:.2f} GiB allocated at the peak, {peak / memory.allocated:.3f} × the planned "
+                f"{memory.allocated / GIB:.2f}"
+            )
+        return lines
+
+    def _tokens(self, bucket: Bucket) -> int:
+        return num_tokens(self._dims, *bucket)
+
+    def _shape(self, bucket: Bucket) -> Shape:
+        return Shape(self._config.data.micro_batch, self._tokens(bucket))
+
+    def _saves(self, bucket: Bucket) -> Sequence[Collection[str]] | None:
+        return self._trainee.saves(local_shape(self._shape(bucket), self._layout.ulysses))
+
+    def _flops(self, bucket: Bucket) -> tuple[float, float]:
+        """Of one process's share of a step: executed, and without recomputation."""
+        shape, config, ranks = self._shape(bucket), self._config, self._layout.ulysses
+        passes = config.data.global_batch / config.data.micro_batch / self._layout.dp_size
+        saves = self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
+        executed = rank_flops(self._dims, shape, config.lora, saves, ranks)
+        own = step_flops(self._dims, shape, config.lora, num_rows=2) / ranks
+        return executed * passes, own * passes
+
+    def _memory(self, bucket: Bucket) -> Memory | None:
+        saves = self._saves(bucket)
+        if saves is None or self._config.lora is None:
+            return None
+        compute_bytes = self._trainee.precision.dtype.itemsize
+        layout, shape = self._layout, local_shape(self._shape(bucket), self._layout.ulysses)
+        return run_memory(self._config, self._dims, shape, saves, compute_bytes, layout.base_shards, layout.ulysses)
+
+    def _expected_seconds(self, bucket: Bucket) -> str:
+        if self._gpu is None:
+            return "; the device's peak is not known here"
+        at_peak = self._flops(bucket)[0] / (self._gpu.peak_tflops * 1e12)
+        share, name = self._gpu.efficiency, self._gpu.name
+        return f"; planned {at_peak / share:.3g} s at {share:.0%} of {name}'s peak ({at_peak:.3g} s at 100 %)"
+
+
+def gpu_of(trainee: Trainee) -> Gpu | None:
+    """The GPU a run is on, when it is one whose peak is known and the run computes in 16 bits."""
+    facts = device_facts(trainee.device)
+    return by_driver_name(facts.name) if facts.kind == "cuda" and trainee.precision.dtype.itemsize == 2 else None

@@ -1,0 +1,222 @@
+"""What is trained: the base with a LoRA beside it, or the whole model; on which device, in which numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from train import checkpoint
+from train.config.model import DiTConfig
+from train.config.train import TrainConfig
+from train.device import device_facts
+from train.estimate.saves import make_chooser
+from train.geometry import Shape
+from train.lora.export import locate_lora
+from train.lora.formats import read_lora, to_raw_state
+from train.lora.lora import inject, load_lora_state, reset, save_export
+from train.model.dit import WanDiT, build_model, init_random
+from train.model.load import load_dit, read_dit_config, save_dit
+from train.parallel.fsdp import spread
+from train.parallel.ranks import ALONE, Layout, Ranks
+from train.parallel.ulysses import Ulysses
+from train.precision import Precision, resolve_precision
+from train.recompute.runner import ChooseSaves, keep
+
+if TYPE_CHECKING:
+    from shards.read.dataset import Dataset
+from train.device import choose_device, device_memory
+
+LOG = logging.getLogger("wan.trainee")
+DIGEST_WHOLE_BYTES = 64 << 20
+DIGEST_PART_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to train."""
+
+    config: TrainConfig
+    dims: DiTConfig
+    model: WanDiT
+    device: torch.device
+    precision: Precision
+    weights: dict[str, nn.Parameter]
+    """What the optimizer moves, by name."""
+    adapted: tuple[str, ...]
+    """Modules that carry a LoRA; empty when the whole model is trained."""
+    policy: ChooseSaves | str
+    """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file that holds the trained weights in a checkpoint."""
+        return checkpoint.LORA_FILE if self.adapted else checkpoint.MODEL_FILE
+
+    def saves(self, shape: Shape) -> Sequence[Collection[str]] | None:
+        """The groups that each block keeps in a micro-batch of this shape; None where autograd keeps what it wants."""
+        if callable(self.policy):
+            return self.policy(shape)
+        return None if self.policy == "none" else ((),) * self.dims.num_layers
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained weights, detached, not copied."""
+        return {name: weight.detach() for name, weight in self.weights.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put weights into the model. Raises UserError when names or shapes differ."""
+        if self.adapted:
+            load_lora_state(self.model, dict(tensors))
+            return
+        check_names(self.weights, tensors, "the checkpoint's weights")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Hold other weights for a while, such as the moving average; None: its own."""
+        if tensors is None:
+            yield
+            return
+        kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        self.load(tensors)
+        try:
+            yield
+        finally:
+            self.load(kept)
+
+    def export(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
+        temporary = path.with_name(f".writing-{path.name}")
+        if self.config.lora is not None:
+            save_export(temporary, dict(tensors), self.config.lora, metadata, torch.float32)
+        else:
+            with self.holding(tensors):
+                save_dit(self.model, temporary, metadata)
+        temporary.rename(path)
+
+
+def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
+    """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
+    device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
+    precision = resolve_precision(config.precision.compute, device_facts(device))
+    dims = resolve_dims(config)
+    model, adapted = _build(config, dims, precision.dtype, device, ranks)
+    if config.lora is not None and config.lora.start_from is not None:
+        start = read_lora(locate_lora(Path(config.lora.start_from))[0])
+        load_lora_state(model, to_raw_state(start, config.lora), start.origin)
+    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout)
+    if ranks.sequence is not None:
+        model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
+    keep(model, policy, compiled=config.model.compile)
+    model.train()
+    suffix = ".weight" if adapted else ""
+    weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Trainee(config, dims, model, device, precision, weights, adapted, policy)
+
+
+def _build(
+    config: TrainConfig, dims: DiTConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> tuple[WanDiT, tuple[str, ...]]:
+    """The model with its weights and its LoRA, and the names of what was adapted."""
+    seed = config.model.random_seed if config.model.checkpoint is None else None
+    if ranks.layout.base_shards > 1 and config.lora is not None:
+        model = build_model(dims, dtype, "meta")
+        adapted = tuple(inject(model, config.lora, config.seed))
+        spread(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
+        reset(model, config.seed)
+        if seed is not None:
+            init_random(model, seed)
+    else:
+        model = build_model(dims, dtype, device, param_dtype=None if config.lora else torch.float32, seed=seed)
+        adapted = ()
+    if config.model.checkpoint is not None:
+        load_dit(model, config.model.checkpoint)
+    if config.lora is not None and not adapted:
+        adapted = tuple(inject(model, config.lora, config.seed))
+    return model, adapted
+
+
+def choose_policy(
+    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+) -> ChooseSaves | str:
+    """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
+    memory = device_memory(device)
+    if config.lora is not None:
+        layout = layout or Layout()
+        return make_chooser(
+            config,
+            dims,
+            device_bytes=memory,
+            compute_bytes=dtype.itemsize,
+            base_shards=layout.base_shards,
+            ulysses=layout.ulysses,
+        )
+    policy = config.checkpointing.policy
+    return policy if policy in ("none", "full") else "none" if memory is None else "full"
+
+
+def resolve_dims(config: TrainConfig) -> DiTConfig:
+    """The model's size: the config's, else what the checkpoint says of itself."""
+    if config.model.dims is not None:
+        return config.model.dims
+    return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
+
+
+def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError when names or shapes differ, naming the first few."""
+    wrong = sorted(set(expected) ^ set(given))
+    wrong += [name for name in expected if name in given and expected[name].shape != given[name].shape]
+    if wrong:
+        raise UserError(f"{what} do not fit the model: {', '.join(wrong[:5])}, {len(wrong)} in all")
+
+
+def weights_digest(location: str | None) -> str | None:
+    """A digest that knows one checkpoint from another without reading all of 20 GB.
+
+    Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all
+    up to 64 MiB. Neither paths nor the file's free text count.
+    """
+    if location is None:
+        return None
+    path = Path(location)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_bytes))
+            header.pop("__metadata__", None)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            begin, size = stream.tell(), file.stat().st_size - stream.tell()
+            if size <= DIGEST_WHOLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for place in range(16):
+                stream.seek(begin + place * (size - DIGEST_PART_BYTES) // 15)
+                digest.update(stream.read(DIGEST_PART_BYTES))
+    return digest.hexdigest()
+
+
+def describe(trainee: Trainee, dataset: Dataset) -> list[str]:
+    """What is about to be trained, for people."""
+    trained = sum(weight.numel() for weight in trainee.weights.values())
+    total = sum(weight.numel() for weight in trainee.model.parameters())
+    base = trainee.config.model.checkpoint or f"random weights, seed {trainee.config.model.random_seed}"
+    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    lines = [
+        f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
+        f"device: {device_facts(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
+    ]
+    lines += [f"dataset note: {name}: {note}" for name, note in sorted(dataset.info.notes.items())]
+    return lines
