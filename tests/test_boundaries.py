@@ -7,9 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from figures import cycles, figures, has_python, import_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("preprocess", "shards", "train")
+
+# The order of the folders and root files of each package, top to bottom: each imports only from those below it.
+# `docs/architecture.md` says what each of them is for.
+ORDER = {
+    "preprocess": """
+        cli pipeline tools build forecast plan demo video text fetch encoders corpus config facts rejection
+    """,
+    "shards": """
+        cli report show stats check write read files format storage page config console gpus errors
+    """,
+    "train": """
+        cli loop doctor report step run evaluate recompute estimate lora sampling model data parallel launch
+        checkpoint optim precision objective config geometry device
+    """,
+}
+# Most files of one folder, most entries at the root of a package, most levels of imports under one file.
+MAX_FILES, MAX_ROOT_ENTRIES, MAX_DEPTH = 13, 21, 16
 ENCODER_LIBRARIES = {"diffusers", "transformers", "av", "ffmpeg", "sentencepiece", "tokenizers"}
 
 
@@ -33,7 +51,9 @@ def modules_after(code: str) -> set[str]:
 
 
 def every_module(package: str) -> list[str]:
-    return [f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py")) if path.stem != "__init__"]
+    """Dotted names of all modules of a package, sub-packages too, without `__main__` (which runs)."""
+    paths = sorted(path for path in (ROOT / package).rglob("*.py") if path.stem != "__main__")
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +82,8 @@ def test_training_knows_no_encoder() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_configuration_and_help_import_no_torch(package: str) -> None:
-    code = f"from {package}.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+    module = "shards.cli" if package == "shards" else f"{package}.cli.main"
+    code = f"from {module} import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     assert not modules_after(code) & {
         "torch",
         "boto3",
@@ -77,7 +98,7 @@ def test_configuration_and_help_import_no_torch(package: str) -> None:
 
 @pytest.mark.parametrize("package", ("preprocess", "train"))
 def test_loading_a_config_imports_no_torch(package: str) -> None:
-    assert "torch" not in modules_after(f"import {package}.config")
+    assert "torch" not in modules_after(f"import {package}.config{'.train' if package == 'train' else ''}")
 
 
 def test_every_source_file_stays_small() -> None:
@@ -99,3 +120,51 @@ def test_no_pickle_and_no_unsafe_load() -> None:
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                     assert keywords.get("weights_only") == "True", f"{path}:{node.lineno}"
+
+
+def test_folders_import_only_downwards() -> None:
+    """Each folder or root file imports only from those below it in ORDER, in function bodies too."""
+    upwards = []
+    for package, order in ORDER.items():
+        places = {name: place for place, name in enumerate(order.split())}
+        present = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or has_python(path)}
+        assert present - {"__init__"} == set(places), f"{package}: ORDER does not list what is there"
+        for module, imported in import_graph().items():
+            parts, others = module.split("."), (name.split(".") for name in imported)
+            if parts[0] == package and len(parts) > 1:
+                upwards += [
+                    f"{module} imports {'.'.join(other)}"
+                    for other in others
+                    if other[0] == package and len(other) > 1 and places[other[1]] < places[parts[1]]
+                ]
+    assert not upwards
+
+
+def test_no_file_is_part_of_a_cycle() -> None:
+    """Imports in function bodies count, imports for types only do not."""
+    assert not [group for group in cycles(import_graph()) if len(group) > 1]
+
+
+def test_the_tree_stays_readable() -> None:
+    """Folders of a dozen files, a short root, a bounded depth of imports."""
+    found = figures()
+    assert found.largest_folder <= MAX_FILES and found.largest_root <= MAX_ROOT_ENTRIES and found.depth <= MAX_DEPTH, (
+        found
+    )
+
+
+def test_init_files_hold_no_convenience_imports() -> None:
+    """A name is imported from where it is defined. `shards.storage` holds the entry point of its own folder."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("__init__.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            handed_on = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            assert not handed_on or path == ROOT / "shards/storage/__init__.py", path
+
+
+@pytest.mark.parametrize("module", ["preprocess.cli", "shards.cli", "train.cli"])
+def test_a_module_started_with_m_answers(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0 and "Usage" in done.stdout, done.stderr

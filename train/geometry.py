@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from train.config.model import DiTConfig
+if TYPE_CHECKING:
+    from train.config.model import DiTConfig
 
 
 class Bucket(NamedTuple):

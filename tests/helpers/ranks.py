@@ -90,3 +90,14 @@ def _work(environment: dict[str, str], pipe: Connection, function: Callable[...,
     sys.stderr.flush()
     # gloo's threads free tensors while the interpreter comes down, and now and then abort it.
     os._exit(0)
+
+
+def in_a_group(work: Any, *arguments: Any) -> Any:
+    """Call `work(*arguments)` within a gloo group."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    try:
+        return work(*arguments)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from shards.format.dataset_info import Bucket, DatasetInfo, Generation, TextSetI
 from shards.format.keys import sample_key
 from shards.format.ledger import LedgerRow, WindowRow
 from shards.format.sealed_json import canonical_json
+from shards.read.dataset import open_dataset
 from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.write.shard_writer import ShardWriter, write_null_embeddings
@@ -187,3 +189,15 @@ def _rejected(clip: str) -> LedgerRow:
         seconds={},
         bytes=0,
     )
+
+
+def flip_a_latent(source: Path, root: Path) -> Path:
+    """A copy of a dataset with one flipped bit in its first latent."""
+    shutil.copytree(source, root)
+    dataset = open_dataset([root])
+    tar = next(iter(sorted((root / "latents").glob("*.tar"))))
+    data = bytearray(tar.read_bytes())
+    name = dataset.samples[0].key.encode() + b".latent.npy.zst"
+    data[data.index(name) + 512 + 400] ^= 1
+    tar.write_bytes(data)
+    return root

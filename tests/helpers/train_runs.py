@@ -90,3 +90,18 @@ def _killer(path: Path) -> Callable[[str, tuple[Any, ...]], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return look
+
+
+def finish(model: Any, saves: Any, *, compiled: bool = False) -> Any:
+    """Give the LoRA of a WanDiT random weights, and set what its blocks keep for their backward pass."""
+    import torch
+
+    from train.lora.lora import lora_modules
+    from train.recompute.runner import keep
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            module.lora_B.normal_(0, 0.1, generator=generator)
+    keep(model, saves, compiled=compiled)
+    return model.train()

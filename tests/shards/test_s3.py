@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shards.s3
 from s3_servers import BUCKET, serve
 from shards_data import IDENTITY, PROVENANCE, write_dataset
 from urllib3.exceptions import ProtocolError
 
+import shards.storage.s3
 from shards.check.orphans import sweep
 from shards.check.verify import verify
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
@@ -238,7 +238,7 @@ def test_a_put_that_fails_at_each_part_leaves_nothing(
             patch.setattr(client, name, failing(name))
         with pytest.raises(StorageFailure, match=f"{operations[part]} failed"):
             storage.put("big.tar", data)
-    assert calls[:part] == operations[:part] and calls[part:] == [operations[part]] * shards.s3.ATTEMPTS
+    assert calls[:part] == operations[:part] and calls[part:] == [operations[part]] * shards.storage.s3.ATTEMPTS
     assert not storage.exists("big.tar")
     assert list(storage.uploads(older_than=2**40)) == []
     assert S3Storage(S3Root(BUCKET, f"parts-{part}/", endpoint), size).put("big.tar", data)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shards_data import write_dataset
-from test_train_loop import flip_a_latent
+from shards_data import flip_a_latent, write_dataset
 from train_runs import make_config, read_metrics
 
 from shards.errors import UserError

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from launchers import end, is_alive, pids, start_launcher, wait_for
 
 from shards.errors import UserError
 from train.cli.main import main
@@ -26,42 +24,6 @@ HERE = Path(__file__).parent
 def start(folder: Path, *arguments: str, ranks: int = 3, grace: float = 20) -> subprocess.Popen[str]:
     """A launcher of plain ranks."""
     return start_launcher(folder, grace, ranks, 1, 0, "-", "plain_ranks.py", *arguments)
-
-
-def start_launcher(*arguments: object) -> subprocess.Popen[str]:
-    """`launch_ranks.py` with these arguments."""
-    command = [sys.executable, str(HERE / "launch_ranks.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def end(launcher: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
-    """Its exit code, and what it and rank 0 said. A launcher that is killed takes its ranks with it."""
-    with launcher:
-        try:
-            _, said = launcher.communicate(timeout=seconds)
-        finally:
-            launcher.kill()
-    return launcher.returncode, said
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Until it holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def pids(folder: Path, what: str = "pid") -> list[int]:
-    """Of all ranks that have said theirs."""
-    return [int(path.read_text()) for path in folder.glob(f"{what}-*") if path.read_text()]
 
 
 def wait_for_ranks(folder: Path, number: int = 3) -> list[int]:

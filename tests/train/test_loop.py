@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shards_data import write_dataset
+from shards_data import flip_a_latent, write_dataset
 from train_runs import DIMS, make_config, read_metrics
 
 from shards.errors import UserError
@@ -316,17 +316,6 @@ def test_a_flipped_byte_is_found_when_it_is_read_and_by_verify_before(tiny_shard
     with pytest.raises(UserError, match="problems"):
         fit(make_config(root, tmp_path / "other"), verify=True)
     assert not (tmp_path / "other/metrics.jsonl").exists()
-
-
-def flip_a_latent(source: Path, root: Path) -> Path:
-    shutil.copytree(source, root)
-    dataset = open_dataset([root])
-    tar = next(iter(sorted((root / "latents").glob("*.tar"))))
-    data = bytearray(tar.read_bytes())
-    name = dataset.samples[0].key.encode() + b".latent.npy.zst"
-    data[data.index(name) + 512 + 400] ^= 1
-    tar.write_bytes(data)
-    return root
 
 
 def test_several_processes_are_refused(tiny_shards, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train_launch import end, is_alive, wait_for
+from launchers import end, is_alive, wait_for
 from train_runs import make_config, read_metrics
 
 from shards.config import dump_config

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import in_a_group, run_ranks
 from torch import Tensor
-from train_runs import make_config
+from train_runs import finish, make_config
 
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
@@ -19,7 +19,6 @@ from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, save_dit
 from train.parallel.fsdp import own_rows, resident_bytes, spread
 from train.parallel.ranks import World
-from train.recompute.runner import keep
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=100, text_dim=32, text_len=16)
 LORA = LoRAConfig(rank=4, targets=("self_attn", "cross_attn", "ffn"))
@@ -28,16 +27,6 @@ POLICIES: dict[str, Any] = {
     "full": "full",
     "mixed": lambda shape: [(), ("attention",), ("attention", "projections", "ffn_up")],
 }
-
-
-def finish(model: WanDiT, saves: Any, *, compiled: bool = False) -> WanDiT:
-    """Give its LoRA something to do, and say what its blocks keep."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in lora_modules(model).values():
-            module.lora_B.normal_(0, 0.1, generator=generator)
-    keep(model, saves, compiled=compiled)
-    return model.train()
 
 
 def whole(policy: str, dtype: torch.dtype, checkpoint: Path | None = None) -> WanDiT:
@@ -77,14 +66,6 @@ def steps(model: WanDiT, dtype: torch.dtype) -> list[Tensor]:
         results.append(model.eval()(latent, torch.tensor([1.0, 2.0]), torch.tensor([False, False]), text))
     model.train()
     return results + [weight.grad for module in lora_modules(model).values() for weight in module.loras]
-
-
-def in_a_group(work: Any, *arguments: Any) -> Any:
-    torch.distributed.init_process_group("gloo")
-    try:
-        return work(*arguments)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def compare(policy: str, dtype: torch.dtype, offload: bool, checkpoint: Path | None) -> tuple[bool, list[int]]:

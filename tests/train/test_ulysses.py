@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from test_train_sharding import finish, in_a_group
+from ranks import in_a_group, run_ranks
 from torch import Tensor
+from train_runs import finish
 
 from train.config.model import DiTConfig, LoRAConfig
 from train.lora.lora import inject

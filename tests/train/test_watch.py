@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train_launch import end, is_alive, pids, start_launcher, wait_for
+from launchers import end, is_alive, pids, start_launcher, wait_for
 
 from train.launch.launch import free_port
 from train.launch.rank_status import Beat, compare
