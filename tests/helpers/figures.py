@@ -23,7 +23,7 @@ class Figures(NamedTuple):
     largest_folder: int
     """Python files of the folder that has most."""
     largest_root: int
-    """Files and folders at the root of the package that has most."""
+    """Files and folders at the root of the package that has most, without `__init__.py`."""
     depth: int
     """Files on the longest chain of imports."""
     imports_per_file: float
@@ -124,7 +124,7 @@ def figures() -> Figures:
                 docstrings += node.end_lineno - node.lineno + 1
     folders = {path.parent for path in sources()}
     roots = [
-        sum(path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__") for path in (ROOT / name).iterdir())
+        sum((path.suffix == ".py" and path.stem != "__init__") or has_python(path) for path in (ROOT / name).iterdir())
         for name in PACKAGES
     ]
     return Figures(
