@@ -75,14 +75,14 @@ class WindowConfig(Config):
         return self
 
 
-class Bucket(Config):
+class PictureSize(Config):
     """A picture size, in pixels."""
 
     width: Positive
     height: Positive
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> Bucket:
+    def _whole_patches(self) -> PictureSize:
         if self.width % 32 or self.height % 32:
             raise ValueError(f"{self.width}×{self.height}: both sides must be multiples of 32")
         return self
@@ -91,11 +91,11 @@ class Bucket(Config):
 class BucketsConfig(Config):
     """The sizes that samples are encoded at."""
 
-    sizes: Annotated[tuple[Bucket, ...], Field(min_length=1)] = (
-        Bucket(width=832, height=480),
-        Bucket(width=480, height=832),
-        Bucket(width=1280, height=704),
-        Bucket(width=704, height=1280),
+    sizes: Annotated[tuple[PictureSize, ...], Field(min_length=1)] = (
+        PictureSize(width=832, height=480),
+        PictureSize(width=480, height=832),
+        PictureSize(width=1280, height=704),
+        PictureSize(width=704, height=1280),
     )
     """Sizes to choose from, by nearest display shape."""
     max_upscale: Annotated[float, Field(ge=1)] = 1.0

@@ -18,7 +18,7 @@ class Crop(Config):
     height: int
 
 
-class Picture(Config):
+class MeasuredPicture(Config):
     """Measurements of one decoded picture; see `pictures.py`."""
 
     seconds: float
@@ -78,7 +78,7 @@ class Inspection(Config):
     """What the container itself reports as corrupt, if anything."""
     is_still: bool = False
     """A picture file."""
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[MeasuredPicture, ...] = ()
     vbi_lines: int = 0
     """Lines above the picture that carry data or nothing."""
     bars: tuple[int, int, int, int] = (0, 0, 0, 0)

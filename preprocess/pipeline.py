@@ -86,8 +86,8 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: 
     storage = open_storage(config.output)
     plan = open_plan(storage)
     if not committed_units(storage, LATENTS):
-        mend = "`wanprep build-shards CONFIG` first"
-        raise UserError(f"{config.output}: no finished latents to write captions for", mend=mend)
+        fix = "`wanprep build-shards CONFIG` first"
+        raise UserError(f"{config.output}: no finished latents to write captions for", fix=fix)
     with _at_work(storage, config.output) as scratch:
         _text_pass(storage, plan, set_name, config, scratch, "none" if quiet else style, WHOLE)
         return count_dataset(storage, plan, set_name)
@@ -104,8 +104,8 @@ def retry(
     storage = open_storage(config.output)
     plan = open_plan(storage)
     if not plan.generations:
-        mend = "`wanprep build-shards CONFIG` first"
-        raise UserError(f"output: {config.output!r}: nothing has been planned there", mend=mend)
+        fix = "`wanprep build-shards CONFIG` first"
+        raise UserError(f"output: {config.output!r}: nothing has been planned there", fix=fix)
     choice = choose_retries(plan, wanted, committed_units(storage, LATENTS))
     if dry_run or not (choice.ordinals or choice.open_units):
         return Retried(choice, count_dataset(storage, plan, DEFAULT_SET))
@@ -141,8 +141,8 @@ def _text_pass(
     done = committed_units(storage, LATENTS) & chosen
     there = committed_units(storage, text_kind(set_name)) & chosen
     if not done and part.only == "text":
-        mend = "`wanprep build-shards CONFIG --only latents` first: captions are chosen by the windows of the latents"
-        raise UserError(f"{storage.url()}: no finished latents to write captions for", mend=mend)
+        fix = "`wanprep build-shards CONFIG --only latents` first: captions are chosen by the windows of the latents"
+        raise UserError(f"{storage.url()}: no finished latents to write captions for", fix=fix)
     units = sorted(done - there)
     info = find_info(storage)
     if info is not None and set_name in info.text_sets:
@@ -178,8 +178,8 @@ def _at_work(storage: Storage, output: str) -> Iterator[Path]:
         except (FileNotFoundError, UserError):  # the second where a reader finds its dataset gone
             if scratch.exists():
                 raise
-            mend = "mount it again, then run the same command: it goes on from the last unit"
-            raise UserError(f"{output}: the disk under it is gone", mend=mend) from None
+            fix = "mount it again, then run the same command: it goes on from the last unit"
+            raise UserError(f"{output}: the disk under it is gone", fix=fix) from None
         if isinstance(storage, LocalStorage):
             sweep_committed(storage)
 
@@ -205,14 +205,14 @@ def _terminate_cleanly() -> Iterator[None]:
 
 @contextmanager
 def _storage_errors(output: str) -> Iterator[None]:
-    """A full or vanished disk is the user's to mend: one message, no traceback; committed work is intact."""
+    """A full or vanished disk is the user's to fix: one message, no traceback; committed work is intact."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            mend = "free some space or move the output, then run the same command: it goes on from the last unit"
-            raise UserError(f"no space left while writing to {output}", mend=mend) from None
+            fix = "free some space or move the output, then run the same command: it goes on from the last unit"
+            raise UserError(f"no space left while writing to {output}", fix=fix) from None
         if error.errno in _GONE:
-            mend = "mend it, then run the same command: it goes on from the last unit"
-            raise UserError(f"{output}: {error.strerror}: {error.filename}", mend=mend) from None
+            fix = "fix it, then run the same command: it goes on from the last unit"
+            raise UserError(f"{output}: {error.strerror}: {error.filename}", fix=fix) from None
         raise

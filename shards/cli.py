@@ -248,13 +248,15 @@ def report(
     wanshards report demo/shards demo/shards.html
     wanshards report s3://bucket/prefix dataset.html --sample 5000 --jobs 8
     """
-    from shards.report.report import DEFAULT_SAMPLE, write_report
+    from shards.report.report import DEFAULT_SAMPLE, write_dataset_report
     from shards.stats.cache import default_cache
 
     if read_all and sample is not None:
         raise UserError("--sample and --all are both given", expected="one of them")
     number = None if read_all else sample or DEFAULT_SAMPLE
-    made = write_report(root, out, sample=number, max_megabytes=max_mb, cache=cache or default_cache(), jobs=jobs)
+    made = write_dataset_report(
+        root, out, sample=number, max_megabytes=max_mb, cache=cache or default_cache(), jobs=jobs
+    )
     if as_json:
         print_json(made)
         return

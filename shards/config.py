@@ -92,7 +92,7 @@ def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) 
         raise UserError(
             f"{origin}: {problem}",
             expected="text, numbers, true or false, lists and mappings",
-            mend="put a date or a time that is meant as text in quotes",
+            fix="put a date or a time that is meant as text in quotes",
         ) from None
     try:
         return cls.model_validate_json(text)

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: a value, a file, a machine that lacks something.
+    """Something the user can fix: a value, a file, a machine that lacks something.
 
     The command line prints it without a traceback and exits with 2.
 
     Args:
         problem: what is wrong, naming the value (and the dotted key or the file it came from).
         expected: what would have been right.
-        mend: what to do about it, as a command or an action.
+        fix: what to do about it, as a command or an action.
     """
 
-    def __init__(self, problem: str, *, expected: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, problem: str, *, expected: str | None = None, fix: str | None = None) -> None:
         self.problem = problem
         self.expected = expected
-        self.mend = mend
+        self.fix = fix
         super().__init__(problem)
 
     def __str__(self) -> str:
         lines = [self.problem]
         if self.expected:
             lines.append(f"  expected: {self.expected}")
-        if self.mend:
-            lines.append(f"  to mend:  {self.mend}")
+        if self.fix:
+            lines.append(f"  to fix:  {self.fix}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         # An exception with keyword arguments does not survive a process boundary by default.
-        return (_rebuild, (type(self), self.problem, self.expected, self.mend, self.__dict__))
+        return (_rebuild, (type(self), self.problem, self.expected, self.fix, self.__dict__))
 
 
-def _rebuild(cls: type[UserError], problem: str, expected: str | None, mend: str | None, state: dict) -> UserError:
+def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str | None, state: dict) -> UserError:
     error = cls.__new__(cls)
-    UserError.__init__(error, problem, expected=expected, mend=mend)
+    UserError.__init__(error, problem, expected=expected, fix=fix)
     error.__dict__.update(state)
     return error
 
@@ -43,7 +43,7 @@ def _rebuild(cls: type[UserError], problem: str, expected: str | None, mend: str
 # The errors of a dataset that is not what it was: each names the file, the member and the byte offset.
 
 
-MEND = (
+FIX = (
     "copy the file again from where it is whole, or delete the unit's commit and build it again with "
     "`wanprep build-shards`; `wanshards verify` lists all damage"
 )
@@ -57,16 +57,16 @@ class ShardDamage(UserError):
         what: what is wrong with it.
         member: name of the tar member, if the damage lies in one.
         offset: byte offset in the file at which it was seen.
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
     def __init__(
-        self, file: str, what: str, *, member: str | None = None, offset: int | None = None, mend: str = MEND
+        self, file: str, what: str, *, member: str | None = None, offset: int | None = None, fix: str = FIX
     ) -> None:
         self.file, self.what, self.member, self.offset = file, what, member, offset
         place = f"{file}: member {member}" if member else file
         at = f" at offset {offset}" if offset is not None else ""
-        super().__init__(f"{place}{at}: {what}", mend=mend)
+        super().__init__(f"{place}{at}: {what}", fix=fix)
 
 
 class MissingObject(ShardDamage):
@@ -83,7 +83,7 @@ class FutureFormat(UserError):
         super().__init__(
             f"{file}: format version {found!r} is not one this reader knows",
             expected=f"format version {known}",
-            mend="update wan-broadcast-lora to a version that reads it (docs/shard-format.md lists the versions)",
+            fix="update wan-broadcast-lora to a version that reads it (docs/shard-format.md lists the versions)",
         )
 
 

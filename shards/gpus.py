@@ -79,11 +79,11 @@ def detect_gpu() -> Gpu:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("--gpu auto: torch sees no GPU on this machine", mend=f"name one: {', '.join(GPUS)}")
+        raise UserError("--gpu auto: torch sees no GPU on this machine", fix=f"name one: {', '.join(GPUS)}")
     driver = torch.cuda.get_device_name(0)
     gpu = by_driver_name(driver)
     if gpu is None:
-        raise UserError(f"--gpu auto: {driver} is not a known GPU", mend=f"name the nearest: {', '.join(GPUS)}")
+        raise UserError(f"--gpu auto: {driver} is not a known GPU", fix=f"name the nearest: {', '.join(GPUS)}")
     return gpu
 
 

@@ -38,7 +38,7 @@ Count = Annotated[int, Field(ge=0)]
 Owed = Literal["evaluation", "pictures"]
 
 
-class RunState(Config):
+class CheckpointState(Config):
     """`state.json`: everything of a run that is not a tensor."""
 
     format_version: Literal[1] = 1
@@ -81,7 +81,7 @@ class RunState(Config):
 
 
 def write_checkpoint(
-    folder: Path, state: RunState, tensors: Mapping[str, Mapping[str, Tensor]], pin: Mapping[str, Any]
+    folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]], pin: Mapping[str, Any]
 ) -> Path:
     """Write `checkpoints/step-N` under `folder`, whole or not at all, and return its path.
 
@@ -115,7 +115,7 @@ def write_checkpoint(
     return final
 
 
-def read_checkpoint(path: Path) -> RunState:
+def read_checkpoint(path: Path) -> CheckpointState:
     """The state of a checkpoint. Raises UserError naming what is missing or not as it should be."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", expected="a folder such as RUN/checkpoints/step-0000500")
@@ -126,7 +126,7 @@ def read_checkpoint(path: Path) -> RunState:
         raise UserError(f"{path}: {STATE_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: {STATE_FILE} holds {type(values).__name__}", expected="an object")
-    return validate_config(RunState, values, origin=str(path / STATE_FILE))
+    return validate_config(CheckpointState, values, origin=str(path / STATE_FILE))
 
 
 def read_pin(folder: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}", mend="resume from an older checkpoint") from None
+        raise UserError(f"{path}: cannot be read: {error}", fix="resume from an older checkpoint") from None
     return tensors
 
 

@@ -9,7 +9,7 @@ import torch
 from shards.errors import UserError
 
 
-class DeviceFacts(NamedTuple):
+class DeviceInfo(NamedTuple):
     """What the choice of precision and kernel depends on; made by hand in tests."""
 
     kind: str
@@ -19,12 +19,12 @@ class DeviceFacts(NamedTuple):
     """CUDA compute capability; None on a CPU."""
 
 
-def device_facts(device: torch.device | str) -> DeviceFacts:
+def device_info(device: torch.device | str) -> DeviceInfo:
     """Name and compute capability of a device."""
     device = torch.device(device)
     if device.type != "cuda":
-        return DeviceFacts(device.type, device.type, None)
-    return DeviceFacts("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        return DeviceInfo(device.type, device.type, None)
+    return DeviceInfo("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -52,6 +52,6 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"precision.device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices",
-            mend="`wantrain doctor` says why; precision.device=cpu trains without one",
+            fix="`wantrain doctor` says why; precision.device=cpu trains without one",
         )
     return device

@@ -67,7 +67,7 @@ def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfi
     if not first:
         raise UserError(
             "no clip falls on the validation side, so there is no held-out loss",
-            mend="raise data.validation_fraction, add shards, or set eval: null",
+            fix="raise data.validation_fraction, add shards, or set eval: null",
         )
     return [first[clip] for clip in sorted(first, key=hash_key)[: config.num_clips]]
 
@@ -107,7 +107,7 @@ def evaluate(
     return HeldOut(sum(means) / len(means), t2v, i2v, counts[False], tuple(sigmas.tolist()))
 
 
-def describe(now: HeldOut, before: Mapping[str, float] | None = None) -> str:
+def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -> str:
     """One line for people."""
     parts = [f"held-out loss {now.mean:.4f} over {now.num_clips} clips"]
     for name, losses in (("T2V", now.t2v), ("I2V", now.i2v)):

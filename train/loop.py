@@ -20,14 +20,14 @@ from train.config.train import TrainConfig
 from train.data.loader import Loader
 from train.device import choose_device, device_memory
 from train.estimate.layout import choose_layout
-from train.launch.heartbeat import Watch
+from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
-from train.parallel.ranks import Ranks, joined, make_ranks, read_world, settle, smallest
+from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, run_pending, smallest
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
 from train.run.session import (
-    Agreed,
+    AgreedStop,
     Session,
-    Stopped,
+    StoppedBySignal,
     choose_checkpoint,
     describe_data,
     determinism,
@@ -38,11 +38,11 @@ from train.run.session import (
     stop_signals,
     write_settings,
 )
-from train.run.state import Progress
-from train.run.throughput import Meter
-from train.run.trainee import Trainee, describe
+from train.run.state import TrainingState
+from train.run.throughput import Throughput
+from train.run.trainee import Trainee, describe_trainee
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
-from train.step import backward, num_tokens, over_ranks, sigma_density
+from train.step import backward, num_batch_tokens, over_ranks, sigma_density
 
 SAMPLES_FOLDER = "samples"
 
@@ -70,27 +70,27 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
 
     Under a launcher every process of the run calls it; rank 0 writes the folder, which all must see.
 
-    Raises UserError for whatever the user can mend, before the first step where it can be known by then.
+    Raises UserError for whatever the user can fix, before the first step where it can be known by then.
     """
     folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch(world.rank, world.size, config.parallel))
+        watch = stack.enter_context(HeartbeatWatch(world.rank, world.size, config.parallel))
         if world.rank == 0:
             stack.enter_context(locked(folder))
         stack.enter_context(log_file(folder, world.rank))
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
-        stack.enter_context(joined(config.parallel, world, device))
+        stack.enter_context(process_group(config.parallel, world, device))
         ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks)
-        trainee, progress = session.trainee, Progress(session)
+        trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
-        stop = Agreed(stack.enter_context(stop_signals()), ranks, watch.pulse)
+        stop = AgreedStop(stack.enter_context(stop_signals()), ranks, watch.pulse)
         log = _open_log(progress, start)
         stack.callback(log.close)
-        for line in (*describe(trainee, session.dataset), *describe_data(session)):
+        for line in (*describe_trainee(trainee, session.dataset), *describe_data(session)):
             log.say(line)
         if not ranks.alone:
             log.say(f"layout: {ranks.layout}{ranks.reason and f' ({ranks.reason})'}")
@@ -112,7 +112,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             )
         )
         pictures = _prepare_pictures(session, config)
-        meter = Meter(trainee, ranks.layout)
+        meter = Throughput(trainee, ranks.layout)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
         saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1
@@ -137,7 +137,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             rate, norm, overflow = progress.update()
             loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
             if batch.step == first_step:
-                settle(config.parallel)
+                run_pending(config.parallel)
             progress.step, progress.position = batch.step, position
             seconds = time.perf_counter() - began
             progress.seconds += seconds
@@ -154,7 +154,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     loss_scale=progress.scaler.scale,
                     seconds=seconds,
                     data_wait_seconds=waited,
-                    tokens=num_tokens(trainee, batch),
+                    tokens=num_batch_tokens(trainee, batch),
                     **meter.rate(batch.bucket, seconds)._asdict(),
                     memory_gib=peak_memory_gib(trainee.device),
                     num_image_to_video=loss.num_image_to_video,
@@ -178,7 +178,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             log.say(line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
-        ranks.meet()  # nobody calls the run done before its files are there
+        ranks.barrier()  # nobody calls the run done before its files are there
         return result
 
 
@@ -189,11 +189,11 @@ def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
         checkpoint.remove_leftovers(folder / "checkpoints")
         start = choose_checkpoint(folder, resume)
         chosen = None if start is None else str(start)
-    chosen = ranks.from_first(chosen)
+    chosen = ranks.broadcast(chosen)
     return None if chosen is None else Path(chosen)
 
 
-def _open_log(progress: Progress, start: Path | None) -> RunLog | OwnLog:
+def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
     """On rank 0 cut the run's files back to where it goes on from, write its settings, and open its log."""
     if not progress.session.ranks.is_first:
         return OwnLog()
@@ -208,13 +208,13 @@ def _open_log(progress: Progress, start: Path | None) -> RunLog | OwnLog:
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
 
 
-def _settle(progress: Progress, log: RunLog | OwnLog, pictures: list[Ready], stop: Agreed) -> bool:
+def _settle(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
     """Do what the step owes beside training, and return whether its held-out loss is the best so far.
 
     What a signal cuts short stays owed: it goes into the checkpoint, and a resume does it from its beginning.
     """
     is_best = False
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(StoppedBySignal):
         if "evaluation" in progress.owed:
             is_best = _evaluate(progress, log, stop.raise_if_asked)
             progress.owed = tuple(name for name in progress.owed if name != "evaluation")
@@ -224,7 +224,7 @@ def _settle(progress: Progress, log: RunLog | OwnLog, pictures: list[Ready], sto
     return is_best
 
 
-def _evaluate(progress: Progress, log: RunLog | OwnLog, look_up: Callable[[], None]) -> bool:
+def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -247,9 +247,8 @@ def _evaluate(progress: Progress, log: RunLog | OwnLog, look_up: Callable[[], No
     before = log.evaluations()
     log.write_held_out(progress.step, held_out, seconds)
     share = 100 * progress.eval_seconds / progress.seconds
-    log.say(
-        f"step {progress.step}  {evaluate.describe(held_out, before[0] if before else None)}; {share:.0f} % of the time"
-    )
+    found = evaluate.describe_held_out(held_out, before[0] if before else None)
+    log.say(f"step {progress.step}  {found}; {share:.0f} % of the time")
     return progress.judge(held_out.mean)
 
 
@@ -259,7 +258,7 @@ def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
     return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
 
 
-def _sample(progress: Progress, pictures: list[Ready], look_up: Callable[[], None]) -> None:
+def _sample(progress: TrainingState, pictures: list[Ready], look_up: Callable[[], None]) -> None:
     """Write latents of the configured prompts; `wanprep decode --watch` shows them, the trainer has no VAE."""
     if progress.config.sample is None:
         return
@@ -280,12 +279,12 @@ def _inference(trainee: Trainee) -> Iterator[None]:
         trainee.model.train()
 
 
-def _exhausted(progress: Progress) -> bool:
+def _exhausted(progress: TrainingState) -> bool:
     patience = progress.config.eval.patience if progress.config.eval else None
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: Progress, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
+def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
     """Write a checkpoint, on rank 0; return what tells it from the next one."""
     if progress.session.ranks.is_first:
         log.sync()
@@ -293,7 +292,7 @@ def _save(progress: Progress, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoi
     return progress.step, progress.owed
 
 
-def _finish(progress: Progress, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:
+def _finish(progress: TrainingState, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:
     evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
     if stopped_by is not None:
@@ -317,7 +316,7 @@ def _finish(progress: Progress, log: RunLog | OwnLog, stopped_by: int | None) ->
     return FitResult(progress.step, before, after, path, None)
 
 
-def _export(progress: Progress) -> Path:
+def _export(progress: TrainingState) -> Path:
     """Write the weights for use elsewhere: the last or the best, of the moving average where there is one."""
     trainee, step = progress.trainee, progress.step
     tensors = progress.average or trainee.tensors()

@@ -40,7 +40,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 
 
 def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, from 0.50 where its CPU optimizers begin. Raises UserError with the mend."""
+    """bitsandbytes, from 0.50 where its CPU optimizers begin. Raises UserError with the fix."""
     # On import it logs an error about an optional kernel package that has nothing to do with optimizers.
     chatter = logging.getLogger("bitsandbytes")
     level = chatter.level
@@ -50,7 +50,7 @@ def import_bitsandbytes() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"optim.name: adamw8bit needs bitsandbytes, which cannot be imported: {error}",
-            mend="pip install 'bitsandbytes>=0.50' -c constraints.txt, or set optim.name=adamw",
+            fix="pip install 'bitsandbytes>=0.50' -c constraints.txt, or set optim.name=adamw",
         ) from None
     finally:
         chatter.setLevel(level)
@@ -59,7 +59,7 @@ def import_bitsandbytes() -> ModuleType:
         raise UserError(
             f"bitsandbytes {bitsandbytes.__version__} is too old",
             expected="0.50 or newer",
-            mend="pip install 'bitsandbytes>=0.50' -c constraints.txt",
+            fix="pip install 'bitsandbytes>=0.50' -c constraints.txt",
         )
     return bitsandbytes
 

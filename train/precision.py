@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.device import DeviceFacts, device_facts
-
-__all__ = ["DeviceFacts", "device_facts"]
+from train.device import DeviceInfo
 
 Name = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[Name, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,7 +29,7 @@ class Precision(NamedTuple):
     reason: str
 
 
-def resolve_precision(requested: Literal["auto", "bf16", "fp16", "fp32"], facts: DeviceFacts) -> Precision:
+def resolve_precision(requested: Literal["auto", "bf16", "fp16", "fp32"], facts: DeviceInfo) -> Precision:
     """Turn `auto` into a dtype: bf16 where the chip computes it (compute capability 8.0 on), fp16 below, fp32 on a CPU.
 
     torch.cuda.is_bf16_supported() is not asked: it counts emulation, which sends attention to the math kernel.
@@ -47,7 +45,7 @@ def resolve_precision(requested: Literal["auto", "bf16", "fp16", "fp32"], facts:
             raise UserError(
                 f"precision: bf16 on {facts.name} (compute capability {major}.{minor}) would be emulated",
                 expected="bf16 from compute capability 8.0 on",
-                mend="precision: auto (fp16 with loss scaling here)",
+                fix="precision: auto (fp16 with loss scaling here)",
             )
         name = requested if requested != "auto" else ("bf16" if computes_bf16 else "fp16")
         reason = f"{facts.name}, compute capability {major}.{minor}"
@@ -103,7 +101,7 @@ class LossScaler:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row overflowed fp16, down to a loss scale of {self.scale:g}",
                 expected="gradients that fit at some scale",
-                mend="wantrain doctor --ranges names the layer; precision: bf16 or fp32 where the card allows it",
+                fix="wantrain doctor --ranges names the layer; precision: bf16 or fp32 where the card allows it",
             )
         self.scale = max(self.scale / 2, 2.0**-14)
 

@@ -46,7 +46,7 @@ def over_ranks(ranks: Ranks, batch: Batch, own: StepLoss, global_batch: int) -> 
     numbers = [own.mean, float(batch.image_first_B.sum()), float(len(substituted)), *slots]
     if ranks.layout.ulysses_rank:  # the ranks of a sequence have the same slots, and each their whole loss
         numbers = [0.0] * len(numbers)
-    mean, num_image_to_video, num_substituted, *slots = ranks.total(*numbers)
+    mean, num_image_to_video, num_substituted, *slots = ranks.all_reduce_sum(*numbers)
     if num_substituted and not ranks.alone:
         pairs = {bad: taken for part in ranks.gather(substituted) for bad, taken in part}
         substituted, keys = tuple(pairs.items()), tuple(pairs.get(key, key) for key in keys)
@@ -113,7 +113,7 @@ def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
     return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
 
 
-def num_tokens(trainee: Trainee, batch: Batch) -> int:
+def num_batch_tokens(trainee: Trainee, batch: Batch) -> int:
     """Video tokens of the global batch."""
     _, _, *sides = batch.latent_BCTHW.shape
     per_slot = 1

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from shards.gpus import GPUS
 from train.config.model import TI2V_5B
 from train.config.train import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.estimate.plan import Plan, Setting, Size, make_plan
+from train.estimate.plan import Estimate, Setting, Size, make_plan
 from train.estimate.saves import GIB
 from train.geometry import Bucket
 
@@ -43,7 +43,7 @@ SYSTEMS = (
 )
 
 
-def plan_of(system: System, bucket: Bucket) -> Plan:
+def plan_of(system: System, bucket: Bucket) -> Estimate:
     """The shipped settings: LoRA of rank 32 on both attentions, one sample a micro-batch, `auto` checkpointing."""
     shares = system.num_gpus
     ulysses = max(1, shares // system.global_batch)
@@ -59,7 +59,7 @@ def plan_of(system: System, bucket: Bucket) -> Plan:
     return make_plan(config, GPUS[system.gpu], system.num_gpus, [Size(bucket, 1.0)], num_nodes=system.num_nodes)
 
 
-def best_of(plan: Plan) -> Setting:
+def best_of(plan: Estimate) -> Setting:
     """The layout with the shortest step of those that fit."""
     return min((s for s in (plan.chosen, *plan.layouts) if s.fits), key=lambda s: s.seconds)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from preprocess.config import Bucket, PrepConfig
+from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts
 from preprocess.fetch.fetcher import Fetcher
@@ -57,7 +57,7 @@ class Prepared(NamedTuple):
 
     candidate: Candidate
     facts: ClipFacts | None
-    bucket: Bucket | None
+    bucket: PictureSize | None
     windows: tuple[Decoded, ...]
     rejection: Rejection | None
     """Why the clip as a whole went no further."""
@@ -106,7 +106,7 @@ class Preparer:
             return Prepared(candidate, facts, bucket, (), rejected.rejection, attempts, num_bytes, seconds)
         return Prepared(candidate, facts, bucket, decoded, None, attempts, num_bytes, seconds)
 
-    def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: Bucket) -> Decoded:
+    def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""
         end_seconds = window_end(window, self._config)
         captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
@@ -238,7 +238,7 @@ def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config:
     }
 
 
-def _bucket(facts: ClipFacts, config: PrepConfig) -> Bucket:
+def _bucket(facts: ClipFacts, config: PrepConfig) -> PictureSize:
     bucket = choose_bucket(facts, config.buckets)
     if isinstance(bucket, Rejection):
         raise ClipRejected(bucket)

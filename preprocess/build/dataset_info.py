@@ -8,7 +8,7 @@ from typing import Any
 from preprocess.config import PrepConfig
 from preprocess.plan.plan import Plan
 from shards.errors import MissingObject
-from shards.format.dataset_info import Bucket, DatasetInfo, Generation, TextSetInfo, read_info, write_info
+from shards.format.dataset_info import BucketInfo, DatasetInfo, Generation, TextSetInfo, read_info, write_info
 from shards.format.names import INFO_NAME
 from shards.storage.base import Storage
 
@@ -32,7 +32,7 @@ def grow_info(
     info = DatasetInfo(
         identity=dict(identity),
         text_sets=old.text_sets if old else {},
-        buckets=tuple(Bucket(frames=frames, height=size.height, width=size.width) for size in config.buckets.sizes),
+        buckets=tuple(BucketInfo(frames=frames, height=size.height, width=size.width) for size in config.buckets.sizes),
         generations=_generations(old, plan),
         notes={**(old.notes if old else {}), **({ENCODERS_NOTE: note} if note else {})},
         totals=old.totals if old else {},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.build.dataset_info import grow_info
-from preprocess.build.progress import Progress
+from preprocess.build.progress import PassProgress
 from preprocess.build.worker import Description, UnitWorker
 from preprocess.config import PrepConfig
 from preprocess.plan.plan import Plan
@@ -55,7 +55,7 @@ def build_latents(
     config: PrepConfig,
     scratch: Path,
     *,
-    progress: Progress,
+    progress: PassProgress,
 ) -> None:
     """Encode `units` of the plan into `storage`. Raises UserError; a bad clip is a ledger row.
 

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocess.build.work_queue import Dealer
+from preprocess.build.work_queue import WorkQueue
 from preprocess.build.worker import Description, OnRow, UnitWorker
 from preprocess.config import PrepConfig
 from shards.console import LOG, set_up_logging
@@ -56,7 +56,7 @@ def run_processes(
     Left by an exception it ends the children, which drop their open units; what is committed stays.
     """
     children: list[_Child] = []
-    dealer = Dealer(units)
+    dealer = WorkQueue(units)
     try:
         children += [_start(config, device, scratch, len(devices)) for device in devices]
         by_pipe = {child.pipe: child for child in children}
@@ -106,7 +106,7 @@ def _receive(child: _Child) -> Any:
         raise RuntimeError(f"the worker on {child.device} ended with {how}")
     raise UserError(
         f"the worker on {child.device} was ended by {signal.Signals(-how).name if how else 'nobody knows what'}",
-        mend="see whether memory ran out (dmesg), then run the same command: it goes on from the last unit",
+        fix="see whether memory ran out (dmesg), then run the same command: it goes on from the last unit",
     )
 
 
@@ -153,5 +153,5 @@ def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_
         send(END)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone, and with it whoever would be told
         sys.exit(1)
-    except (UserError, OSError) as error:  # the user's to mend: the parent says so; a bug ends with its traceback
+    except (UserError, OSError) as error:  # the user's to fix: the parent says so; a bug ends with its traceback
         send(error)

@@ -21,7 +21,7 @@ _SECONDS_A_LINE = 10.0
 _SECONDS_A_DOCUMENT = 1.0
 
 
-class Progress:
+class PassProgress:
     """What a pass has done so far; the base class counts and says nothing.
 
     Args:
@@ -80,7 +80,7 @@ class Progress:
         """Show it, where it is shown."""
 
 
-class _Now(Progress):
+class _Now(PassProgress):
     """Shown when it has not been for some seconds, and at the end."""
 
     seconds_between = _SECONDS_A_LINE
@@ -106,7 +106,7 @@ class _Documents(_Now):
         sys.stderr.flush()
 
 
-class _Bar(Progress):
+class _Bar(PassProgress):
     def __init__(self, title: str, num_units: int, num_clips: int | None, bar: Any) -> None:
         super().__init__(title, num_units, num_clips)
         self._bar = bar
@@ -130,7 +130,7 @@ def describe_facts(facts: dict[str, Any]) -> str:
 
 
 @contextmanager
-def show_progress(title: str, *, num_units: int, num_clips: int | None, style: Style) -> Iterator[Progress]:
+def show_progress(title: str, *, num_units: int, num_clips: int | None, style: Style) -> Iterator[PassProgress]:
     """Progress of one pass over `num_units` units; counted by clips where their number is given.
 
     `auto` is a bar on a terminal and lines elsewhere.
@@ -151,7 +151,7 @@ def show_progress(title: str, *, num_units: int, num_clips: int | None, style: S
         with RichProgress(*columns, console=Console(stderr=True)) as bar:
             yield _Bar(title, num_units, num_clips, bar)
     else:
-        shown = {"none": Progress, "lines": _Now, "json": _Documents}[style]
+        shown = {"none": PassProgress, "lines": _Now, "json": _Documents}[style]
         yield shown(title, num_units, num_clips)
 
 

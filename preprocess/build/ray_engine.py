@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from preprocess.build.scratch import scratch_folder
-from preprocess.build.work_queue import Dealer
+from preprocess.build.work_queue import WorkQueue
 from preprocess.build.worker import Description, OnRow, UnitWorker
 from preprocess.config import PrepConfig
 from shards.console import LOG, set_up_logging
@@ -52,23 +52,23 @@ def place_workers(config: PrepConfig, resources: dict[str, float]) -> Placement:
     if not on_cpu and not num_gpus:
         raise UserError(
             f"encoders.device: {config.encoders.device!r}, but no machine of the Ray cluster has a GPU to lend",
-            mend="`ray status` lists what there is; encoders.device=cpu encodes on processors",
+            fix="`ray status` lists what there is; encoders.device=cpu encodes on processors",
         )
     room = int(resources.get("CPU", 0) // num_cpus) if on_cpu else num_gpus
     num_workers = config.engine.ray.num_workers or room
     if num_workers < 1:
         raise UserError(
             f"a worker takes {num_cpus} cores, and the cluster has {resources.get('CPU', 0):g} in all",
-            mend="lower engine.ray.num_cpus or engine.decoders, or add machines",
+            fix="lower engine.ray.num_cpus or engine.decoders, or add machines",
         )
     return Placement(num_workers, 0 if on_cpu else 1, num_cpus, "cpu" if on_cpu else "cuda")
 
 
-class Desk:
+class Coordinator:
     """Deals the units and keeps what the workers tell. An actor: one call at a time, from many machines."""
 
     def __init__(self, units: Sequence[int]) -> None:
-        self._dealer = Dealer(units)
+        self._dealer = WorkQueue(units)
         self._told: deque[LedgerRow | int] = deque()
         self._gone: set[str] = set()
 
@@ -102,7 +102,7 @@ class Desk:
 
 
 class Worker:
-    """A `UnitWorker` in an actor. What the user has to mend comes back as a value."""
+    """A `UnitWorker` in an actor. What the user has to fix comes back as a value."""
 
     def __init__(self, config: PrepConfig, name: str, mark: str, device: str, num_cpus: float) -> None:
         self._config, self._name, self._mark = config, name, mark
@@ -127,7 +127,7 @@ class Worker:
         return self._worker.description
 
     def work(self, desk: Any) -> UserError | OSError | None:
-        """Encode what the desk deals until it has no more; an error that the user has to mend."""
+        """Encode what the desk deals until it has no more; an error that the user has to fix."""
         import ray
 
         if self._worker is None:
@@ -209,7 +209,7 @@ class _Driver:
 
         self._ray, self._config, self._placement, self._mark = ray, config, placement, mark
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(list(units))
+        self._desk = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(list(units))
         self._workers: dict[str, Any] = {}
         self._asked: dict[Any, tuple[str, str]] = {}
         """By the reference of its answer: the worker, and `describe` or `work`."""
@@ -293,7 +293,7 @@ class _Driver:
         if self._num_broken >= _MAX_BROKEN_STARTS:
             raise UserError(
                 f"{_MAX_BROKEN_STARTS} workers in a row died before they had loaded the encoder: {why}",
-                mend="see the machines' memory (dmesg) and Ray's logs (/tmp/ray/session_latest/logs)",
+                fix="see the machines' memory (dmesg) and Ray's logs (/tmp/ray/session_latest/logs)",
             )
 
 
@@ -354,7 +354,7 @@ def import_ray() -> Any:
     except ImportError:
         raise UserError(
             "engine.kind: ray, but Ray is not installed",
-            mend="pip install -e '.[prep,ray]' -c constraints.txt, on every machine; or engine.kind=local",
+            fix="pip install -e '.[prep,ray]' -c constraints.txt, on every machine; or engine.kind=local",
         ) from None
     return ray
 
@@ -363,7 +363,7 @@ def _no_cluster(address: str, why: str) -> UserError:
     return UserError(
         f"engine.ray.address: {address!r}: no Ray cluster there: {why}",
         expected="auto (a cluster that this machine belongs to), host:port, or local",
-        mend="`ray start --head` on one machine and `ray start --address=HOST:6379` on the others, with the same "
+        fix="`ray start --head` on one machine and `ray start --address=HOST:6379` on the others, with the same "
         "RAY_AUTH_MODE (and token) in the environment of every one of these and of wanprep: see "
         "docs/how-to/many-machines.md",
     )

@@ -9,7 +9,7 @@ from preprocess.build.dataset_info import find_info
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
 from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
-from shards.format.dataset_info import Bucket
+from shards.format.dataset_info import BucketInfo
 from shards.format.names import LATENTS, text_kind
 from shards.read.outcomes import Outcome, read_outcomes
 from shards.storage.base import Storage
@@ -56,7 +56,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
     }
 
 
-def describe(counts: dict[str, Any]) -> list[str]:
+def describe_build(counts: dict[str, Any]) -> list[str]:
     """The counts as lines for people."""
     units, text = counts["units"], counts["text"]
     beyond = counts["beyond_limit"]
@@ -111,7 +111,7 @@ def _count_texts(storage: Storage, set_name: str) -> dict[str, int]:
     return totals
 
 
-def _bucket_name(size: Bucket | LatentSummary) -> str:
+def _bucket_name(size: BucketInfo | LatentSummary) -> str:
     return f"{size.width}×{size.height}"
 
 

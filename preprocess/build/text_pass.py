@@ -93,8 +93,8 @@ def text_identity(config: PrepConfig, encoder: TextEncoder) -> dict[str, Any]:
 
 def check_settled_texts(identity: Mapping[str, Any], config: PrepConfig, where: str) -> None:
     """Refuse a config whose captions differ from those of the set that is there, without loading the encoder."""
-    mend = "give the new captions a set of their own (`wanprep recaption SET CONFIG`), or take back the change"
-    refuse_mismatch({**identity, **_caption_identity(config)}, identity, where, mend)
+    fix = "give the new captions a set of their own (`wanprep recaption SET CONFIG`), or take back the change"
+    refuse_mismatch({**identity, **_caption_identity(config)}, identity, where, fix)
 
 
 def _caption_identity(config: PrepConfig) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _write_sample(
     if not isinstance(summary, LatentSummary) or summary.clip not in records:
         raise UserError(
             f"unit {writer}: clip of sample {sample.key!r} is not in the plan's unit",
-            mend="`wanshards verify` the dataset: its plan and its latents do not belong together",
+            fix="`wanshards verify` the dataset: its plan and its latents do not belong together",
         )
     start_seconds = summary.start_ms / 1000
     end_seconds = start_seconds + summary.frames / config.window.fps

@@ -37,7 +37,7 @@ _MAX_BYTES = 2**20
 Mode = Literal["fp32", "bf16", "fp16"]
 
 
-class DeviceFacts(NamedTuple):
+class EncoderDevice(NamedTuple):
     """What the choice needs to know of a device."""
 
     name: str
@@ -57,7 +57,7 @@ class ModeFigures(Config):
     """Largest over the clips of |z − z_fp32| / |z_fp32| (root mean squares of normalised latents); None: not finite."""
 
 
-class Precision(Config):
+class VaePrecision(Config):
     """The settled mode."""
 
     gate_version: int = GATE_VERSION
@@ -70,7 +70,7 @@ class Precision(Config):
     figures: tuple[ModeFigures, ...] = ()
 
 
-def fast_modes(device: DeviceFacts) -> tuple[tuple[Mode, ...], str]:
+def fast_modes(device: EncoderDevice) -> tuple[tuple[Mode, ...], str]:
     """The 16-bit modes worth measuring on a device; where there is none, why."""
     if device.capability is None:
         return (), f"16 bits make no VAE faster on a {device.kind}"
@@ -128,8 +128,8 @@ def relative_error(latent: np.ndarray, reference: np.ndarray) -> float | None:
 
 
 def measure_modes(
-    device: DeviceFacts, clips: Sequence[np.ndarray], load: Callable[[Mode], VaeEncoder], tolerance: float
-) -> Precision:
+    device: EncoderDevice, clips: Sequence[np.ndarray], load: Callable[[Mode], VaeEncoder], tolerance: float
+) -> VaePrecision:
     """Choose the mode for a device. `load` gives the encoder in a mode; each is let go before the next is loaded."""
     modes, why_none = fast_modes(device)
     figures: list[ModeFigures] = []
@@ -143,18 +143,18 @@ def measure_modes(
         for tried in ("fp32", *modes):
             figures.append(measure_mode(tried, load(tried), clips, references))
         mode, reason = choose_mode(figures, tolerance)
-    return Precision(
+    return VaePrecision(
         mode=mode, reason=reason, device=device.name, tolerance=tolerance, num_clips=len(clips), figures=tuple(figures)
     )
 
 
-def measure_here(config: PrepConfig) -> Precision:
+def measure_here(config: PrepConfig) -> VaePrecision:
     """Choose the mode on this machine's encoder device, with clips of the plan. Raises UserError."""
     from preprocess.build.latent_pass import devices_of
     from preprocess.encoders.encoders import find_device, load_vae_encoder
 
     encoders = config.encoders.model_copy(update={"device": devices_of(config)[0]})
-    device = device_facts(find_device(encoders.device))
+    device = encoder_device(find_device(encoders.device))
     clips = list(gate_clips(config)) if fast_modes(device)[0] else []
 
     def load(mode: Mode) -> VaeEncoder:
@@ -163,7 +163,7 @@ def measure_here(config: PrepConfig) -> Precision:
     return measure_modes(device, clips, load, encoders.vae_tolerance)
 
 
-def measure_apart(config: PrepConfig) -> Precision:
+def measure_apart(config: PrepConfig) -> VaePrecision:
     """`measure_here` where the encoding will be done: a Ray worker's machine, or a process that ends and so gives a
     GPU's memory back."""
     from concurrent.futures import ProcessPoolExecutor
@@ -181,13 +181,13 @@ def measure_apart(config: PrepConfig) -> Precision:
         return pool.submit(measure_here, config).result()
 
 
-def device_facts(device: Any) -> DeviceFacts:
+def encoder_device(device: Any) -> EncoderDevice:
     """The facts of a torch device."""
     import torch
 
     if device.type != "cuda":
-        return DeviceFacts(device.type, device.type)
-    return DeviceFacts(torch.cuda.get_device_name(device), "cuda", torch.cuda.get_device_capability(device))
+        return EncoderDevice(device.type, device.type)
+    return EncoderDevice(torch.cuda.get_device_name(device), "cuda", torch.cuda.get_device_capability(device))
 
 
 def gate_clips(config: PrepConfig) -> Iterator[np.ndarray]:
@@ -233,7 +233,7 @@ def resized(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(frames_THWC[:, rows][:, :, columns])
 
 
-def find_precision(storage: Storage) -> Precision | None:
+def find_precision(storage: Storage) -> VaePrecision | None:
     """What was settled; None where nothing was. Raises ShardDamage."""
     if not storage.exists(DOCUMENT):
         return None
@@ -242,12 +242,12 @@ def find_precision(storage: Storage) -> Precision | None:
     if body.get("gate_version") != GATE_VERSION:
         raise UserError(f"{file}: version {body.get('gate_version')!r}", expected=str(GATE_VERSION))
     try:
-        return validate_config(Precision, body, origin=file)
+        return validate_config(VaePrecision, body, origin=file)
     except UserError as error:
         raise ShardDamage(file, error.problem) from None
 
 
-def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[PrepConfig], Precision]) -> PrepConfig:
+def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[PrepConfig], VaePrecision]) -> PrepConfig:
     """The config with `auto` replaced by what is settled, or by what `measure` finds now, which is settled then.
 
     Latents that are there already settle it too: what was begun in a mode goes on in it.

@@ -10,7 +10,7 @@ from shards.errors import UserError
 MAX_LOSSES = 3
 
 
-class Dealer:
+class WorkQueue:
     """Units that wait, are out with a worker, or are done. Not for several threads at once.
 
     Any hashable name stands for a worker. Done is what has a commit: the dealer's memory may be lost with its process,
@@ -45,7 +45,7 @@ class Dealer:
             if self._losses[unit] >= MAX_LOSSES:
                 raise UserError(
                     f"unit {unit}: {MAX_LOSSES} workers were lost while they worked on it",
-                    mend="see whether memory ran out there (dmesg); a smaller engine.max_queue_mib or fewer "
+                    fix="see whether memory ran out there (dmesg); a smaller engine.max_queue_mib or fewer "
                     "engine.decoders take less",
                 )
         self._waiting.extendleft(reversed(units))

@@ -247,7 +247,7 @@ def build_shards(
     wanprep build-shards configs/mbc_832x480.yaml --only latents --unit-range 0:250
     wanprep build-shards configs/mbc_832x480.yaml --dry-run
     """
-    from preprocess.build.summary import describe
+    from preprocess.build.summary import describe_build
     from preprocess.pipeline import Part
     from preprocess.pipeline import build_shards as build
 
@@ -260,14 +260,14 @@ def build_shards(
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
         counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
-    _show(counts, describe(counts), as_json)
+    _show(counts, describe_build(counts), as_json)
 
 
 @main.command()
 @_CONFIG
 @_OVERRIDES
 @click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Try again what ended so; may be repeated.")
-@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may mend.")
+@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may fix.")
 @click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
 @click.option("--dry-run", is_flag=True, help="Say what would be tried again; write nothing, download nothing.")
 @_JSON
@@ -291,7 +291,7 @@ def retry(
     wanprep retry configs/mbc_832x480.yaml --reason fetch-timeout --reason fetch-503
     wanprep retry configs/mbc_832x480.yaml --retryable --dry-run
     """
-    from preprocess.build.summary import describe
+    from preprocess.build.summary import describe_build
     from preprocess.pipeline import retry as build
     from preprocess.plan.retry import Wanted, describe_choice
     from shards.errors import UserError
@@ -299,15 +299,18 @@ def retry(
     _start(quiet)
     loaded = _load(config, overrides)
     if not (reasons or retryable):
-        mend = "`wanprep status CONFIG` lists the reasons"
-        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", mend=mend)
+        fix = "`wanprep status CONFIG` lists the reasons"
+        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", fix=fix)
     wanted = Wanted(frozenset(reasons), retryable)
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
         choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet)
     chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
-    lines = [*describe_choice(choice, wanted), *(["dry run: nothing was written"] if dry_run else describe(counts))]
+    lines = [
+        *describe_choice(choice, wanted),
+        *(["dry run: nothing was written"] if dry_run else describe_build(counts)),
+    ]
     _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
 
 
@@ -326,12 +329,12 @@ def recaption(
     \b
     wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template="{object}"'
     """
-    from preprocess.build.summary import describe
+    from preprocess.build.summary import describe_build
     from preprocess.pipeline import recaption as write
 
     _start(quiet)
     counts = write(_load(config, overrides), text_set, quiet=quiet, style=style)
-    _show(counts, describe(counts), as_json)
+    _show(counts, describe_build(counts), as_json)
 
 
 @main.command()
@@ -344,7 +347,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     \b
     wanprep status configs/mbc_832x480.yaml
     """
-    from preprocess.build.summary import count_dataset, describe
+    from preprocess.build.summary import count_dataset, describe_build
     from preprocess.plan.plan import open_plan
     from shards.errors import UserError
     from shards.storage import open_storage
@@ -353,10 +356,10 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     storage = open_storage(loaded.output)
     frozen = open_plan(storage)
     if not frozen.generations:
-        mend = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
-        raise UserError(f"output: {loaded.output!r}: nothing has been planned there", mend=mend)
+        fix = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
+        raise UserError(f"output: {loaded.output!r}: nothing has been planned there", fix=fix)
     counts = count_dataset(storage, frozen, "default")
-    _show(counts, describe(counts), as_json)
+    _show(counts, describe_build(counts), as_json)
 
 
 def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:

@@ -75,12 +75,12 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
     \b
     wanprep encode-image still.jpg first.safetensors --width 832 --height 480 -c configs/mbc_832x480.yaml
     """
-    from preprocess.config import Bucket
+    from preprocess.config import PictureSize
     from preprocess.tools.embed import encode_image as encode
     from shards.config import validate_config
 
     set_up_logging()
-    size = validate_config(Bucket, {"width": width, "height": height}, origin="--width, --height")
+    size = validate_config(PictureSize, {"width": width, "height": height}, origin="--width, --height")
     encode(image, size, _load(config, overrides), out)
     click.echo(f"wrote {out}")
 

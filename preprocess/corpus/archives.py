@@ -61,7 +61,7 @@ def _damaged(location: str, error: Exception) -> UserError:
     return UserError(
         f"corpus.location: {location}: damaged: {short(str(error), 200)}",
         expected="a whole archive: half a corpus would freeze half a plan",
-        mend="get the file again, and compare its size and digest with the original's",
+        fix="get the file again, and compare its size and digest with the original's",
     )
 
 

@@ -101,7 +101,7 @@ def map_chunks(location: str, work: Callable[[Chunk], T], num_workers: int | Non
         except BrokenProcessPool:
             raise UserError(
                 "a process that reads the corpus was killed",
-                mend="see whether memory ran out (dmesg), then run it again",
+                fix="see whether memory ran out (dmesg), then run it again",
             ) from None
 
 

@@ -115,17 +115,17 @@ def _read_odd_json(data: bytes, defects: set[str]) -> Any:
         return Rejection("read", "not-utf8", short(str(error)))
     try:
         root = _DECODER.decode(text)
-        return _mend_surrogates(root, defects) if _SURROGATE_ESCAPE.search(text) else root
+        return _replace_surrogates(root, defects) if _SURROGATE_ESCAPE.search(text) else root
     except RecursionError:
         return Rejection("read", "too-nested", "nested deeper than any annotation")
     except ValueError as error:  # JSONDecodeError, and an integer of more digits than Python converts
         return Rejection("read", "not-json", short(str(error)))
 
 
-def _mend_surrogates(root: Any, defects: set[str]) -> Any:
+def _replace_surrogates(root: Any, defects: set[str]) -> Any:
     """Half of a surrogate pair has no UTF-8 form: it becomes U+FFFD, and a defect."""
-    text, num_mended = _SURROGATE.subn("\ufffd", json.dumps(root, ensure_ascii=False))
-    if num_mended:
+    text, num_replaced = _SURROGATE.subn("\ufffd", json.dumps(root, ensure_ascii=False))
+    if num_replaced:
         defects.add("bad-unicode")
     return _DECODER.decode(text)
 

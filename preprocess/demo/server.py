@@ -32,8 +32,8 @@ class FolderServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
-            mend = "another --port, or 0 for any free one"
-            raise UserError(f"port {port} on {HOST}: {error.strerror}", mend=mend) from None
+            fix = "another --port, or 0 for any free one"
+            raise UserError(f"port {port} on {HOST}: {error.strerror}", fix=fix) from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no error; anything else is a bug and is shown."""

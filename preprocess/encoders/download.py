@@ -15,16 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.safetensors_index import CheckpointLayout
 
-Layout = Literal["official", "diffusers"]
 Part = Literal["all", "encoders", "transformer"]
 ENDPOINT = "https://huggingface.co"
-REPOSITORIES: dict[Layout, tuple[str, str]] = {
+REPOSITORIES: dict[CheckpointLayout, tuple[str, str]] = {
     "official": ("Wan-AI/Wan2.2-TI2V-5B", "921dbaf3f1674a56f47e83fb80a34bac8a8f203e"),
     "diffusers": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "b8fff7315c768468a5333511427288870b2e9635"),
 }
 """The published repositories and the revisions that this project was written against."""
-_PATTERNS: dict[tuple[Layout, Part], tuple[str, ...]] = {
+_PATTERNS: dict[tuple[CheckpointLayout, Part], tuple[str, ...]] = {
     ("official", "encoders"): ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/*"),
     ("official", "transformer"): ("config.json", "diffusion_pytorch_model*"),
     ("diffusers", "encoders"): ("model_index.json", "vae/*", "text_encoder/*", "tokenizer/*"),
@@ -57,7 +57,7 @@ class Fetched(NamedTuple):
 
 def fetch_model(
     folder: Path,
-    layout: Layout = "official",
+    layout: CheckpointLayout = "official",
     *,
     part: Part = "all",
     repository: str | None = None,
@@ -104,14 +104,14 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
     except RevisionNotFoundError:
         raise UserError(f"{repository}: no revision {revision!r}", expected="a commit, a branch or a tag") from None
     except GatedRepoError:
-        mend = "accept its terms on the hub, then set HF_TOKEN"
-        raise UserError(f"{repository}: its owner asks for consent first", mend=mend) from None
+        fix = "accept its terms on the hub, then set HF_TOKEN"
+        raise UserError(f"{repository}: its owner asks for consent first", fix=fix) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{repository}: not on the hub, or not to be seen without a token", mend="set HF_TOKEN"
+            f"{repository}: not on the hub, or not to be seen without a token", fix="set HF_TOKEN"
         ) from None
     except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set", mend="unset it to download") from None
+        raise UserError("HF_HUB_OFFLINE is set", fix="unset it to download") from None
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(error) from None
     except _transport_errors() as error:
@@ -137,11 +137,11 @@ def _unreachable(error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     return UserError(
         f"{_endpoint()}: {type(error).__name__}: {text}",
-        mend="run the command again: it goes on where it stopped. HF_ENDPOINT names another hub or a mirror",
+        fix="run the command again: it goes on where it stopped. HF_ENDPOINT names another hub or a mirror",
     )
 
 
-def _choose(files: Iterable[RemoteFile], layout: Layout, part: Part, repository: str) -> list[RemoteFile]:
+def _choose(files: Iterable[RemoteFile], layout: CheckpointLayout, part: Part, repository: str) -> list[RemoteFile]:
     parts: tuple[Part, ...] = ("encoders", "transformer") if part == "all" else (part,)
     patterns = [pattern for one in parts for pattern in _PATTERNS[layout, one]]
     wanted = [file for file in files if any(PurePosixPath(file.name).match(pattern) for pattern in patterns)]
@@ -149,7 +149,7 @@ def _choose(files: Iterable[RemoteFile], layout: Layout, part: Part, repository:
     for pattern in patterns:
         if not any(PurePosixPath(name).match(pattern) for name in found):
             raise UserError(
-                f"{repository}: holds no {pattern}", expected=f"Wan2.2-TI2V-5B in the {layout} layout", mend="--layout"
+                f"{repository}: holds no {pattern}", expected=f"Wan2.2-TI2V-5B in the {layout} layout", fix="--layout"
             )
     return sorted(wanted)
 
@@ -169,7 +169,7 @@ def _compare(folder: Path, wanted: Iterable[RemoteFile], what: str) -> tuple[lis
             raise UserError(
                 f"{path}: not the file of {what}: {cut}",
                 expected=f"sha256 {file.sha256}" if file.sha256 else f"git digest {file.git_sha1}",
-                mend="another revision or a cut download: remove it and run this again, or name another folder",
+                fix="another revision or a cut download: remove it and run this again, or name another folder",
             )
     return present, missing
 
@@ -196,7 +196,7 @@ def _check_room(folder: Path, missing: list[RemoteFile]) -> None:
     if needed > free:
         raise UserError(
             f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are to be downloaded",
-            mend="another folder, or --only encoders or --only transformer",
+            fix="another folder, or --only encoders or --only transformer",
         )
 
 
@@ -240,7 +240,7 @@ def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> i
         raise UserError(
             f"{file.name}: what was downloaded has another digest than the hub says",
             expected=f"{_expected(file)}",
-            mend="run the command again; if it stays so, a proxy or a mirror changes the file",
+            fix="run the command again; if it stays so, a proxy or a mirror changes the file",
         )
     part.rename(folder / file.name)
     return file.size - held

@@ -85,7 +85,7 @@ class VaeEncoder:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the VAE ran out of memory on {self._device} at {list(frames_THWC.shape)}, {self.precision}",
-                mend="smaller buckets.sizes or window.num_frames; encoders.vae_precision=auto (16 bits need half "
+                fix="smaller buckets.sizes or window.num_frames; encoders.vae_precision=auto (16 bits need half "
                 "and are taken where they are right); nothing else on this device; or a larger device",
             ) from None
 
@@ -162,7 +162,7 @@ class TextEncoder:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the text encoder ran out of memory on {self._device} at {len(tokens)} tokens, {self.precision}",
-                mend="`--only text` on a machine with more memory, or encoders.device=cpu for that pass",
+                fix="`--only text` on a machine with more memory, or encoders.device=cpu for that pass",
             ) from None
         return hidden_1LD[0].to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
 
@@ -269,8 +269,8 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"encoders.device: {name!r}", expected="auto, cpu, cuda, cuda:1 …") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        mend = "encoders.device=cpu, or run `wantrain doctor`"
-        raise UserError(f"encoders.device: {name!r}, but torch sees no GPU", mend=mend)
+        fix = "encoders.device=cpu, or run `wantrain doctor`"
+        raise UserError(f"encoders.device: {name!r}, but torch sees no GPU", fix=fix)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"encoders.device: {name}, but there are {torch.cuda.device_count()} GPUs")
     return device

@@ -9,13 +9,13 @@ Both give the same modules with the same weights; sizes are read from the tensor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD, Z_DIM, vae_arguments
 from preprocess.encoders.weight_files import Weight, damaged, fill_module, read_pickle, read_safetensors
 from preprocess.encoders.weight_names import rename_text, rename_vae
 from shards.errors import UserError
-from shards.files.safetensors_index import read_object
+from shards.files.safetensors_index import CheckpointLayout, read_object
 
 OFFICIAL_VAE = "Wan2.2_VAE.pth"
 OFFICIAL_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -23,10 +23,8 @@ OFFICIAL_TOKENIZER = "google/umt5-xxl"
 VAE_NAME = "the VAE of Wan2.2-TI2V-5B"
 TEXT_NAME = "the UMT5 encoder of Wan"
 
-Layout = Literal["official", "diffusers"]
 
-
-def detect_layout(folder: Path) -> Layout:
+def detect_layout(folder: Path) -> CheckpointLayout:
     """Which layout a checkpoint folder has. Raises UserError naming what each would hold, or which other Wan it is."""
     if not folder.is_dir():
         raise UserError(
@@ -38,7 +36,7 @@ def detect_layout(folder: Path) -> Layout:
         raise UserError(
             f"encoders.checkpoint: {str(folder)!r} is {other}",
             expected="Wan2.2-TI2V-5B: its VAE has other latents, so shards made with this one would not fit",
-            mend="`wanprep fetch-model FOLDER` fetches the right one",
+            fix="`wanprep fetch-model FOLDER` fetches the right one",
         )
     if (folder / "vae").is_dir() and (folder / "text_encoder").is_dir():
         return "diffusers"
@@ -48,7 +46,7 @@ def detect_layout(folder: Path) -> Layout:
         f"encoders.checkpoint: {str(folder)!r} holds no encoders",
         expected=f"{OFFICIAL_VAE}, {OFFICIAL_TEXT} and {OFFICIAL_TOKENIZER}/ (official layout), "
         "or vae/, text_encoder/ and tokenizer/ (Diffusers layout)",
-        mend="`wanprep fetch-model FOLDER`",
+        fix="`wanprep fetch-model FOLDER`",
     )
 
 
@@ -102,7 +100,7 @@ def load_text_encoder(folder: Path) -> Any:
     # Some releases of transformers left this one zero for Wan's checkpoints: every text would embed alike.
     if model.encoder.embed_tokens.weight.data_ptr() != model.shared.weight.data_ptr():
         raise UserError(
-            f"{place}: transformers did not tie the token embeddings", mend="install transformers 5.23 or later"
+            f"{place}: transformers did not tie the token embeddings", fix="install transformers 5.23 or later"
         )
     return model.eval().requires_grad_(False)
 
@@ -114,7 +112,7 @@ def tokenizer_folder(folder: Path) -> Path:
         raise UserError(
             f"{path}: no tokenizer",
             expected="spiece.model or tokenizer.json of google/umt5-xxl",
-            mend="`wanprep fetch-model FOLDER`",
+            fix="`wanprep fetch-model FOLDER`",
         )
     return path
 
@@ -179,7 +177,7 @@ def _one_embedding(weights: dict[str, Weight], place: Path) -> Weight:
         raise UserError(
             f"{place}: untied embeddings: {both[0].name} and {both[1].name} differ",
             expected=f"{TEXT_NAME}: one token embedding under both names",
-            mend="fetch it again with `wanprep fetch-model`; a tool that saved it wrote one of them empty",
+            fix="fetch it again with `wanprep fetch-model`; a tool that saved it wrote one of them empty",
         )
     weights["shared.weight"] = both[0]
     return both[0]

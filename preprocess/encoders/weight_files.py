@@ -57,13 +57,13 @@ def read_safetensors(folder: Path, stem: str) -> dict[str, Weight]:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     if indexed is not None and indexed.get(name) != file.name:
                         where = indexed.get(name, "no file")
-                        raise UserError(f"{file}: holds {name}, which the index places in {where}", mend=_AGAIN)
+                        raise UserError(f"{file}: holds {name}, which the index places in {where}", fix=_AGAIN)
                     found[name] = Weight(opened.get_tensor(name), name, file)
         except (SafetensorError, OSError) as error:
             raise damaged(file, error) from None
     lost = sorted((indexed or {}).keys() - found.keys())
     if lost and indexed is not None:
-        raise UserError(f"{folder}: {lost[0]} is not in {indexed[lost[0]]}, where the index places it", mend=_AGAIN)
+        raise UserError(f"{folder}: {lost[0]} is not in {indexed[lost[0]]}, where the index places it", fix=_AGAIN)
     return found
 
 
@@ -75,7 +75,7 @@ def _component_files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str
     if not index.is_file():
         single = folder / f"{stem}.safetensors"
         if not single.is_file():
-            raise UserError(f"{folder}: no {single.name} and no {index.name}", mend="`wanprep fetch-model`")
+            raise UserError(f"{folder}: no {single.name} and no {index.name}", fix="`wanprep fetch-model`")
         return [single], None
     return indexed_files(index)
 
@@ -102,7 +102,7 @@ def fill_module(module: nn.Module, weights: Mapping[str, Weight], origin: Path, 
         raise UserError(
             f"{origin}: {len(problems)} tensors are not those of {what}" + "".join(f"\n    {line}" for line in shown),
             expected=f"the {len(expected)} tensors of {what}, as published",
-            mend="compare sizes and checksums with the publisher's, or fetch it again with `wanprep fetch-model`",
+            fix="compare sizes and checksums with the publisher's, or fetch it again with `wanprep fetch-model`",
         )
     module.load_state_dict({name: weight.tensor for name, weight in weights.items()}, strict=True, assign=True)
 
@@ -113,5 +113,5 @@ def damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path}: cannot be loaded: {text[:400]}",
         expected="the files of Wan2.2-TI2V-5B as published",
-        mend="the file is cut short or damaged: `wanprep fetch-model` goes on with it and checks its digest",
+        fix="the file is cut short or damaged: `wanprep fetch-model` goes on with it and checks its digest",
     )

@@ -143,7 +143,7 @@ def _load_key(pem: bytes) -> Sign:
         key: Any = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         why = "it has a password" if isinstance(error, TypeError) else "it is no PEM of a private key"
-        raise UserError(f"{KEY_VARIABLE} cannot be read: {why}", mend="openssl pkey -in KEY -out PLAIN") from None
+        raise UserError(f"{KEY_VARIABLE} cannot be read: {why}", fix="openssl pkey -in KEY -out PLAIN") from None
     if isinstance(key, rsa.RSAPrivateKey):
         return lambda message: key.sign(message, padding.PKCS1v15(), sha1)
     if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":

@@ -27,7 +27,7 @@ from preprocess.fetch.cloudfront import open_signer
 from preprocess.fetch.hosts import AllowedHosts, Turns
 from preprocess.fetch.http_download import HttpSource
 from preprocess.fetch.s3_download import S3Source
-from preprocess.fetch.transfer import Limits, Meter, Partial, Stopped, Trouble
+from preprocess.fetch.transfer import ByteCounter, Limits, Partial, TransferStopped, Trouble
 from preprocess.fetch.transport import CHUNK_BYTES
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
@@ -36,7 +36,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
-SIGN_MEND = "its annotation's URL came signed, and a plan keeps no signature: set fetch.sign, or a mirror to s3://"
+SIGN_FIX = "its annotation's URL came signed, and a plan keeps no signature: set fetch.sign, or a mirror to s3://"
 
 
 class Clip(NamedTuple):
@@ -80,7 +80,7 @@ class Fetcher:
         self._http = HttpSource(hosts, turns, self._signer, parallel)
         self._s3 = S3Source(hosts, turns, config.s3_endpoint, parallel)
         self._cache = ClipCache(Path(config.cache), config.cache_gib) if config.cache else None
-        self._meter = Meter()
+        self._meter = ByteCounter()
         self._lock = threading.Lock()
         self._done = {"num_beside": 0, "num_cached": 0, "num_downloaded": 0, "num_again": 0}
 
@@ -140,7 +140,7 @@ class Fetcher:
             for attempt in range(1, config.attempts + 1):
                 trouble = self._attempt(url, partial, limits)
                 if self._stop.is_set():
-                    raise Stopped
+                    raise TransferStopped
                 if trouble is None:
                     self._count("num_downloaded")
                     return Clip(path, partial.num_bytes, attempt)
@@ -163,13 +163,13 @@ class Fetcher:
                 self._http.attempt(url, partial, limits)
         except Trouble as trouble:
             return trouble
-        except Stopped:
+        except TransferStopped:
             pass
         return None
 
     def _explained(self, trouble: Trouble, record: Record) -> Trouble:
         if trouble.reason in ("fetch-401", "fetch-403") and SIGNED_URL in record.defects and self._signer is None:
-            trouble.detail += f"; {SIGN_MEND}"
+            trouble.detail += f"; {SIGN_FIX}"
         return trouble
 
     def _mirrored(self, url: str) -> str:

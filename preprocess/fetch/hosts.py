@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
 from preprocess.corpus.url import redact
-from preprocess.fetch.transfer import Limits, Stopped, Trouble
+from preprocess.fetch.transfer import Limits, TransferStopped, Trouble
 
 _POLL_SECONDS = 0.1
 
@@ -77,7 +77,7 @@ class Turns:
         with self._changed:
             while not self._may(host):
                 if limits.stopped():
-                    raise Stopped
+                    raise TransferStopped
                 self._changed.wait(_POLL_SECONDS)
             self._busy[host] += 1
         limits.deadline += time.monotonic() - start

@@ -78,8 +78,8 @@ class S3Source:
         except ClientError as error:
             raise _refusal(error, partial) from None
         except (NoCredentialsError, PartialCredentialsError) as error:
-            mend = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the machine"
-            raise UserError(f"s3://{request['Bucket']}: {error}", mend=mend) from None
+            fix = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the machine"
+            raise UserError(f"s3://{request['Bucket']}: {error}", fix=fix) from None
         except BotoCoreError as error:
             detail = f"s3://{request['Bucket']}: {type(error).__name__}"
             raise Trouble("fetch-s3", detail, again=True) from None

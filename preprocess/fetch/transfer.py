@@ -32,7 +32,7 @@ class Trouble(Exception):
         super().__init__(f"{reason}: {detail}")
 
 
-class Stopped(Exception):
+class TransferStopped(Exception):
     """The build was asked to stop while this clip was under way; says nothing about the clip."""
 
 
@@ -64,7 +64,7 @@ class Limits:
     def remaining_seconds(self) -> float:
         """Seconds until the deadline. Raises Trouble when it is past, and Stopped."""
         if self.stopped():
-            raise Stopped
+            raise TransferStopped
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise Trouble("fetch-timeout", "the whole download took longer than fetch.deadline_seconds", retryable=True)
@@ -76,7 +76,7 @@ class Limits:
             raise Trouble("fetch-too-large", f"{num_bytes:,} bytes or more, above fetch.max_mib {self.max_bytes >> 20}")
 
 
-class Meter:
+class ByteCounter:
     """Bytes that have come over the network, counted by many threads, read by whoever shows them."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Meter:
 class Partial:
     """What has arrived of a clip: the open file, and what proves that the rest belongs to the same content."""
 
-    def __init__(self, file: IO[bytes], meter: Meter) -> None:
+    def __init__(self, file: IO[bytes], meter: ByteCounter) -> None:
         self._file = file
         self._meter = meter
         self._start = b""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
-from preprocess.config import Bucket, PrepConfig
+from preprocess.config import PictureSize, PrepConfig
 from preprocess.plan.plan import Plan
 from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
@@ -282,7 +282,7 @@ def _windows_a_clip(config: PrepConfig, plan: Plan) -> int:
     return max(1, min(config.window.max_windows, room))
 
 
-def _samples_by_size(config: PrepConfig, counts: Mapping[str, Any], plan: Plan) -> dict[Bucket, int]:
+def _samples_by_size(config: PrepConfig, counts: Mapping[str, Any], plan: Plan) -> dict[PictureSize, int]:
     """Samples a bucket; clips of undeclared size are spread as the others are, or all in the first bucket."""
     names = {f"{size.width}×{size.height}": size for size in config.buckets.sizes}
     probed = counts.get("probed")
@@ -303,7 +303,7 @@ def _download_bytes(plan: Plan, counts: Mapping[str, Any]) -> float:
     return sum(each.declared_seconds for each in plan.generations) * PROXY_MBIT * 1e6 / 8
 
 
-def _latent_bytes(size: Bucket, config: PrepConfig) -> float:
+def _latent_bytes(size: PictureSize, config: PrepConfig) -> float:
     elements = 48 * ((config.window.num_frames - 1) // 4 + 1) * (size.height // 16) * (size.width // 16)
     dtype = config.shards.latent_dtype
     return elements * _ELEMENT_BYTES[dtype] * _ZSTD_RATIO[dtype] + _SAMPLE_EXTRAS

@@ -23,7 +23,7 @@ _WRITE_BYTES = 2**20
 _NUM_COMPRESSORS = 2
 
 
-class Batch(NamedTuple):
+class LineBatch(NamedTuple):
     """Some lines, column by column: what a worker process hands over."""
 
     hashes: list[int]
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     seconds: list[float]
 
     @classmethod
-    def empty(cls) -> Batch:
+    def empty(cls) -> LineBatch:
         """A batch to append to."""
         return cls([], [], [], [])
 
@@ -62,7 +62,7 @@ class Spill:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: LineBatch) -> None:
         """Keep the lines of a batch, behind those before."""
         self._hashes.extend(batch.hashes)
         self._seconds.extend(batch.seconds)
@@ -134,7 +134,7 @@ def _compress(text: bytes) -> bytes:
 
 # Which rows of the plan's earlier ledgers still count, while a further generation is frozen.
 #
-# Rows are append-only. A record that was refused may pass later (its file was mended, the sieve has changed), or be
+# Rows are append-only. A record that was refused may pass later (its file was fixed, the sieve has changed), or be
 # refused for another reason: then the latest counts, and the new generation says how many earlier rows it supersedes.
 
 
@@ -144,7 +144,7 @@ class _Row(NamedTuple):
     tag: str
 
 
-class Standing:
+class Superseded:
     """Rows of earlier ledgers by their source, some two hundred bytes each, and what has superseded them so far."""
 
     def __init__(self, plan: Plan, planned_sources: Collection[str]) -> None:

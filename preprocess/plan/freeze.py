@@ -23,16 +23,16 @@ from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_about, read_json, read_words
-from preprocess.plan.external_sort import Batch, Spill, Standing
+from preprocess.plan.external_sort import LineBatch, Spill, Superseded
 from preprocess.plan.filter import sieve_about, sieve_words
 from preprocess.plan.plan import (
     PLAN_VERSION,
     DeclaredSize,
     GenerationInfo,
     Plan,
-    commit_name,
-    ledger_name,
     open_plan,
+    plan_commit_name,
+    plan_ledger_name,
     plan_name,
 )
 from preprocess.rejection import Rejection, short
@@ -68,8 +68,8 @@ def store_generation(plan: Plan, plan_file: Path, ledger_file: Path, **fields: A
     _check_counts(info)
     storage = plan.storage
     storage.put(plan_name(info.name), plan_file)
-    storage.put(ledger_name(info.name), ledger_file)
-    if not storage.put(commit_name(number), seal_document(info.model_dump(mode="json")), if_absent=True):
+    storage.put(plan_ledger_name(info.name), ledger_file)
+    if not storage.put(plan_commit_name(number), seal_document(info.model_dump(mode="json")), if_absent=True):
         LOG.info("another process froze generation %d first; its plan counts", number)
     return open_plan(storage)
 
@@ -88,7 +88,7 @@ def _sha256(path: Path) -> str:
 _CAPTIONS = ("object", "scene", "semantic", "application")
 _QUOTE = json.encoder.encode_basestring_ascii
 
-Progress = Callable[[int], None]
+ReportDocuments = Callable[[int], None]
 """Told how many documents have been read since it was last told."""
 
 
@@ -96,9 +96,9 @@ class ChunkResult(NamedTuple):
     """What became of the documents of one chunk, made in a worker process."""
 
     num_documents: int
-    candidates: Batch
+    candidates: LineBatch
     """Lines of the plan, tagged with the declared size."""
-    refused: Batch
+    refused: LineBatch
     """Lines of its ledger, tagged `stage/reason`."""
 
 
@@ -106,7 +106,7 @@ def freeze_plan(
     storage: Storage,
     config: PrepConfig,
     *,
-    progress: Progress | None = None,
+    progress: ReportDocuments | None = None,
     num_workers: int | None = None,
     scratch: Path | None = None,
 ) -> Plan:
@@ -145,7 +145,7 @@ def freeze_plan(
 
 
 def ensure_plan(
-    storage: Storage, config: PrepConfig, *, progress: Progress | None = None, scratch: Path | None = None
+    storage: Storage, config: PrepConfig, *, progress: ReportDocuments | None = None, scratch: Path | None = None
 ) -> Plan:
     """The frozen plan as it is, or a first one: a build that is started again does not read the corpus again.
 
@@ -166,7 +166,7 @@ def ensure_plan(
 
 def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
     """Read, parse and sieve the documents of a chunk; their lines for the plan and its ledger."""
-    result = ChunkResult(len(chunk.items), Batch.empty(), Batch.empty())
+    result = ChunkResult(len(chunk.items), LineBatch.empty(), LineBatch.empty())
     for document in read_chunk(chunk):
         _sort_document(document, config, result)
     return result
@@ -196,7 +196,7 @@ def _sort_document(document: Document, config: SieveConfig, result: ChunkResult)
     result.candidates.append(clip_hash(about["clip_id"]), line, size, about["declared_seconds"] or 0.0)
 
 
-def append_refused(batch: Batch, clip_id: str, source: str, rejection: Rejection) -> None:
+def append_refused(batch: LineBatch, clip_id: str, source: str, rejection: Rejection) -> None:
     """Add the ledger row of a refused record (`shards.format.ledger.LedgerRow`; it is no candidate: ordinal −1).
 
     Canonical JSON, written out here: for half the corpus this row is most of the work.
@@ -262,7 +262,7 @@ def _select(plan: Plan, config: PrepConfig, candidates: Spill, refused: Spill) -
     planned_hashes = {clip_hash(name) for pair in planned.items() for name in pair}
     chosen: list[int] = []
     num_planned = 0
-    duplicates = Batch.empty()
+    duplicates = LineBatch.empty()
     for line_hash, places in candidates.groups():
         if len(places) == 1 and line_hash not in planned_hashes:
             chosen += places
@@ -281,7 +281,7 @@ def _select(plan: Plan, config: PrepConfig, candidates: Spill, refused: Spill) -
     refused.add(duplicates)
     limit = config.corpus.limit
     room = len(chosen) if limit is None else max(0, limit - plan.num_candidates)
-    standing = Standing(plan, planned.values())
+    standing = Superseded(plan, planned.values())
     for place in chosen[:room]:
         standing.supersede(candidates.line(place))
     # Until such a record is a candidate its row stands: it is not counted as beyond the limit too.
@@ -320,7 +320,7 @@ def _kept(clip: list[_Found], planned: dict[str, str]) -> _Found:
 
 
 def _new_rows(
-    standing: Standing, refused: Spill, planned: dict[str, str], planned_hashes: set[int]
+    standing: Superseded, refused: Spill, planned: dict[str, str], planned_hashes: set[int]
 ) -> tuple[list[int], int, int]:
     """Places of rows that do not stand yet, in order; how many do; how many are of planned candidates."""
     refused.flush()

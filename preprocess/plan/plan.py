@@ -28,14 +28,14 @@ from preprocess.config import SieveConfig
 from preprocess.corpus.records import Record
 from shards.config import Config, validate_config
 from shards.errors import ShardDamage, UserError
+from shards.format.commit import MAX_COMMIT_BYTES
 from shards.format.dataset_info import Generation
-from shards.format.ledger import LedgerRow, read_ledger, read_lines
+from shards.format.ledger import LedgerRow, read_ledger, read_ledger_lines
 from shards.format.sealed_json import open_document
+from shards.read.outcomes import MAX_LEDGER_BYTES
 from shards.storage.base import Storage
 
 PLAN_VERSION = 1
-MAX_COMMIT_BYTES = 2**26
-MAX_LEDGER_BYTES = 2**30
 
 
 class Candidate(NamedTuple):
@@ -179,7 +179,7 @@ class Plan:
         file = f"{self.storage.url(name)} (unit {number})"
         if len(data) != end - start:
             raise ShardDamage(file, f"cut short: {len(data):,} of {end - start:,} bytes", offset=start)
-        lines, ordinals = list(read_lines(data, file)), generation.ordinals(within)
+        lines, ordinals = list(read_ledger_lines(data, file)), generation.ordinals(within)
         if len(lines) != len(ordinals):
             raise ShardDamage(file, f"{len(lines)} candidates, the commit says {len(ordinals)}", offset=start)
         for ordinal, line in zip(ordinals, lines, strict=True):
@@ -211,13 +211,13 @@ class Plan:
     def ledger(self) -> Iterator[LedgerRow]:
         """What the plan refused, and why: one row a record, generation by generation. Raises ShardDamage."""
         for generation in self.generations:
-            name = ledger_name(generation.name)
+            name = plan_ledger_name(generation.name)
             yield from read_ledger(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
 
     def ledger_lines(self, generation: int) -> Iterator[bytes]:
         """The rows of one generation's ledger as they are written. Raises ShardDamage."""
-        name = ledger_name(self.generations[generation].name)
-        yield from read_lines(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
+        name = plan_ledger_name(self.generations[generation].name)
+        yield from read_ledger_lines(self.storage.get(name, MAX_LEDGER_BYTES), self.storage.url(name))
 
     def refused_by(self) -> Mapping[str, int]:
         """Records that the plan refuses by `stage/reason`, most frequent first; the latest row of each counts."""
@@ -231,8 +231,8 @@ class Plan:
 def open_plan(storage: Storage) -> Plan:
     """The frozen plan of a dataset; one without generations where there is none yet. Raises ShardDamage."""
     generations: list[GenerationInfo] = []
-    while storage.exists(commit_name(len(generations))):
-        name = commit_name(len(generations))
+    while storage.exists(plan_commit_name(len(generations))):
+        name = plan_commit_name(len(generations))
         file = storage.url(name)
         body = open_document(storage.get(name, MAX_COMMIT_BYTES), file)
         if body.get("plan_version") != PLAN_VERSION:
@@ -246,7 +246,7 @@ def open_plan(storage: Storage) -> Plan:
     return Plan(storage, tuple(generations))
 
 
-def commit_name(number: int) -> str:
+def plan_commit_name(number: int) -> str:
     """Name of a generation's commit."""
     return f"plan/gen-{number:03d}.json"
 
@@ -256,7 +256,7 @@ def plan_name(generation: str) -> str:
     return f"plan/{generation}.jsonl.zst"
 
 
-def ledger_name(generation: str) -> str:
+def plan_ledger_name(generation: str) -> str:
     """Name of the object that holds a generation's refused records."""
     return f"plan/{generation}.ledger.jsonl.zst"
 

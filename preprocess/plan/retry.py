@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.config import PrepConfig
-from preprocess.plan.external_sort import Batch, Spill
+from preprocess.plan.external_sort import LineBatch, Spill
 from preprocess.plan.freeze import store_generation
 from preprocess.plan.plan import GenerationInfo, Plan
 from shards.format.ledger import LedgerRow
@@ -138,7 +138,7 @@ def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
     return lines
 
 
-def _frozen_lines(plan: Plan, ordinals: set[int]) -> Batch:
+def _frozen_lines(plan: Plan, ordinals: set[int]) -> LineBatch:
     """The frozen lines of these candidates, by rising ordinal."""
     found = sorted(
         (ordinal, line)
@@ -147,7 +147,7 @@ def _frozen_lines(plan: Plan, ordinals: set[int]) -> Batch:
         for ordinal, line, _ in plan.unit_lines(unit)
         if ordinal in ordinals
     )
-    batch = Batch.empty()
+    batch = LineBatch.empty()
     for ordinal, line in found:
         batch.append(ordinal, line, "retried")
     return batch

@@ -18,6 +18,7 @@ from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_fields
 from preprocess.plan.filter import sieve_about, sieve_words
 from preprocess.rejection import Rejection, short
+from preprocess.text.captions import CountTokens
 from preprocess.text.clean import clean_text
 from shards.config import Config
 from shards.errors import UserError
@@ -32,9 +33,8 @@ SAMPLED_PER_CHUNK = 32
 MAX_SAMPLED = 4096
 """Texts whose tokens are counted: counting all would take longer than all the rest."""
 
-CAPTION_LEVELS = ("object", "scene", "semantic", "application")
+COUNTED_LEVELS = ("object", "scene", "semantic", "application")
 NOT_DECLARED = "not declared"
-CountTokens = Callable[[str], int]
 
 
 class Lengths(Config):
@@ -75,7 +75,7 @@ class ScanReport(Config):
     """Records by kind of damage that they survived."""
 
 
-class Tally(NamedTuple):
+class ScanCounts(NamedTuple):
     """The counts of one chunk."""
 
     counts: Counter[tuple[str, str]]
@@ -103,7 +103,7 @@ def scan_corpus(
         progress: called with counts of documents as they are read.
         num_workers: processes; None: one a core.
     """
-    total = Tally(Counter(), [], [], [], [])
+    total = ScanCounts(Counter(), [], [], [], [])
     num_documents = 0
     work = partial(tally_chunk, config=config.sieve)
     for num_read, tally in map_chunks(config.corpus.location, work, num_workers):
@@ -120,9 +120,9 @@ def scan_corpus(
     return _report(num_documents, total, count_tokens)
 
 
-def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, Tally]:
+def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, ScanCounts]:
     """Count one chunk: how many documents, and their tally."""
-    tally = Tally(Counter(), [], [], [], [])
+    tally = ScanCounts(Counter(), [], [], [], [])
     texts: list[tuple[int, str]] = []
     for document in read_chunk(chunk):
         fields = document.rejection or read_fields(document.data, document.source)
@@ -134,10 +134,10 @@ def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, Tally]:
     return len(chunk.items), tally
 
 
-def _tally_record(fields: Mapping[str, Any], config: SieveConfig, tally: Tally) -> tuple[int, str]:
+def _tally_record(fields: Mapping[str, Any], config: SieveConfig, tally: ScanCounts) -> tuple[int, str]:
     counts = tally.counts
     media, seconds, fps = fields["media_type"] or "unknown", fields["declared_seconds"], fields["declared_fps"]
-    texts = [caption["text"] for level in CAPTION_LEVELS for caption in fields[level]]
+    texts = [caption["text"] for level in COUNTED_LEVELS for caption in fields[level]]
     refusal = sieve_about(fields["media_type"], seconds, config) or sieve_words(texts, config)
     counts["sieve", "passed" if refusal is None else f"{refusal.stage}/{refusal.reason}"] += 1
     counts["media", media] += 1
@@ -145,7 +145,7 @@ def _tally_record(fields: Mapping[str, Any], config: SieveConfig, tally: Tally) 
     width, height = fields["declared_width"], fields["declared_height"]
     counts["size", f"{width}×{height}" if width else NOT_DECLARED] += 1
     counts["fps", f"{fps:g}" if fps else NOT_DECLARED] += 1
-    for level in (*CAPTION_LEVELS, "speech"):
+    for level in (*COUNTED_LEVELS, "speech"):
         if fields[level]:
             counts["level", level] += 1
     for defect in fields["defects"]:
@@ -162,7 +162,7 @@ def _tally_record(fields: Mapping[str, Any], config: SieveConfig, tally: Tally) 
     return line_hash, joined
 
 
-def _report(num_documents: int, total: Tally, count_tokens: CountTokens | None) -> ScanReport:
+def _report(num_documents: int, total: ScanCounts, count_tokens: CountTokens | None) -> ScanReport:
     counts = total.counts
     unreadable, sieved = _of(counts, "unreadable"), _of(counts, "sieve")
     passed = sieved.pop("passed", 0)
@@ -260,7 +260,7 @@ def write_scan(report: ScanReport, path: Path) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}", mend="name another file with --out") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}", fix="name another file with --out") from None
 
 
 def _counts(title: str, counts: dict[str, int], total: int) -> list[str]:

@@ -63,7 +63,7 @@ def _ftfy() -> ModuleType:
         raise UserError(
             "ftfy is not installed",
             expected="the text cleaning that the model was trained with",
-            mend="pip install ftfy",
+            fix="pip install ftfy",
         ) from None
     module: ModuleType = ftfy
     return module

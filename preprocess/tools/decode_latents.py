@@ -54,7 +54,7 @@ class VaeDecoder:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the VAE ran out of memory on {self._device} decoding {list(latent.shape)}",
-                mend="-o encoders.device=cpu, or a larger device (about 19 GiB for 49 frames of 1280×704)",
+                fix="-o encoders.device=cpu, or a larger device (about 19 GiB for 49 frames of 1280×704)",
             ) from None
         return ((pixels_CTHW + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
@@ -96,7 +96,7 @@ def check_vae(latent: Latent, decoder: VaeDecoder, source: Path) -> None:
     if theirs is not None and theirs != decoder.encoder_sha256:
         raise UserError(
             f"{source}: a latent of another VAE ({theirs[:8]}…), this one is {decoder.encoder_sha256[:8]}…",
-            mend="-o encoders.checkpoint=… the one that the shards were built with",
+            fix="-o encoders.checkpoint=… the one that the shards were built with",
         )
 
 

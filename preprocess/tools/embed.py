@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.config import Bucket, BucketsConfig, PrepConfig
+from preprocess.config import BucketsConfig, PictureSize, PrepConfig
+from preprocess.encoders.encoders import MAX_TOKENS
 from preprocess.rejection import ClipRejected, Rejection
 from shards.errors import UserError
 from shards.files.tensor_files import Prompts, write_latent, write_prompts
 
 if TYPE_CHECKING:
     from preprocess.encoders.encoders import TextEncoder
-
-MAX_TOKENS = 512
 
 
 def embed_prompts(texts: Sequence[str], config: PrepConfig, out: Path) -> Prompts:
@@ -38,7 +37,7 @@ def embed_prompts(texts: Sequence[str], config: PrepConfig, out: Path) -> Prompt
             raise UserError(
                 f"prompt {place}: {len(text):,} characters are {count:,} tokens; it begins {text[:60]!r}",
                 expected=f"at most {MAX_TOKENS} tokens: what lies beyond the model never sees",
-                mend="a shorter prompt",
+                fix="a shorter prompt",
             )
     encoder = load_text_encoder(config.encoders, tokenizer)
     nulls = (encoder.embed(""), encoder.embed(negative_prompt(config)))
@@ -51,7 +50,7 @@ def _embed_all(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray, 
     return tuple(encoder.embed(text) for text in texts)
 
 
-def encode_image(image: Path, size: Bucket, config: PrepConfig, out: Path) -> None:
+def encode_image(image: Path, size: PictureSize, config: PrepConfig, out: Path) -> None:
     """Encode an image as a training sample's frame is: probed, cropped, resized over `size`, cut at the centre.
 
     Raises UserError for a file that is no picture, or one that would be enlarged or cut beyond reason.
@@ -82,14 +81,14 @@ def encode_image(image: Path, size: Bucket, config: PrepConfig, out: Path) -> No
         raise UserError(
             f"{image}: {reason.reason} ({reason.stage}): {reason.detail}",
             expected=f"a picture that fills {size.width}×{size.height}",
-            mend="a larger picture, a smaller --width and --height, or -o buckets.max_upscale=1.5",
+            fix="a larger picture, a smaller --width and --height, or -o buckets.max_upscale=1.5",
         ) from None
     vae = load_vae_encoder(config.encoders)
     facts_out = {"vae": vae.weights_sha256, "fps": "24", "name": image.stem}
     write_latent(out, vae.encode(frames_THWC), facts_out)
 
 
-def _refuse_odd_shape(image: Path, width: float, height: float, size: Bucket) -> None:
+def _refuse_odd_shape(image: Path, width: float, height: float, size: PictureSize) -> None:
     """Raise UserError when less than a quarter of the picture would be left after the cut at the centre."""
     kept = (width / height) / (size.width / size.height)
     kept = min(kept, 1 / kept)
@@ -97,5 +96,5 @@ def _refuse_odd_shape(image: Path, width: float, height: float, size: Bucket) ->
         raise UserError(
             f"{image}: {width:.0f}×{height:.0f} pixels: {size.width}×{size.height} would show {100 * kept:.1f} % of it",
             expected="a picture of about the shape of --width and --height",
-            mend="crop it to the part you mean",
+            fix="crop it to the part you mean",
         )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-from preprocess.config import Bucket, BucketsConfig
+from preprocess.config import BucketsConfig, PictureSize
 from preprocess.facts import ClipFacts
 from preprocess.rejection import Rejection
 
 
-def choose_bucket(facts: ClipFacts, config: BucketsConfig) -> Bucket | Rejection:
+def choose_bucket(facts: ClipFacts, config: BucketsConfig) -> PictureSize | Rejection:
     """The size of nearest shape among those that need no more enlargement than `max_upscale`; the larger of equals."""
     return choose_size(facts.display_width, facts.display_height, config)
 
 
-def choose_size(display_width: float, display_height: float, config: BucketsConfig) -> Bucket | Rejection:
+def choose_size(display_width: float, display_height: float, config: BucketsConfig) -> PictureSize | Rejection:
     """`choose_bucket` for a displayed size in pixels, as the plan estimates it from declared sizes."""
     fitting = [
         size for size in config.sizes if upscale(display_width, display_height, size) <= config.max_upscale + 1e-6
@@ -31,10 +31,10 @@ def choose_size(display_width: float, display_height: float, config: BucketsConf
     return Rejection("bucket", "too-small", detail, False)
 
 
-def upscale(display_width: float, display_height: float, size: Bucket) -> float:
+def upscale(display_width: float, display_height: float, size: PictureSize) -> float:
     """Enlargement of a displayed picture that covers `size`; under 1 it is made smaller."""
     return max(size.width / display_width, size.height / display_height)
 
 
-def _shape_distance(shape: float, size: Bucket) -> float:
+def _shape_distance(shape: float, size: PictureSize) -> float:
     return round(abs(math.log(shape * size.height / size.width)), 9)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from preprocess.config import Bucket, DecodeConfig, PrepConfig
+from preprocess.config import DecodeConfig, PictureSize, PrepConfig
 from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
@@ -34,7 +34,7 @@ SEEK_FRAMES = 4
 
 
 def decode_window(
-    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig
+    path: Path, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
 ) -> UInt8[np.ndarray, "T H W 3"]:
     """Frames of `window`, exactly `window.num_frames` of them, or ClipRejected (stage `decode`).
 
@@ -53,7 +53,7 @@ def decode_window(
 
 
 def _run(
-    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek: float | None
+    path: Path, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig, seek: float | None
 ) -> Result:
     limits = config.decode
     result = run_ffmpeg(
@@ -75,7 +75,7 @@ def _refuse_new_size(result: Result, facts: ClipFacts) -> None:
             _reject("size-changes", f"{facts.width}×{facts.height}, then {size[1]}×{size[2]}")
 
 
-def _frames_of(result: Result, window: Window, bucket: Bucket, config: PrepConfig) -> UInt8[np.ndarray, "T H W 3"]:
+def _frames_of(result: Result, window: Window, bucket: PictureSize, config: PrepConfig) -> UInt8[np.ndarray, "T H W 3"]:
     """The frames of a run, or the reason why they cannot be used."""
     if result.timed_out:
         _reject("decode-timeout", f"not done within {config.decode.timeout_seconds:g} s", retryable=True)
@@ -94,7 +94,7 @@ def _frames_of(result: Result, window: Window, bucket: Bucket, config: PrepConfi
 
 
 def window_arguments(
-    path: Path, facts: ClipFacts, window: Window, bucket: Bucket, config: PrepConfig, seek_seconds: float | None
+    path: Path, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig, seek_seconds: float | None
 ) -> list[str]:
     """ffmpeg's arguments for `decode_window`, without the program and its global limits.
 
@@ -197,7 +197,7 @@ def _turn(picture: Any, facts: ClipFacts) -> Any:
     return picture.filter("hflip").filter("vflip") if facts.rotation == 180 else picture
 
 
-def _fit(picture: Any, facts: ClipFacts, bucket: Bucket) -> Any:
+def _fit(picture: Any, facts: ClipFacts, bucket: PictureSize) -> Any:
     """Cover the bucket, Lanczos, then cut the centre out: what the model's own image-to-video pre-processing does."""
     width, height = cover_size(facts.display_width, facts.display_height, bucket)
     color: dict[str, Any] = {"flags": SCALE_FLAGS, "out_range": "full"}
@@ -208,7 +208,7 @@ def _fit(picture: Any, facts: ClipFacts, bucket: Bucket) -> Any:
     return picture.filter("crop", bucket.width, bucket.height, x, y, exact=1).filter("setsar", 1)
 
 
-def cover_size(display_width: float, display_height: float, bucket: Bucket) -> tuple[int, int]:
+def cover_size(display_width: float, display_height: float, bucket: PictureSize) -> tuple[int, int]:
     """Width and height, in pixels, of the displayed picture when it just covers the bucket."""
     scale = max(bucket.width / display_width, bucket.height / display_height)
     return max(bucket.width, round(display_width * scale)), max(bucket.height, round(display_height * scale))

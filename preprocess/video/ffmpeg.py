@@ -68,7 +68,7 @@ def find_ffmpeg() -> str:
         raise UserError(
             "no ffmpeg on this machine",
             expected="ffmpeg on PATH, or the Python package imageio-ffmpeg",
-            mend="pip install imageio-ffmpeg -c constraints.txt",
+            fix="pip install imageio-ffmpeg -c constraints.txt",
         ) from None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import av
 import numpy as np
 
-from preprocess.facts import Inspection, Picture
+from preprocess.facts import Inspection, MeasuredPicture
 from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
 from preprocess.video.interlace import flagged_order, order_of_votes
 from preprocess.video.measure import fields_of, find_bars, find_vbi
@@ -226,8 +226,8 @@ def _look(codec: Any, stream: Any, packets: list, container: Any, facts: dict) -
     }
 
 
-def _picture(frame: Any, luma: np.ndarray, seconds: float) -> Picture:
-    return Picture(
+def _picture(frame: Any, luma: np.ndarray, seconds: float) -> MeasuredPicture:
+    return MeasuredPicture(
         seconds=seconds,
         width=frame.width,
         height=frame.height,

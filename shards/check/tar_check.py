@@ -14,7 +14,7 @@ from shards.format.sealed_json import canonical_digest, canonical_json, parse_js
 from shards.format.tar import Member, scan_tar
 from shards.storage.base import Storage
 
-Progress = Callable[[int], None]
+ReportBytes = Callable[[int], None]
 """Told the bytes done since the last call."""
 _CHUNK = 2**20
 _MAX_HEADER_BYTES = 2**26
@@ -27,7 +27,7 @@ class HashingReader:
     A scan of a tar asks for headers and padding at growing offsets: so hashing and scanning cost one read.
     """
 
-    def __init__(self, storage: Storage, name: str, size: int, progress: Progress) -> None:
+    def __init__(self, storage: Storage, name: str, size: int, progress: ReportBytes) -> None:
         self._storage, self._name, self._size, self._progress = storage, name, size, progress
         self._digest = hashlib.sha256()
         self._buffer = memoryview(bytearray(_CHUNK))
@@ -59,7 +59,7 @@ class HashingReader:
         self._start, self._end = self._end, self._end + got
 
 
-def check_tar(storage: Storage, commit: Commit, tar: Blob, progress: Progress) -> None:
+def check_tar(storage: Storage, commit: Commit, tar: Blob, progress: ReportBytes) -> None:
     """Raises ShardDamage, with member and offset, unless the tar is the one that its commit describes."""
     url = storage.url(tar.name)
     reader = HashingReader(storage, tar.name, tar.size, progress)

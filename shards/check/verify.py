@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-from shards.check.tar_check import HashingReader, Progress, check_ledger, check_tar
+from shards.check.tar_check import HashingReader, ReportBytes, check_ledger, check_tar
 from shards.errors import FutureFormat, MissingObject, ShardDamage, UserError
 from shards.format.commit import MAX_COMMIT_BYTES, Blob, StoredCommit, read_commit
 from shards.format.dataset_info import DatasetInfo, read_info
@@ -41,7 +41,12 @@ class Report(NamedTuple):
 
 
 def verify(
-    storage: Storage, level: Level = "hash", *, jobs: int = 1, partial: bool = False, progress: Progress | None = None
+    storage: Storage,
+    level: Level = "hash",
+    *,
+    jobs: int = 1,
+    partial: bool = False,
+    progress: ReportBytes | None = None,
 ) -> Report:
     """Check a whole root: all latents, all text sets, all null embeddings, plans and ledgers.
 
@@ -170,7 +175,9 @@ def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
             yield Problem(storage.url(name), None, None, what)
 
 
-def _unit(storage: Storage, stored: StoredCommit, listing: Listing, level: Level, progress: Progress) -> list[Problem]:
+def _unit(
+    storage: Storage, stored: StoredCommit, listing: Listing, level: Level, progress: ReportBytes
+) -> list[Problem]:
     commit = stored.commit
     problems: list[Problem] = []
     for blob in filter(None, (commit.tar, commit.ledger)):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shards.errors import UserError
 
+CheckpointLayout = Literal["official", "diffusers"]
+"""The two ways in which the weights of Wan2.2 are published."""
 MAX_JSON_BYTES = 10_000_000
 
 
@@ -22,7 +24,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: cannot be loaded: {why}{error}",
             expected="the file as published",
-            mend="`wanprep fetch-model` fetches it again and checks its digest",
+            fix="`wanprep fetch-model` fetches it again and checks its digest",
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: the top level is {type(values).__name__}", expected="an object")
@@ -43,6 +45,6 @@ def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise UserError(
             f"{index.parent}: {len(missing)} of {len(files)} files are missing ({', '.join(missing)})",
             expected=f"the files that {index.name} names",
-            mend="`wanprep fetch-model` goes on where a download stopped",
+            fix="`wanprep fetch-model` goes on where a download stopped",
         )
     return files, indexed

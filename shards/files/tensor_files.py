@@ -63,10 +63,10 @@ def read_prompts(path: str | Path) -> Prompts:
         embeddings = tuple(tensors.pop(f"text.{place}") for place in range(len(texts)))
         prompts = Prompts(texts, embeddings, tensors.pop("empty"), tensors.pop("negative"), facts["encoder"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: a prompts file without {error}", mend="write it anew with `wanprep embed`") from None
+        raise UserError(f"{path}: a prompts file without {error}", fix="write it anew with `wanprep embed`") from None
     arrays = (*prompts.embeddings, prompts.empty, prompts.negative)
     if tensors or any(array.ndim != 2 or array.dtype != np.uint16 for array in arrays):
-        raise UserError(f"{path}: not tokens × dim of uint16", mend="write it anew with `wanprep embed`")
+        raise UserError(f"{path}: not tokens × dim of uint16", fix="write it anew with `wanprep embed`")
     return prompts
 
 
@@ -83,7 +83,7 @@ def read_latent_file(path: str | Path) -> Latent:
         raise UserError(f"{path}: holds {sorted(tensors)}", expected="one tensor `latent`, C×T×H×W float32")
     if not np.isfinite(values).all():
         raise UserError(
-            f"{path}: the latent is not finite", mend="sample again; `wantrain lora info` shows broken modules"
+            f"{path}: the latent is not finite", fix="sample again; `wantrain lora info` shows broken modules"
         )
     return Latent(values, facts)
 

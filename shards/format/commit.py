@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt
 
 from shards.config import Config, validate_config
 from shards.errors import ShardDamage, UserError
-from shards.format.dataset_info import check_version
+from shards.format.dataset_info import check_format_version
 from shards.format.names import FORMAT_VERSION, JSON_MEMBER, LATENTS, NULL_UNIT, array_members, commit_name, parse_name
 from shards.format.sealed_json import canonical_digest, document_seal, open_document, seal_document
 from shards.storage.base import Storage
@@ -116,7 +116,7 @@ def commit_bytes(commit: Commit) -> bytes:
 def parse_commit(data: bytes, file: str, kind: str, unit: int) -> StoredCommit:
     """A commit from bytes that nobody vouches for, as the one of `kind` and `unit`. Raises ShardDamage naming it."""
     body = open_document(data, file)
-    check_version(body.get("format_version"), file)
+    check_format_version(body.get("format_version"), file)
     revision = body.pop("revision", None)
     try:
         commit = validate_config(Commit, body, origin=file)

@@ -18,7 +18,7 @@ Json = Any
 """A plain JSON value."""
 
 
-class Bucket(Config):
+class BucketInfo(Config):
     """A size that samples have: frames, and pixels."""
 
     frames: int
@@ -58,7 +58,7 @@ class DatasetInfo(Config):
     identity: dict[str, Json]
     """What decides the latents' numbers: encoder, transform, dtype, format."""
     text_sets: dict[str, TextSetInfo] = Field(default_factory=dict)
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[BucketInfo, ...] = ()
     generations: tuple[Generation, ...] = ()
     notes: dict[str, str] = Field(default_factory=dict)
     """For people, such as {"encoders": "random weights"}."""
@@ -80,7 +80,7 @@ class DatasetInfo(Config):
             raise UserError(
                 f"text set {name!r} is not in the dataset",
                 expected=f"one of its text sets: {there}",
-                mend=f"{text_command(name)} makes it",
+                fix=f"{text_command(name)} makes it",
             )
         return self.text_sets[name].identity
 
@@ -102,7 +102,7 @@ def read_info(storage: Storage) -> DatasetInfo:
         raise UserError(
             f"{storage.url()}: no dataset here ({INFO_NAME} is missing)",
             expected="the root of a dataset: a folder or s3://bucket/prefix",
-            mend="`wanprep build-shards CONFIG` makes one",
+            fix="`wanprep build-shards CONFIG` makes one",
         ) from None
     return parse_info(data, storage.url(INFO_NAME))
 
@@ -110,7 +110,7 @@ def read_info(storage: Storage) -> DatasetInfo:
 def parse_info(data: bytes, file: str) -> DatasetInfo:
     """dataset.json from its bytes. Raises ShardDamage or FutureFormat."""
     body = open_document(data, file)
-    check_version(body.get("format_version"), file)
+    check_format_version(body.get("format_version"), file)
     try:
         info = validate_config(DatasetInfo, body, origin=file)
     except UserError as error:
@@ -134,7 +134,7 @@ def write_info(storage: Storage, info: DatasetInfo) -> None:
     storage.put(INFO_NAME, seal_document(info.model_dump(mode="json"), indent=1))
 
 
-def check_version(found: object, file: str) -> None:
+def check_format_version(found: object, file: str) -> None:
     """Raises FutureFormat unless `found` is the version this code reads."""
     if found != FORMAT_VERSION:
         raise FutureFormat(file, found, FORMAT_VERSION)
@@ -144,13 +144,13 @@ def _check_growth(old: DatasetInfo, new: DatasetInfo, root: str) -> None:
     refuse_mismatch(new.identity, old.identity, f"the dataset at {root}")
     for name, text_set in old.text_sets.items():
         if name in new.text_sets:
-            mend = f"give the new text set another name ({text_command('NAME')}), or take back the change"
-            refuse_mismatch(new.text_sets[name].identity, text_set.identity, f"text set {name!r} at {root}", mend)
+            fix = f"give the new text set another name ({text_command('NAME')}), or take back the change"
+            refuse_mismatch(new.text_sets[name].identity, text_set.identity, f"text set {name!r} at {root}", fix)
     if new.generations[: len(old.generations)] != old.generations:
         raise UserError(
             f"{root}: its {len(old.generations)} frozen plan(s) would change",
             expected="the same generations, with new ones appended",
-            mend="build into another root, or run with the corpus settings that made these plans",
+            fix="build into another root, or run with the corpus settings that made these plans",
         )
     if missing := sorted(old.text_sets.keys() - new.text_sets.keys()):
         raise UserError(f"{root}: text sets {missing} would vanish from dataset.json", expected="they stay")

@@ -18,14 +18,14 @@ class IdentityMismatch(UserError):
     """Two things that may not be mixed, with both digests and the fields that differ."""
 
 
-def refuse_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str, mend: str | None = None) -> None:
+def refuse_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str, fix: str | None = None) -> None:
     """Return if both identities are equal; otherwise raise IdentityMismatch.
 
     Args:
         ours: the identity that is asked for.
         theirs: the identity that is there.
         what: what carries `theirs`, for the message.
-        mend: what to do about it; by default, to build into another folder or to take back the change.
+        fix: what to do about it; by default, to build into another folder or to take back the change.
     """
     our_digest, their_digest = canonical_digest(ours), canonical_digest(theirs)
     if our_digest == their_digest:
@@ -35,8 +35,8 @@ def refuse_mismatch(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: st
     lines += [f"  {name}: there {_show(there)}, expected {_show(here)}" for name, here, there in fields[:_MAX_SHOWN]]
     if len(fields) > _MAX_SHOWN:
         lines.append(f"  and {len(fields) - _MAX_SHOWN} more")
-    mend = mend or "take back the change of these fields, or build into (or read from) another root"
-    raise IdentityMismatch("\n".join(lines), mend=mend)
+    fix = fix or "take back the change of these fields, or build into (or read from) another root"
+    raise IdentityMismatch("\n".join(lines), fix=fix)
 
 
 def differing_fields(ours: Any, theirs: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -59,7 +59,7 @@ def write_ledger(rows: Iterable[LedgerRow]) -> bytes:
 
 def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
     """The rows of a ledger, streamed. Raises ShardDamage naming `file` and the line."""
-    for number, line in enumerate(read_lines(data, file), 1):
+    for number, line in enumerate(read_ledger_lines(data, file), 1):
         try:
             yield LedgerRow.model_validate_json(line)
         except pydantic.ValidationError as error:
@@ -68,7 +68,7 @@ def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
             raise ShardDamage(file, f"line {number}: {where}: {problem['msg']}") from None
 
 
-def read_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+def read_ledger_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
     """Lines of one zstd frame with checksum, streamed: memory is bounded by one line. Raises ShardDamage."""
     check_frame(data, file)
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)

@@ -69,7 +69,7 @@ def open_dataset(
         cache: folder of a bounded cache for shards of S3 roots; None: every read is a ranged GET.
         cache_gib: bound of the cache in GiB.
 
-    Raises UserError (also as ShardDamage, IdentityMismatch, FutureFormat): what is wrong and how to mend it.
+    Raises UserError (also as ShardDamage, IdentityMismatch, FutureFormat): what is wrong and how to fix it.
     """
     paths = [roots] if isinstance(roots, str | Path) else list(roots)
     return Dataset(open_roots(paths, text_set, revision, pin, cache, cache_gib))
@@ -133,7 +133,7 @@ class Dataset:
         try:
             return self._by_key[key]
         except KeyError:
-            raise UserError(f"no sample {key!r} in {self._opened.where()}", mend="`wanshards ls ROOT --keys`") from None
+            raise UserError(f"no sample {key!r} in {self._opened.where()}", fix="`wanshards ls ROOT --keys`") from None
 
     def latent(self, key: str | int) -> np.ndarray:
         """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`)."""
@@ -171,7 +171,7 @@ class Dataset:
         if table is None:
             raise UserError(
                 f"text set {self._opened.text_set!r} has no null embeddings in {self._opened.where()}",
-                mend=f"{text_command(self._opened.text_set or 'default')} writes them",
+                fix=f"{text_command(self._opened.text_set or 'default')} writes them",
             )
         return self._array(table, table.keys.index(which), 0, text_member(0))
 
@@ -198,7 +198,7 @@ class Dataset:
 
     def _text_row(self, key: str | int) -> tuple[Table, int]:
         if self._opened.text is None:
-            raise UserError("this dataset was opened without a text set", mend="open_dataset(roots, text_set=NAME)")
+            raise UserError("this dataset was opened without a text set", fix="open_dataset(roots, text_set=NAME)")
         return self._opened.text, int(self._opened.text_rows[self._ordinal(key)])
 
     def _spec(self, table: Table, row: int, place: int) -> Any:

@@ -17,7 +17,7 @@ from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage
 from shards.format.commit import read_commit
 from shards.format.dataset_info import read_info
-from shards.format.ledger import read_lines
+from shards.format.ledger import read_ledger_lines
 from shards.format.names import FORMAT_VERSION, INDEX_NAME, commit_name, parse_name
 from shards.format.sealed_json import canonical_json, parse_json
 from shards.read.table import unit_columns
@@ -107,7 +107,7 @@ def _unit_of(columns: dict[str, Any]) -> tuple[str, int]:
 def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:
     file = storage.url(INDEX_NAME)
     try:
-        lines = read_lines(storage.get(INDEX_NAME, _MAX_INDEX_BYTES), file)
+        lines = read_ledger_lines(storage.get(INDEX_NAME, _MAX_INDEX_BYTES), file)
     except MissingObject:
         return
     try:

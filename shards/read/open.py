@@ -91,7 +91,7 @@ def open_roots(
         raise UserError(
             f"{where}: {len(lost)} commits of the pinned revision {pin and pin['revision']} are gone or changed: "
             f"{lost[:_MAX_NAMED]}",
-            mend="put these units back, or start a new run on the present revision",
+            fix="put these units back, or start a new run on the present revision",
         )
     _warn_provenance(provenance)
     tables = {name: builder.table(where) for name, builder in builders.items()}
@@ -100,7 +100,7 @@ def open_roots(
     if revision is not None and opened.revision != revision:
         raise UserError(
             f"{where}: its revision is {opened.revision}, expected {revision}: shards were added, removed or made anew",
-            mend="open it by the run's pin to keep to its own shards, or ask for the present revision",
+            fix="open it by the run's pin to keep to its own shards, or ask for the present revision",
         )
     return opened
 
@@ -160,7 +160,7 @@ def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storag
     if columns["identity_sha256"] != identity:
         raise IdentityMismatch(
             f"{file}: its identity is {columns['identity_sha256']}, the dataset's {identity}; they may not be mixed",
-            mend=f"remove this unit (its commit, {commit_name(columns['kind'], columns['unit'])}) and build it again",
+            fix=f"remove this unit (its commit, {commit_name(columns['kind'], columns['unit'])}) and build it again",
         )
     if name not in listing.objects:
         raise MissingObject(storage.url(name), f"missing, and its commit {file} is there")
@@ -225,7 +225,7 @@ def missing_text(missing: dict[tuple[int, int], int], text_set: str, storages: l
     return UserError(
         f"{where}: text set {text_set!r} has no embeddings for samples of units {shown}{more}",
         expected="a text shard for every unit of latents",
-        mend=f"{text_command(text_set)} makes them",
+        fix=f"{text_command(text_set)} makes them",
     )
 
 
@@ -240,7 +240,7 @@ def _refuse_doubled(opened: Opened) -> None:
             raise ShardDamage(
                 opened.storages[shard.root].url(shard.tar),
                 f"sample {key} is in {first} too",
-                mend="remove one of the two units, or name only one of the roots",
+                fix="remove one of the two units, or name only one of the roots",
             )
         seen[key] = shard
 

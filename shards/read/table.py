@@ -132,7 +132,7 @@ class TableBuilder:
             self._append(root, columns)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             what = f"the columns of unit {columns.get('unit')!r} don't fit: {type(error).__name__} {error}"
-            raise ShardDamage(file, what, mend="`wanshards index ROOT` makes the index anew") from None
+            raise ShardDamage(file, what, fix="`wanshards index ROOT` makes the index anew") from None
 
     def table(self, file: str) -> Table:
         """The table of all units added. Raises ShardDamage on numbers out of range."""

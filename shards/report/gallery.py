@@ -39,7 +39,7 @@ class Gallery(NamedTuple):
     num_rejected: int
     """Refused records of the dataset."""
     bad: tuple[str, ...]
-    """Codes of findings that are to be mended."""
+    """Codes of findings that are to be fixed."""
 
     def data(self) -> dict[str, Any]:
         """As plain values for the page."""

@@ -20,7 +20,7 @@ _OVERHEAD_BYTES = 600_000
 """For the page's own text, tables and charts."""
 
 
-def write_report(
+def write_dataset_report(
     root: str,
     out: Path,
     *,
@@ -42,7 +42,7 @@ def write_report(
     Raises UserError when there is no dataset, or `out` is no name for a page.
     """
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{out}: the report is a page", expected="a file that ends in .html", mend=f"{out}.html")
+        raise UserError(f"{out}: the report is a page", expected="a file that ends in .html", fix=f"{out}.html")
     keeper = RefusedKeeper()
     stats = run_stats(root, sample=sample, cache=cache, jobs=jobs, on_refused=keeper.add)
     storage = open_storage(root)

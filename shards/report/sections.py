@@ -11,7 +11,7 @@ from shards.page.html_page import Child, Html, Section, details, join, number, t
 from shards.report.gallery import Gallery
 from shards.stats.drift import MAX_SHARD_Z
 
-_WORDS = {"bad": "To mend", "warn": "To look at", "info": "To know"}
+_WORDS = {"bad": "To fix", "warn": "To look at", "info": "To know"}
 _MAX_FINDINGS = 40
 _TITLES = {"vbi_lines": "VBI lines"}
 

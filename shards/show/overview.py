@@ -123,7 +123,7 @@ def write_preview(root: str, key: str, path: Path) -> None:
     """Write a sample's strip of frames. Raises UserError where it was sealed without one, or the file cannot be."""
     content = preview_bytes(open_dataset(root, None), key)
     if content is None:
-        raise UserError(f"sample {key} was sealed without a preview", mend="build with shards.preview_frames above 0")
+        raise UserError(f"sample {key} was sealed without a preview", fix="build with shards.preview_frames above 0")
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.stats.unit import UnitStats
 
 VERSION = 2
@@ -44,7 +44,7 @@ class StatsCache:
                     file["prints"],
                     head["digests"],
                     head["previews"],
-                    Tally.of(head["tally"]),
+                    Histograms.of(head["tally"]),
                 )
         except FileNotFoundError:
             return None
@@ -57,17 +57,17 @@ class StatsCache:
         arrays = {field: getattr(stats, field) for field in ("is_image", "features", "prints")}
         self._write(name, {**head, "tally": stats.tally.plain()}, arrays)
 
-    def read_tally(self, name: str) -> Tally | None:
+    def read_tally(self, name: str) -> Histograms | None:
         """A text unit's counts; None as above."""
         try:
             with np.load(self._path(name), allow_pickle=False) as file:
-                return Tally.of(json.loads(file["head"].tobytes())["tally"])
+                return Histograms.of(json.loads(file["head"].tobytes())["tally"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
 
-    def write_tally(self, name: str, tally: Tally) -> None:
+    def write_tally(self, name: str, tally: Histograms) -> None:
         """Keep a text unit's counts."""
         self._write(name, {"tally": tally.plain()}, {})
 

@@ -14,7 +14,7 @@ OTHERS = "(other)"
 _MAX_LABEL_CHARACTERS = 160
 
 
-class Tally:
+class Histograms:
     """Counters by name and label. Adding units in one order gives one result, whatever was cached."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Tally:
         """Names that start with `prefix`, sorted."""
         return sorted(name for name in self._counts if name.startswith(prefix))
 
-    def merge(self, others: Iterable[Tally]) -> Tally:
+    def merge(self, others: Iterable[Histograms]) -> Histograms:
         """Add other tallies to this one; returns it."""
         for other in others:
             for name, counts in other._counts.items():
@@ -73,11 +73,11 @@ class Tally:
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As plain JSON values; `Tally.of` undoes it."""
+        """As plain JSON values; `Histograms.of` undoes it."""
         return {"counts": {name: dict(counts) for name, counts in self._counts.items()}, "examples": self._examples}
 
     @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Tally:
+    def of(cls, value: Mapping[str, Any]) -> Histograms:
         """From what `plain` gave. Raises KeyError, TypeError or ValueError on anything else."""
         tally = cls()
         for name, counts in value["counts"].items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from shards.format.dataset_info import DatasetInfo
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.stats.drift import OTHER_VAE_SHARE, Channels, Reference, ShardVerdict, channels_off, share_words
 
 Severity = Literal["bad", "warn", "info"]
@@ -17,8 +17,8 @@ class Evidence(NamedTuple):
     """All that the passes over a dataset found."""
 
     info: DatasetInfo
-    tally: Tally
-    texts: Tally
+    tally: Histograms
+    texts: Histograms
     damaged: list[str]
     channels: Channels | None
     references: dict[bool, Reference]

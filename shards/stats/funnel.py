@@ -11,7 +11,7 @@ from shards.format.ledger import LedgerRow, read_ledger
 from shards.format.sealed_json import open_document
 from shards.read.outcomes import MAX_LEDGER_BYTES, unit_rows
 from shards.read.units import UnitRef
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.storage.base import Storage
 
 _MAX_PLAN_COMMIT_BYTES = 2**26
@@ -23,7 +23,7 @@ OnRefused = Callable[[LedgerRow], None]
 class Funnel(NamedTuple):
     """Counts from records to samples, and the reasons of what fell out."""
 
-    tally: Tally
+    tally: Histograms
     problems: list[str]
     """Ledgers that could not be read: the counts lack them."""
 
@@ -35,7 +35,7 @@ def read_funnel(
 
     Of several attempts at one candidate the one in the highest unit counts.
     """
-    tally, problems = Tally(), []
+    tally, problems = Histograms(), []
     for generation in info.generations:
         tally.add("records", "read", times=generation.num_records)
         # One that read no records is a retry: its candidates are those of earlier generations.
@@ -69,7 +69,7 @@ def read_funnel(
     return Funnel(tally, problems)
 
 
-def funnel_steps(tally: Tally, info: DatasetInfo, num_samples: int, num_with_text: int) -> dict[str, Any]:
+def funnel_steps(tally: Histograms, info: DatasetInfo, num_samples: int, num_with_text: int) -> dict[str, Any]:
     """The funnel: `records = refused_before + candidates`, `candidates = accepted + rejected + waiting`."""
     records, rows = tally.counts("records"), tally.counts("rows")
     candidates = records.get("candidates", 0)
@@ -94,7 +94,7 @@ def funnel_steps(tally: Tally, info: DatasetInfo, num_samples: int, num_with_tex
     }
 
 
-def reason_rows(tally: Tally) -> list[dict[str, Any]]:
+def reason_rows(tally: Histograms) -> list[dict[str, Any]]:
     """Reasons by stage, in the order of stages, with counts, examples of details, and how many a retry can help."""
     retryable = tally.counts("retryable")
     rows = []
@@ -137,7 +137,7 @@ def _superseded(storage: Storage, generation: str) -> dict[str, int]:
     return {str(reason): int(count) for reason, count in found.items()} if isinstance(found, dict) else {}
 
 
-def _count_row(tally: Tally, row: LedgerRow) -> None:
+def _count_row(tally: Histograms, row: LedgerRow) -> None:
     tally.add("rows", row.status)
     tally.add("bytes", "downloaded", times=row.bytes)
     for stage, seconds in row.seconds.items():
@@ -150,7 +150,7 @@ def _count_row(tally: Tally, row: LedgerRow) -> None:
         _count_refused(tally, row)
 
 
-def _count_refused(tally: Tally, row: LedgerRow) -> None:
+def _count_refused(tally: Histograms, row: LedgerRow) -> None:
     label = f"{row.stage}/{row.reason}"
     tally.add("reason", label, f"{row.clip_id or row.source}: {row.detail}")
     if row.retryable:

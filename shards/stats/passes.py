@@ -16,7 +16,7 @@ from shards.format.keys import clip_hash
 from shards.format.names import LATENTS, text_kind
 from shards.read.units import UnitRef, list_units, read_units, unit_numbers
 from shards.stats.cache import StatsCache
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.stats.unit import UnitStats, latent_unit, text_unit
 from shards.storage.base import Storage
 
@@ -59,7 +59,7 @@ class Passes:
         """Each unit of latents with its statistics; unreadable commits go into `damaged`."""
         return self._each(LATENTS, damaged, self._kept.read_latents, latent_unit, self._kept.write_latents)
 
-    def texts(self, damaged: list[str]) -> Iterator[tuple[Unit, Tally]]:
+    def texts(self, damaged: list[str]) -> Iterator[tuple[Unit, Histograms]]:
         """The same of the text set; nothing where there is none."""
         for kind in self._kinds[1:]:
             yield from self._each(kind, damaged, self._kept.read_tally, text_unit, self._kept.write_tally)

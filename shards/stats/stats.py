@@ -20,7 +20,7 @@ from shards.format.commit import dataset_revision
 from shards.format.dataset_info import DatasetInfo, read_info
 from shards.format.names import text_kind
 from shards.stats.cache import StatsCache
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.stats.drift import ReferenceBuilder, ShardVerdict, judge_shard, largest, sample_distances
 from shards.stats.duplicates import Alike, find_alike, find_equal
 from shards.stats.findings import Evidence, find_all
@@ -31,7 +31,7 @@ from shards.stats.unit import UnitStats, latent_unit
 from shards.storage import open_storage
 from shards.storage.base import Storage
 
-Progress = Callable[[int, int], None]
+ReportUnits = Callable[[int, int], None]
 """Told units done and units in all."""
 _MAX_GROUPS = 200
 
@@ -43,7 +43,7 @@ def dataset_stats(
     sample: int | None = None,
     cache: Path | None = None,
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: ReportUnits | None = None,
     on_refused: OnRefused | None = None,
 ) -> dict[str, Any]:
     """Everything about a dataset as plain JSON values.
@@ -106,7 +106,7 @@ class _FirstPass:
     """What the first pass leaves: counts, the reference, and of each sample what finds its likes."""
 
     def __init__(self) -> None:
-        self.tally, self.texts = Tally(), Tally()
+        self.tally, self.texts = Histograms(), Histograms()
         self.builder = ReferenceBuilder()
         self.keys: list[str] = []
         self._clips: list[str] = []

@@ -15,7 +15,7 @@ from shards.format.arrays import decode_array, frame_checksum
 from shards.format.commit import Commit, LatentSummary, SampleInfo, TextSummary
 from shards.format.names import JSON_MEMBER, LATENT_MEMBER
 from shards.format.sealed_json import parse_json
-from shards.stats.counter import Tally
+from shards.stats.counter import Histograms
 from shards.stats.features import FEATURES, LatentFeatures, latent_features
 from shards.storage.base import Storage
 
@@ -48,13 +48,13 @@ class UnitStats(NamedTuple):
     """Of the latent's bytes: 16 hex digits of the frame's sha256."""
     previews: list[str]
     """The same of the preview strip; empty: it has none."""
-    tally: Tally
+    tally: Histograms
     """Counts; under `problem` what is wrong with single samples."""
 
 
 def latent_unit(storage: Storage, commit: Commit, wanted: Collection[str] | None = None) -> UnitStats:
     """Read the samples of a unit of latents, or those `wanted`. A damaged sample is a count under `problem`."""
-    tally, rows, seen_clips = Tally(), [], set()
+    tally, rows, seen_clips = Histograms(), [], set()
     num_channels = 0
     for sample in commit.samples:
         if wanted is not None and sample.key not in wanted:
@@ -77,9 +77,9 @@ def latent_unit(storage: Storage, commit: Commit, wanted: Collection[str] | None
     return _stack(rows, tally)
 
 
-def text_unit(storage: Storage, commit: Commit, wanted: Collection[str] | None = None) -> Tally:
+def text_unit(storage: Storage, commit: Commit, wanted: Collection[str] | None = None) -> Histograms:
     """Count captions, tokens and cuts of a unit of text; its embeddings are not read."""
-    tally = Tally()
+    tally = Histograms()
     for sample in commit.samples:
         if wanted is not None and sample.key not in wanted:
             continue
@@ -123,7 +123,9 @@ def read_json(storage: Storage, commit: Commit, sample: SampleInfo) -> dict[str,
     return _checked_json(data, document.sha256, commit.tar.name, sample.key)
 
 
-def count_sample(tally: Tally, meta: Mapping[str, Any], summary: LatentSummary, key: str, *, is_new_clip: bool) -> None:
+def count_sample(
+    tally: Histograms, meta: Mapping[str, Any], summary: LatentSummary, key: str, *, is_new_clip: bool
+) -> None:
     """Count what a sample's JSON says: of its window always, of its clip once."""
     tally.add("bucket", f"{summary.frames}×{summary.height}×{summary.width}")
     tally.add("category", summary.category or "(none)")
@@ -147,7 +149,7 @@ def count_sample(tally: Tally, meta: Mapping[str, Any], summary: LatentSummary, 
         tally.add("defect", re.sub(r"\d+", "n", str(defect)), key)
 
 
-def count_text(tally: Tally, meta: Mapping[str, Any], key: str) -> None:
+def count_text(tally: Histograms, meta: Mapping[str, Any], key: str) -> None:
     """Count what a text sample's JSON says of its captions."""
     for caption in meta.get("captions") or ():
         tally.add_number("caption_characters", len(str(caption)), CHARACTER_EDGES)
@@ -170,7 +172,7 @@ def script_of(text: str) -> str:
     return best if letters[best] else "no letters" if text.strip() else "empty"
 
 
-def _count_decisions(tally: Tally, decisions: Mapping[str, Any], key: str) -> None:
+def _count_decisions(tally: Histograms, decisions: Mapping[str, Any], key: str) -> None:
     for name in DECISIONS:
         decision = _part(decisions, name)
         if decision:
@@ -210,7 +212,7 @@ def _part(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _features(latent: np.ndarray, key: str, tally: Tally) -> LatentFeatures | None:
+def _features(latent: np.ndarray, key: str, tally: Histograms) -> LatentFeatures | None:
     if latent.ndim != 4 or not latent.size:
         return None
     found = latent_features(latent)
@@ -221,7 +223,7 @@ def _features(latent: np.ndarray, key: str, tally: Tally) -> LatentFeatures | No
     return found
 
 
-def _stack(rows: list[tuple[SampleInfo, str, bool, LatentFeatures]], tally: Tally) -> UnitStats:
+def _stack(rows: list[tuple[SampleInfo, str, bool, LatentFeatures]], tally: Histograms) -> UnitStats:
     features = [found.values for _, _, _, found in rows]
     prints = [found.fingerprint for _, _, _, found in rows]
     return UnitStats(

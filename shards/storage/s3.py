@@ -280,7 +280,7 @@ class S3Storage:
     def _failure(self, operation: str, name: str, error: Exception | str) -> StorageFailure:
         return StorageFailure(
             f"{self.url(name)}: {operation} failed: {error}",
-            mend="check the bucket, the credentials (AWS_…), and the endpoint (?endpoint= or AWS_ENDPOINT_URL)",
+            fix="check the bucket, the credentials (AWS_…), and the endpoint (?endpoint= or AWS_ENDPOINT_URL)",
         )
 
     def _s3(self) -> Any:
@@ -315,7 +315,7 @@ def _make_client(endpoint: str | None) -> Any:
         raise UserError(
             f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {error}",
             expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
-            mend="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
+            fix="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
         ) from None
 
 

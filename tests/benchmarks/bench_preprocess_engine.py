@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from engine_parts import FixedVae, engine_config, write_clips
 
 from preprocess import pipeline
-from preprocess.build.progress import Progress
+from preprocess.build.progress import PassProgress
 from preprocess.encoders import encoders
 
 
@@ -34,14 +34,14 @@ def main() -> None:
     encoders.load_text_encoder(config := encoders.EncodersConfig(device="cpu"), encoders.load_tokenizer(config))
     encoders.load_vae_encoder = lambda config: vae
     passes: dict[str, float] = {}
-    unit, seen = Progress.unit, []
+    unit, seen = PassProgress.unit, []
 
-    def timed(progress: Progress, number: int) -> None:
+    def timed(progress: PassProgress, number: int) -> None:
         unit(progress, number)
         passes[progress.title] = progress.facts()["seconds"]
         seen.append(progress.facts())
 
-    Progress.unit = timed
+    PassProgress.unit = timed
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_clips(Path(folder, "corpus"), asked.clips, "720x480", 6.0)
         prep = engine_config(corpus, Path(folder, "out"), (832, 480), 49)

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
-from preprocess.build.vae_precision import device_facts, fast_modes, relative_error
+from preprocess.build.vae_precision import encoder_device, fast_modes, relative_error
 from preprocess.encoders.encoders import VaeEncoder, quiet_libraries
 from preprocess.encoders.vae_config import vae_arguments
 from preprocess.forecast.forecast import vae_encode_tflop
@@ -72,7 +72,7 @@ def main() -> None:
         print("no GPU on this machine: nothing is measured and nothing is proven")
         return
     quiet_libraries()
-    facts = device_facts(torch.device("cuda"))
+    facts = encoder_device(torch.device("cuda"))
     print(f"{facts.name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, compiled: {asked.compile}")
     references: dict[tuple[int, int], np.ndarray] = {}
     for mode in ("fp32", *fast_modes(facts)[0]):

@@ -20,7 +20,7 @@ from stats_data import write_latents
 from shards.format.commit import Blob, Commit, SampleInfo, commit_bytes, read_commit
 from shards.format.dataset_info import read_info, write_info
 from shards.format.names import LATENTS, commit_name, tar_name
-from shards.report.report import write_report
+from shards.report.report import write_dataset_report
 from shards.storage import open_storage
 
 SAMPLES_PER_UNIT, WRITTEN_UNITS = 64, 4
@@ -71,7 +71,7 @@ def main() -> None:
         root = Path(folder) / "root"
         write(root, num_units)
         start = time.process_time()
-        made = write_report(str(root), Path(folder) / "report.html", cache=Path(folder) / "cache")
+        made = write_dataset_report(str(root), Path(folder) / "report.html", cache=Path(folder) / "cache")
         seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     shown = f"{made['samples']:,} of {made['of_samples']:,} samples, {made['samples_with_pictures']:,} with pictures"

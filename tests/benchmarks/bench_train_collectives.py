@@ -24,7 +24,7 @@ from train.estimate.memory import step_memory
 from train.geometry import Shape
 from train.lora.lora import inject
 from train.model.dit import build_model
-from train.parallel.fsdp import resident_bytes, spread
+from train.parallel.fsdp import resident_bytes, shard_base
 from train.parallel.ranks import Layout
 
 LAYOUTS = (
@@ -70,7 +70,7 @@ def measure_rank(num_ranks: int) -> None:
         inject(model, LoRAConfig(rank=32), 0)
         began = time.perf_counter()
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (num_ranks,))
-        spread(model, mesh, torch.device("cpu"))
+        shard_base(model, mesh, torch.device("cpu"))
         seconds = time.perf_counter() - began
         parts, whole = resident_bytes(model)
     memory = step_memory(TI2V_5B, Shape(1, 0), LoRAConfig(rank=32), ((),) * 30, base_shards=num_ranks)

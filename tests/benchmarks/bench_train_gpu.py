@@ -15,7 +15,7 @@ import torch
 from shards.gpus import by_driver_name
 from train.config.model import TI2V_5B, LoRAConfig
 from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
-from train.device import device_facts
+from train.device import device_info
 from train.estimate.flops import step_flops
 from train.estimate.memory import step_memory
 from train.estimate.saves import GIB, describe_saves, make_chooser
@@ -83,7 +83,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("6. needs a GPU and this machine has none: achieved TFLOP/s and MFU are NOT proven here")
         return
-    device, facts = torch.device("cuda", 0), device_facts("cuda")
+    device, facts = torch.device("cuda", 0), device_info("cuda")
     gpu, precision = by_driver_name(facts.name), resolve_precision("auto", facts)
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
     print(

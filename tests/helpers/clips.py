@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.config import Bucket, PrepConfig
+from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts
 from preprocess.video.ffmpeg import find_ffmpeg
@@ -71,7 +71,7 @@ def probed(path: Path, config: PrepConfig | None = None, **fields: Any) -> ClipF
     return probe_clip(path, a_record(**fields), config or prep_config())
 
 
-def only_bucket(config: PrepConfig) -> Bucket:
+def only_bucket(config: PrepConfig) -> PictureSize:
     """The one size of a configuration."""
     (size,) = config.buckets.sizes
     return size

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from clips import a_record, ffmpeg_run, interlaced, prep_config
 
-from preprocess.config import Bucket
+from preprocess.config import PictureSize
 from preprocess.facts import ClipFacts
 from preprocess.video.bucket import choose_bucket
 from preprocess.video.decode import decode_window
@@ -78,7 +78,7 @@ def through(path: Path, **record: Any) -> tuple[ClipFacts, np.ndarray]:
     facts = probe_clip(path, a_record(**record), config)
     window = choose_windows(facts, a_record(**record), config)[0]
     bucket = choose_bucket(facts, config.buckets)
-    assert isinstance(bucket, Bucket)
+    assert isinstance(bucket, PictureSize)
     return facts, decode_window(path, facts, window, bucket, config)
 
 

@@ -12,5 +12,5 @@ if __name__ == "__main__":
     folder, grace, num_here, num_nodes, node, master, script, *arguments = sys.argv[1:]
     place = launch.Place(int(num_here), int(num_nodes), int(node), master if int(num_nodes) > 1 else None)
     command = [sys.executable, str(Path(__file__).with_name(script)), folder, *arguments]
-    launch.LEAVE_SECONDS = 1.0 if script == "plain_ranks.py" else launch.LEAVE_SECONDS
+    launch.FAILURE_LEAVE_SECONDS = 1.0 if script == "plain_ranks.py" else launch.FAILURE_LEAVE_SECONDS
     sys.exit(launch.launch(command, place, Path(folder), float(grace)))

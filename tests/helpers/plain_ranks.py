@@ -44,7 +44,7 @@ def fail(fault: str, folder: Path, rank: int) -> None:
         case "raise":
             raise ZeroDivisionError("a defect of this rank")
         case "mistake":
-            raise UserError("the disk is full", mend="make room")
+            raise UserError("the disk is full", fix="make room")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":

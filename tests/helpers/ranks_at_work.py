@@ -21,7 +21,7 @@ from shards.console import LOG, set_up_logging
 from train.config.train import ParallelConfig
 from train.launch import heartbeat as watch_module
 from train.launch.failure import SIGNAL_EXIT, Reported
-from train.launch.heartbeat import Watch
+from train.launch.heartbeat import HeartbeatWatch
 
 LIMITS = ParallelConfig(start_timeout_seconds=60, step_timeout_seconds=4, lost_seconds=3)
 watch_module.BEAT_SECONDS = 0.5
@@ -46,7 +46,7 @@ def work(folder: Path, steps: int, fault: str, bad_rank: int, bad_step: int) -> 
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
-    with Watch(rank, size, LIMITS) as watch:
+    with HeartbeatWatch(rank, size, LIMITS) as watch:
         dist.init_process_group("gloo")
         for step in range(1, steps + 1):
             watch.at(step, "its own work")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.format.arrays import array_facts, encode_array
-from shards.format.dataset_info import Bucket, DatasetInfo, Generation, TextSetInfo, write_info
+from shards.format.dataset_info import BucketInfo, DatasetInfo, Generation, TextSetInfo, write_info
 from shards.format.keys import sample_key
 from shards.format.ledger import LedgerRow, WindowRow
 from shards.format.sealed_json import canonical_json
@@ -73,7 +73,7 @@ def write_dataset(
     info = DatasetInfo(
         identity=identity,
         text_sets={"default": TextSetInfo(identity=TEXT_IDENTITY)},
-        buckets=tuple(Bucket(frames=f, height=h, width=w) for f, h, w in sizes),
+        buckets=tuple(BucketInfo(frames=f, height=h, width=w) for f, h, w in sizes),
         generations=(generation,),
         notes={"encoders": "random arrays"},
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clips import LOSSLESS, ffmpeg_run, only_bucket, prep_config, probed, write_clip
 
-from preprocess.config import Bucket
+from preprocess.config import PictureSize
 from preprocess.facts import ClipFacts
 from preprocess.rejection import Rejection
 from preprocess.video.aspect import Raster, decide_aspect
@@ -183,9 +183,9 @@ def test_a_proxy_of_a_wide_source_needs_no_enlargement(scene_folder: Path) -> No
     facts = facts_of(scene_folder, "declared-1080")
     assert (round(facts.display_width), facts.display_height) == (853, 480)
     config = prep_config(((832, 480), (480, 832), (1280, 704), (704, 1280)), max_upscale=1.0)
-    assert choose_bucket(facts, config.buckets) == Bucket(width=832, height=480)
+    assert choose_bucket(facts, config.buckets) == PictureSize(width=832, height=480)
     config = prep_config(((832, 480), (1280, 704)), max_upscale=1.5)
-    assert choose_bucket(facts, config.buckets) == Bucket(width=1280, height=704)
+    assert choose_bucket(facts, config.buckets) == PictureSize(width=1280, height=704)
 
 
 def test_a_narrow_picture_is_refused_by_the_enlargement_it_would_need(scene_folder: Path) -> None:
@@ -194,13 +194,13 @@ def test_a_narrow_picture_is_refused_by_the_enlargement_it_would_need(scene_fold
     assert isinstance(refused, Rejection)
     assert (refused.stage, refused.reason) == ("bucket", "too-small")
     assert "640×480" in refused.detail and "1.300" in refused.detail
-    assert choose_bucket(facts, prep_config(max_upscale=1.3).buckets) == Bucket(width=832, height=480)
+    assert choose_bucket(facts, prep_config(max_upscale=1.3).buckets) == PictureSize(width=832, height=480)
 
 
 def test_portrait_goes_to_a_portrait_bucket(scene_folder: Path) -> None:
     config = prep_config(((832, 480), (480, 832), (1280, 704), (704, 1280)), max_upscale=1.0)
     for name in ("portrait", "rotated-90", "rotated-270"):
-        assert choose_bucket(facts_of(scene_folder, name), config.buckets) == Bucket(width=704, height=1280)
+        assert choose_bucket(facts_of(scene_folder, name), config.buckets) == PictureSize(width=704, height=1280)
 
 
 def test_rotated_frames_stand_upright(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_links_and_devices_in_a_tar_are_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["c.tar", "c.tar.gz", "c.jsonl.zst", "c.zip"])
-def test_an_archive_cut_short_is_the_users_to_mend(tmp_path, name):
+def test_an_archive_cut_short_is_the_users_to_fix(tmp_path, name):
     path = tmp_path / name
     if name.endswith(".zip"):
         pack_zip(path, PACKED)

@@ -106,7 +106,7 @@ def test_watching_decodes_what_is_new_and_keeps_a_sheet(decoder, latent, tmp_pat
     assert result.exit_code == 0, result.output
 
 
-def test_bad_input_of_decode_is_one_error_with_the_mend(decoder, latent, tmp_path):
+def test_bad_input_of_decode_is_one_error_with_the_fix(decoder, latent, tmp_path):
     path = tmp_path / "a.safetensors"
     write_latent(path, latent, {"vae": "0" * 64})
     with pytest.raises(UserError, match="a latent of another VAE"):
@@ -176,7 +176,7 @@ def test_an_image_of_17_by_4000_pixels_and_a_text_file_are_refused(tmp_path):
     result = _call("encode-image", tmp_path / "thin.png", tmp_path / "o.safetensors", *size)
     assert result.exit_code == 2
     assert "17×4000" in result.output
-    assert "to mend" in result.output
+    assert "to fix" in result.output
     (tmp_path / "text.png").write_text("no picture")
     result = _call("encode-image", tmp_path / "text.png", tmp_path / "o.safetensors", *size)
     assert result.exit_code == 2

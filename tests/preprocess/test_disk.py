@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from prep_runs import TINY, build, files_of
 
-from preprocess.build.progress import Progress
+from preprocess.build.progress import PassProgress
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units
@@ -40,7 +40,7 @@ def after_the_first_unit(monkeypatch):
     """after_the_first_unit(action): called once, when the build has committed its first unit of latents."""
 
     def arrange(action):
-        real, done = Progress.unit, []
+        real, done = PassProgress.unit, []
 
         def unit(progress, number):
             real(progress, number)
@@ -48,7 +48,7 @@ def after_the_first_unit(monkeypatch):
                 done.append(number)
                 action()
 
-        monkeypatch.setattr(Progress, "unit", unit)
+        monkeypatch.setattr(PassProgress, "unit", unit)
 
     return arrange
 

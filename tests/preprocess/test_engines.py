@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from prep_runs import TINY, build, files_of, prep
 
-from preprocess.build.work_queue import MAX_LOSSES, Dealer
+from preprocess.build.work_queue import MAX_LOSSES, WorkQueue
 from preprocess.cli.main import main
 from preprocess.pipeline import Part
 from shards.check.verify import verify
@@ -38,14 +38,14 @@ def ledgers(root):
 
 
 def test_a_dealer_deals_each_unit_once():
-    dealer = Dealer([3, 5, 8])
+    dealer = WorkQueue([3, 5, 8])
     assert [dealer.next("a"), dealer.next("b"), dealer.next("a"), dealer.next("b")] == [3, 5, 8, None]
     dealer.done("a", 3)
     assert (dealer.num_waiting, dealer.num_out) == (0, 2)
 
 
 def test_what_a_lost_worker_had_is_dealt_again_first():
-    dealer = Dealer(range(5))
+    dealer = WorkQueue(range(5))
     assert [dealer.next("a"), dealer.next("a"), dealer.next("b")] == [0, 1, 2]
     dealer.done("a", 0)
     dealer.next("a")
@@ -55,7 +55,7 @@ def test_what_a_lost_worker_had_is_dealt_again_first():
 
 
 def test_a_unit_that_kills_its_workers_is_given_up():
-    dealer = Dealer([7, 8])
+    dealer = WorkQueue([7, 8])
     for worker in range(MAX_LOSSES - 1):
         assert [dealer.next(worker), dealer.next(worker)] == [7, 8]
         assert dealer.lost(worker) == [7, 8]

@@ -38,7 +38,7 @@ from preprocess.corpus.records import Record
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.fetch.hosts import AllowedHosts
-from preprocess.fetch.transfer import Stopped, Trouble
+from preprocess.fetch.transfer import TransferStopped, Trouble
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 GZIPPED = gzip.compress(BODY)
@@ -254,7 +254,7 @@ def test_a_stop_ends_a_silence_at_once(tmp_path):
             threading.Timer(0.3, stop.set).start()
             start = time.monotonic()
             with (
-                pytest.raises(Stopped),
+                pytest.raises(TransferStopped),
                 fetcher.fetched(Record(clip_id="a", source="a.json", url=f"{server.url}/a")),
             ):
                 pass

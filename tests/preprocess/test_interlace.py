@@ -10,7 +10,7 @@ import pytest
 from clips import LOSSLESS, SMALL, interlaced, only_bucket, prep_config, probed, weave, write_clip
 
 from preprocess.config import PrepConfig
-from preprocess.facts import ClipFacts, Inspection, Picture
+from preprocess.facts import ClipFacts, Inspection, MeasuredPicture
 from preprocess.video.decode import decode_window, window_arguments
 from preprocess.video.ffmpeg import find_ffmpeg
 from preprocess.video.interlace import decide_interlace
@@ -153,7 +153,7 @@ def test_idet_alone_does_not_comb_a_progressive_test_picture(scan_folder: Path) 
 def inspection(
     flags: list[bool], scan: dict[str, int], idet: dict[str, int] | None = None, order: int = 0
 ) -> Inspection:
-    pictures = tuple(Picture(seconds=0.0, width=8, height=8, interlaced=flag, mean=90.0) for flag in flags)
+    pictures = tuple(MeasuredPicture(seconds=0.0, width=8, height=8, interlaced=flag, mean=90.0) for flag in flags)
     votes = {"progressive": 0, "tff": 0, "bff": 0, "unclear": 0} | scan
     counts = None if idet is None else {"progressive": 0, "tff": 0, "bff": 0, "undetermined": 0} | idet
     return Inspection(pictures=pictures, scan=votes, idet=counts, field_order=order)

@@ -19,7 +19,7 @@ from preprocess.corpus.records import Record, parse_record
 from preprocess.plan import freeze
 from preprocess.plan.filter import sieve
 from preprocess.plan.freeze import ensure_plan, freeze_plan, read_and_sieve
-from preprocess.plan.plan import commit_name, ledger_name, open_plan, plan_name
+from preprocess.plan.plan import open_plan, plan_commit_name, plan_ledger_name, plan_name
 from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
 from shards.config import validate_config
@@ -228,11 +228,11 @@ def test_a_refused_record_that_passes_later_counts_once(tmp_path):
     assert frozen(out, config(corpus)).generations == plan.generations
 
 
-def test_a_mended_record_counts_once(tmp_path):
+def test_a_fixed_record_counts_once(tmp_path):
     corpus = write_tree(tmp_path / "corpus", numbered(5) | {"x.json": b"{", "y.json": b"{", "z.json": []})
     out = tmp_path / "out"
     check_counts(frozen(out, config(corpus)), 8)
-    write_tree(corpus, {"x.json": annotation("mended"), "y.json": annotation("y", **IMAGE)})
+    write_tree(corpus, {"x.json": annotation("fixed"), "y.json": annotation("y", **IMAGE)})
     plan = frozen(out, config(corpus))
     assert plan.refused_by() == {"read/not-object": 1, "sieve/image": 1}
     assert plan.generations[1].superseded_by == {"read/not-json": 2}
@@ -276,7 +276,7 @@ def test_ensure_plan_reads_no_corpus_again(tmp_path):
     assert ensure_plan(storage, gone).num_candidates == 25
 
 
-def test_an_empty_corpus_is_the_users_to_mend(tmp_path):
+def test_an_empty_corpus_is_the_users_to_fix(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(UserError, match="no annotation in it"):
         frozen(tmp_path / "out", config(tmp_path / "corpus"))
@@ -322,7 +322,7 @@ def test_every_flipped_byte_is_found(mixed, tmp_path):
     name = plan.generations[0].name
     units = [plan.unit(n) for n in range(plan.num_units)]
     rng = random.Random(0)
-    for target in (plan_name(name), ledger_name(name), commit_name(0)):
+    for target in (plan_name(name), plan_ledger_name(name), plan_commit_name(0)):
         path = out / target
         whole = path.read_bytes()
         for place in rng.sample(range(len(whole)), min(60, len(whole))):
@@ -350,7 +350,7 @@ def test_a_killed_freeze_leaves_nothing_that_counts(mixed, tmp_path, monkeypatch
     storage = open_storage(out)
 
     def die(name, data, *, if_absent=False):
-        if name == commit_name(0):
+        if name == plan_commit_name(0):
             raise KeyboardInterrupt
         return put(name, data, if_absent=if_absent)
 
@@ -370,7 +370,7 @@ def test_two_that_freeze_at_once_end_with_one_plan(mixed, tmp_path, monkeypatch)
     put = late.put
 
     def overtaken(name, data, *, if_absent=False):
-        if name == commit_name(0):
+        if name == plan_commit_name(0):
             frozen(out, config(corpus, shards={"unit_size": 5}))
         return put(name, data, if_absent=if_absent)
 
@@ -428,5 +428,5 @@ def test_counts_that_do_not_add_up_are_a_bug_and_stop(mixed, tmp_path, monkeypat
 
 def test_the_plan_has_no_address_and_no_time(mixed, tmp_path):
     frozen(tmp_path / "out", config(mixed[0]))
-    body = json.loads((tmp_path / "out" / commit_name(0)).read_bytes())
+    body = json.loads((tmp_path / "out" / plan_commit_name(0)).read_bytes())
     assert str(tmp_path) not in json.dumps(body)

@@ -8,9 +8,9 @@ import torch
 
 from preprocess.build import vae_precision as gate
 from preprocess.build.vae_precision import (
-    DeviceFacts,
+    EncoderDevice,
     ModeFigures,
-    Precision,
+    VaePrecision,
     choose_mode,
     fast_modes,
     find_precision,
@@ -25,10 +25,10 @@ from preprocess.encoders.random_weights import build_random_vae
 from shards.errors import UserError
 from shards.storage import open_storage
 
-V100 = DeviceFacts("Tesla V100-PCIE-32GB", "cuda", (7, 0))
-H100 = DeviceFacts("NVIDIA H100 80GB HBM3", "cuda", (9, 0))
-P100 = DeviceFacts("Tesla P100", "cuda", (6, 0))
-CPU = DeviceFacts("cpu", "cpu")
+V100 = EncoderDevice("Tesla V100-PCIE-32GB", "cuda", (7, 0))
+H100 = EncoderDevice("NVIDIA H100 80GB HBM3", "cuda", (9, 0))
+P100 = EncoderDevice("Tesla P100", "cuda", (6, 0))
+CPU = EncoderDevice("cpu", "cpu")
 
 
 def figures(*modes):
@@ -110,7 +110,7 @@ def test_a_wrong_kernel_is_not_taken(clips):
 
 
 def test_without_a_fast_mode_or_a_clip_it_is_fp32_with_the_reason(clips):
-    assert measure_modes(CPU, [], load, 0.005) == Precision(
+    assert measure_modes(CPU, [], load, 0.005) == VaePrecision(
         mode="fp32", reason="16 bits make no VAE faster on a cpu", device="cpu", tolerance=0.005, num_clips=0
     )
     assert "could be decoded" in measure_modes(V100, [], load, 0.005).reason
@@ -123,7 +123,7 @@ def test_frames_are_tried_at_every_bucket_size():
 
 
 def settled_as(mode):
-    return Precision(mode=mode, reason="measured", device="card", tolerance=0.005, num_clips=1)
+    return VaePrecision(mode=mode, reason="measured", device="card", tolerance=0.005, num_clips=1)
 
 
 def a_config(tmp_path, mode="auto"):
@@ -195,8 +195,8 @@ class _Full(torch.nn.Module):
 def test_out_of_memory_says_what_to_set(clips):
     with pytest.raises(UserError, match=r"ran out of memory on cpu at \[5, 32, 32, 3\], fp32") as caught:
         VaeEncoder(_Full(), device=torch.device("cpu"), precision="fp32").encode(clips[0])
-    for mend in ("buckets.sizes", "window.num_frames", "encoders.vae_precision=auto"):
-        assert mend in str(caught.value)
+    for fix in ("buckets.sizes", "window.num_frames", "encoders.vae_precision=auto"):
+        assert fix in str(caught.value)
 
 
 @pytest.mark.slow

@@ -70,11 +70,11 @@ def workers_of(node):
 
 @pytest.mark.slow
 def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpus, tmp_path, monkeypatch, caplog):
-    from preprocess.build.progress import Progress
+    from preprocess.build.progress import PassProgress
 
     cluster, nodes = cluster
     build(demo_corpus, tmp_path / "local", **ONE_EACH)
-    real, done, left = Progress.unit, [], list(nodes)
+    real, done, left = PassProgress.unit, [], list(nodes)
 
     def with_deaths(progress, unit):
         """The node that goes is the one whose actor was not killed: it does the units between."""
@@ -88,7 +88,7 @@ def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpu
             if len(done) == 5:
                 cluster.remove_node(left.pop(), allow_graceful=False)
 
-    monkeypatch.setattr(Progress, "unit", with_deaths)
+    monkeypatch.setattr(PassProgress, "unit", with_deaths)
     counts = ray_build(demo_corpus, tmp_path / "ray", **ONE_EACH)
     assert counts["waiting"] == 0 and sorted(done) == list(range(10))
     assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
@@ -98,22 +98,22 @@ def test_an_actor_then_a_node_killed_half_way_change_nothing(cluster, demo_corpu
 
 @pytest.mark.slow
 def test_a_driver_that_is_stopped_is_started_again(cluster, demo_corpus, tmp_path, monkeypatch):
-    from preprocess.build.progress import Progress
+    from preprocess.build.progress import PassProgress
 
     build(demo_corpus, tmp_path / "local", part=Part("latents"), **ONE_EACH)
-    real = Progress.unit
+    real = PassProgress.unit
 
     def stop(progress, unit):
         real(progress, unit)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "unit", stop)
+    monkeypatch.setattr(PassProgress, "unit", stop)
     with pytest.raises(KeyboardInterrupt):
         ray_build(demo_corpus, tmp_path / "ray", part=Part("latents"), **ONE_EACH)
     assert not list((tmp_path / "ray").glob(".tmp*"))
     before = files_of(tmp_path / "ray", "latents/*.json")
     assert 1 <= len(before) < 10
-    monkeypatch.setattr(Progress, "unit", real)
+    monkeypatch.setattr(PassProgress, "unit", real)
     ray_build(demo_corpus, tmp_path / "ray", part=Part("latents"), **ONE_EACH)
     assert files_of(tmp_path / "ray", "**/*.tar") == files_of(tmp_path / "local", "**/*.tar")
     assert before.items() <= files_of(tmp_path / "ray", "latents/*.json").items()
@@ -136,7 +136,7 @@ def test_an_output_that_a_worker_does_not_see_is_refused(cluster, demo_corpus, t
 
 
 @pytest.mark.slow
-def test_what_the_user_must_mend_on_a_worker_reaches_the_driver(cluster, demo_corpus, tmp_path):
+def test_what_the_user_must_fix_on_a_worker_reaches_the_driver(cluster, demo_corpus, tmp_path):
     with pytest.raises(UserError, match=r"encoders\.checkpoint: '/no/such/folder'"):
         ray_build(demo_corpus, tmp_path / "out", corpus={"limit": 1}, encoders={"checkpoint": "/no/such/folder"})
 

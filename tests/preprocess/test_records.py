@@ -153,7 +153,7 @@ def test_line_breaks_within_texts_are_borne():
     assert parse_record(data, "a.json").object[0].text.endswith("과일을\n판다.")
 
 
-def test_half_a_surrogate_is_mended_and_said():
+def test_half_a_surrogate_is_fixed_and_said():
     found = parse_record(json.dumps(annotation("clip\ud800")).encode(), "a.json")
     assert found.clip_id == "clip\ufffd"
     assert found.defects == ("bad-unicode",)

@@ -181,7 +181,7 @@ def test_records_that_come_after_a_retry_make_a_generation_of_their_own(demo_cor
     assert not verify(storage, "deep").problems
 
 
-def test_a_latent_that_is_not_finite_is_a_row_and_a_retry_mends_it(demo_corpus, corpus, tmp_path, monkeypatch):
+def test_a_latent_that_is_not_finite_is_a_row_and_a_retry_fixes_it(demo_corpus, corpus, tmp_path, monkeypatch):
     """The encoder gives a NaN once, and constants always: both are refused with a reason, neither is stored."""
     from preprocess.encoders.encoders import VaeEncoder
 

@@ -44,7 +44,7 @@ def test_a_mismatch_names_both_digests_and_the_fields() -> None:
     assert 'encoder.weights: there "bbb", expected "aaa"' in text
     assert 'crop: there "centre", expected nothing' in text
     assert "encoder.dtype" not in text and "sizes" not in text
-    assert "to mend" in text
+    assert "to fix" in text
 
 
 def test_a_dataset_grows_and_never_changes(root: Path) -> None:

@@ -19,7 +19,7 @@ from shards_scale import write_commits
 
 from shards.errors import ShardDamage
 from shards.format.commit import read_commit
-from shards.format.ledger import read_lines
+from shards.format.ledger import read_ledger_lines
 from shards.read.dataset import Dataset, open_dataset
 from shards.read.index import write_index
 from shards.read.table import TableBuilder, pack, unit_columns, unpack
@@ -96,7 +96,7 @@ def test_index_lines_are_the_commits_columns(root: Path) -> None:
 
     storage = open_storage(root)
     write_index(storage)
-    lines = [parse_json(line, "index") for line in read_lines(storage.get("index.jsonl.zst"), "index")]
+    lines = [parse_json(line, "index") for line in read_ledger_lines(storage.get("index.jsonl.zst"), "index")]
     assert lines[0] == {"format_version": 1, "num_units": 7}
     for line in lines[1:]:
         assert line == unit_columns(read_commit(storage, line["kind"], line["unit"]))
@@ -145,7 +145,7 @@ def test_a_lying_index_gives_the_right_bytes_or_a_typed_error(root: Path, data: 
     whole = open_dataset(root)
     expected = [(sample.key, whole.latent(sample.key).tobytes()) for sample in whole.samples]
     write_index(storage)
-    lines = [parse_json(line, "index") for line in read_lines(path.read_bytes(), "index")]
+    lines = [parse_json(line, "index") for line in read_ledger_lines(path.read_bytes(), "index")]
     line = lines[data.draw(st.integers(1, len(lines) - 1))]
     place: Any = line
     while isinstance(place, dict | list) and place:

@@ -22,7 +22,7 @@ from stats_data import clip_name, key_of, write_latents
 from shards.cli import main
 from shards.format.ledger import LedgerRow
 from shards.report.gallery import RefusedKeeper
-from shards.report.report import write_report
+from shards.report.report import write_dataset_report
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script>&amp;"
 
@@ -32,7 +32,7 @@ def evil_report(tmp_path_factory):
     """A report over 20 samples and 4 refused records, whose ids and captions are markup."""
     folder = tmp_path_factory.mktemp("evil")
     write_dataset(folder / "root", 2, samples_per_unit=20, prefix=EVIL, scratch=folder / "scratch")
-    write_report(str(folder / "root"), folder / "report.html", cache=folder / "cache")
+    write_dataset_report(str(folder / "root"), folder / "report.html", cache=folder / "cache")
     return folder / "report.html"
 
 
@@ -121,7 +121,7 @@ def test_it_can_be_read_by_all(evil_report, driver, size, dark):
 
 def test_a_sample_opens_by_link_and_a_missing_one_says_so(driver, tmp_path):
     write_latents(tmp_path / "root", 2, scratch=tmp_path / "scratch")
-    write_report(str(tmp_path / "root"), tmp_path / "r.html", cache=tmp_path / "cache")
+    write_dataset_report(str(tmp_path / "root"), tmp_path / "r.html", cache=tmp_path / "cache")
     open_page(driver, tmp_path / "r.html", PHONE, key_of(1, 3).replace("@", "%40"))
     assert driver.find_element("id", "one-title").text == key_of(1, 3)
     shown = "const r = document.getElementById('one').getBoundingClientRect(); return r.top >= 0 && r.top < 400"
@@ -145,10 +145,10 @@ def test_what_a_finding_names_is_in_the_gallery_and_is_a_filter(driver, tmp_path
         return latent * 0 if (unit, place) == (1, 5) else latent
 
     write_latents(tmp_path / "root", 3, flat, scratch=tmp_path / "scratch")
-    write_report(str(tmp_path / "root"), tmp_path / "r.html", cache=tmp_path / "cache")
+    write_dataset_report(str(tmp_path / "root"), tmp_path / "r.html", cache=tmp_path / "cache")
     open_page(driver, tmp_path / "r.html")
     overview = driver.find_element("id", "overview").text
-    assert "To mend: latent-constant" in overview
+    assert "To fix: latent-constant" in overview
     driver.find_element("css selector", "#by-reason option[value='finding: latent-constant']").click()
     assert _gallery(driver)[1] == [key_of(1, 5)]
     driver.find_element("css selector", f"#overview a[href*='{clip_name(1, 5)}']").send_keys("\ue007")
@@ -168,7 +168,7 @@ def test_without_scripts_all_numbers_are_there(evil_report):
 def test_the_page_stays_under_its_size_and_says_what_it_left_out(tmp_path):
     root = tmp_path / "root"
     write_latents(root, 4, scratch=tmp_path / "scratch", samples=24, preview=PREVIEW + bytes(40_000))
-    made = write_report(str(root), tmp_path / "r.html", max_megabytes=2, cache=tmp_path / "cache", sample=10)
+    made = write_dataset_report(str(root), tmp_path / "r.html", max_megabytes=2, cache=tmp_path / "cache", sample=10)
     assert made["bytes"] < 2e6
     assert 5 < made["samples_with_pictures"] < made["samples"] <= made["of_samples"] == 96
     text = (tmp_path / "r.html").read_text()
@@ -221,7 +221,7 @@ def test_the_command_reports_and_refuses(tiny_shards, tmp_path):
 @pytest.mark.timeout(1800)
 def test_of_a_real_build_the_pictures_and_captions_show(demo_corpus, driver, tmp_path):
     build(demo_corpus, tmp_path / "shards")
-    made = write_report(str(tmp_path / "shards"), tmp_path / "r.html", cache=tmp_path / "cache")
+    made = write_dataset_report(str(tmp_path / "shards"), tmp_path / "r.html", cache=tmp_path / "cache")
     assert made["samples"] == made["samples_with_pictures"] > 5
     assert made["refused"] == made["of_refused"] == 7
     open_page(driver, tmp_path / "r.html")

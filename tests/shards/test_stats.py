@@ -19,7 +19,7 @@ from shards.format.keys import clip_hash
 from shards.read.units import read_units
 from shards.stats import drift as stats_checks
 from shards.stats import passes as stats_passes
-from shards.stats.counter import MAX_LABELS, OTHERS, Tally
+from shards.stats.counter import MAX_LABELS, OTHERS, Histograms
 from shards.stats.drift import ReferenceBuilder
 from shards.stats.duplicates import find_alike, find_equal
 from shards.stats.features import MAX_ELEMENTS, as_float32, latent_features, row_step
@@ -391,14 +391,14 @@ def test_fingerprints_are_searched_without_pairs_and_find_what_pairs_find():
 
 
 def test_a_tally_stays_small_and_survives_json():
-    tally = Tally()
+    tally = Histograms()
     for place in range(3 * MAX_LABELS):
         tally.add("many", place, f"example {place}")
     counts = tally.counts("many")
     assert len(counts) == MAX_LABELS + 1
     assert counts[OTHERS] == 2 * MAX_LABELS
     assert tally.total("many") == 3 * MAX_LABELS
-    assert Tally.of(json.loads(json.dumps(tally.plain()))).plain() == tally.plain()
+    assert Histograms.of(json.loads(json.dumps(tally.plain()))).plain() == tally.plain()
 
 
 @pytest.mark.parametrize(

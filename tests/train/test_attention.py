@@ -7,14 +7,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from shards.errors import UserError
-from train.device import DeviceFacts, device_facts
+from train.device import DeviceInfo, device_info
 from train.model.attention import Backend, attend, choose_backend
 
-H100 = DeviceFacts("cuda", "H100", (9, 0))
-RTX4090 = DeviceFacts("cuda", "RTX 4090", (8, 9))
-A100 = DeviceFacts("cuda", "A100", (8, 0))
-V100 = DeviceFacts("cuda", "V100", (7, 0))
-CPU = DeviceFacts("cpu", "cpu", None)
+H100 = DeviceInfo("cuda", "H100", (9, 0))
+RTX4090 = DeviceInfo("cuda", "RTX 4090", (8, 9))
+A100 = DeviceInfo("cuda", "A100", (8, 0))
+V100 = DeviceInfo("cuda", "V100", (7, 0))
+CPU = DeviceInfo("cpu", "cpu", None)
 CUDNN, FLASH, EFFICIENT, MATH = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -37,7 +37,7 @@ REAL = 11_440  # tokens of 49 frames at 1280×704
     ],
 )
 def test_kernels_at_real_sizes_never_hold_math(
-    facts: DeviceFacts, dtype: torch.dtype, kernels: tuple[SDPBackend, ...]
+    facts: DeviceInfo, dtype: torch.dtype, kernels: tuple[SDPBackend, ...]
 ) -> None:
     """The first choice of each card; "math" is not among them."""
     assert choose_backend(facts, dtype, REAL, 128).kernels == kernels
@@ -52,7 +52,7 @@ def test_kernels_at_real_sizes_never_hold_math(
     ],
 )
 def test_math_alone_at_real_sizes_is_an_error_that_says_why(
-    facts: DeviceFacts, dtype: torch.dtype, head_dim: int, why: str
+    facts: DeviceInfo, dtype: torch.dtype, head_dim: int, why: str
 ) -> None:
     """bf16 on a V100 stored every score and looked like a slow card; here it does not start."""
     with pytest.raises(UserError, match=why) as caught:
@@ -67,7 +67,7 @@ def test_the_choice_is_shown() -> None:
     assert str(choose_backend(V100, torch.float16, REAL, 128)) == (
         "efficient (fp16 on sm_70, which has no flash kernel)"
     )
-    assert "chosen by torch" in str(choose_backend(device_facts("cpu"), torch.float32, REAL, 128))
+    assert "chosen by torch" in str(choose_backend(device_info("cpu"), torch.float32, REAL, 128))
 
 
 def test_attention_equals_softmax_by_hand() -> None:

@@ -77,13 +77,13 @@ def test_doctor_fails_on_a_problem(config_file, tmp_path):
     assert "need a CONFIG" in run("doctor", "--ranges", expect=2)
 
 
-def test_bitsandbytes_missing_is_an_error_with_the_mend(config_file, monkeypatch):
+def test_bitsandbytes_missing_is_an_error_with_the_fix(config_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     output = run("fit", config_file, "-o", "optim.name=adamw8bit", expect=2)
     assert "bitsandbytes" in output and "pip install" in output
 
 
-def test_wandb_missing_is_an_error_with_the_mend(config_file, monkeypatch):
+def test_wandb_missing_is_an_error_with_the_fix(config_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     output = run("fit", config_file, "-o", "log.wandb_project=x", expect=2)
     assert "wandb" in output and "pip install" in output

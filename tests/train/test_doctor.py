@@ -38,13 +38,13 @@ CUDA_130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120
 def test_a_card_needs_kernels_for_its_architecture(capability, architectures, status):
     finding = check_card("gpu 0", "a card", capability, architectures, "13.0")
     assert finding.status == status
-    assert (finding.mend != "") == (status == "problem")
+    assert (finding.fix != "") == (status == "problem")
 
 
 def test_a_v100_is_told_which_build_to_install():
     finding = check_card("gpu 0", "Tesla V100-PCIE-32GB", (7, 0), CUDA_130, "13.0")
     assert "sm_70" in finding.found and "CUDA 13.0" in finding.found
-    assert "cu126" in finding.mend
+    assert "cu126" in finding.fix
     assert "fp16" in check_card("gpu 0", "Tesla V100-PCIE-32GB", (7, 0), CUDA_126, "12.6").found
 
 
@@ -67,7 +67,7 @@ def test_what_several_processes_need():
     assert check_backends(True, False, 1).status == "ok"  # nothing to exchange between GPUs
     assert check_backends(True, False, 2).status == "problem" and check_backends(False, True, 2).status == "problem"
     assert check_host_name("localhost").status == "ok"
-    assert "GLOO_SOCKET_IFNAME" in check_host_name("no-such-host.invalid").mend
+    assert "GLOO_SOCKET_IFNAME" in check_host_name("no-such-host.invalid").fix
     assert check_cards(["V100", "V100"], []).status == "ok"
     assert "2 pairs without peer access" in check_cards(["V100", "V100"], [(0, 1), (1, 0)]).found
     assert "2 kinds" in check_cards(["V100", "A100"], []).found

@@ -105,6 +105,6 @@ def test_uniform_and_integer_stay_inside(seed, below):
 
 
 def test_another_version_is_refused():
-    draws.check_version(draws.DRAWS_VERSION)
+    draws.check_draws_version(draws.DRAWS_VERSION)
     with pytest.raises(UserError, match="version 0"):
-        draws.check_version(0)
+        draws.check_draws_version(0)

@@ -15,7 +15,7 @@ from train.estimate.memory import block_bytes
 from train.geometry import Shape
 from train.lora.lora import inject
 from train.model.dit import build_model
-from train.parallel.fsdp import resident_bytes, spread
+from train.parallel.fsdp import resident_bytes, shard_base
 from train.parallel.ranks import Layout
 
 
@@ -85,7 +85,7 @@ def test_what_a_rank_holds_of_the_real_model(num_ranks: int) -> None:
     with fake_group(num_ranks):
         model = build_model(TI2V_5B, torch.bfloat16, "meta")
         inject(model, LoRAConfig(rank=16), 0)
-        spread(model, torch.distributed.device_mesh.init_device_mesh("cpu", (num_ranks,)), torch.device("cpu"))
+        shard_base(model, torch.distributed.device_mesh.init_device_mesh("cpu", (num_ranks,)), torch.device("cpu"))
         parts, whole = resident_bytes(model)
     assert parts == 30 * block_bytes(TI2V_5B, 2, num_ranks) // num_ranks
     assert whole < 0.5 * 2**30

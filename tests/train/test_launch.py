@@ -50,7 +50,7 @@ def test_every_rank_knows_its_place_and_only_the_first_speaks(tmp_path):
     ("fault", "rank", "code", "words"),
     [
         ("raise", 1, 1, "error: rank 1: ZeroDivisionError: a defect of this rank\n  raised in plain_ranks.py, line"),
-        ("mistake", 2, 2, "error: rank 2: the disk is full\n  to mend:  make room\n"),
+        ("mistake", 2, 2, "error: rank 2: the disk is full\n  to fix:  make room\n"),
         ("kill", 1, 137, "error: rank 1 was killed by SIGKILL; if nobody did that, the machine ran out of memory"),
         ("kill", 0, 137, "error: rank 0 was killed by SIGKILL"),
         ("exit", 0, 1, "error: rank 0 ended with code 9 and left no word"),

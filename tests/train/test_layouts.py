@@ -157,7 +157,7 @@ def test_a_run_goes_from_any_layout_to_any(
 def train_spoiled(config: TrainConfig, bad_rank: int, bad_step: int) -> list[dict[str, Any]]:
     """A run in which one rank's latents overflow fp16 in one step; what each rank made of every step."""
     from train import loop
-    from train.run.state import Progress
+    from train.run.state import TrainingState
 
     plain, seen = loop.backward, []
 
@@ -166,15 +166,15 @@ def train_spoiled(config: TrainConfig, bad_rank: int, bad_step: int) -> list[dic
             batch.latent_BCTHW[:] = 3e5
         return plain(trainee, batch, *rest)
 
-    update = Progress.update
+    update = TrainingState.update
 
-    def watched(self: Progress) -> Any:
+    def watched(self: TrainingState) -> Any:
         result = update(self)
         weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.trainee.tensors().values())).hexdigest()
         seen.append({"scale": self.scaler.scale, "skipped": self.skipped, "blamed": result[2], "weights": weights})
         return result
 
-    loop.backward, Progress.update = spoiled, watched  # type: ignore[method-assign]
+    loop.backward, TrainingState.update = spoiled, watched  # type: ignore[method-assign]
     set_up_logging(terminal=False)
     loop.fit(config)
     return seen

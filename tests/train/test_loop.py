@@ -17,7 +17,7 @@ from shards.read.dataset import open_dataset
 from train import checkpoint, step
 from train.loop import fit
 from train.run.session import open_session
-from train.run.state import Progress
+from train.run.state import TrainingState
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.txt"
 
@@ -143,7 +143,7 @@ def test_learning_rate_zero_changes_nothing(tiny_shards, tmp_path, optimizer):
 def test_only_the_lora_moves(tiny_shards, tmp_path):
     config = make_config(tiny_shards, tmp_path / "run")
     session = open_session(config)
-    progress = Progress(session)
+    progress = TrainingState(session)
     base = {n: w.detach().clone() for n, w in session.trainee.model.named_parameters() if not w.requires_grad}
     step_once(session, progress)
     step_once(session, progress)
@@ -189,7 +189,7 @@ def test_fp16_overflow_skips_halves_and_names_the_block(tiny_shards, tmp_path, s
         optim__ema_decay=0.5,
     )
     session = open_session(config)
-    progress = Progress(session)
+    progress = TrainingState(session)
     step_once(session, progress)
     before = {name: weight.clone() for name, weight in session.trainee.tensors().items()}
     average = {name: weight.clone() for name, weight in progress.average.items()}
@@ -203,7 +203,7 @@ def test_fp16_overflow_skips_halves_and_names_the_block(tiny_shards, tmp_path, s
     assert progress.telemetry.counts == {blamed: 1}
     # The next update has the rate of the one that was skipped, and the state survives a checkpoint.
     path = progress.save()
-    again = Progress(session)
+    again = TrainingState(session)
     again.restore(path)
     assert (again.step, again.updates, again.skipped) == (2, 1, 1)
     assert again.scaler.state_dict() == progress.scaler.state_dict() and again.telemetry.counts == {blamed: 1}
@@ -216,7 +216,7 @@ def test_the_loss_scale_is_taken_out_of_the_gradients(tiny_shards, tmp_path):
     for compute, scale in (("fp32", 65536.0), ("fp16", 65536.0), ("fp16", 128.0)):
         config = make_config(tiny_shards, tmp_path / "run", precision__compute=compute, precision__initial_scale=scale)
         session = open_session(config)
-        norms[compute, scale] = step_once(session, Progress(session))[1]
+        norms[compute, scale] = step_once(session, TrainingState(session))[1]
     assert norms["fp16", 65536.0] == pytest.approx(norms["fp32", 65536.0], rel=0.02)
     assert norms["fp16", 128.0] == pytest.approx(norms["fp32", 65536.0], rel=0.02)
 
@@ -227,7 +227,7 @@ def test_skips_in_a_row_are_bounded(tiny_shards, tmp_path, compute):
         tiny_shards, tmp_path / "run", precision__compute=compute, precision__max_skipped_in_a_row=3, optim__lr=1e-3
     )
     session = open_session(config)
-    progress = Progress(session)
+    progress = TrainingState(session)
     with torch.no_grad():
         next(iter(session.trainee.weights.values())).fill_(math.inf)
     with pytest.raises(UserError, match="4 "):

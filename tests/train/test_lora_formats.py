@@ -311,11 +311,11 @@ def test_a_truncated_file_and_a_missing_one(exported, tmp_path):
         read_lora(tmp_path / "nowhere.safetensors")
 
 
-def test_another_rank_or_model_is_refused_with_the_mend(exported):
+def test_another_rank_or_model_is_refused_with_the_fix(exported):
     lora = read_lora(exported)
     with pytest.raises(UserError, match=r"rank 4, lora\.rank is 8") as caught:
         to_raw_state(lora, LORA.model_copy(update={"rank": 8}))
-    assert caught.value.mend == "lora.rank=4"
+    assert caught.value.fix == "lora.rank=4"
     sizes = {module: (pair.up_Or.shape[0], pair.down_rI.shape[1]) for module, pair in lora.pairs.items()}
     refuse_other_model(lora, sizes, "this model")
     with pytest.raises(UserError, match=r"blocks\.1\.ffn\.2 .*does not exist in this model"):

@@ -16,7 +16,7 @@ from train.config.model import TI2V_5B, LoRAConfig
 from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
 from train.estimate.flops import step_flops
 from train.estimate.memory import num_lora_parameters, num_parameters
-from train.estimate.plan import Plan, Size, describe, make_plan, parse_size
+from train.estimate.plan import Estimate, Size, describe_estimate, make_plan, parse_size
 from train.estimate.saves import GIB, make_chooser, rank_groups, run_memory, total_kept
 from train.geometry import SAVE_GROUPS, Bucket, Shape
 
@@ -33,7 +33,7 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def setting(plan: Plan, name: str) -> Any:
+def setting(plan: Estimate, name: str) -> Any:
     return next(setting for setting in plan.settings if setting.name == name)
 
 
@@ -138,7 +138,7 @@ def test_a_budget_belongs_to_selective(policy: Any, budget: float | None) -> Non
 def test_a_whole_model_has_days_but_no_closed_form_of_memory() -> None:
     plan = make_plan(config(lora=None), GPUS["h200"], 1, [CLIP])
     assert plan.chosen.memory is None and plan.fastest is None
-    assert "not in closed form" in "\n".join(describe(plan))
+    assert "not in closed form" in "\n".join(describe_estimate(plan))
 
 
 def test_bf16_on_a_v100_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.config.model import LoRAConfig
-from train.device import DeviceFacts
+from train.device import DeviceInfo
 from train.lora.lora import inject, lora_parameters
 from train.model.dit import WanDiT, build_model, set_checkpointing
 from train.precision import (
@@ -27,18 +27,18 @@ from train.precision import (
     resolve_precision,
 )
 
-V100 = DeviceFacts("cuda", "V100", (7, 0))
-T4 = DeviceFacts("cuda", "T4", (7, 5))
-A100 = DeviceFacts("cuda", "A100", (8, 0))
-H200 = DeviceFacts("cuda", "H200", (9, 0))
-CPU = DeviceFacts("cpu", "cpu", None)
+V100 = DeviceInfo("cuda", "V100", (7, 0))
+T4 = DeviceInfo("cuda", "T4", (7, 5))
+A100 = DeviceInfo("cuda", "A100", (8, 0))
+H200 = DeviceInfo("cuda", "H200", (9, 0))
+CPU = DeviceInfo("cpu", "cpu", None)
 
 
 @pytest.mark.parametrize(
     ("facts", "name", "scales"),
     [(V100, "fp16", True), (T4, "fp16", True), (A100, "bf16", False), (H200, "bf16", False), (CPU, "fp32", False)],
 )
-def test_auto_takes_what_the_chip_computes(facts: DeviceFacts, name: str, scales: bool) -> None:
+def test_auto_takes_what_the_chip_computes(facts: DeviceInfo, name: str, scales: bool) -> None:
     """bf16 from 8.0 on, fp16 with scaling below (emulated bf16 does not count), fp32 on a CPU."""
     precision = resolve_precision("auto", facts)
     assert (precision.name, precision.scales_loss) == (name, scales)
@@ -46,7 +46,7 @@ def test_auto_takes_what_the_chip_computes(facts: DeviceFacts, name: str, scales
 
 
 def test_emulated_bf16_is_refused_and_the_rest_is_as_asked() -> None:
-    """bf16 on a V100 is an error with the mend; other requests are taken at their word and say so."""
+    """bf16 on a V100 is an error with the fix; other requests are taken at their word and say so."""
     with pytest.raises(UserError, match=r"V100 \(compute capability 7\.0\) would be emulated"):
         resolve_precision("bf16", V100)
     for name, facts in (("fp32", V100), ("fp16", H200), ("bf16", CPU), ("fp16", CPU)):

@@ -30,7 +30,7 @@ from train.cli.main import main
 from train.doctor.tables import describe_slots
 from train.loop import fit
 from train.report.curves import hard_samples, look_up_levels, smooth, thin
-from train.report.page import summarise, write_report
+from train.report.page import summarise, write_run_report
 from train.report.read_run import read_log, read_run, read_steps
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
@@ -63,7 +63,7 @@ def copy(run, tmp_path):
 
 def _page(folder, **options):
     out = folder / "report.html"
-    write_report(read_run(folder), out, **options)
+    write_run_report(read_run(folder), out, **options)
     return out.read_text(encoding="utf-8")
 
 
@@ -181,7 +181,7 @@ def test_what_went_wrong_stands_at_the_top(copy):
     for line in lines:
         line["data_wait_seconds"] = line["seconds"] / 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    notes = write_report(read_run(copy), copy / "report.html")
+    notes = write_run_report(read_run(copy), copy / "report.html")
     words = " ".join(notes)
     for expected in ("1 updates were skipped", "blocks.1", "not a finite number in 1 steps", "1 samples could not be",
                      "50 % of the time went into waiting"):  # fmt: skip
@@ -212,7 +212,7 @@ def test_pictures_are_inside_within_the_budget_and_linked_beyond(copy, tmp_path)
     assert 'href="samples/step-0000012/sea.mp4"' in text
     text = _page(copy, open_data=False, budget_bytes=0)
     assert "data:image" not in text
-    write_report(read_run(copy), tmp_path / "elsewhere" / "page.html", budget_bytes=0, open_data=False)
+    write_run_report(read_run(copy), tmp_path / "elsewhere" / "page.html", budget_bytes=0, open_data=False)
     assert 'href="../run/samples/step-0000012/sea.mp4"' in (tmp_path / "elsewhere/page.html").read_text()
 
 
@@ -237,7 +237,7 @@ def test_in_a_browser_the_page_is_whole_and_foreign_markup_is_text(copy, tmp_pat
     odd |= {"keys": [EVIL, *odd["keys"][1:]], "overflow": EVIL, "slot_losses": [99.0, *odd["slot_losses"][1:]]}
     path.write_text("\n".join([*lines[:-1], json.dumps(odd)]) + "\n")
     out = copy / "report.html"
-    write_report(read_run(copy), out, num_hard=6)
+    write_run_report(read_run(copy), out, num_hard=6)
     with browser(tmp_path) as driver:
         for dark, size in ((False, DESKTOP), (True, PHONE)):
             prefer(driver, dark=dark)

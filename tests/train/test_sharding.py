@@ -17,7 +17,7 @@ from train.estimate.layout import choose_layout
 from train.lora.lora import inject, lora_modules, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, save_dit
-from train.parallel.fsdp import own_rows, resident_bytes, spread
+from train.parallel.fsdp import local_shard, resident_bytes, shard_base
 from train.parallel.ranks import World
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=100, text_dim=32, text_len=16)
@@ -43,7 +43,7 @@ def parted(policy: str, dtype: torch.dtype, *, offload: bool = False, checkpoint
     model = build_model(DIMS, dtype, "meta")
     inject(model, LORA, 0)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    spread(model, mesh, torch.device("cpu"), offload=offload)
+    shard_base(model, mesh, torch.device("cpu"), offload=offload)
     if checkpoint:
         load_dit(model, checkpoint)
     else:
@@ -120,7 +120,9 @@ def rows_read(checkpoint: Path) -> tuple[int, int]:
 
     weights._stream = lambda places: ((name, Counted(name, stored)) for name, stored in plain(places))
     model = parted("none", torch.float32, checkpoint=checkpoint)
-    own = [own_rows(w)[0].numel() for n, w in model.named_parameters() if n.startswith("blocks.") and "lora" not in n]
+    own = [
+        local_shard(w)[0].numel() for n, w in model.named_parameters() if n.startswith("blocks.") and "lora" not in n
+    ]
     return taken, sum(own)
 
 
@@ -160,6 +162,6 @@ def test_auto_spreads_the_base_only_where_a_step_does_not_fit_beside_it(tiny_sha
 def test_a_model_with_memory_or_a_base_that_trains_is_refused() -> None:
     """Either would defeat the purpose, the second without a word."""
     with pytest.raises(ValueError, match="meta"):
-        spread(build_model(DIMS, seed=0), None, torch.device("cpu"))
+        shard_base(build_model(DIMS, seed=0), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="frozen"):
-        spread(build_model(DIMS, device="meta"), None, torch.device("cpu"))
+        shard_base(build_model(DIMS, device="meta"), None, torch.device("cpu"))

@@ -13,8 +13,7 @@ from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
 from train.cli.report_commands import report, show_clip
 from train.cli.sample_commands import sample
-
-SIGNAL_EXIT = 128
+from train.launch.failure import SIGNAL_EXIT
 
 OVERRIDES = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config: -o optim.lr=2e-4"
@@ -65,7 +64,7 @@ def fit(
     SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and goes on. The same command goes on from
     the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
 
-    Exit codes: 0 done, 1 a defect, 2 a mistake to mend, 75 another rank or machine was lost (try again), 128 + n ended
+    Exit codes: 0 done, 1 a defect, 2 a mistake to fix, 75 another rank or machine was lost (try again), 128 + n ended
     by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
 
     \b
@@ -88,7 +87,7 @@ def fit(
         command = own_command(again + ["--verify"] * verify)
         raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))
     if nnodes > 1 or node_rank is not None or master is not None:
-        raise UserError("--nnodes, --node-rank and --master belong to --nproc-per-node", mend="add --nproc-per-node")
+        raise UserError("--nnodes, --node-rank and --master belong to --nproc-per-node", fix="add --nproc-per-node")
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(terminal=rank == 0)
     with Reported():
@@ -139,7 +138,7 @@ def plan(
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:
-        click.echo("\n".join(plan_text.describe(made, origin)))
+        click.echo("\n".join(plan_text.describe_estimate(made, origin)))
 
 
 @main.command("show-step")
@@ -172,7 +171,7 @@ def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool
 @click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
-    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to mend it.
+    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to fix it.
 
     Exits with 1 when something is.
 
@@ -186,7 +185,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
     from train.doctor.tables import print_findings, print_ranges
 
     if config is None and (ranges or overrides):
-        raise UserError("--ranges and -o need a CONFIG", mend="wantrain doctor CONFIG --ranges")
+        raise UserError("--ranges and -o need a CONFIG", fix="wantrain doctor CONFIG --ranges")
     loaded = None if config is None else load_config(TrainConfig, config, overrides)
     if ranges and loaded is not None:
         measured = measure_ranges(loaded)

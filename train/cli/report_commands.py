@@ -32,7 +32,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     wantrain report demo/run --json
     """
     from train.report.curves import look_up_levels
-    from train.report.page import summarise, write_report
+    from train.report.page import summarise, write_run_report
     from train.report.read_run import read_run
 
     set_up_logging()
@@ -41,7 +41,9 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
         print_json(summarise(found, look_up_levels(found.steps, found.config), hardest))
         return
     target = out or run / "report.html"
-    notes = write_report(found, target, budget_bytes=int(embed_mib * 2**20), num_hard=hardest, open_data=not no_data)
+    notes = write_run_report(
+        found, target, budget_bytes=int(embed_mib * 2**20), num_hard=hardest, open_data=not no_data
+    )
     for line in notes:
         click.echo(line)
     click.echo(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
@@ -69,7 +71,7 @@ def show_clip(run: Path, key: str, as_json: bool) -> None:
         raise UserError(
             f"no step of {run} trained on {key!r}",
             expected="a key of a sample that was drawn, or a glob such as 'CLIP@*'",
-            mend="held-out clips are never trained on; `wanshards ls ROOT --keys` lists all",
+            fix="held-out clips are never trained on; `wanshards ls ROOT --keys` lists all",
         )
     if as_json:
         print_json(uses)

@@ -87,7 +87,7 @@ def sample_run(config: SampleRun) -> list[Path]:
 
 
 def _load_model(config: SampleRun) -> WanDiT:
-    from train.device import choose_device, device_facts
+    from train.device import choose_device, device_info
     from train.lora.export import locate_lora
     from train.lora.formats import attach_lora, read_lora
     from train.model.dit import build_model
@@ -97,7 +97,7 @@ def _load_model(config: SampleRun) -> WanDiT:
     # Read first: a wrong file is told before twenty gigabytes are loaded.
     lora = None if config.lora is None else read_lora(locate_lora(Path(config.lora))[0])
     device = choose_device(config.precision.device)
-    precision = resolve_precision(config.precision.compute, device_facts(device))
+    precision = resolve_precision(config.precision.compute, device_info(device))
     checkpoint = config.model.checkpoint
     dims = config.model.dims or read_dit_config(str(checkpoint))
     seed = config.model.random_seed if checkpoint is None else None

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from shards.config import Config
+from train.config.model import Positive
 
-Positive = Annotated[int, Field(gt=0)]
 Side = Annotated[int, Field(gt=0, multiple_of=32)]
 
 

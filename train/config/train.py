@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 
 from shards.config import Config
 from shards.errors import UserError
-from train.config.model import DiTConfig, LoRAConfig
+from train.config.model import DiTConfig, LoRAConfig, Positive
 from train.config.sampling import SampleConfig
 
-Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

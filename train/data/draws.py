@@ -97,13 +97,13 @@ def raw_bits(
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def check_version(version: int) -> None:
+def check_draws_version(version: int) -> None:
     """Raise UserError when a checkpoint's draws were made by another version of this file."""
     if version != DRAWS_VERSION:
         raise UserError(
             f"the checkpoint's random draws are version {version}, this program's are {DRAWS_VERSION}",
             expected="the same version, or the run would see other noise after the resume than before",
-            mend="resume with the program that began the run, or begin a new run",
+            fix="resume with the program that began the run, or begin a new run",
         )
 
 

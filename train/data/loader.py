@@ -46,16 +46,16 @@ def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], lis
     if total == 0:
         raise UserError(
             "the dataset holds no sample: no shard of it is committed, or every record was rejected",
-            mend="`wanshards ls ROOT` shows the shards, the ledger's reasons are in `wanprep report`; build some",
+            fix="`wanshards ls ROOT` shows the shards, the ledger's reasons are in `wanprep report`; build some",
         )
     if not chosen:
         raise UserError(
             f"data.include {list(config.include)} and data.exclude {list(config.exclude)} leave none of {total}",
-            mend=f"clip ids look like {dataset.samples[0].clip_id!r}",
+            fix=f"clip ids look like {dataset.samples[0].clip_id!r}",
         )
     raise UserError(
         f"data.validation_fraction {config.validation_fraction} puts all {len(chosen)} samples on the validation side",
-        mend="lower data.validation_fraction",
+        fix="lower data.validation_fraction",
     )
 
 
@@ -74,7 +74,7 @@ def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim:
     if text.shape[1] != text_dim:
         raise UserError(
             f"the dataset's text embeddings are {text.shape[1]} wide, the model takes {text_dim} (model.dims.text_dim)",
-            mend="use the text encoder that belongs to the model, or change model.dims",
+            fix="use the text encoder that belongs to the model, or change model.dims",
         )
     longest = max(text.shape[0], *(dataset.null_text(name).shape[0] for name in ("empty", "negative")))
     if longest > text_len:
@@ -153,7 +153,7 @@ class Loader:
         except TimeoutError:
             raise UserError(
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
-                mend="see whether the storage answers, or raise data.read_timeout_seconds",
+                fix="see whether the storage answers, or raise data.read_timeout_seconds",
             ) from None
         return batch, pending.after
 
@@ -188,7 +188,7 @@ class Loader:
             if self._config.data.on_bad_sample == "fatal":
                 raise UserError(
                     f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
-                    mend="`wanshards verify` finds what else is damaged; build its unit again, "
+                    fix="`wanshards verify` finds what else is damaged; build its unit again, "
                     "or set data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)

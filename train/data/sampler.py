@@ -79,7 +79,7 @@ class Order:
             raise UserError(
                 f"no bucket can fill a batch: {describe_buckets(self.too_small.items()) or 'there are no samples'}",
                 expected=f"at least data.global_batch = {global_batch} samples of one size",
-                mend="lower data.global_batch, or build more shards",
+                fix="lower data.global_batch, or build more shards",
             )
         self._ordinals, self._hashes = [], []
         for bucket in self.buckets:
@@ -158,10 +158,10 @@ def describe_buckets(buckets: Iterable[tuple[Bucket, int]]) -> str:
     return ", ".join(f"{bucket} has {count}" for bucket, count in buckets)
 
 
-def check_version(version: int) -> None:
+def check_order_version(version: int) -> None:
     """Raise UserError when a checkpoint's order was made by another version of this file."""
     if version != ORDER_VERSION:
         raise UserError(
             f"the checkpoint's sample order is version {version}, this program's is {ORDER_VERSION}",
-            mend="resume with the program that began the run, or begin a new run",
+            fix="resume with the program that began the run, or begin a new run",
         )

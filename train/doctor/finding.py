@@ -12,4 +12,4 @@ class Finding(NamedTuple):
     status: Literal["ok", "note", "problem"]
     """A note is not an error: what it speaks of is not needed, or cannot be known here."""
     found: str
-    mend: str = ""
+    fix: str = ""

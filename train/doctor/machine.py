@@ -1,4 +1,4 @@
-"""`wantrain doctor`: what is wrong with this machine and this configuration, and how to mend it."""
+"""`wantrain doctor`: what is wrong with this machine and this configuration, and how to fix it."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def check_no_gpu(cuda_build: str | None, driver: bool) -> Finding:
     if not driver:
         return Finding("gpu", "note", "none: no NVIDIA driver; trains on the CPU")
     if cuda_build is None:
-        mend = "install a CUDA build of torch; for V100: " + TORCH_FOR_VOLTA
-        return Finding("gpu", "problem", "a driver is there, torch is built for the CPU only", mend)
+        fix = "install a CUDA build of torch; for V100: " + TORCH_FOR_VOLTA
+        return Finding("gpu", "problem", "a driver is there, torch is built for the CPU only", fix)
     return Finding(
         "gpu",
         "problem",
@@ -103,11 +103,11 @@ def check_card(
     if binary or portable:
         kind = "bf16" if capability >= (8, 0) else "fp16 with loss scaling"
         return Finding(subject, "ok", f"{found}, {kind}")
-    mend = "install a torch build that names this architecture"
+    fix = "install a torch build that names this architecture"
     if capability < (7, 5):
-        mend = TORCH_FOR_VOLTA
+        fix = TORCH_FOR_VOLTA
     have = f"torch for CUDA {cuda_build} has kernels for {', '.join(architectures) or 'no card'}"
-    return Finding(subject, "problem", f"{found}: {have}", mend)
+    return Finding(subject, "problem", f"{found}: {have}", fix)
 
 
 def _numbers(architectures: list[str], kind: str) -> list[int]:
@@ -131,7 +131,7 @@ def check_bitsandbytes(config: TrainConfig | None) -> Finding:
     try:
         return Finding("bitsandbytes", "ok", str(import_bitsandbytes().__version__))
     except UserError as error:
-        return Finding("bitsandbytes", "problem" if needed else "note", error.problem, error.mend or "")
+        return Finding("bitsandbytes", "problem" if needed else "note", error.problem, error.fix or "")
 
 
 def check_shared_memory(place: Path) -> Finding:
@@ -140,8 +140,8 @@ def check_shared_memory(place: Path) -> Finding:
         return Finding("shared memory", "note", f"no {place} on {platform.system()}")
     free = shutil.disk_usage(place).free / 2**30
     if free < MIN_SHARED_MEMORY_GIB:
-        mend = "start the container with --shm-size=8g (or --ipc=host)"
-        return Finding("shared memory", "problem", f"{free:.2f} GiB free in {place}", mend)
+        fix = "start the container with --shm-size=8g (or --ipc=host)"
+        return Finding("shared memory", "problem", f"{free:.2f} GiB free in {place}", fix)
     return Finding("shared memory", "ok", f"{free:.1f} GiB free in {place}")
 
 
@@ -188,11 +188,11 @@ def check_step(config: TrainConfig) -> Iterator[Finding]:
 
     from train.data.loader import Loader
     from train.run.session import open_session, peak_memory_gib
-    from train.run.state import Progress
+    from train.run.state import TrainingState
     from train.step import backward
 
     session = open_session(config)
-    trainee, progress = session.trainee, Progress(session)
+    trainee, progress = session.trainee, TrainingState(session)
     what = f"LoRA in {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
     yield Finding("model", "ok", f"{trainee.precision.name} ({trainee.precision.reason}), {what}")
     text_len = trainee.dims.text_len
@@ -241,4 +241,4 @@ def _guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[F
         yield from check()
     except UserError as error:
         expected = f" (expected: {error.expected})" if error.expected else ""
-        yield Finding(subject, "problem", error.problem + expected, error.mend or "")
+        yield Finding(subject, "problem", error.problem + expected, error.fix or "")

@@ -11,7 +11,7 @@ from typing import Any
 from shards.errors import UserError
 from train.config.train import TrainConfig, slots_per_rank
 from train.doctor.finding import Finding
-from train.estimate.plan import choose_layout
+from train.estimate.plan import choose_run_mesh
 
 
 def check_ranks(config: TrainConfig | None) -> Iterator[Finding]:
@@ -44,8 +44,8 @@ def check_host_name(name: str) -> Finding:
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]
     except OSError as error:
-        mend = f"add it to /etc/hosts, or name an interface: GLOO_SOCKET_IFNAME=eth0 ({error.strerror or error})"
-        return Finding("host name", "note", f"{name} has no address: gloo falls back to the loopback", mend)
+        fix = f"add it to /etc/hosts, or name an interface: GLOO_SOCKET_IFNAME=eth0 ({error.strerror or error})"
+        return Finding("host name", "note", f"{name} has no address: gloo falls back to the loopback", fix)
     return Finding("host name", "ok", f"{name} is {address}")
 
 
@@ -59,8 +59,8 @@ def check_master(environment: Mapping[str, str]) -> Finding:
     try:
         address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except OSError:
-        mend = "set it to the first machine's name or address"
-        return Finding("meeting place", "problem", f"MASTER_ADDR {host} has no address", mend)
+        fix = "set it to the first machine's name or address"
+        return Finding("meeting place", "problem", f"MASTER_ADDR {host} has no address", fix)
     return _try_to_listen(f"{host}:{port}", address[0], address[4])
 
 
@@ -82,8 +82,8 @@ def check_cards(names: Sequence[str], without_peers: Sequence[tuple[int, int]]) 
     """The slowest card sets the pace of all; without peer access every exchange goes through the host's memory."""
     kinds = sorted(set(names))
     if len(kinds) > 1:
-        mend = "the slowest sets the pace: CUDA_VISIBLE_DEVICES can leave cards out"
-        return Finding("cards together", "note", f"{len(names)} of {len(kinds)} kinds: {', '.join(kinds)}", mend)
+        fix = "the slowest sets the pace: CUDA_VISIBLE_DEVICES can leave cards out"
+        return Finding("cards together", "note", f"{len(names)} of {len(kinds)} kinds: {', '.join(kinds)}", fix)
     if without_peers:
         found = f"{len(names)} × {kinds[0]}, {len(without_peers)} pairs without peer access"
         return Finding("cards together", "note", found, "replicate rather than shard: docs/scaling.md")
@@ -93,7 +93,7 @@ def check_cards(names: Sequence[str], without_peers: Sequence[tuple[int, int]]) 
 def check_batch(config: TrainConfig, num_gpus: int) -> Finding:
     """Whether the global batch can be dealt to a process a GPU."""
     try:
-        mesh, _ = choose_layout(config, num_gpus, 1, None)
+        mesh, _ = choose_run_mesh(config, num_gpus, 1, None)
         share = slots_per_rank(config.data, mesh.dp_size)
     except UserError as error:
         return Finding("batch", "note", error.problem, error.expected or "")

@@ -13,8 +13,7 @@ from train.config.train import TrainConfig
 from train.data.loader import plan_step, select_samples
 from train.data.sampler import Order
 from train.doctor.finding import Finding
-
-FP16_MAX = 65_504.0
+from train.precision import FP16_MAX
 
 
 def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
@@ -86,7 +85,7 @@ def print_slots(slots: Sequence[Mapping[str, Any]]) -> None:
 def print_findings(findings: Sequence[Finding]) -> None:
     """The doctor's table."""
     table = Table()
-    for name in ("what", "status", "found", "to mend"):
+    for name in ("what", "status", "found", "to fix"):
         table.add_column(name, overflow="fold")
     for finding in findings:
         table.add_row(*finding)

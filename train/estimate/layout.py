@@ -20,7 +20,7 @@ def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -
             expected="as many processes on every machine",
         )
     if config.parallel.shard in ("full", "hybrid") and config.lora is None and world.size > 1:
-        raise UserError("parallel.shard spreads a frozen base; lora: null trains it", mend="parallel.shard=none")
+        raise UserError("parallel.shard spreads a frozen base; lora: null trains it", fix="parallel.shard=none")
     num_nodes = 1 if world.size % world.local_size else world.size // world.local_size
-    mesh, reason = plan.choose_layout(config, world.size, num_nodes, device_bytes)
+    mesh, reason = plan.choose_run_mesh(config, world.size, num_nodes, device_bytes)
     return Layout(world.rank, world.size, world.local_rank, mesh.base_shards, mesh.ulysses), reason

@@ -68,7 +68,7 @@ class Setting(NamedTuple):
         return self.exchange.seconds / self.seconds if self.seconds else 0.0
 
 
-class Plan(NamedTuple):
+class Estimate(NamedTuple):
     """What a run takes on some GPUs."""
 
     gpu: Gpu
@@ -100,7 +100,7 @@ def make_plan(
     *,
     efficiency: float | None = None,
     num_nodes: int = 1,
-) -> Plan:
+) -> Estimate:
     """Plan a run. Raises UserError for a precision that the GPU has not, or a batch that does not divide."""
     efficiency = gpu.efficiency if efficiency is None else efficiency
     dims, notes = _dims(config)
@@ -136,7 +136,7 @@ def make_plan(
     )  # every replica takes all of it
     training = chosen.seconds * config.max_steps
     samples = config.max_steps * config.data.global_batch
-    return Plan(
+    return Estimate(
         gpu=gpu,
         num_gpus=num_gpus,
         efficiency=efficiency,
@@ -170,7 +170,7 @@ class Basis(NamedTuple):
         return int(self.gpu.memory_gib * GIB)
 
 
-def choose_layout(config: TrainConfig, num_ranks: int, num_nodes: int, device_bytes: int | None) -> tuple[Mesh, str]:
+def choose_run_mesh(config: TrainConfig, num_ranks: int, num_nodes: int, device_bytes: int | None) -> tuple[Mesh, str]:
     """The layout of a run about to begin, and why: for the sizes of its dataset. Raises UserError as `choose_mesh`."""
     dims, _ = _dims(config)
     shapes: list[Shape] = []
@@ -244,7 +244,7 @@ def _dims(config: TrainConfig) -> tuple[DiTConfig, list[str]]:
 def _compute_bytes(config: TrainConfig, gpu: Gpu, notes: list[str]) -> int:
     compute = config.precision.compute
     if compute == "bf16" and gpu.precision == "fp16":
-        raise UserError(f"precision.compute: bf16 is only emulated on a {gpu.name}", mend="precision.compute=auto")
+        raise UserError(f"precision.compute: bf16 is only emulated on a {gpu.name}", fix="precision.compute=auto")
     if compute == "fp32":
         notes.append("fp32 stays far below the 16-bit peak that the seconds are counted by")
     return 4 if compute == "fp32" else 2
@@ -340,7 +340,7 @@ def _encode_seconds(gpu: Gpu, sizes: Sequence[Size]) -> float:
 # A plan for people and for programs. Importing it imports no torch.
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Estimate) -> dict[str, Any]:
     """The plan as JSON values."""
 
     def setting(value: Setting | None) -> dict[str, Any] | None:
@@ -359,7 +359,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return values
 
 
-def describe(plan: Plan, origin: str = "as given") -> list[str]:
+def describe_estimate(plan: Estimate, origin: str = "as given") -> list[str]:
     """The plan for people, a line an entry."""
     gpu = plan.gpu
     sizes = ", ".join(f"{size.bucket} ({size.share:.0%})" for size in plan.sizes)
@@ -389,7 +389,7 @@ def describe(plan: Plan, origin: str = "as given") -> list[str]:
     return lines + [f"note: {note}" for note in plan.notes]
 
 
-def describe_layouts(plan: Plan) -> list[str]:
+def describe_layouts(plan: Estimate) -> list[str]:
     """What else the same GPUs could do, and what is exchanged; nothing for one GPU."""
     if plan.num_gpus == 1:
         return []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 from shards.errors import UserError
+from shards.gpus import GIB
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.train import TrainConfig
 from train.estimate.flops import adapted_linears, first_trained_block, recompute_flops
@@ -19,7 +20,6 @@ from train.estimate.memory import Memory, kept_bytes, step_memory
 from train.geometry import SAVE_GROUPS, Shape
 
 Saves = tuple[Collection[str], ...]
-GIB = 2**30
 AUTO_SHARE = 0.97
 """Share of a GPU's memory that `auto` plans with: the workspace within it is an estimate."""
 
@@ -147,7 +147,7 @@ def make_chooser(
             raise UserError(
                 f"checkpointing.budget_gib: {config.checkpointing.budget_gib:g} is less than the blocks' inputs alone",
                 expected=f"at least {least:.2f} for {shape.batch} samples of {shape.tokens:,} tokens",
-                mend="raise it, lower data.micro_batch, or set checkpointing.policy: auto",
+                fix="raise it, lower data.micro_batch, or set checkpointing.policy: auto",
             )
         return chosen
 
@@ -155,13 +155,13 @@ def make_chooser(
 
 
 def _refuse_device(shape: Shape, need: Memory, limit: int) -> Saves:
-    mend = "shorter or smaller buckets, or a GPU with more memory"
+    fix = "shorter or smaller buckets, or a GPU with more memory"
     if shape.batch > 1:
-        mend = f"data.micro_batch: 1 (it is {shape.batch}); " + mend
+        fix = f"data.micro_batch: 1 (it is {shape.batch}); " + fix
     raise UserError(
         f"{shape.batch} samples of {shape.tokens:,} tokens need {need.total / GIB:.1f} GiB with every block recomputed",
         expected=f"at most {limit / GIB:.1f} GiB, {AUTO_SHARE:.0%} of what this GPU has",
-        mend=mend,
+        fix=fix,
     )
 
 

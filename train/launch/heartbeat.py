@@ -53,14 +53,14 @@ SILENT_BEATS = 3
 NOTE_SECONDS = 0.25
 """Between two looks for the launcher's word."""
 CONNECT_SECONDS = 3.0
-LEAVE_SECONDS = 30.0
+STORE_LEAVE_SECONDS = 30.0
 """How long rank 0, which holds the store, waits at the end for the others to leave it."""
 FAILURE_KEY = "failure"
 _TRANSPORT = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket")
 _RUNS = itertools.count()
 
 
-class Watch:
+class HeartbeatWatch:
     """Around a run of several processes. Says where this rank is, and ends it when another does not come.
 
     Leaving it with an error tells the others; an error of the connection itself is turned into a RankLost that names
@@ -99,7 +99,7 @@ class Watch:
         self._since = time.monotonic()
         self._arrivals += 1
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HeartbeatWatch:
         if self.world_size > 1:
             self._thread.start()
             self._guard.start()
@@ -112,7 +112,7 @@ class Watch:
             return
         with self._ending:  # a thread may be ending the process for the same reason
             self._done.set()
-        self._thread.join(timeout=LEAVE_SECONDS)
+        self._thread.join(timeout=STORE_LEAVE_SECONDS)
         try:
             if error is None or isinstance(error, SystemExit):
                 self._over.set()
@@ -303,7 +303,7 @@ class Watch:
             self._store.set(f"left/{self.rank}", "1")
             if self.rank == 0:
                 others = [f"left/{rank}" for rank in range(1, self.world_size)]
-                self._store.wait(others, datetime.timedelta(seconds=LEAVE_SECONDS))
+                self._store.wait(others, datetime.timedelta(seconds=STORE_LEAVE_SECONDS))
 
 
 def connect(patience_seconds: float, run: int) -> Any:

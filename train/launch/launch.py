@@ -44,7 +44,7 @@ from train.launch.failure import (
 )
 
 LOOK_SECONDS = 0.1
-LEAVE_SECONDS = 10.0
+FAILURE_LEAVE_SECONDS = 10.0
 """How long ranks may take to pass a failure on to other machines and leave."""
 LOOPBACK = "127.0.0.1"
 
@@ -75,7 +75,7 @@ def make_place(processes: str, num_nodes: int, node: int | None, master: str | N
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise UserError(
             "--nproc-per-node under a launcher that has started this process already (RANK, WORLD_SIZE are set)",
-            mend="leave it out, or start the command itself without that launcher",
+            fix="leave it out, or start the command itself without that launcher",
         )
     num_here = _count_gpus() if processes == "gpu" else _positive(processes)
     if num_nodes > 1 and (node is None or master is None):
@@ -100,7 +100,7 @@ def _count_gpus() -> int:
 
     count = torch.cuda.device_count()
     if count == 0:
-        raise UserError("--nproc-per-node gpu: torch sees no GPU here", mend="wantrain doctor")
+        raise UserError("--nproc-per-node gpu: torch sees no GPU here", fix="wantrain doctor")
     return count
 
 
@@ -253,7 +253,7 @@ class _Launcher:
         note = self._scratch / NOTE_FILE
         if not note.exists():
             write_whole(note, failure.to_json())
-            self._end_within(LEAVE_SECONDS)
+            self._end_within(FAILURE_LEAVE_SECONDS)
 
     def _failure(self, rank: int, code: int) -> Failure:
         record = self._scratch / f"rank-{rank}.json"
@@ -275,14 +275,14 @@ class _Launcher:
         elif others:
             lines.append(f"  then:     {name_ranks(others)} here ended, {time.time() - cause.seconds:.1f} s later")
         if cause.kind != "mistake":
-            lines.append("  to mend:  see why; then the same command goes on from the newest checkpoint")
+            lines.append("  to fix:  see why; then the same command goes on from the newest checkpoint")
         click.echo("\n".join(lines), err=True)
         return SIGNAL_EXIT - self._processes[cause.rank].returncode if cause.kind == "killed" else cause.exit_code
 
     def _report_late(self) -> int:
         click.echo(
             f"error: no checkpoint within {self._grace:g} s of the signal: {name_ranks(self._killed)} were killed\n"
-            "  to mend:  raise parallel.grace_seconds, and the scheduler's own grace time with it",
+            "  to fix:  raise parallel.grace_seconds, and the scheduler's own grace time with it",
             err=True,
         )
         return SIGNAL_EXIT + signal.SIGKILL

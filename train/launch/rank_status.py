@@ -21,7 +21,7 @@ class Beat(NamedTuple):
     """Places come through: the same program on every rank, so fewer means behind."""
 
 
-class Standing(NamedTuple):
+class RankStatus(NamedTuple):
     """What one reading of all ranks shows."""
 
     absent: list[int]
@@ -37,7 +37,7 @@ class Standing(NamedTuple):
         if not (self.absent or self.silent or self.behind):
             return (
                 f"all {world_size} ranks are at {at}, and for {seconds:.0f} s none goes on: the exchange itself hangs\n"
-                "  to mend:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
+                "  to fix:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
             )
         if self.absent:
             lines.append(f"{name_ranks(self.absent)}: never heard of; was it started, and does it reach MASTER_ADDR?")
@@ -53,7 +53,7 @@ class Standing(NamedTuple):
         return "\n  ".join(lines)
 
 
-def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_rank: int, here: Beat) -> Standing:
+def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_rank: int, here: Beat) -> RankStatus:
     """Who has never been heard, who has gone silent between two readings, who is behind the farthest."""
     absent = [rank for rank, beat in enumerate(after) if beat is None and rank != own_rank]
     known = {rank: beat for rank, beat in enumerate(after) if beat is not None}
@@ -62,4 +62,4 @@ def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_ran
     behind = {r: beat for r, beat in known.items() if r not in silent and beat.arrivals < farthest and r != own_rank}
     if here.arrivals < farthest:
         behind[own_rank] = here
-    return Standing(absent, silent, behind, max([*known.values(), here], key=lambda beat: beat.arrivals))
+    return RankStatus(absent, silent, behind, max([*known.values(), here], key=lambda beat: beat.arrivals))

@@ -52,7 +52,7 @@ def export_lora(
 
     file, identity, found_step = locate_lora(source, step)
     if out.exists():
-        raise UserError(f"{out} is there already", mend="name another file, or remove that one")
+        raise UserError(f"{out} is there already", fix="name another file, or remove that one")
     lora = read_lora(file)
     tensors = name_tensors(lora.pairs, written, dtype)
     _refuse_overflow(tensors, lora, dtype)
@@ -101,5 +101,5 @@ def _refuse_overflow(tensors: Mapping[str, torch.Tensor], lora: LoRAFile, dtype:
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
-                mend="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
+                fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
             )

@@ -43,7 +43,7 @@ _OTHER_LINEARS = (
 )  # fmt: skip
 _OFFICIAL = {linear: linear for linear in (*_BLOCK_LINEARS, *_OTHER_LINEARS)}
 _OFFICIAL |= {linear.replace(".", "_"): linear for linear in _OFFICIAL}
-BLOCK = re.compile(r"blocks[._](\d+)[._](.+)")
+BLOCK_NAME = re.compile(r"blocks[._](\d+)[._](.+)")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:(?P<a>lora_A|lora_down)|(?P<b>lora_B|lora_up))(?:\.default)?\.weight|(?P<owner>.+)\.alpha"
 )
@@ -134,7 +134,7 @@ def _format_of(key: str) -> Format | None:
 def _official_module(name: str, path: Path) -> str:
     for prefix, _ in _PREFIXES:
         name = name.removeprefix(prefix)
-    match = BLOCK.fullmatch(name)
+    match = BLOCK_NAME.fullmatch(name)
     inner, allowed = (match[2], _BLOCK_LINEARS) if match else (name, _OTHER_LINEARS)
     official = _OFFICIAL.get(inner) or _from_diffusers(inner, allowed)
     if official not in allowed:
@@ -162,7 +162,7 @@ def _refuse_halves(
     for module in sorted({*downs, *ups, *alphas}, key=module_order):
         if module not in downs or module not in ups:
             missing = "A (lora_down)" if module not in downs else "B (lora_up)"
-            raise UserError(f"{path}: {module}: {missing} is missing", mend="write the file anew, or download it again")
+            raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file anew, or download it again")
         down, up = downs[module], ups[module]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise UserError(
@@ -195,7 +195,7 @@ def _adapter_scales(
     for key in ("alpha_pattern", "rank_pattern"):
         if config.get(prefix + key):
             raise UserError(
-                f"{path}: {key} differs by module", mend="save it with one rank and one alpha, or merge it there"
+                f"{path}: {key} differs by module", fix="save it with one rank and one alpha, or merge it there"
             )
     if config.get(prefix + "use_dora"):
         raise UserError(f"{path}: a DoRA, not a plain LoRA")
@@ -215,7 +215,7 @@ def _adapter_config(path: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: the scale cannot be known: {beside.name}: {error}",
-            mend="keep adapter_config.json beside the file",
+            fix="keep adapter_config.json beside the file",
         ) from None
     return dict(config)
 
@@ -226,7 +226,7 @@ def _run_lora_config(path: Path) -> LoRAConfig:
     if not place.is_file():
         raise UserError(
             f"{path}: raw tensors of a run, and no run around them: their scale cannot be known",
-            mend="give the file inside its run folder, or RUN/lora.safetensors",
+            fix="give the file inside its run folder, or RUN/lora.safetensors",
         )
     values = parse_yaml(place.read_text(encoding="utf-8"), str(place))
     return validate_config(LoRAConfig, values.get("lora") or {}, origin=str(place))
@@ -243,12 +243,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as safetensors: {error}",
-            mend="download it again: it is cut short or another format",
+            fix="download it again: it is cut short or another format",
         ) from None
 
 
 def module_order(module: str) -> tuple[int, str]:
-    match = BLOCK.fullmatch(module)
+    match = BLOCK_NAME.fullmatch(module)
     return (int(match[1]), match[2]) if match else (-1, module)
 
 
@@ -263,7 +263,7 @@ def to_raw_state(lora: LoRAFile, config: LoRAConfig) -> dict[str, Tensor]:
         if pair.rank != config.rank:
             raise UserError(
                 f"{lora.origin}: {module} has rank {pair.rank}, lora.rank is {config.rank}",
-                mend=f"lora.rank={pair.rank}",
+                fix=f"lora.rank={pair.rank}",
             )
         state[f"{module}.lora_A.weight"] = pair.down_rI.float()
         state[f"{module}.lora_B.weight"] = pair.up_Or.float() * (pair.scale / config.scale)
@@ -288,7 +288,7 @@ def name_tensors(pairs: Mapping[str, Pair], written: Format, dtype: torch.dtype)
 
 
 def _stem(module: str, written: Format) -> tuple[str, str, str]:
-    match = BLOCK.fullmatch(module)
+    match = BLOCK_NAME.fullmatch(module)
     if written == "musubi":
         return "lora_unet_" + module.replace(".", "_"), ".lora_down.weight", ".lora_up.weight"
     if written == "diffsynth":

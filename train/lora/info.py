@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.lora.formats import BLOCK, LoRAFile, Pair
+from train.lora.formats import BLOCK_NAME, LoRAFile, Pair
 
 # Width of the residual stream -> the Wan model that has it.
 _MODELS = {3072: "Wan2.2-TI2V-5B", 1536: "Wan2.1-T2V-1.3B", 5120: "a Wan 14B model (2.1-14B or 2.2-A14B)"}
@@ -24,10 +24,10 @@ def describe_lora(lora: LoRAFile) -> dict[str, Any]:
     norms = {module: update_norm(pair) for module, pair in lora.pairs.items()}
     by_target: dict[str, list[float]] = {}
     for module, norm in norms.items():
-        match = BLOCK.fullmatch(module)
+        match = BLOCK_NAME.fullmatch(module)
         by_target.setdefault(match[2] if match else module, []).append(norm)
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
-    blocks = sorted({int(match[1]) for module in lora.pairs if (match := BLOCK.fullmatch(module))})
+    blocks = sorted({int(match[1]) for module in lora.pairs if (match := BLOCK_NAME.fullmatch(module))})
     return {
         "file": lora.origin,
         "format": lora.format,

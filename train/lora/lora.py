@@ -106,7 +106,7 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
     Raises: UserError when a target matches nothing, or when the model has a LoRA already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError("the model has a LoRA already", mend="merge it or build the model anew")
+        raise UserError("the model has a LoRA already", fix="merge it or build the model anew")
     names = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, Linear)]
     chosen = match_targets(names, config.targets)
     model.requires_grad_(False)
@@ -170,7 +170,7 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], origin: str =
             f"{origin}: {len(missing)} tensors are missing{_first(missing)}, {len(unexpected)} are unexpected"
             f"{_first(unexpected)}",
             expected=f"the {len(ours)} tensors of this run's lora.targets",
-            mend="resume with the lora.targets it was trained with",
+            fix="resume with the lora.targets it was trained with",
         )
     for name, tensor in ours.items():
         if state[name].shape != tensor.shape:

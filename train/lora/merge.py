@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
+from shards.files.safetensors_index import CheckpointLayout
 from train.lora.formats import LoRAFile, Pair, refuse_other_model
 from train.model.dit import build_model
 from train.model.load import base_parameters, match_tensors, read_dit_config
-from train.model.save import Layout, TensorSpec, plan_shards, write_layout
+from train.model.save import TensorSpec, plan_shards, write_layout
 
 MERGED_KEY = "wan_merged_loras"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +39,7 @@ def merge_checkpoint(
     base: Path,
     lora: LoRAFile,
     out: Path,
-    layout: Layout = "official",
+    layout: CheckpointLayout = "official",
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
 ) -> Merged:
@@ -59,7 +60,7 @@ def unmerge_checkpoint(
     merged: Path,
     lora: LoRAFile,
     out: Path,
-    layout: Layout = "official",
+    layout: CheckpointLayout = "official",
     dtype: torch.dtype = torch.float32,
     *,
     unrecorded_scale: float | None = None,
@@ -82,14 +83,20 @@ def unmerge_checkpoint(
         raise UserError(
             f"{merged}: its header does not say that {lora.origin} (sha256 {digest[:8]}…) is merged into it",
             expected=f"one of its merged LoRAs: {held}",
-            mend="if another tool merged it, give the strength it used: --unrecorded-scale 1.0",
+            fix="if another tool merged it, give the strength it used: --unrecorded-scale 1.0",
         )
     records.remove(mine[-1])
     return _rewrite(merged, lora, out, layout, dtype, -float(mine[-1]["scale"]), records)
 
 
 def _rewrite(
-    base: Path, lora: LoRAFile, out: Path, layout: Layout, dtype: torch.dtype, scale: float, record: list[dict]
+    base: Path,
+    lora: LoRAFile,
+    out: Path,
+    layout: CheckpointLayout,
+    dtype: torch.dtype,
+    scale: float,
+    record: list[dict],
 ) -> Merged:
     config = read_dit_config(base)
     targets = base_parameters(build_model(config, device="meta"))
@@ -124,7 +131,7 @@ def _finite(tensor: Tensor, spec: TensorSpec, file: Path) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise UserError(
             f"{file}: {spec.official} is not finite as {spec.dtype}".replace("torch.", ""),
-            mend="--dtype float32 or bfloat16; `wantrain lora info` shows a LoRA's broken modules",
+            fix="--dtype float32 or bfloat16; `wantrain lora info` shows a LoRA's broken modules",
         )
     return tensor
 

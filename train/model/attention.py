@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shards.errors import UserError
-from train.device import DeviceFacts
+from train.device import DeviceInfo
 
 MAX_MATH_SCORES = 1024 * 1024
 """Query tokens × key tokens up to which a GPU may use the "math" kernel: 4 MiB a head in fp32."""
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
         return f"{names or 'chosen by torch'} ({self.reason})"
 
 
-def choose_backend(facts: DeviceFacts, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
+def choose_backend(facts: DeviceInfo, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
     """Kernels for self-attention over `num_tokens` on a device.
 
     cuDNN then flash on Hopper and later, flash on Ampere and Ada, memory-efficient below and for fp32; the CPU's own
@@ -51,7 +51,7 @@ def choose_backend(facts: DeviceFacts, dtype: torch.dtype, num_tokens: int, head
             f"attention over {num_tokens:,} tokens in {_name(dtype)} on {facts.name} would use the math kernel: "
             f"{reason}; it stores every score, {gib:.1f} GiB a head and layer in fp32",
             expected="a memory-efficient, flash or cuDNN kernel",
-            mend="precision: auto (fp16 below compute capability 8.0), and heads of at most 256 channels",
+            fix="precision: auto (fp16 below compute capability 8.0), and heads of at most 256 channels",
         )
     return Backend(kernels, reason)
 
@@ -100,6 +100,6 @@ def attend(
             raise UserError(
                 f"attention {tuple(q.shape)} in {_name(q.dtype)}: none of {backend} takes it; math stores every score",
                 expected="a torch build whose fused kernels match this card",
-                mend="wantrain doctor",
+                fix="wantrain doctor",
             ) from error
     return out_BNLK.transpose(1, 2).flatten(2)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from train.config.model import DiTConfig
-from train.device import device_facts
+from train.device import device_info
 from train.model.attention import Backend, choose_backend
 from train.model.block import Block, BlockInputs, BlockRunner, DropoutKey, Linear, modulate, run_plain, run_recomputed
 from train.model.patchify import num_patch_channels, patchify, token_grid, unpatchify
@@ -205,7 +205,7 @@ def check_inputs(
 @lru_cache(maxsize=64)
 def backend_for(device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
     """`choose_backend` for a real device."""
-    return choose_backend(device_facts(device), dtype, num_tokens, head_dim)
+    return choose_backend(device_info(device), dtype, num_tokens, head_dim)
 
 
 def build_model(
@@ -242,11 +242,11 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
 
     A LoRA is left as it is; of a base that is spread over ranks each takes its own rows of the same numbers.
     """
-    from train.parallel.fsdp import own_rows
+    from train.parallel.fsdp import local_shard
 
     own = {name: weight for name, weight in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
     for index, (name, parameter) in enumerate(own.items()):
-        local, rows = own_rows(parameter)
+        local, rows = local_shard(parameter)
         generator = torch.Generator(local.device).manual_seed((seed * 1_000_003 + index) % 2**63)
         # Drawn in float32 whatever the weight is kept in: torch 2.9 draws other numbers for 16 bits.
         drawn = torch.empty(parameter.shape, dtype=torch.float32, device=local.device)

@@ -15,7 +15,7 @@ from shards.config import validate_config
 from shards.errors import UserError
 from shards.files.safetensors_index import indexed_files, read_object
 from train.config.model import DiTConfig
-from train.parallel.fsdp import own_rows
+from train.parallel.fsdp import local_shard
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -68,7 +68,7 @@ def load_dit(model: nn.Module, path: str | Path) -> None:
     ours = {theirs: official for official, theirs in names.items()}
     with torch.no_grad():
         for theirs, stored in _stream(places):
-            local, rows = own_rows(targets[ours[theirs]])
+            local, rows = local_shard(targets[ours[theirs]])
             if local.numel():  # the last ranks may hold no row of a short one
                 local.copy_(stored[rows])
 
@@ -116,8 +116,8 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if path.is_file():
         return [path], None
     if (path / "high_noise_model").is_dir() or (path / "transformer_2").is_dir():
-        mend = "`wanprep fetch-model FOLDER` fetches it"
-        raise UserError(f"model.checkpoint: {path}: this is Wan2.2-A14B (two experts)", expected=TI2V_NAME, mend=mend)
+        fix = "`wanprep fetch-model FOLDER` fetches it"
+        raise UserError(f"model.checkpoint: {path}: this is Wan2.2-A14B (two experts)", expected=TI2V_NAME, fix=fix)
     for folder in (path, path / "transformer"):
         if (folder / INDEX).is_file():
             return indexed_files(folder / INDEX)
@@ -138,7 +138,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file}: not a whole safetensors file: {error}", mend="download or write the file again"
+            f"{file}: not a whole safetensors file: {error}", fix="download or write the file again"
         ) from None
 
 
@@ -184,7 +184,7 @@ def _check_keys(
         + (f"; this looks like {other}" if other else "")
         + "".join(f"\n    {line}" for line in shown),
         expected=f"the {len(targets)} tensors of the configured model",
-        mend="name the checkpoint that the config's sizes belong to",
+        fix="name the checkpoint that the config's sizes belong to",
     )
 
 
@@ -205,7 +205,7 @@ def refuse_other_wan(path: str | Path, places: Mapping[str, tuple[Path, tuple[in
     """Raise UserError for a checkpoint that is another Wan's: its latents and its text are not the shards'."""
     other = recognise(places)
     if other not in (None, TI2V_NAME):
-        raise UserError(f"{path}: this is {other}", expected=TI2V_NAME, mend="`wanprep fetch-model FOLDER` fetches it")
+        raise UserError(f"{path}: this is {other}", expected=TI2V_NAME, fix="`wanprep fetch-model FOLDER` fetches it")
 
 
 def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -14,16 +14,16 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shards.errors import UserError
+from shards.files.safetensors_index import CheckpointLayout
 from train.config.model import DiTConfig
 from train.model.load import CONFIG_KEY, INDEX, SINGLE, diffusers_key
 
-Layout = Literal["official", "diffusers"]
 MAX_SHARD_BYTES = 10_000_000_000
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -43,7 +43,10 @@ class TensorSpec(NamedTuple):
 
 
 def plan_shards(
-    shapes: Mapping[str, tuple[int, ...]], layout: Layout, dtype: torch.dtype, max_bytes: int = MAX_SHARD_BYTES
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: CheckpointLayout,
+    dtype: torch.dtype,
+    max_bytes: int = MAX_SHARD_BYTES,
 ) -> list[list[TensorSpec]]:
     """Cut a model into files: in the model's order, each as full as `max_bytes` allows, by name within a file."""
     shards: list[list[TensorSpec]] = [[]]
@@ -93,7 +96,7 @@ def index_text(shards: list[list[TensorSpec]]) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def config_text(config: DiTConfig, layout: Layout) -> str:
+def config_text(config: DiTConfig, layout: CheckpointLayout) -> str:
     """`config.json` as each layout has it."""
     values: dict[str, Any]
     if layout == "official":
@@ -118,7 +121,7 @@ def config_text(config: DiTConfig, layout: Layout) -> str:
 
 def write_layout(
     folder: Path,
-    layout: Layout,
+    layout: CheckpointLayout,
     shards: list[list[TensorSpec]],
     config: DiTConfig,
     tensors: Iterator[tuple[TensorSpec, Tensor]],
@@ -161,7 +164,7 @@ def _write_next(file: BinaryIO, spec: TensorSpec, tensors: Iterator[tuple[Tensor
 
 def _check_place(place: Path, num_bytes: int) -> None:
     if any(place.glob("*.safetensors")):
-        raise UserError(f"{place} holds weights already", mend="name another folder, or remove that one")
+        raise UserError(f"{place} holds weights already", fix="name another folder, or remove that one")
     parent = place
     while not parent.exists():
         parent = parent.parent
@@ -169,5 +172,5 @@ def _check_place(place: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise UserError(
             f"{parent}: {free / 2**30:.1f} GiB are free, {num_bytes / 2**30:.1f} GiB are to be written",
-            mend="free some room, another disk, or --dtype bfloat16",
+            fix="free some room, another disk, or --dtype bfloat16",
         )

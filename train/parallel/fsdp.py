@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from train.model.dit import WanDiT
 
 
-def spread(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
+def shard_base(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
     """Spread a model that was built on `meta`, its LoRA injected, over a mesh of one axis, and make room for its parts.
 
     Weights are unset afterwards: see `weights.load_dit`, `model.init_random`, `lora.reset`.
@@ -57,7 +57,7 @@ def _make_room(model: nn.Module, device: torch.device, shard_device: torch.devic
             module.register_parameter(name, nn.Parameter(empty, requires_grad=weight.requires_grad))
 
 
-def own_rows(weight: Tensor) -> tuple[Tensor, slice]:
+def local_shard(weight: Tensor) -> tuple[Tensor, slice]:
     """What of a parameter this rank holds, sharing its memory, and which rows of the whole these are."""
     if not isinstance(weight, DTensor):
         return weight, slice(0, weight.shape[0] if weight.ndim else None)
@@ -72,7 +72,7 @@ def resident_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of this rank's parts of the base, and of what is whole on every rank, LoRA included."""
     parts = whole = 0
     for weight in model.parameters():
-        local, _ = own_rows(weight)
+        local, _ = local_shard(weight)
         size = local.numel() * local.element_size()
         parts, whole = (parts + size, whole) if isinstance(weight, DTensor) else (parts, whole + size)
     return parts, whole

@@ -143,11 +143,11 @@ class Ranks:
         for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
             weight.grad = part.view(weight.shape)
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Sums over all ranks, in float64."""
         return self._exchange(numbers, "SUM")
 
-    def largest(self, *numbers: float) -> list[float]:
+    def all_reduce_max(self, *numbers: float) -> list[float]:
         """Maxima over all ranks, in float64."""
         return self._exchange(numbers, "MAX")
 
@@ -163,7 +163,7 @@ class Ranks:
         result: list[float] = values.tolist()
         return result
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """A JSON value of rank 0's, on every rank."""
         return value if self.alone else self.gather(value if self.is_first else None)[0]
 
@@ -192,20 +192,20 @@ class Ranks:
         sizes = (self.layout.world_size // size, size)
         return init_device_mesh(device_type, sizes, mesh_dim_names=("copy", "part"))["part"]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks."""
-        self.largest(0.0)
+        self.all_reduce_max(0.0)
 
 
 ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def joined(config: ParallelConfig, world: World, device: torch.device) -> Iterator[World]:
+def process_group(config: ParallelConfig, world: World, device: torch.device) -> Iterator[World]:
     """Meet the other processes, at MASTER_ADDR and MASTER_PORT, and part at the end. A group that is there is used.
 
-    Tensors of the CPU are exchanged by gloo, those of a GPU by NCCL. Until `settle` the timeout is the long one of the
-    start: it holds loading, channels that are built at their first use, and compiling.
+    Tensors of the CPU are exchanged by gloo, those of a GPU by NCCL. Until `run_pending` the timeout is the long one of
+    the start: it holds loading, channels that are built at their first use, and compiling.
     """
     import torch.distributed as dist
 
@@ -222,7 +222,7 @@ def joined(config: ParallelConfig, world: World, device: torch.device) -> Iterat
         dist.destroy_process_group()
 
 
-def settle(config: ParallelConfig) -> None:
+def run_pending(config: ParallelConfig) -> None:
     """From here on exchanges take the shorter timeout of a step."""
     import torch.distributed as dist
 
@@ -247,4 +247,4 @@ def make_ranks(layout: Layout, reason: str = "") -> Ranks:
 
 def smallest(world: World, device_bytes: int | None) -> int | None:
     """The least of the ranks' memories, so that all choose the same; None where one has no GPU."""
-    return int(-Ranks(Layout(world.rank, world.size)).largest(-float(device_bytes or 0))[0]) or None
+    return int(-Ranks(Layout(world.rank, world.size)).all_reduce_max(-float(device_bytes or 0))[0]) or None

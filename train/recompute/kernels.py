@@ -54,7 +54,7 @@ def _probe(kernels: tuple[SDPBackend, ...], device: torch.device, dtype: torch.d
             return name
     raise UserError(
         f"no attention kernel of this torch build takes {heads[0]} heads of {heads[1]} in {dtype} on {device}",
-        mend="wantrain doctor",
+        fix="wantrain doctor",
     )
 
 

@@ -55,7 +55,7 @@ def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
     }
 
 
-def write_report(
+def write_run_report(
     run: Run, out: Path, *, budget_bytes: int = 3 << 20, num_hard: int = 20, open_data: bool = True
 ) -> list[str]:
     """Write the page, whole or not at all, and return what it says at its top.

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from shards.errors import UserError
 from shards.files.tensor_files import read_latent_facts
 from shards.page.html_page import Html, Section, join, tag
-from train.report.read_run import Picture
+from train.report.read_run import SampledLatent
 
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".mp4": "video/mp4"}
 MAX_STEPS_SHOWN = 12
@@ -47,7 +47,7 @@ class Pictures:
         return tag("a", text, href=href)
 
 
-def pictures_section(pictures: Pictures, found: Sequence[Picture], run: Path) -> Section | None:
+def pictures_section(pictures: Pictures, found: Sequence[SampledLatent], run: Path) -> Section | None:
     """What was sampled on the way, a prompt a block, its steps in order; None where nothing was."""
     if not found:
         return None
@@ -63,7 +63,7 @@ def pictures_section(pictures: Pictures, found: Sequence[Picture], run: Path) ->
     return Section("pictures", "Sampled videos", join((*words, *blocks)))
 
 
-def _prompt(pictures: Pictures, found: Sequence[Picture]) -> Html:
+def _prompt(pictures: Pictures, found: Sequence[SampledLatent]) -> Html:
     shown = list(found)
     if len(shown) > MAX_STEPS_SHOWN:  # the first, the last, and evenly between
         places = {round(place * (len(found) - 1) / (MAX_STEPS_SHOWN - 1)) for place in range(MAX_STEPS_SHOWN)}
@@ -82,7 +82,7 @@ def _prompt(pictures: Pictures, found: Sequence[Picture]) -> Html:
                                                            aria_label=f"{found[0].name} by step")))  # fmt: skip
 
 
-def _card(pictures: Pictures, picture: Picture, *, playing: bool) -> Html:
+def _card(pictures: Pictures, picture: SampledLatent, *, playing: bool) -> Html:
     what = f"{picture.name} after step {picture.step:,}"
     media = None
     if playing and picture.video is not None and (source := pictures.file(picture.video)):

@@ -19,11 +19,10 @@ import numpy as np
 
 from shards.config import load_config
 from shards.errors import UserError
-from train.checkpoint import RunState, find_checkpoints, read_checkpoint
+from train.checkpoint import CheckpointState, find_checkpoints, read_checkpoint
 from train.config.train import TrainConfig
+from train.run.log import HELD_OUT_FILE, METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
-HELD_OUT_FILE = "held_out.jsonl"
 LOG_FILE = "logs/rank-0.log"
 NUMBERS = (
     "step", "epoch", "loss", "lr", "grad_norm", "updates", "skipped", "loss_scale", "seconds", "data_wait_seconds",
@@ -92,7 +91,7 @@ class Steps(NamedTuple):
         return len(self.buckets)
 
 
-class Picture(NamedTuple):
+class SampledLatent(NamedTuple):
     """One latent that was sampled on the way, and what was made of it."""
 
     step: int
@@ -121,9 +120,9 @@ class Run(NamedTuple):
     config_text: str
     steps: Steps
     evaluations: list[dict[str, Any]]
-    states: list[tuple[Path, RunState]]
+    states: list[tuple[Path, CheckpointState]]
     log: LogFacts
-    pictures: list[Picture]
+    pictures: list[SampledLatent]
 
 
 def read_run(folder: Path) -> Run:
@@ -138,7 +137,7 @@ def read_run(folder: Path) -> Run:
     )  # fmt: skip
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each whole line of a JSON-lines file.
 
     Raises UserError for a line that is no object, unless it is the last one and has no end yet.
@@ -171,7 +170,7 @@ def read_steps(folder: Path) -> Steps:
     slots = tuple(array("d") for _ in range(4))  # there may be millions
     skips: list[Skip] = []
     substitutes: list[Substitute] = []
-    for number, line in read_lines(path):
+    for number, line in read_json_lines(path):
         try:
             for name in NUMBERS:
                 columns[name].append(_number(line.get(name)))
@@ -204,14 +203,14 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """held_out.jsonl: step, mean, t2v, i2v, sigmas, num_clips, seconds of each evaluation."""
     path = folder / HELD_OUT_FILE
     found = []
-    for number, line in read_lines(path):
+    for number, line in read_json_lines(path):
         if not isinstance(line.get("step"), int) or not isinstance(line.get("t2v"), list):
             raise UserError(f"{path}, line {number}: no evaluation", expected="lines as `wantrain fit` writes them")
         found.append({**line, **{name: [_number(x) for x in line.get(name) or ()] for name in ("t2v", "i2v")}})
     return found
 
 
-def read_states(folder: Path) -> list[tuple[Path, RunState]]:
+def read_states(folder: Path) -> list[tuple[Path, CheckpointState]]:
     """The checkpoints to resume from, oldest first; one that vanishes meanwhile is left out."""
     found = []
     for path in find_checkpoints(folder / "checkpoints"):
@@ -251,13 +250,13 @@ def read_log(folder: Path) -> LogFacts:
     return LogFacts(events, planned, device, base)
 
 
-def find_pictures(folder: Path) -> list[Picture]:
+def find_pictures(folder: Path) -> list[SampledLatent]:
     """What was sampled on the way, by step and name."""
     pictures = []
     for latent in sorted((folder / "samples").glob("step-*/[!.]*.safetensors")):
         made = [latent.with_suffix(suffix) for suffix in (".mp4", ".jpg")]
         video, still = (path if path.is_file() else None for path in made)
-        pictures.append(Picture(int(latent.parent.name.removeprefix("step-")), latent.stem, latent, video, still))
+        pictures.append(SampledLatent(int(latent.parent.name.removeprefix("step-")), latent.stem, latent, video, still))
     return pictures
 
 

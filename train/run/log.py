@@ -106,7 +106,7 @@ class RunLog:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What was written of evaluations so far."""
-        return read_lines(self._folder / HELD_OUT_FILE)
+        return read_json_lines(self._folder / HELD_OUT_FILE)
 
     def say(self, line: str) -> None:
         """A line for people, above the bar."""
@@ -178,7 +178,7 @@ def describe_step(record: StepRecord) -> str:
     return line
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl or held_out.jsonl; none when the file is not there."""
     if not path.exists():
         return []
@@ -233,7 +233,7 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            f"TensorBoard cannot be imported: {error}", mend="pip install -e '.[train]' -c constraints.txt"
+            f"TensorBoard cannot be imported: {error}", fix="pip install -e '.[train]' -c constraints.txt"
         ) from None
     # What a killed run wrote beyond its checkpoint is hidden.
     return SummaryWriter(str(folder), purge_step=first_step)
@@ -245,7 +245,7 @@ def _open_wandb(project: str | None, folder: Path, settings: str) -> Any:
     except ImportError:
         raise UserError(
             f"log.wandb_project: {project} needs the package wandb",
-            mend="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
+            fix="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
         ) from None
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same at every resume
     return wandb.init(

@@ -111,7 +111,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     if found:
         raise UserError(
             f"{folder} holds a run already, up to {found[-1].name}",
-            mend="choose another output, remove that folder, or let it go on with --resume auto",
+            fix="choose another output, remove that folder, or let it go on with --resume auto",
         )
     return None
 
@@ -156,11 +156,11 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
         handler.close()
 
 
-class Stopped(Exception):
+class StoppedBySignal(Exception):
     """A signal has asked for the end, in the middle of what can be given up."""
 
 
-class Stop:
+class StopSignal:
     """What signals have asked this process for."""
 
     def __init__(self) -> None:
@@ -170,10 +170,10 @@ class Stop:
         """Write a checkpoint and go on."""
 
 
-class Agreed:
+class AgreedStop:
     """What signals have asked any of the ranks for, as all of them have it: looked at by all at the same places."""
 
-    def __init__(self, asked: Stop, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, asked: StopSignal, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
         self._asked, self._ranks, self._pulse = asked, ranks, pulse
         self.signal: int | None = None
         """Write a checkpoint and end."""
@@ -186,7 +186,7 @@ class Agreed:
         own = self._asked.checkpoint
         if own:
             self._asked.checkpoint = False
-        number, wanted = self._ranks.largest(float(self._asked.signal or 0), float(own))
+        number, wanted = self._ranks.all_reduce_max(float(self._asked.signal or 0), float(own))
         self.signal = int(number) or None
         self.checkpoint = self.checkpoint or bool(wanted)
         return self.signal is not None
@@ -194,13 +194,13 @@ class Agreed:
     def raise_if_asked(self) -> None:
         """Raise Stopped when a signal has asked for the end."""
         if self.look():
-            raise Stopped
+            raise StoppedBySignal
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals() -> Iterator[StopSignal]:
     """SIGTERM and Ctrl-C ask for a checkpoint and an end, SIGUSR1 for a checkpoint; a second Ctrl-C interrupts."""
-    stop = Stop()
+    stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -274,5 +274,5 @@ def verify_dataset(config: TrainConfig) -> None:
         if problems:
             first = "; ".join(f"{problem.file} {problem.member or ''}: {problem.what}" for problem in problems[:3])
             raise UserError(
-                f"{root}: {len(problems)} problems: {first}", mend=f"`wanshards verify {root}` lists them all"
+                f"{root}: {len(problems)} problems: {first}", fix=f"`wanshards verify {root}` lists them all"
             )

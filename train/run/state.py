@@ -30,7 +30,7 @@ from train.run.session import Session, provenance
 from train.run.trainee import check_names
 
 
-class Progress:
+class TrainingState:
     """Counters, position, optimizer, loss scale, moving average: at step 0 until `restore`."""
 
     def __init__(self, session: Session) -> None:
@@ -104,16 +104,16 @@ class Progress:
     def _blame(self) -> str:
         if self.telemetry is None:
             return "gradients"
-        return self.telemetry.blame(self.trainee.weights.items(), self.session.ranks.largest)
+        return self.telemetry.blame(self.trainee.weights.items(), self.session.ranks.all_reduce_max)
 
     def _bound_skips(self) -> None:
-        """Where a loss scale can be lowered, the scaler has the last word; elsewhere nothing will mend by itself."""
+        """Where a loss scale can be lowered, the scaler has the last word; elsewhere nothing will fix by itself."""
         self.skipped_in_a_row += 1
         if not self.scaler.enabled and self.skipped_in_a_row > self.config.precision.max_skipped_in_a_row:
             raise UserError(
                 f"gradients were not finite {self.skipped_in_a_row} times in a row in {self.trainee.precision.name}",
                 expected="finite gradients",
-                mend="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
+                fix="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
     def due(self) -> tuple[Owed, ...]:
@@ -151,10 +151,10 @@ class Progress:
             self.session.identity,
             state.identity,
             f"checkpoint {path}",
-            mend="take back the change, or begin a new run in another output folder",
+            fix="take back the change, or begin a new run in another output folder",
         )
-        draws.check_version(state.draws_version)
-        order.check_version(state.order_version)
+        draws.check_draws_version(state.draws_version)
+        order.check_order_version(state.order_version)
         for name, was in state.provenance.items():
             if (now := provenance(self.trainee).get(name)) != was:
                 LOG.warning("resuming on another %s: was %s, is %s; the last bits may differ", name, was, now)
@@ -176,8 +176,8 @@ class Progress:
         self.evaluations_since_best, self.owed = state.evaluations_since_best, state.owed
         self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
 
-    def _state(self) -> checkpoint.RunState:
-        return checkpoint.RunState(
+    def _state(self) -> checkpoint.CheckpointState:
+        return checkpoint.CheckpointState(
             step=self.step,
             updates=self.updates,
             skipped=self.skipped,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shards.gpus import Gpu, by_driver_name
-from train.device import device_facts
+from train.device import device_info
 from train.estimate.communication import local_shape, rank_flops
 from train.estimate.flops import step_flops
 from train.estimate.memory import Memory
@@ -32,7 +32,7 @@ class Rate(NamedTuple):
     """The model's own FLOPs, without recomputation, ÷ seconds ÷ the peak; None where no peak is known."""
 
 
-class Meter:
+class Throughput:
     """Counts a run's FLOPs by its buckets, against the peak of the GPU where that is known."""
 
     def __init__(self, trainee: Trainee, layout: Layout | None = None) -> None:
@@ -124,5 +124,5 @@ class Meter:
 
 def gpu_of(trainee: Trainee) -> Gpu | None:
     """The GPU a run is on, when it is one whose peak is known and the run computes in 16 bits."""
-    facts = device_facts(trainee.device)
+    facts = device_info(trainee.device)
     return by_driver_name(facts.name) if facts.kind == "cuda" and trainee.precision.dtype.itemsize == 2 else None

@@ -18,7 +18,7 @@ from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
-from train.device import device_facts
+from train.device import device_info
 from train.estimate.saves import make_chooser
 from train.geometry import Shape
 from train.lora.export import locate_lora
@@ -26,7 +26,7 @@ from train.lora.formats import read_lora, to_raw_state
 from train.lora.lora import inject, load_lora_state, reset, save_export
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, read_dit_config, save_dit
-from train.parallel.fsdp import spread
+from train.parallel.fsdp import shard_base
 from train.parallel.ranks import ALONE, Layout, Ranks
 from train.parallel.ulysses import Ulysses
 from train.precision import Precision, resolve_precision
@@ -109,7 +109,7 @@ class Trainee:
 def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
     """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
     device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
-    precision = resolve_precision(config.precision.compute, device_facts(device))
+    precision = resolve_precision(config.precision.compute, device_info(device))
     dims = resolve_dims(config)
     model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
@@ -133,7 +133,7 @@ def _build(
     if ranks.layout.base_shards > 1 and config.lora is not None:
         model = build_model(dims, dtype, "meta")
         adapted = tuple(inject(model, config.lora, config.seed))
-        spread(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
+        shard_base(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
         reset(model, config.seed)
         if seed is not None:
             init_random(model, seed)
@@ -208,7 +208,7 @@ def weights_digest(location: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def describe(trainee: Trainee, dataset: Dataset) -> list[str]:
+def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     """What is about to be trained, for people."""
     trained = sum(weight.numel() for weight in trainee.weights.values())
     total = sum(weight.numel() for weight in trainee.model.parameters())
@@ -216,7 +216,7 @@ def describe(trainee: Trainee, dataset: Dataset) -> list[str]:
     what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
-        f"device: {device_facts(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
+        f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
     ]
     lines += [f"dataset note: {name}: {note}" for name, note in sorted(dataset.info.notes.items())]
     return lines

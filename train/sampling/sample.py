@@ -154,7 +154,7 @@ def _prepare(prompt: Prompt, sampler: SamplerConfig, dims: DiTConfig, dataset: D
     source: Dataset | Prompts
     if prompt.key is not None:
         if dataset is None:
-            raise UserError(f"{where}: key {prompt.key} needs a dataset", mend="give data.root")
+            raise UserError(f"{where}: key {prompt.key} needs a dataset", fix="give data.root")
         key = find_key(dataset, prompt.key, where)
         text, source = dataset.text(key), dataset
         facts |= {"prompt": str(dataset.text_meta(key)["captions"][0]), "key": key}
@@ -182,7 +182,7 @@ def find_key(dataset: Dataset, pattern: str, where: str) -> str:
         return pattern
     matches = sorted(sample.key for sample in dataset.samples if fnmatch.fnmatchcase(sample.key, pattern))
     if not matches:
-        raise UserError(f"{where}: no key matches {pattern!r}", mend="`wanshards ls ROOT --keys`")
+        raise UserError(f"{where}: no key matches {pattern!r}", fix="`wanshards ls ROOT --keys`")
     return matches[0]
 
 
@@ -195,10 +195,10 @@ def _checked_text(text: np.ndarray, dims: DiTConfig, where: str) -> Tensor:
     if text.shape[1] != dims.text_dim:
         raise UserError(
             f"{where}: embeddings of width {text.shape[1]}, the model takes {dims.text_dim}",
-            mend="embed with the text encoder that the model belongs to",
+            fix="embed with the text encoder that the model belongs to",
         )
     if len(text) > dims.text_len:
-        raise UserError(f"{where}: {len(text)} tokens, the model takes {dims.text_len}", mend="a shorter prompt")
+        raise UserError(f"{where}: {len(text)} tokens, the model takes {dims.text_len}", fix="a shorter prompt")
     return pad_texts([text], dims.text_len)[0].float()
 
 
@@ -222,6 +222,6 @@ def _first_frame(
             f"prompt {prompt.name}: its first frame is {width * SPATIAL_STRIDE}×{height * SPATIAL_STRIDE} pixels, "
             f"{frame_CHW.shape[0]} channels",
             expected=f"{shape[3] * SPATIAL_STRIDE}×{shape[2] * SPATIAL_STRIDE}, {shape[0]} channels",
-            mend="`wanprep encode-image` at the prompt's size",
+            fix="`wanprep encode-image` at the prompt's size",
         )
     return frame_CHW
