@@ -61,6 +61,12 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def shipped_configs() -> Path:
+    """The folder of the YAML files that ship: inside an installed package, beside the packages in a checkout."""
+    installed = Path(__file__).with_name("configs")
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
     """Read a YAML file into `cls`, apply `a.b=c` overrides, validate. Raises UserError naming every bad key."""
     path = Path(path)
@@ -69,7 +75,8 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] =
             raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes", expected="a configuration file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file", expected="a YAML configuration file") from None
+        fix = f"name a file of your own, or one of those that ship with the package: {shipped_configs()}/*.yaml"
+        raise UserError(f"{path}: no such file", expected="a YAML configuration file", fix=fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     values = parse_yaml(text, str(path))

@@ -7,25 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from figures import cycles, figures, has_python, import_graph
+from figures import ORDER, cycles, figures, has_python, import_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("preprocess", "shards", "train")
 
-# The order of the folders and root files of each package, top to bottom: each imports only from those below it.
-# `docs/architecture.md` says what each of them is for.
-ORDER = {
-    "preprocess": """
-        cli pipeline tools build forecast plan demo video text fetch encoders corpus config facts rejection
-    """,
-    "shards": """
-        cli report show stats check write read files format storage page config console gpus errors
-    """,
-    "train": """
-        cli loop doctor report step run evaluate recompute estimate lora sampling model data parallel launch
-        checkpoint optim precision objective config geometry device
-    """,
-}
 # Most files of one folder, most entries at the root of a package, most levels of imports under one file.
 MAX_FILES, MAX_ROOT_ENTRIES, MAX_DEPTH = 13, 22, 16
 ENCODER_LIBRARIES = {"diffusers", "transformers", "av", "ffmpeg", "sentencepiece", "tokenizers"}

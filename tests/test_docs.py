@@ -100,6 +100,18 @@ def test_the_reference_is_what_the_program_says(name):
     assert written == getattr(_generator(), f"{name}_text")(), "run: python docs/reference/generate.py"
 
 
+def test_the_list_of_folders_is_what_the_files_say():
+    written = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    assert written == _generator().architecture_text(), "run: python docs/reference/generate.py"
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_every_source_file_that_a_document_names_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:preprocess|shards|train|tests|configs)/[\w/.-]+\.(?:py|yaml|sh)\b", text)
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize(("document", "line"), ALL_COMMANDS, ids=[f"{d}: {c[:60]}" for d, c in ALL_COMMANDS])
 def test_every_command_in_the_documents_parses_and_its_config_loads(document, line, monkeypatch):
     monkeypatch.chdir(ROOT)

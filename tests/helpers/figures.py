@@ -11,6 +11,21 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("preprocess", "shards", "train")
 
+# The order of the folders and root files of each package, top to bottom: each imports only from those below it.
+# The list in `docs/architecture.md` is made of it.
+ORDER = {
+    "preprocess": """
+        cli pipeline tools build forecast plan demo video text fetch encoders corpus config facts rejection
+    """,
+    "shards": """
+        cli report show stats check write read files format storage page config console gpus errors
+    """,
+    "train": """
+        cli loop doctor report step run evaluate recompute estimate lora sampling model data parallel launch
+        checkpoint optim precision objective config geometry device
+    """,
+}
+
 
 class Figures(NamedTuple):
     """What a reader meets."""
