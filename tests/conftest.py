@@ -32,6 +32,13 @@ hypothesis.settings.register_profile("suite", deadline=None, suppress_health_che
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What drives a browser carries the marker `browser`."""
+    for item in items:
+        if "one_browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 @pytest.fixture
 def tiny_dit() -> Any:
     """A float32 DiT of the real architecture, every parameter random (biases, norms and head too)."""
