@@ -56,7 +56,7 @@ FAST := tests/test_boundaries.py tests/test_docs.py \
   $(patsubst %,tests/train/test_%.py,order draws objective solver lora plan)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest $(FAST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
