@@ -9,16 +9,21 @@ QUIET  ?= --quiet
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install $(QUIET) --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-STAMP := pyproject.toml constraints.txt
+STAMP := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo demo-clean test test-all lint bench clean help
+.PHONY: demo demo-clean test test-fast test-all lint format docs bench clean help
 
 help:
-	@echo "make demo      set up, then the whole job on a small corpus: clips -> shards -> LoRA (demo/)"
-	@echo "make test      set up, then the tests (make test-all: the long proofs too)"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     the benchmarks: ratios and counts, in tests/benchmarks/"
-	@echo "make clean     remove the environment and the demo's output"
+	@echo "make demo        set up, then the complete job on a small corpus: clips -> shards -> LoRA (demo/)"
+	@echo "make demo-clean  remove the demo's output"
+	@echo "make test        set up, then the tests"
+	@echo "make test-fast   the tests that take seconds: formats, keys, plans, order, draws, documents"
+	@echo "make test-all    the slow tests too"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      ruff format, and the fixes that ruff can make"
+	@echo "make docs        write the generated pages again: docs/reference and the tables of docs/scaling.md"
+	@echo "make bench       the benchmarks: ratios and counts, in tests/benchmarks/"
+	@echo "make clean       remove the environment and the demo's output"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,6 +49,15 @@ demo-clean:
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Files that hold neither browser tests nor builds.
+FAST := tests/test_boundaries.py tests/test_docs.py \
+  $(patsubst %,tests/shards/test_%.py,keys codec tar config identity format dataset) \
+  $(patsubst %,tests/preprocess/test_%.py,timecode records sieve) \
+  $(patsubst %,tests/train/test_%.py,order draws objective solver lora plan)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST)
+
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
@@ -51,6 +65,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/reference/generate.py
+	$(BIN)/python docs/reference/scaling_tables.py
 
 bench: $(VENV)/.dev
 	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done

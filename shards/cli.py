@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 
@@ -20,7 +21,7 @@ TEXT_SET = click.option("--text-set", default=None, metavar="NAME", help="Text s
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="wan-broadcast-lora")
+@click.version_option(__version__)
 def main() -> None:
     """Look into a dataset of sealed shards, check it, copy out of it.
 

@@ -11,6 +11,7 @@ import click
 
 from preprocess.build.progress import STYLES, Style
 from preprocess.cli.model_commands import decode, embed, encode_image, fetch_model
+from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ UNIT_RANGE = _UnitRange()
 
 
 @click.group(cls=CommandGroup, context_settings=CONTEXT)
-@click.version_option(package_name="wan-broadcast-lora", prog_name="wanprep")
+@click.version_option(__version__, prog_name="wanprep")
 def main() -> None:
     """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from shards import __version__
 from shards.config import load_config
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
@@ -22,7 +23,7 @@ CONFIG = click.argument("config", type=click.Path(path_type=Path))
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="wan-broadcast-lora")
+@click.version_option(__version__)
 def main() -> None:
     """Train a LoRA of Wan2.2-TI2V-5B from sealed shards.
 

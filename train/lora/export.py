@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shards import __version__
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
@@ -28,7 +28,7 @@ def export_metadata(identity: Mapping[str, Any], step: int, licence: str | None)
     """
     dataset = identity.get("dataset", {})
     return {
-        "software": f"{SOFTWARE} {importlib.metadata.version(SOFTWARE)}",
+        "software": f"{SOFTWARE} {__version__}",
         "base_model": BASE_MODEL,
         "base_weights": str(identity.get("weights")),
         "dataset_identity": str(dataset.get("identity")),
