@@ -263,7 +263,7 @@ def test_stopping_interrupts_a_wait(tmp_path):
     stop.set()
     with (
         Fetcher(config, CorpusConfig(location="nowhere"), tmp_path, stop) as fetcher,
-        pytest.raises(fetching.Stopped),
+        pytest.raises(fetching.TransferStopped),
         fetcher.fetched(record),
     ):
         pass

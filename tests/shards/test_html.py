@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,14 +70,6 @@ def test_line_charts_of_odd_ranges_draw_within_their_box(values):
 def test_a_chart_of_nothing_says_so():
     assert "Nothing was recorded" in line_chart("c", [Line("a", [1.0], [float("nan")])], "step", "loss")
     assert "<table" in bar_list("c", [])
-
-
-def test_what_a_page_needs_travels_with_the_package():
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["shards"]
-    packed = {path for pattern in patterns for path in (ROOT / "shards").glob(pattern)}
-    others = {path for path in (ROOT / "shards").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert others
-    assert others == packed
 
 
 def test_a_point_alone_is_a_dot_and_small_numbers_fit_the_margin():

@@ -184,7 +184,7 @@ def test_the_whole_archive_opens_in_bounded_memory(tmp_path: Path) -> None:
     root = tmp_path / "archive"
     write_commits(root)
     write_index(open_storage(root))
-    code = "import sys; from shards.dataset import open_dataset; assert len(open_dataset(sys.argv[1])) == 160_000"
+    code = "import sys; from shards.read.dataset import open_dataset; assert len(open_dataset(sys.argv[1])) == 160_000"
     process = subprocess.Popen([sys.executable, "-c", code, str(root)])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -316,7 +316,7 @@ def test_stats_needs_neither_torch_nor_pillow(tmp_path):
     root = tmp_path / "root"
     write_latents(root, 1, scratch=tmp_path / "scratch")
     code = (
-        f"from shards.stats import dataset_stats; import sys; dataset_stats({str(root)!r});"
+        f"from shards.stats.stats import dataset_stats; import sys; dataset_stats({str(root)!r});"
         "assert not {'torch', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})

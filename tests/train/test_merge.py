@@ -202,8 +202,8 @@ def test_the_real_diffusers_model_has_the_same_keys_and_shapes():
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from train.lora_formats import read_lora
-from train.merge import merge_checkpoint
+from train.lora.formats import read_lora
+from train.lora.merge import merge_checkpoint
 lora = read_lora(sys.argv[2])
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

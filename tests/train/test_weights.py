@@ -126,9 +126,9 @@ def test_loading_rounds_into_the_models_own_dtypes(tiny_dit: WanDiT, tmp_path: P
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from train.model import build_model
-from train.model_config import DiTConfig
-from train.weights import load_dit, read_dit_config
+from train.model.dit import build_model
+from train.config.model import DiTConfig
+from train.model.load import load_dit, read_dit_config
 
 def peak_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
