@@ -26,7 +26,7 @@ import zstandard
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden" / "before-rooms"
-LAYOUTS = ["one", "replicate-2", *(pytest.param(name, marks=pytest.mark.long) for name in ("shard-2", "ulysses-2"))]
+LAYOUTS = ["one", "replicate-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shard-2", "ulysses-2"))]
 CLOCKED = ("seconds", "memory_gib", "tflops", "mfu")
 
 
