@@ -18,7 +18,7 @@ from shards.console import LOG
 from train import checkpoint, evaluate
 from train.config.train import TrainConfig
 from train.data.loader import Loader
-from train.device import choose_device, device_memory
+from train.device import choose_device, device_info, device_memory
 from train.estimate.layout import choose_layout
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
@@ -40,7 +40,7 @@ from train.run.session import (
 )
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
-from train.run.trainee import Trainee, describe_trainee
+from train.run.trainee import Trainee, describe_base, describe_trainee
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
 
@@ -91,10 +91,11 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         log = _open_log(progress, start)
         stack.callback(log.close)
         for line in (*describe_trainee(trainee, session.dataset), *describe_data(session)):
-            log.say(line)
+            LOG.info("%s", line)
         if not ranks.alone:
-            log.say(f"layout: {ranks.layout}{ranks.reason and f' ({ranks.reason})'}")
-        log.say(f"resuming from {start}" if start else f"beginning in {folder}")
+            LOG.info("layout: %s%s", ranks.layout, ranks.reason and f" ({ranks.reason})")
+        LOG.info("%s", f"resuming from {start}" if start else f"beginning in {folder}")
+        _write_start(progress, log, start)
 
         loader = stack.enter_context(
             contextlib.closing(
@@ -113,8 +114,10 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         )
         pictures = _prepare_pictures(session, config)
         meter = Throughput(trainee, ranks.layout)
-        for line in meter.before(list(session.order.buckets)):
-            log.say(line)
+        planned, lines = meter.before(list(session.order.buckets))
+        for line in lines:
+            LOG.info("%s", line)
+        log.event("plan", progress.step, **planned)
         saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1
         if start is None:
             progress.owed = progress.due()
@@ -175,7 +178,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         if (progress.step, progress.owed) != saved:
             _save(progress, log)
         for line in meter.after():
-            log.say(line)
+            LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
         ranks.barrier()  # nobody calls the run done before its files are there
@@ -206,6 +209,37 @@ def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
     checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
     settings = write_settings(progress.session, config)
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
+
+
+def _write_start(progress: TrainingState, log: RunLog | OwnLog, start: Path | None) -> None:
+    """The first events of a start: of what, on what."""
+    trainee, dataset = progress.trainee, progress.session.dataset
+    facts = {
+        "base": describe_base(trainee.config),
+        "parameters": sum(weight.numel() for weight in trainee.model.parameters()),
+        "trained": sum(weight.numel() for weight in trainee.weights.values()),
+        "revision": dataset.revision,
+        "processes": progress.session.ranks.layout.world_size,
+    }
+    if start is None:
+        log.event("start", progress.step, **facts)
+    else:
+        log.event("resume", progress.step, checkpoint=str(start), **facts)
+    precision = trainee.precision
+    name = device_info(trainee.device).name
+    log.event("device", progress.step, name=name, precision=precision.name, reason=precision.reason)
+
+
+def _write_stop(
+    progress: TrainingState,
+    log: RunLog | OwnLog,
+    reason: str,
+    *,
+    signal: int | None = None,
+    error: str | None = None,
+    export: str | None = None,
+) -> None:
+    log.event("stop", progress.step, reason=reason, signal=signal, error=error, export=export)
 
 
 def _settle(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
@@ -248,7 +282,7 @@ def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[
     log.write_held_out(progress.step, held_out, seconds)
     share = 100 * progress.eval_seconds / progress.seconds
     found = evaluate.describe_held_out(held_out, before[0] if before else None)
-    log.say(f"step {progress.step}  {found}; {share:.0f} % of the time")
+    LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
 
 
@@ -288,7 +322,9 @@ def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[che
     """Write a checkpoint, on rank 0; return what tells it from the next one."""
     if progress.session.ranks.is_first:
         log.sync()
-        log.say(f"checkpoint {progress.save()}")
+        path = progress.save()
+        LOG.info("checkpoint %s", path)
+        log.event("checkpoint", progress.step, path=str(path))
     return progress.step, progress.owed
 
 
@@ -296,23 +332,23 @@ def _finish(progress: TrainingState, log: RunLog | OwnLog, stopped_by: int | Non
     evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
     if stopped_by is not None:
-        log.say(f"stopped by signal {stopped_by} after step {progress.step}; `wantrain fit` goes on from there")
+        LOG.info("stopped by signal %d after step %d; the same command resumes there", stopped_by, progress.step)
+        _write_stop(progress, log, "signal", signal=stopped_by)
         return FitResult(progress.step, before, after, None, stopped_by)
     if _exhausted(progress):
-        log.say(f"stopped early: {progress.evaluations_since_best} evaluations without improvement")
+        LOG.info("stopped early: %d evaluations without improvement", progress.evaluations_since_best)
     if before is not None and after is not None:
         change = 100 * (after / before - 1)
-        log.say(
-            f"held-out loss {before:.4f} before, {after:.4f} after ({change:+.1f} %), best at step {progress.best_step}"
-        )
+        words = f"held-out loss {before:.4f} before, {after:.4f} after ({change:+.1f} %)"
+        LOG.info("%s, best at step %s", words, progress.best_step)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
-    log.say(
-        f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s, held-out loss {share:.0f} %"
-    )
+    words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"
+    LOG.info("%s, held-out loss %.0f %%", words, share)
     if not progress.session.ranks.is_first:
         return FitResult(progress.step, None, None, None, None)
     path = _export(progress)
-    log.say(f"exported {path}")
+    LOG.info("exported %s", path)
+    _write_stop(progress, log, "patience" if _exhausted(progress) else "done", export=str(path))
     return FitResult(progress.step, before, after, path, None)
 
 

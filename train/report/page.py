@@ -46,10 +46,10 @@ def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
         "tokens_per_second": _ratio(np.nansum(columns["tokens"]), seconds),
         "data_wait_share": _ratio(np.nansum(columns["data_wait_seconds"]), seconds),
         "memory_gib": _largest(columns["memory_gib"]),
-        "planned_gib": run.log.planned_gib,
+        "planned_gib": run.history.planned_gib,
         "skipped_updates": [skip._asdict() for skip in run.steps.skips],
         "substituted": [one._asdict() for one in run.steps.substitutes],
-        "events": [event._asdict() for event in run.log.events],
+        "events": [event._asdict() for event in run.history.events],
         "checkpoints": [str(path) for path, _ in run.states],
         "highest_losses": [hard._asdict() for hard in hard_samples(run.steps, levels, num_hard)],
     }
@@ -97,7 +97,7 @@ def write_run_report(
 
 
 def _lead(run: Run, summary: Mapping[str, Any]) -> Html:
-    base = run.log.base or run.config.model.checkpoint or "random weights"
+    base = run.history.base or run.config.model.checkpoint or "random weights"
     return tag("p", f"Step {summary['step']:,} of {run.config.max_steps:,}. Base: {base}.")
 
 
@@ -163,6 +163,9 @@ def _notes(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(run.steps) and not len(run.steps.slots.step):
         notes.append(("warn", "metrics.jsonl has no losses by slot (a run of an earlier version): curves by noise "
                               "level and the highest losses are left out."))  # fmt: skip
+    if not run.history.events:
+        notes.append(("warn", "The run has no events.jsonl (an earlier version made it): starts, stops, device "
+                              "and plan are in logs/rank-0.log alone."))  # fmt: skip
     return notes
 
 
@@ -219,7 +222,7 @@ def _open(run: Run) -> tuple[Dataset | None, str | None]:
 
 
 def _resume(run: Run) -> Html:
-    events = [(event.time, event.what, f"{event.step:,}") for event in run.log.events]
+    events = [(event.time, event.what, f"{event.step:,}") for event in run.history.events]
     rows: list[Sequence[Child]] = []
     for path, state in reversed(run.states):
         kept = " (best)" if state.best_step == state.step else ""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from shards.console import LOG
 from shards.errors import UserError
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
+from train.run.events import EventName, write_event
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
@@ -91,8 +96,12 @@ class RunLog:
         values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
         self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
         if record.step % self._config.every_steps == 0 or record.overflow:
-            self._bar.say(describe_step(record))
+            LOG.info("%s", describe_step(record))
         self._bar.advance(record.step)
+
+    def event(self, event: EventName, step: int, **values: Any) -> None:
+        """One line of events.jsonl."""
+        write_event(self._folder, event, step, **values)
 
     def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
         """One evaluation, everywhere."""
@@ -107,10 +116,6 @@ class RunLog:
     def evaluations(self) -> list[dict[str, Any]]:
         """What was written of evaluations so far."""
         return read_json_lines(self._folder / HELD_OUT_FILE)
-
-    def say(self, line: str) -> None:
-        """A line for people, above the bar."""
-        self._bar.say(line)
 
     def sync(self) -> None:
         """Make what was written so far survive a crash of the machine; called with each checkpoint."""
@@ -150,9 +155,8 @@ class OwnLog:
         """None here."""
         return []
 
-    def say(self, line: str) -> None:
-        """A line for people."""
-        LOG.info("%s", line)
+    def event(self, event: EventName, step: int, **values: Any) -> None:
+        """Rank 0's."""
 
     def sync(self) -> None:
         """Nothing to keep."""
@@ -186,10 +190,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _Bar:
-    """A progress bar on a terminal; plain log lines elsewhere."""
+    """A progress bar on a terminal, with the log's lines above it; elsewhere nothing."""
 
     def __init__(self, done: int, total: int) -> None:
         self._progress = None
+        self._handlers = list(LOG.handlers)
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -197,13 +202,11 @@ class _Bar:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=Console(stderr=True))
             self._task = self._progress.add_task("training", completed=done, total=total)
+            # Only the terminal's handler is exchanged: logs/rank-0.log gets every line, as without a bar.
+            for place, handler in enumerate(self._handlers):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                    LOG.handlers[place] = _AboveBar(self._progress.console, handler.formatter)
             self._progress.start()
-
-    def say(self, line: str) -> None:
-        if self._progress is None:
-            LOG.info("%s", line)
-        else:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, done: int) -> None:
         if self._progress is not None:
@@ -211,7 +214,21 @@ class _Bar:
 
     def close(self) -> None:
         if self._progress is not None:
+            LOG.handlers[:] = self._handlers
             self._progress.stop()
+
+
+class _AboveBar(logging.Handler):
+    """The terminal's handler while a bar is drawn there."""
+
+    def __init__(self, console: Console, formatter: logging.Formatter | None) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, whatever it holds, without cutting or colouring it."""
+        self._console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:

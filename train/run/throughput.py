@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,8 +51,8 @@ class Throughput:
         self._seconds.setdefault(bucket, []).append(seconds)
         return rate
 
-    def before(self, buckets: list[Bucket]) -> list[str]:
-        """The plan's figures for the bucket that takes most, for people."""
+    def before(self, buckets: list[Bucket]) -> tuple[dict[str, Any], list[str]]:
+        """The plan's figures for the bucket that takes most: for events.jsonl, and for people."""
         largest = max(buckets, key=self._tokens)
         executed, own = self._flops(largest)
         lines = [
@@ -64,7 +64,8 @@ class Throughput:
             setting = Setting(self._config.checkpointing.policy, describe_saves(saves), memory, None, 0, 0, 0)
             parts = [" ".join(line.split()) for line in describe_memory(setting)]
             lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
-        return lines
+        gib = None if memory is None else memory.total / GIB
+        return {"bucket": str(largest), "tflop": executed / 1e12, "gib": gib}, lines
 
     def after(self) -> list[str]:
         """What was measured beside what was planned."""

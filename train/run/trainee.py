@@ -18,7 +18,7 @@ from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
-from train.device import device_info
+from train.device import choose_device, device_info, device_memory
 from train.estimate.saves import make_chooser
 from train.geometry import Shape
 from train.lora.export import locate_lora
@@ -34,7 +34,6 @@ from train.recompute.runner import ChooseSaves, keep
 
 if TYPE_CHECKING:
     from shards.read.dataset import Dataset
-from train.device import choose_device, device_memory
 
 LOG = logging.getLogger("wan.trainee")
 DIGEST_WHOLE_BYTES = 64 << 20
@@ -208,11 +207,16 @@ def weights_digest(location: str | None) -> str | None:
     return digest.hexdigest()
 
 
+def describe_base(config: TrainConfig) -> str:
+    """What the base is, for people."""
+    return config.model.checkpoint or f"random weights, seed {config.model.random_seed}"
+
+
 def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     """What is about to be trained, for people."""
     trained = sum(weight.numel() for weight in trainee.weights.values())
     total = sum(weight.numel() for weight in trainee.model.parameters())
-    base = trainee.config.model.checkpoint or f"random weights, seed {trainee.config.model.random_seed}"
+    base = describe_base(trainee.config)
     what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
