@@ -30,7 +30,7 @@ ROUNDS = 15
 SERVER = """
 import sys, time
 from pathlib import Path
-from preprocess.serve import served
+from preprocess.demo.server import served
 with served(Path(sys.argv[1])) as url:
     print(url, flush=True)
     sys.stdin.read()

@@ -251,8 +251,8 @@ def test_two_runs_at_once_download_a_clip_from_the_cache_of_the_other(tmp_path):
 import sys, threading
 from pathlib import Path
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.fetch import Fetcher
-from preprocess.records import Record
+from preprocess.fetch.fetcher import Fetcher
+from preprocess.corpus.records import Record
 url, cache, scratch = sys.argv[1:]
 config = FetchConfig(allow_hosts=("127.0.0.1",), cache=cache, cache_gib=0.01)
 with Fetcher(config, CorpusConfig(location="x"), Path(scratch), threading.Event()) as fetcher:

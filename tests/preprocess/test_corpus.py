@@ -205,7 +205,7 @@ def test_a_zip_that_lies_about_its_sizes(tmp_path):
 
 BOMBS = """
 import sys
-from preprocess.corpus import iter_documents
+from preprocess.corpus.corpus import iter_documents
 found = list(iter_documents(sys.argv[1]))
 assert [doc.rejection and doc.rejection.reason for doc in found] == ["too-large", None], found
 status = open("/proc/self/status").read()  # not ru_maxrss: a child starts with its parent's

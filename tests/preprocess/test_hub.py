@@ -151,7 +151,7 @@ def test_encoders_alone(hub, tmp_path):
 def test_a_cut_download_goes_on_by_range_in_this_call_and_in_the_next(hub, tmp_path):
     hub.cut_after = 100_000
     name = "Wan2.2_VAE.pth"
-    with pytest.raises(UserError, match="goes on where it stopped"):
+    with pytest.raises(UserError, match="resumes where it stopped"):
         hub.status_after = 4
         fetch_model(tmp_path, part="encoders")
     (part,) = tmp_path.rglob("*.part")
