@@ -178,7 +178,7 @@ def test_a_part_of_a_killed_process_is_gone_on_with(hub, tmp_path):
 
 def test_a_wrong_digest_is_told_and_not_kept(hub, tmp_path):
     hub.lie = "Wan2.2_VAE.pth"
-    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: what was downloaded has another digest"):
+    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: the download.s digest is not the hub.s"):
         fetch_model(tmp_path, part="encoders")
     assert not (tmp_path / "Wan2.2_VAE.pth").exists()
     hub.lie = None
@@ -187,7 +187,7 @@ def test_a_wrong_digest_is_told_and_not_kept(hub, tmp_path):
 
 def test_a_small_file_is_checked_by_gits_digest(hub, tmp_path):
     hub.lie = "config.json"
-    with pytest.raises(UserError, match=r"config\.json: what was downloaded has another digest"):
+    with pytest.raises(UserError, match=r"config\.json: the download.s digest is not the hub.s"):
         fetch_model(tmp_path, part="transformer")
 
 
