@@ -37,19 +37,19 @@ _GONE = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, err
 
 
 class Part(NamedTuple):
-    """Which part of a build a process does, for machines that share the work without knowing of each other."""
+    """Which part of a build a process does, for machines that share the work without communicating."""
 
     only: Literal["latents", "text"] | None = None
-    """One pass alone, say on the machine that has its encoder."""
+    """One pass alone, for example on the machine that has its encoder."""
     units: Collection[int] | None = None
-    """These units alone (of a Slurm array, say, or of a retry)."""
+    """These units alone (one task of a Slurm array, or a retry)."""
 
 
 WHOLE = Part()
 
 
 class Retried(NamedTuple):
-    """What `retry` took up, and the counts of the dataset as it then is."""
+    """What `retry` chose, and the counts of the dataset afterwards."""
 
     choice: Choice
     counts: dict[str, Any]
@@ -58,9 +58,9 @@ class Retried(NamedTuple):
 def build_shards(
     config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE, style: Style = "auto"
 ) -> dict[str, Any]:
-    """Plan, encode and embed what is not there yet; the counts of the dataset as it then is.
+    """Plan, encode and embed what is not there yet; return the counts of the dataset afterwards.
 
-    Raises UserError: a bad setting, a changed identity, a full disk, a dataset that stayed empty.
+    Raises UserError: a bad setting, a changed identity, a full disk, a dataset that is still empty.
     """
     style = "none" if quiet else style
     storage = open_storage(config.output)
@@ -72,7 +72,7 @@ def build_shards(
         if part.only != "latents":
             _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part)
         counts = count_dataset(storage, plan, DEFAULT_SET)
-        if part == WHOLE:  # of several processes none knows the whole
+        if part == WHOLE:  # one of several processes does not know what the others did
             set_totals(storage, plan, counts)
     if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
@@ -81,7 +81,7 @@ def build_shards(
 
 
 def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: Style = "auto") -> dict[str, Any]:
-    """Write text set `set_name` over all finished latents; the counts of the dataset as it then is."""
+    """Write text set `set_name` over all finished latents; return the counts of the dataset afterwards."""
     text_kind(set_name)
     storage = open_storage(config.output)
     plan = open_plan(storage)
@@ -96,9 +96,9 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: 
 def retry(
     config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: bool = False, style: Style = "auto"
 ) -> Retried:
-    """Take rejected candidates up again in units of their own; what is committed is not written again.
+    """Try rejected candidates again in new units; finished units are not rewritten.
 
-    Retries that were begun before are gone on with. Raises UserError where nothing has been planned.
+    Retries that were stopped before are resumed. Raises UserError where nothing has been planned.
     """
     style = "none" if quiet else style
     storage = open_storage(config.output)
@@ -125,13 +125,13 @@ def _latent_pass(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path
     if info is not None:
         check_settled_identity(info, config, f"the dataset at {storage.url()}")
     if not pending.units:
-        LOG.info("latents: all %d units are there", len(chosen_units(plan, part.units)))
+        LOG.info("latents: all %d units are done", len(chosen_units(plan, part.units)))
         return
     config = settle_precision(storage, config, measure_apart)
     num_units = len(pending.units)
     with show_progress("latents", num_units=num_units, num_clips=pending.num_candidates, style=style) as progress:
         build_latents(storage, plan, pending.units, config, scratch, progress=progress)
-    _give_memory_back()
+    _release_memory()
 
 
 def _text_pass(
@@ -148,20 +148,22 @@ def _text_pass(
     if info is not None and set_name in info.text_sets:
         check_settled_texts(info.text_sets[set_name].identity, config, f"text set {set_name!r} at {storage.url()}")
     if not units and done:
-        LOG.info("text set %r: all %d units are there", set_name, len(there))
+        LOG.info("text set %r: all %d units are done", set_name, len(there))
         return
     with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, style=style) as progress:
 
         def on_unit(unit: int, counts: TextCounts) -> None:
             if counts.without_words:
-                LOG.warning("text set %r: unit %d: %d samples without words", set_name, unit, counts.without_words)
+                LOG.warning(
+                    "text set %r: unit %d: %d samples whose caption is empty", set_name, unit, counts.without_words
+                )
             progress.unit(unit)
 
         build_texts(storage, plan, set_name, units, config, scratch, on_unit=on_unit)
 
 
-def _give_memory_back() -> None:
-    """Give the frames' memory back to the system before the text encoder asks for its own, where malloc is glibc's."""
+def _release_memory() -> None:
+    """Return the frames' memory to the system before the text encoder allocates its own, where malloc is glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -169,16 +171,16 @@ def _give_memory_back() -> None:
 
 @contextmanager
 def _at_work(storage: Storage, output: str) -> Iterator[Path]:
-    """A scratch folder; before and after, what dead or beaten writers left in a folder is swept."""
+    """A scratch folder; before and after, files that dead writers left in a local dataset are removed."""
     with _storage_errors(output), scratch_folder(output) as scratch, _terminate_cleanly():
         if isinstance(storage, LocalStorage):
             storage.drop_dead_temporaries()
         try:
             yield scratch
-        except (FileNotFoundError, UserError):  # the second where a reader finds its dataset gone
+        except (FileNotFoundError, UserError):  # UserError: a reader found its dataset missing
             if scratch.exists():
                 raise
-            fix = "mount it again, then run the same command: it goes on from the last unit"
+            fix = "mount it again, then run the same command: it resumes at the last unit"
             raise UserError(f"{output}: the disk under it is gone", fix=fix) from None
         if isinstance(storage, LocalStorage):
             sweep_committed(storage)
@@ -186,15 +188,15 @@ def _at_work(storage: Storage, output: str) -> Iterator[Path]:
 
 @contextmanager
 def _terminate_cleanly() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C: scratch files go, the open unit is dropped, what is committed stays."""
+    """SIGTERM unwinds like Ctrl-C: scratch files are removed, the open unit is dropped, committed units stay."""
 
     def leave(number: int, frame: object) -> None:
-        LOG.warning("asked to stop: the open unit is dropped, the next run does it again")
+        LOG.warning("stopped by SIGTERM: the open unit is dropped, the next run does it again")
         sys.exit(128 + number)
 
     try:
         before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: whoever runs us there has its own way to stop
+    except ValueError:  # not the main thread, where no signal handler can be set
         yield
         return
     try:
@@ -210,9 +212,9 @@ def _storage_errors(output: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            fix = "free some space or move the output, then run the same command: it goes on from the last unit"
+            fix = "free some space or move the output, then run the same command: it resumes at the last unit"
             raise UserError(f"no space left while writing to {output}", fix=fix) from None
         if error.errno in _GONE:
-            fix = "fix it, then run the same command: it goes on from the last unit"
+            fix = "fix it, then run the same command: it resumes at the last unit"
             raise UserError(f"{output}: {error.strerror}: {error.filename}", fix=fix) from None
         raise

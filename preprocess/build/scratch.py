@@ -1,4 +1,4 @@
-"""A scratch folder that a killed process leaves nothing of for long: the next one on the same root sweeps it up."""
+"""A scratch folder; what a killed process leaves is removed by the next process on the same root."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from pathlib import Path
 from shards.errors import UserError
 
 _PREFIX = f".tmp-build-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
-# Of this machine alone: on some network file systems a lock that another machine holds is not seen.
+# The host is in the name because some network file systems do not show another machine's locks.
 
 
 @contextmanager
 def scratch_folder(output: str, *, on_this_machine: bool = False) -> Iterator[Path]:
-    """A folder for the length of the block, on the dataset's own file system where it is a folder (unless it may be
-    another machine's, and `on_this_machine` is asked for).
+    """A folder that exists during the block: inside a local dataset, else (or with `on_this_machine`) in /tmp.
 
-    Each process holds a lock on its own; this machine's folders of the same root whose lock nobody holds are removed
-    first. Those of other machines are `wanshards sweep`'s.
+    Each process locks its own folder; this machine's folders of the same root that nobody locks are removed first.
+    `wanshards sweep` removes those of other machines.
     """
     parent = _parent(output, on_this_machine)
     try:
@@ -61,7 +60,7 @@ def _sweep(parent: Path, own: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:  # its process lives
+        except BlockingIOError:  # its process is running
             continue
         finally:
             os.close(lock)

@@ -1,4 +1,4 @@
-"""What a dataset holds and what became of every record, counted from the plan, the commits and their ledgers."""
+"""What a dataset holds and how every record ended, counted from the plan, the commits and their ledgers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from shards.storage.base import Storage
 
 
 def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]:
-    """Everything that `build-shards`, `retry` and `status` say, as plain JSON. Raises ShardDamage.
+    """All figures of `build-shards`, `retry` and `status` as plain JSON. Raises ShardDamage.
 
-    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out comes on top of these.
+    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out is not in `records`.
     Of several attempts at one candidate the latest counts.
     """
     info = find_info(storage)
@@ -57,7 +57,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
 
 
 def describe_build(counts: dict[str, Any]) -> list[str]:
-    """The counts as lines for people."""
+    """The counts as lines of text."""
     units, text = counts["units"], counts["text"]
     beyond = counts["beyond_limit"]
     lines = [
@@ -75,8 +75,8 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
     if counts["retried"] or counts["retries_waiting"]:
-        waiting = f", {counts['retries_waiting']:,} wait for theirs" if counts["retries_waiting"] else ""
-        lines.append(f"retries  {counts['retried']:,} earlier attempts count no longer{waiting}")
+        waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
+        lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")
     if counts["retryable"]:
         lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
         lines.append("         `wanprep retry CONFIG --retryable`")

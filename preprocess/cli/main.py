@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import decode, embed, encode_image, fetch_model
+from preprocess.cli.model_commands import OVERRIDES, decode, embed, encode_image, fetch_model, load_prep
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
@@ -18,14 +18,8 @@ if TYPE_CHECKING:
     from preprocess.config import PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
-_OVERRIDES = click.option(
-    "-o",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the config, such as corpus.limit=100.",
-)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 _PROGRESS = click.option(
     "--progress",
@@ -33,7 +27,7 @@ _PROGRESS = click.option(
     type=click.Choice(STYLES),
     default="auto",
     show_default=True,
-    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line now and then.",
+    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line every 10 s.",
 )
 _QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
 
@@ -58,12 +52,12 @@ def main() -> None:
 
     \b
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
-    wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
-    wanprep plan CONFIG                              freeze what is to be done, and say how much it is
-    wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
+    wanprep scan CONFIG                              count the annotations: lengths, captions, defects
+    wanprep plan CONFIG                              freeze the list of clips, and print how many they are
+    wanprep build-shards CONFIG                      download, decode, encode; run it again to resume
     wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
-    wanprep status CONFIG                            how far a build is
+    wanprep status CONFIG                            progress of a build
     """
 
 
@@ -90,7 +84,7 @@ def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free one.")
 def serve_corpus(folder: Path, port: int) -> None:
-    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C: the CDN's stand-in.
+    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C, in place of the CDN.
 
     \b
     wanprep serve-corpus demo/corpus --port 8765
@@ -104,18 +98,12 @@ def serve_corpus(folder: Path, port: int) -> None:
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_QUIET
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default="scan.json",
-    show_default=True,
-    help="The figures as a JSON file.",
-)
+@click.option("--out", type=_FILE, default="scan.json", show_default=True, help="The figures as a JSON file.")
 def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, out: Path) -> None:
-    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the sieve would keep.
+    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the filter would keep.
 
     Nothing is planned. Caption tokens are counted by the text encoder's tokenizer, for a sample of the records.
 
@@ -128,7 +116,7 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     from preprocess.plan.scan import describe_scan, scan_corpus, write_scan
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     tokenizer = load_tokenizer(loaded.encoders)
     with count_documents("annotations read", quiet=quiet) as progress:
         report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
@@ -139,7 +127,7 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_QUIET
 @click.option(
@@ -147,7 +135,7 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     "num_probed",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Fetch and look at N clips: buckets and bytes by the files themselves.",
+    help="Fetch and probe N clips: buckets and bytes by the files themselves.",
 )
 @click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, a100-80gb, h100.")
 @click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
@@ -164,10 +152,10 @@ def plan(
     cores: int | None,
     mbit: float,
 ) -> None:
-    """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
+    """Read the corpus, filter the records, and freeze those that are kept as units of work.
 
-    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu it says
-    how long the build will take there, what bounds it, and what would make it shorter.
+    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu the
+    command prints how long the build will take there, what limits it, and what would make it shorter.
 
     \b
     wanprep plan configs/mbc_832x480.yaml
@@ -194,7 +182,7 @@ def plan(
     _start(quiet)
     if gpu is not None:
         find_speed(gpu)  # before the corpus is read for minutes
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     storage = open_storage(loaded.output)
     with scratch_folder(loaded.output) as scratch:
         with count_documents("annotations read", quiet=quiet) as progress:
@@ -216,11 +204,11 @@ def plan(
 
 @main.command("build-shards")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @click.option(
     "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing, download nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing, download nothing.")
 @click.option("--only", type=click.Choice(["latents", "text"]), help="One of the two passes alone.")
 @click.option(
     "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
@@ -239,7 +227,7 @@ def build_shards(
     style: Style,
     quiet: bool,
 ) -> None:
-    """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
+    """Build the dataset that CONFIG describes, or resume it: finished units are never done again.
 
     \b
     wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
@@ -253,7 +241,7 @@ def build_shards(
     from preprocess.pipeline import build_shards as build
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     if dry_run:
         _dry_run(loaded, as_json)
         return
@@ -266,11 +254,17 @@ def build_shards(
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
-@click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Try again what ended so; may be repeated.")
-@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may fix.")
+@OVERRIDES
+@click.option(
+    "--reason",
+    "reasons",
+    multiple=True,
+    metavar="CODE",
+    help="Try again what was rejected for this reason; may be repeated.",
+)
+@click.option("--retryable", is_flag=True, help="Try again everything that a retry may fix.")
 @click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
-@click.option("--dry-run", is_flag=True, help="Say what would be tried again; write nothing, download nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be tried again; write nothing, download nothing.")
 @_JSON
 @_QUIET
 def retry(
@@ -283,9 +277,9 @@ def retry(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Try rejected candidates again, in shards of their own; what is there is never written again.
+    """Try rejected candidates again, in new shards; finished shards are never rewritten.
 
-    The latest attempt counts, everywhere. A retry that was stopped is gone on with by the same command, and by
+    The latest attempt counts, everywhere. A retry that was stopped is resumed by the same command, and by
     `build-shards`. Candidates of which a window was accepted are not rejected, and are left as they are.
 
     \b
@@ -298,10 +292,10 @@ def retry(
     from shards.errors import UserError
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     if not (reasons or retryable):
         fix = "`wanprep status CONFIG` lists the reasons"
-        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", fix=fix)
+        raise UserError("neither --reason nor --retryable is given", expected="--reason CODE, or --retryable", fix=fix)
     wanted = Wanted(frozenset(reasons), retryable)
     with ExitStack() as stack:
         if serve is not None:
@@ -318,7 +312,7 @@ def retry(
 @main.command()
 @click.argument("text_set", metavar="SET")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_PROGRESS
 @_QUIET
@@ -334,16 +328,16 @@ def recaption(
     from preprocess.pipeline import recaption as write
 
     _start(quiet)
-    counts = write(_load(config, overrides), text_set, quiet=quiet, style=style)
+    counts = write(load_prep(config, overrides), text_set, quiet=quiet, style=style)
     _show(counts, describe_build(counts), as_json)
 
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say how far the build of CONFIG's output is, and what was rejected so far and why.
+    """Print how far the build of CONFIG's output is, and what was rejected so far and why.
 
     \b
     wanprep status configs/mbc_832x480.yaml
@@ -353,7 +347,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from shards.errors import UserError
     from shards.storage import open_storage
 
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     storage = open_storage(loaded.output)
     frozen = open_plan(storage)
     if not frozen.generations:
@@ -361,13 +355,6 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         raise UserError(f"output: {loaded.output!r}: nothing has been planned there", fix=fix)
     counts = count_dataset(storage, frozen, "default")
     _show(counts, describe_build(counts), as_json)
-
-
-def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
-    from preprocess.config import PrepConfig
-    from shards.config import load_config
-
-    return load_config(PrepConfig, path, overrides)
 
 
 def _start(quiet: bool) -> None:
@@ -384,7 +371,7 @@ def _show(counts: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
-    """Serve `folder` on a free port, and ask there for what the demo corpus's fixed URLs name."""
+    """Serve `folder` on a free port, with a mirror that redirects the demo corpus's fixed URLs to it."""
     from preprocess.demo.corpus import BASE_URL
     from preprocess.demo.server import served
 
@@ -393,7 +380,7 @@ def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
 
 
 def _dry_run(config: PrepConfig, as_json: bool) -> None:
-    """Count on a plan that is thrown away, or on the one that is frozen already."""
+    """Count on the frozen plan if there is one, else on a temporary one."""
     from preprocess.forecast.forecast import count_plan, describe_plan
     from preprocess.plan.freeze import freeze_plan
     from preprocess.plan.plan import open_plan

@@ -17,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 _CONFIG = click.option(
     "-c", "--config", type=_PATH, required=True, help="Config of the shards: its encoders and its sizes are used."
 )
-_OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
 
 
 @click.command("fetch-model")
@@ -27,7 +27,7 @@ _OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE",
 @click.option("--repo", "repository", help="Repository on the hub.  [default: the published one of the layout]")
 @click.option("--revision", help="Commit, branch or tag.  [default: the commit this project was written against]")
 def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, revision: str | None) -> None:
-    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, go on where an earlier call stopped.
+    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, resume where an earlier call stopped.
 
     \b
     wanprep fetch-model /models/Wan2.2-TI2V-5B
@@ -38,16 +38,15 @@ def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, re
     set_up_logging()
     done = fetch(folder, layout, part=part or "all", repository=repository, revision=revision)
     click.echo(f"revision {done.revision}: {len(done.downloaded)} files downloaded ({done.num_bytes / 1e9:.2f} GB)")
-    click.echo(
-        f"{len(done.present)} were there with the right digest; all {len(done.downloaded + done.present)} are checked"
-    )
+    num_files = len(done.downloaded + done.present)
+    click.echo(f"{len(done.present)} were already there; the digests of all {num_files} are right")
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--out", type=_PATH, required=True, help="File to write, for `embeddings:` of a sample config.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[str, ...]) -> None:
     """Embed PROMPTS for `wantrain sample`, with the empty text and the negative prompt beside them.
 
@@ -57,7 +56,7 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
     from preprocess.tools.embed import embed_prompts
 
     set_up_logging()
-    written = embed_prompts(prompts, _load(config, overrides), out)
+    written = embed_prompts(prompts, load_prep(config, overrides), out)
     for place, (text, array) in enumerate(zip(written.texts, written.embeddings, strict=True)):
         click.echo(f"{place}: {len(array)} tokens: {text}")
 
@@ -68,7 +67,7 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
 @click.option("--width", type=int, required=True, help="Pixels, a multiple of 32.")
 @click.option("--height", type=int, required=True, help="Pixels, a multiple of 32.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def encode_image(image: Path, out: Path, width: int, height: int, config: Path, overrides: tuple[str, ...]) -> None:
     """Encode IMAGE as the first frame of image-to-video, as a training frame is: over the size, then cut.
 
@@ -81,7 +80,7 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 
     set_up_logging()
     size = validate_config(PictureSize, {"width": width, "height": height}, origin="--width, --height")
-    encode(image, size, _load(config, overrides), out)
+    encode(image, size, load_prep(config, overrides), out)
     click.echo(f"wrote {out}")
 
 
@@ -89,10 +88,10 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 @click.argument("latents", type=_PATH, required=False)
 @click.argument("out", type=_PATH, required=False)
 @click.option("--watch", "run", type=_PATH, help="Decode what RUN samples, as it comes, and keep a contact sheet.")
-@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch looks.")
-@click.option("--once", is_flag=True, help="With --watch: decode what is there and end.")
+@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch checks.")
+@click.option("--once", is_flag=True, help="With --watch: decode what is there, then exit.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def decode(
     latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool, config: Path,
     overrides: tuple[str, ...],
@@ -110,7 +109,7 @@ def decode(
         raise UserError("neither LATENTS with OUT nor --watch RUN alone", expected="one of the two")
     if out is not None:
         check_suffix(out)
-    decoder = load_decoder(_load(config, overrides).encoders)
+    decoder = load_decoder(load_prep(config, overrides).encoders)
     if decoder.note:
         click.echo(f"VAE: {decoder.note}: the pictures are for demonstration only", err=True)
     if latents is not None and out is not None:
@@ -122,7 +121,7 @@ def decode(
         watch_run(decoder, run, every_seconds)
 
 
-def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
+def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
     from shards.config import load_config
 

@@ -1,4 +1,4 @@
-"""What of a clip's URL may be written, kept and compared; nothing here asks anybody."""
+"""Which parts of a clip's URL may be written, kept and compared; nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SIGNATURES = frozenset(
 )
 """Parameters that only a signed URL has, in lower case."""
 _SIGNING = _SIGNATURES | {"expires", "policy", "hash-algorithm"}
-"""Parameters that a signature brings along; alone they may mean anything."""
+"""Parameters that accompany a signature; alone they may mean anything."""
 
 
 def redact(url: str) -> str:
@@ -37,7 +37,7 @@ def unsigned(url: str) -> str:
 
 
 def cache_name(url: str) -> str:
-    """What tells one clip's URL from another's, however often it is signed anew; to be hashed, never written."""
+    """A key of the clip that is the same however often its URL is signed; to be hashed, never written."""
     query = unsigned(url).partition("#")[0].partition("?")[2]
     return f"{redact(url)}?{query}"
 

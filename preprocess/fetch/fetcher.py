@@ -1,8 +1,8 @@
-"""Bring one clip to a local file: from beside its JSON, from the cache, over HTTP(S), or from S3.
+"""Get one clip as a local file: from beside its JSON, from the cache, over HTTP(S), or from S3.
 
-An attempt either completes the file or raises `Trouble`, which says whether another attempt may help now and whether
-a later `wanprep retry` may. What is already on disk is kept between attempts and resumed by a ranged request.
-No query string, user name, cookie or key ever reaches a log, a ledger or an exception: see `clip_url.redact`.
+An attempt either completes the file or raises `FetchError`, which says whether another attempt can help now and whether
+a later `wanprep retry` can. Received bytes are kept between attempts and resumed by a ranged request.
+No query string, user name, cookie or key ever reaches a log, a ledger or an exception: see `url.redact`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from preprocess.corpus.records import Record
 from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch.cache import ClipCache
 from preprocess.fetch.cloudfront import open_signer
-from preprocess.fetch.hosts import AllowedHosts, Turns
+from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import HttpSource
 from preprocess.fetch.s3_download import S3Source
-from preprocess.fetch.transfer import ByteCounter, Limits, Partial, TransferStopped, Trouble
+from preprocess.fetch.transfer import ByteCounter, FetchError, Limits, Partial, TransferStopped
 from preprocess.fetch.transport import CHUNK_BYTES
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
@@ -48,15 +48,15 @@ class Clip(NamedTuple):
 
 
 class FetchCounts(NamedTuple):
-    """What a Fetcher has done so far."""
+    """Counts of a Fetcher, up to now."""
 
     num_bytes: int
-    """Bytes that came over the network, those of broken attempts too."""
+    """Bytes received over the network, those of failed attempts included."""
     num_connections: int
     num_beside: int
-    """Clips that lay beside their JSON."""
+    """Clips found beside their JSON."""
     num_cached: int
-    """Clips that the cache had."""
+    """Clips found in the cache."""
     num_downloaded: int
     num_again: int
     """Attempts after a clip's first."""
@@ -65,7 +65,7 @@ class FetchCounts(NamedTuple):
 class Fetcher:
     """Fetches clips for many threads at once, over shared connections, into one scratch folder.
 
-    Raises UserError where the config asks for what the environment lacks: a signing key, a folder for the cache.
+    Raises UserError where the config needs something that is missing: a signing key, a folder for the cache.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Fetcher:
         self._scratch = scratch
         self._stop = stop
         self._signer = open_signer(config.sign)
-        hosts, turns = AllowedHosts(config.allow_hosts), Turns(config.per_host)
-        self._http = HttpSource(hosts, turns, self._signer, parallel)
-        self._s3 = S3Source(hosts, turns, config.s3_endpoint, parallel)
+        hosts, host_limits = AllowedHosts(config.allow_hosts), HostLimits(config.per_host)
+        self._http = HttpSource(hosts, host_limits, self._signer, parallel)
+        self._s3 = S3Source(hosts, host_limits, config.s3_endpoint, parallel)
         self._cache = ClipCache(Path(config.cache), config.cache_gib) if config.cache else None
-        self._meter = ByteCounter()
+        self._counter = ByteCounter()
         self._lock = threading.Lock()
         self._done = {"num_beside": 0, "num_cached": 0, "num_downloaded": 0, "num_again": 0}
 
@@ -93,16 +93,16 @@ class Fetcher:
 
     @property
     def counts(self) -> FetchCounts:
-        """What has been done so far; to be read at any time, from any thread."""
+        """The counts up to now; may be read from any thread."""
         num_connections = self._http.transport.num_connections + self._s3.transport.num_connections
         with self._lock:
-            return FetchCounts(self._meter.num_bytes, num_connections, **self._done)
+            return FetchCounts(self._counter.num_bytes, num_connections, **self._done)
 
     @contextmanager
     def fetched(self, record: Record) -> Iterator[Clip]:
-        """The clip of `record` as a local file for the length of the block.
+        """The clip of `record` as a local file during the block.
 
-        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and Stopped.
+        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and TransferStopped.
         """
         beside = self._beside(record)
         if beside is not None:
@@ -110,7 +110,7 @@ class Fetcher:
             yield Clip(beside, beside.stat().st_size, attempts=0)
             return
         if record.url is None:
-            raise _rejected(Trouble("no-source", "no URL in the record and no media file beside its JSON"), 0)
+            raise _rejected(FetchError("no-source", "no URL in the record and no media file beside its JSON"), 0)
         path = self._scratch / f"clip-{secrets.token_hex(8)}{_suffix(record.url)}"
         try:
             yield self._cached(record, record.url, path)
@@ -129,48 +129,48 @@ class Fetcher:
         return clip
 
     def _download(self, record: Record, url: str, path: Path) -> Clip:
-        """Attempt by attempt until the file is whole, the attempts or the deadline are spent, or hope is."""
+        """Repeat attempts until the file is complete, no attempt or time is left, or another attempt cannot help."""
         config = self._config
         limits = Limits(
-            config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
+            time.monotonic() + config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
             config.min_kib_per_second * 1024, self._stop.is_set,
         )  # fmt: skip
         with path.open("xb", buffering=CHUNK_BYTES) as file:
-            partial = Partial(file, self._meter)
+            partial = Partial(file, self._counter)
             for attempt in range(1, config.attempts + 1):
-                trouble = self._attempt(url, partial, limits)
+                error = self._attempt(url, partial, limits)
                 if self._stop.is_set():
                     raise TransferStopped
-                if trouble is None:
+                if error is None:
                     self._count("num_downloaded")
                     return Clip(path, partial.num_bytes, attempt)
-                wait_seconds = _wait_seconds(trouble, attempt)
-                last = attempt == config.attempts or not trouble.again
+                wait_seconds = _wait_seconds(error, attempt)
+                last = attempt == config.attempts or not error.again
                 if last or time.monotonic() + wait_seconds > limits.deadline:
-                    raise _rejected(self._explained(trouble, record), attempt)
-                LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), trouble.reason, attempt, wait_seconds)
+                    raise _rejected(self._explained(error, record), attempt)
+                LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), error.reason, attempt, wait_seconds)
                 self._count("num_again")
                 self._stop.wait(wait_seconds)
         raise AssertionError("unreachable: attempts is positive")
 
-    def _attempt(self, url: str, partial: Partial, limits: Limits) -> Trouble | None:
-        """One attempt; what went wrong as a value: in its chain are the network's errors, which name the whole URL."""
+    def _attempt(self, url: str, partial: Partial, limits: Limits) -> FetchError | None:
+        """One attempt. The error is returned, not raised: its chain holds library errors that contain the full URL."""
         url = self._mirrored(url)
         try:
             if url.startswith("s3://"):
                 self._s3.attempt(url, partial, limits)
             else:
                 self._http.attempt(url, partial, limits)
-        except Trouble as trouble:
-            return trouble
+        except FetchError as error:
+            return error
         except TransferStopped:
             pass
         return None
 
-    def _explained(self, trouble: Trouble, record: Record) -> Trouble:
-        if trouble.reason in ("fetch-401", "fetch-403") and SIGNED_URL in record.defects and self._signer is None:
-            trouble.detail += f"; {SIGN_FIX}"
-        return trouble
+    def _explained(self, error: FetchError, record: Record) -> FetchError:
+        if error.reason in ("fetch-401", "fetch-403") and SIGNED_URL in record.defects and self._signer is None:
+            error.detail += f"; {SIGN_FIX}"
+        return error
 
     def _mirrored(self, url: str) -> str:
         """`url` with its prefix replaced where `fetch.mirrors` says so; the longest prefix wins."""
@@ -187,7 +187,7 @@ class Fetcher:
     def _beside(self, record: Record) -> Path | None:
         """The media file of the record's kind with the JSON's stem in the JSON's folder, if there is one.
 
-        A video's thumbnail often lies there too; of a record of unknown kind any medium will do, a video first.
+        A video's thumbnail is often there too; for a record of unknown kind any medium is taken, a video first.
         """
         if self._folder is None:
             return None
@@ -198,17 +198,17 @@ class Fetcher:
         return next((path for path in names if path.is_file()), None)
 
 
-def _rejected(trouble: Trouble, attempts: int) -> ClipRejected:
-    return ClipRejected(Rejection("fetch", trouble.reason, trouble.detail, trouble.retryable), attempts)
+def _rejected(error: FetchError, attempts: int) -> ClipRejected:
+    return ClipRejected(Rejection("fetch", error.reason, error.detail, error.retryable), attempts)
 
 
-def _wait_seconds(trouble: Trouble, attempt: int) -> float:
-    """Exponential backoff, on top of what the server asked for; jittered, so that many workers do not come as one."""
+def _wait_seconds(error: FetchError, attempt: int) -> float:
+    """Exponential backoff on top of the server's Retry-After, with jitter so that workers do not retry together."""
     ceiling = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** (attempt - 1))
-    return (trouble.wait_seconds or 0.0) + ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+    return (error.wait_seconds or 0.0) + ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 def _suffix(url: str) -> str:
-    """The file suffix of a URL's path when it is one of a medium; ffmpeg needs it for formats without a signature."""
+    """The suffix of a URL's path if it is a medium's; ffmpeg needs it for formats without magic bytes."""
     suffix = splitext(urlsplit(url).path)[1].lower()
     return suffix if suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES else ""

@@ -1,4 +1,4 @@
-"""Which hosts may be asked, how many downloads at a time, and when again."""
+"""Which hosts may be requested, by how many downloads at a time, and after which pause."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 
 from preprocess.corpus.url import redact
-from preprocess.fetch.transfer import Limits, TransferStopped, Trouble
+from preprocess.fetch.transfer import FetchError, Limits, TransferStopped
 
 _POLL_SECONDS = 0.1
 
 
 class AllowedHosts:
-    """The list of hosts that may be asked, by name, and by the address that a name turns out to have."""
+    """`fetch.allow_hosts`: hosts that may be requested, checked by name and by the address that was reached."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._patterns = tuple(pattern.lower() for pattern in patterns)
@@ -28,30 +28,31 @@ class AllowedHosts:
         return matches(host, self._patterns)
 
     def check_url(self, url: str) -> str:
-        """The host of an HTTP(S) URL that may be asked. Raises Trouble."""
+        """The host of an HTTP(S) URL that may be requested. Raises FetchError."""
         try:
             parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
         except ValueError:
-            raise Trouble("fetch-bad-url", "not a URL") from None
+            raise FetchError("fetch-bad-url", "not a URL") from None
         if parts.scheme not in {"http", "https"} or not host:
-            raise Trouble("fetch-bad-url", f"{redact(url)}: expected http://, https:// or s3://")
+            raise FetchError("fetch-bad-url", f"{redact(url)}: expected http://, https:// or s3://")
         if parts.username is not None or parts.password is not None:
-            raise Trouble("fetch-bad-url", f"{redact(url)}: carries a user name or password")
+            raise FetchError("fetch-bad-url", f"{redact(url)}: carries a user name or password")
         if not self.allows(host):
-            raise Trouble("fetch-host-refused", f"{host} is not in fetch.allow_hosts", retryable=True)
+            raise FetchError("fetch-host-refused", f"{host} is not in fetch.allow_hosts", retryable=True)
         return host
 
     def check_address(self, host: str, address: str) -> None:
-        """Judge the address that a connection to `host` has reached, before anything is asked. Raises Trouble.
+        """Check the address that a connection to `host` has reached, before a request is sent. Raises FetchError.
 
-        A name that only a wildcard allows must be a public one: whoever answers for a zone must not be able to point
-        the build at the machine's own network. Link-local addresses, where clouds keep credentials, never serve clips.
+        A name that only a wildcard allows must have a public address: the owner of a DNS zone must not be able to
+        direct the build at the machine's own network. Link-local addresses, where clouds keep credentials, are never
+        allowed.
         """
         ip = ipaddress.ip_address(address.partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
         if ip.is_link_local or (not ip.is_global and host.lower().rstrip(".") not in self._patterns):
-            raise Trouble(
+            raise FetchError(
                 "fetch-address-refused", f"{host} leads to {ip}, which is not a public address", retryable=True
             )
 
@@ -61,8 +62,8 @@ def matches(host: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(host.lower().rstrip("."), pattern) for pattern in patterns)
 
 
-class Turns:
-    """A bounded number of downloads a host, and a pause for all of them where the host asks for one."""
+class HostLimits:
+    """At most so many downloads a host at a time, and a pause for all of them when the host requests one."""
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
@@ -71,8 +72,8 @@ class Turns:
         self._changed = threading.Condition()
 
     @contextmanager
-    def turn(self, host: str, limits: Limits) -> Iterator[None]:
-        """Wait for a turn at `host`, for the length of the block. Waiting moves the deadline. Raises Stopped."""
+    def slot(self, host: str, limits: Limits) -> Iterator[None]:
+        """Hold a slot at `host` during the block. Waiting for it moves the deadline. Raises TransferStopped."""
         start = time.monotonic()
         with self._changed:
             while not self._may(host):
@@ -89,7 +90,7 @@ class Turns:
                 self._changed.notify()
 
     def pause(self, host: str, seconds: float) -> None:
-        """Ask nothing of `host` for a while: one worker was told to wait, and it meant all of them."""
+        """Send `host` no request for `seconds`: a Retry-After to one worker holds for all."""
         with self._changed:
             self._not_before[host] = max(self._not_before.get(host, 0.0), time.monotonic() + seconds)
 

@@ -62,7 +62,7 @@ def test_a_damaged_file_is_made_again(demo_corpus, tmp_path):
 def test_base_clips_are_told_apart_by_their_names():
     clips = list(base_clips())
     assert len(clips) == 24 and all(clip.clip_id.startswith("base-") for clip in clips)
-    assert not any(clip.media.look for clip in clips)
+    assert not any(clip.media.graphics for clip in clips)
     assert len({clip.media.recipe() for clip in clips}) == 24
 
 

@@ -19,7 +19,7 @@ from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.fetch.http_download import _spelled
-from preprocess.fetch.transfer import Trouble
+from preprocess.fetch.transfer import FetchError
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 
@@ -175,7 +175,7 @@ def test_a_plain_url_goes_over_the_wire_as_urllib3_spells_it(host, port, pieces)
     try:
         expected = parse_url(url)._replace(fragment=None).url
     except LocationParseError:
-        with pytest.raises(Trouble):
+        with pytest.raises(FetchError):
             _spelled(url)
     else:
         assert _spelled(url) == expected
