@@ -221,7 +221,18 @@ def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncod
     else:
         model, note = checkpoints.load_text_encoder(Path(config.checkpoint)), None
     model = model.eval().requires_grad_(False)
-    return TextEncoder(model, tokenizer, device=device, precision=config.text_precision, note=note)
+    precision = config.text_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "fp32"
+        LOG.info("encoders.text_precision: auto is %s on %s", precision, device)
+    return TextEncoder(model, tokenizer, device=device, precision=precision, note=note)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16: a CPU, and a GPU from compute capability 8.0 on; older ones emulate it."""
+    import torch
+
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _keep_no_words(tokenizer: Any) -> None:

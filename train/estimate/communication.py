@@ -9,7 +9,7 @@ and receives in an optimizer step of m micro-steps, with c bytes a number in the
 
 and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
 was kept by tokens. The velocity is gathered once a forward pass, 4 bytes a number. Bytes are exact; the
-seconds divide them by a bandwidth that is assumed (hardware.py), and nothing is taken to overlap: an upper bound.
+seconds divide them by a bandwidth that is assumed (shards/gpus.py), and nothing is taken to overlap: an upper bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.train import TrainConfig
-from train.estimate.flops import adapted_linears, first_trained_block, step_flops
+from train.estimate.flops import Work, adapted_linears, first_trained_block, step_flops, step_work
 from train.estimate.memory import block_bytes, num_lora_parameters, num_parameters
 from train.estimate.saves import run_memory
 from train.geometry import Shape
@@ -182,6 +182,21 @@ def rank_flops(
     square = (two - 2 * one + nothing) / 2
     line = one - nothing - square
     return nothing + line * local_shape(shape, ulysses).tokens / n + square / ulysses
+
+
+def rank_work(
+    dims: DiTConfig,
+    shape: Shape,
+    lora: LoRAConfig | None,
+    saves: Sequence[Collection[str]],
+    ulysses: int = 1,
+    *,
+    compiled: bool = False,
+) -> Work:
+    """The same by what bounds it: attention is divided by heads, elementwise operators by tokens."""
+    one = step_work(dims, shape, lora, saves, num_rows=2, compiled=compiled).scaled(1 / ulysses)
+    attention = one.attention_flops + one.attention_backward_flops
+    return one._replace(gemm_flops=rank_flops(dims, shape, lora, saves, ulysses) - attention)
 
 
 def count_exchange(
