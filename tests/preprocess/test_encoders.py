@@ -166,7 +166,7 @@ def test_the_default_negative_prompt_is_the_models_and_cleaning_folds_its_commas
 
 def test_the_tokenizer_is_trained_to_the_same_bytes_in_every_process():
     script = (
-        "import hashlib; from preprocess.random_encoders import train_tokenizer_model as train;"
+        "import hashlib; from preprocess.encoders.random_weights import train_tokenizer_model as train;"
         "print(hashlib.sha256(train()).hexdigest())"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
