@@ -186,7 +186,7 @@ def plan(
     from preprocess.build.vae_precision import find_precision
     from preprocess.encoders.encoders import load_tokenizer
     from preprocess.forecast.forecast import Hardware, count_plan, describe_forecast, describe_plan, forecast
-    from preprocess.forecast.probe_some import describe_look, look_at_clips
+    from preprocess.forecast.probe_some import describe_probe, probe_clips
     from preprocess.plan.freeze import freeze_plan
     from shards.gpus import find_gpu
     from shards.storage import open_storage
@@ -203,8 +203,8 @@ def plan(
         counts = count_plan(frozen, loaded)
         lines = describe_plan(counts)
         if num_probed is not None:
-            counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
-            lines += describe_look(counts["probed"])
+            counts["probed"] = probe_clips(frozen, loaded, num_probed, scratch)
+            lines += describe_probe(counts["probed"])
     if card is not None:
         hardware = Hardware(card, num_gpus, mbit, cores or 4 * num_gpus)
         settled = find_precision(storage)

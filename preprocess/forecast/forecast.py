@@ -100,17 +100,17 @@ def forecast(
     counts: Mapping[str, Any],
     hardware: Hardware,
     count_tokens: Callable[[str], int],
-    settled: VaeMode | None = None,
+    resolved: VaeMode | None = None,
 ) -> dict[str, Any]:
     """The forecast as plain JSON.
 
     Args:
         plan: frozen; its first unit's records are read for the captions' length.
         config: the build's.
-        counts: of `count_plan`, with `probed` (of `look_at_clips`) where clips were looked at.
+        counts: of `count_plan`, with `probed` (of `probe_clips`) where clips were looked at.
         hardware: GPUs, network, cores.
         count_tokens: the text encoder's tokenizer.
-        settled: what `encoders.vae_precision: auto` is settled to, if it is.
+        resolved: what `encoders.vae_precision: auto` was resolved to, if it was.
     """
     gpu, num_gpus = hardware.gpu, hardware.num_gpus
     samples = _samples_by_size(config, counts, plan)
@@ -126,7 +126,7 @@ def forecast(
     text_mode = config.encoders.text_precision
     if text_mode == "auto":
         text_mode = "fp32" if gpu.precision == "fp16" else "bf16"
-    mode: VaeMode = settled or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
+    mode: VaeMode = resolved or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
     days = {
         "fetch": download * 8 / (hardware.network_mbit * 1e6) / DAY_SECONDS,
         "decode": (num_clips * PROBE_SECONDS + num_samples * DECODE_SECONDS) / hardware.num_cores / DAY_SECONDS,
@@ -226,7 +226,7 @@ def _windows_a_clip(config: PrepConfig, plan: Plan) -> int:
 
 
 def _samples_by_size(config: PrepConfig, counts: Mapping[str, Any], plan: Plan) -> dict[PictureSize, int]:
-    """Samples a bucket; clips of undeclared size are spread as the others are, or all in the first bucket."""
+    """Samples a bucket; clips of undeclared size are distributed as the others are, or all in the first bucket."""
     names = {f"{size.width}×{size.height}": size for size in config.buckets.sizes}
     probed = counts.get("probed")
     clips = dict(probed["estimate_by_bucket"] if probed else counts["candidates_by_bucket"])
@@ -253,7 +253,7 @@ def _latent_bytes(size: PictureSize, config: PrepConfig) -> float:
 
 
 def _caption_tokens(plan: Plan, config: PrepConfig, count_tokens: Callable[[str], int]) -> tuple[float, int]:
-    """Mean tokens of all captions of a sample, were a window the whole clip: at most what windows have. Of how many."""
+    """Mean tokens of all captions of a sample, as if its window were the complete clip: an upper bound. Of how many."""
     if not plan.num_units:
         return 0.0, 0
     totals = []

@@ -253,7 +253,7 @@ from pathlib import Path
 import torch
 from transformers import UMT5EncoderModel
 from preprocess import checkpoint
-from preprocess.random_encoders import build_random_text_encoder
+from preprocess.encoders.random_weights import build_random_text_encoder
 build_random_text_encoder(0, 10)(input_ids=torch.tensor([[1]]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = checkpoint.load_text_encoder(Path(sys.argv[1]))

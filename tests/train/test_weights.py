@@ -126,9 +126,9 @@ def test_loading_rounds_into_the_models_own_dtypes(tiny_dit: WanDiT, tmp_path: P
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from train.model import build_model
-from train.model_config import DiTConfig
-from train.weights import load_dit, read_dit_config
+from train.model.dit import build_model
+from train.config.model import DiTConfig
+from train.model.load import load_dit, read_dit_config
 
 def peak_bytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -190,7 +190,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tiny_dit: WanDiT, tmp_path: Pat
     second = folder / "diffusion_pytorch_model-00002-of-00003.safetensors"
     data = second.read_bytes()
     second.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a complete safetensors file"):
         load_dit(build_model(tiny_dit.config), folder)
     second.unlink()
     with pytest.raises(UserError, match=r"1 of 3 files are missing \(diffusion_pytorch_model-00002"):

@@ -143,7 +143,7 @@ def outer_forward_flops(dims: DiTConfig, shape: Shape, *, num_rows: int = 1) -> 
 
 
 def forward_flops(dims: DiTConfig, shape: Shape, lora: LoRAConfig | None, *, num_rows: int = 1) -> int:
-    """The whole model, forward."""
+    """The complete model, forward."""
     rank = lora.rank if lora else 0
     blocks = sum(block_forward_flops(dims, shape, adapted, rank) for adapted in adapted_linears(dims, lora))
     return blocks + outer_forward_flops(dims, shape, num_rows=num_rows)

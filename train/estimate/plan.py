@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     saves: str
     """What the blocks keep in the largest bucket."""
     memory: Memory | None
-    """Of the largest bucket; None where it is not in closed form (the whole model trains)."""
+    """Of the largest bucket; None where it is not in closed form (every weight trains)."""
     fits: bool | None
     step_flops: float
     """Executed in a step by all GPUs, mean over the buckets."""

@@ -95,7 +95,7 @@ def describe_layouts(plan: Estimate) -> list[str]:
 def describe_memory(name: str, saves: str, memory: Memory | None) -> list[str]:
     """Memory of a setting, part by part."""
     if memory is None:
-        return ["memory: not in closed form when the whole model trains"]
+        return ["memory: not in closed form when every weight trains"]
     lines = [f"memory of {name}: {saves}"]
     for part, size in memory._asdict().items():
         guess = " (an estimate)" if part == "workspace" else ""
