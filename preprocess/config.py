@@ -225,8 +225,9 @@ class EncodersConfig(Config):
     """Memory format channels_last_3d, which GPUs' 16-bit kernels need to be fast; null: on a GPU."""
     vae_compile: bool = False
     """torch.compile of the VAE: minutes at the start for each picture size; it is part of the latents' identity."""
-    text_precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of UMT5; never fp16."""
+    text_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of UMT5; `auto`: bf16, or fp32 on a GPU that only emulates bf16 (V100, T4); a set that was begun is
+    continued as it was. Never fp16."""
 
 
 class ShardsConfig(Config):

@@ -82,7 +82,7 @@ class LossScaler:
                 gradient.mul_(1 / self.scale)
 
     def update(self, overflow: bool) -> None:
-        """Take note of one optimizer step: applied, or skipped because of an overflow.
+        """Record one optimizer step: applied, or skipped because of an overflow.
 
         Raises: UserError after `max_skips` skipped updates in a row: the run does not learn any more.
         """

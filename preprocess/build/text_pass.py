@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from preprocess.build.dataset_info import add_text_set
+from preprocess.build.dataset_info import add_text_set, find_info
 from preprocess.build.worker import library_versions
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
@@ -65,6 +65,7 @@ def build_texts(
     """Embed the captions of `units` (their latents are committed) into text set `set_name`. Raises UserError."""
     from preprocess.encoders.encoders import cpu_threads, load_text_encoder, load_tokenizer
 
+    config = _settle_precision(storage, set_name, config)
     encoder = load_text_encoder(config.encoders, load_tokenizer(config.encoders))
     identity = text_identity(config, encoder)
     add_text_set(storage, set_name, identity, encoder.note)
@@ -84,6 +85,15 @@ def build_texts(
                     counts = _add(counts, _write_sample(writer, sample, records, config, encoder, embed))
                 writer.seal()
             on_unit(unit, counts)
+
+
+def _settle_precision(storage: Storage, set_name: str, config: PrepConfig) -> PrepConfig:
+    """The config with `text_precision: auto` replaced by what the set was begun in, if it was."""
+    info = find_info(storage)
+    if config.encoders.text_precision != "auto" or info is None or set_name not in info.text_sets:
+        return config
+    begun_in = info.text_sets[set_name].identity["text_encoder"]["precision"]
+    return config.model_copy(update={"encoders": config.encoders.model_copy(update={"text_precision": begun_in})})
 
 
 def text_identity(config: PrepConfig, encoder: TextEncoder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `encoders.vae_precision: auto` means: measured on clips of the plan, settled once, and kept beside the plan.
+"""What `encoders.vae_precision: auto` means: measured on clips of the plan, resolved once, and kept beside the plan.
 
     plan/vae.json     sealed: the mode, why, on which device, and for every mode tried its error and its seconds
 
@@ -58,7 +58,7 @@ class ModeFigures(Config):
 
 
 class VaePrecision(Config):
-    """The settled mode."""
+    """The resolved mode."""
 
     gate_version: int = GATE_VERSION
     mode: Mode
@@ -90,10 +90,10 @@ def choose_mode(figures: Sequence[ModeFigures], tolerance: float) -> tuple[Mode,
     if gains:
         best = min(gains, key=lambda each: (each.error, each.seconds))
         return best.mode, f"{_describe(best)} against fp32's {full.seconds:.3g} s; the tolerance is {tolerance:g}"
-    told = "; ".join(_describe(each) for each in fast)
+    tried = "; ".join(_describe(each) for each in fast)
     if fit:
-        return "fp32", f"nothing is {MIN_GAIN:g} times as fast as its {full.seconds:.3g} s: {told}"
-    return "fp32", f"no 16-bit mode is within the tolerance {tolerance:g}: {told}"
+        return "fp32", f"nothing is {MIN_GAIN:g} times as fast as its {full.seconds:.3g} s: {tried}"
+    return "fp32", f"no 16-bit mode is within the tolerance {tolerance:g}: {tried}"
 
 
 def _describe(figures: ModeFigures) -> str:
@@ -130,7 +130,7 @@ def relative_error(latent: np.ndarray, reference: np.ndarray) -> float | None:
 def measure_modes(
     device: EncoderDevice, clips: Sequence[np.ndarray], load: Callable[[Mode], VaeEncoder], tolerance: float
 ) -> VaePrecision:
-    """Choose the mode for a device. `load` gives the encoder in a mode; each is let go before the next is loaded."""
+    """Choose the mode for a device. `load` gives the encoder in a mode; each is freed before the next is loaded."""
     modes, why_none = fast_modes(device)
     figures: list[ModeFigures] = []
     mode: Mode = "fp32"
@@ -234,7 +234,7 @@ def resized(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def find_precision(storage: Storage) -> VaePrecision | None:
-    """What was settled; None where nothing was. Raises ShardDamage."""
+    """What was resolved; None where nothing was. Raises ShardDamage."""
     if not storage.exists(DOCUMENT):
         return None
     file = storage.url(DOCUMENT)
@@ -248,9 +248,9 @@ def find_precision(storage: Storage) -> VaePrecision | None:
 
 
 def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[PrepConfig], VaePrecision]) -> PrepConfig:
-    """The config with `auto` replaced by what is settled, or by what `measure` finds now, which is settled then.
+    """The config with `auto` replaced by what was resolved, or by what `measure` finds now, which is recorded.
 
-    Latents that are there already settle it too: what was begun in a mode goes on in it.
+    Latents that are there already decide it too: what was begun in a mode is continued in it.
     """
     if config.encoders.vae_precision != "auto":
         return config
@@ -259,7 +259,7 @@ def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[Pr
         settled = find_precision(storage)
         if settled is None:
             storage.put(DOCUMENT, seal_document(measure(config).model_dump(mode="json"), indent=1), if_absent=True)
-            settled = find_precision(storage)  # another process may have been first: its word counts
+            settled = find_precision(storage)  # another process may have been first: its result counts
         if settled is None:
             raise RuntimeError(f"{storage.url(DOCUMENT)} is not there after it was written")
         mode = settled.mode

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _FILE = click.Path(path_type=Path, dir_okay=False)
+POSITIVE = click.FloatRange(min=0, min_open=True)
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 _PROGRESS = click.option(
@@ -137,10 +138,13 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     metavar="N",
     help="Fetch and probe N clips: buckets and bytes by the files themselves.",
 )
-@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, a100-80gb, h100.")
+@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, h100, or auto.")
+@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
+@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
+@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
 @click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores that decode.  [default: 4 a GPU]")
-@click.option("--mbit", type=click.FloatRange(min=0, min_open=True), default=1000.0, show_default=True, help="Network.")
+@click.option("--mbit", type=POSITIVE, default=1000.0, show_default=True, help="Network.")
 def plan(
     config: Path,
     overrides: tuple[str, ...],
@@ -148,6 +152,9 @@ def plan(
     quiet: bool,
     num_probed: int | None,
     gpu: str | None,
+    memory_gib: float | None,
+    tflops: float | None,
+    bandwidth: float | None,
     num_gpus: int,
     cores: int | None,
     mbit: float,
@@ -167,21 +174,16 @@ def plan(
     from preprocess.build.scratch import scratch_folder
     from preprocess.build.vae_precision import find_precision
     from preprocess.encoders.encoders import load_tokenizer
-    from preprocess.forecast.forecast import (
-        Hardware,
-        count_plan,
-        describe_forecast,
-        describe_plan,
-        find_speed,
-        forecast,
-    )
-    from preprocess.forecast.probe_some import describe_look, look_at_clips
+    from preprocess.forecast.forecast import Hardware, count_plan, describe_forecast, describe_plan, forecast
+    from preprocess.forecast.probe_some import describe_probe, probe_clips
     from preprocess.plan.freeze import freeze_plan
+    from shards.gpus import find_gpu
     from shards.storage import open_storage
 
     _start(quiet)
-    if gpu is not None:
-        find_speed(gpu)  # before the corpus is read for minutes
+    by_hand = (memory_gib, tflops, bandwidth)
+    # Before the corpus is read for minutes.
+    card = find_gpu(gpu or "auto", *by_hand) if gpu is not None or any(by_hand) else None
     loaded = load_prep(config, overrides)
     storage = open_storage(loaded.output)
     with scratch_folder(loaded.output) as scratch:
@@ -190,10 +192,10 @@ def plan(
         counts = count_plan(frozen, loaded)
         lines = describe_plan(counts)
         if num_probed is not None:
-            counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
-            lines += describe_look(counts["probed"])
-    if gpu is not None:
-        hardware = Hardware(gpu, num_gpus, mbit, cores or 4 * num_gpus)
+            counts["probed"] = probe_clips(frozen, loaded, num_probed, scratch)
+            lines += describe_probe(counts["probed"])
+    if card is not None:
+        hardware = Hardware(card, num_gpus, mbit, cores or 4 * num_gpus)
         settled = find_precision(storage)
         count_tokens = load_tokenizer(loaded.encoders).count
         mode = settled.mode if settled else None

@@ -36,7 +36,7 @@ class VaeDecoder:
 
     def __init__(self, vae: Any, device: torch.device, note: str | None = None) -> None:
         self.note = note
-        # As in a dataset's identity: the encoder half stands for the whole VAE.
+        # As in a dataset's identity: the encoder half identifies the VAE.
         self.encoder_sha256 = digest_weights(vae, prefixes=("encoder.", "quant_conv."))
         vae.encoder = vae.quant_conv = None
         self._vae = vae.to(device)
@@ -101,7 +101,7 @@ def check_vae(latent: Latent, decoder: VaeDecoder, source: Path) -> None:
 
 
 def write_frames(out: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"], fps: Fraction) -> None:
-    """Write frames as H.264 in MP4 (BT.709, CRF 17), or the first one as PNG; whole or not at all."""
+    """Write frames as H.264 in MP4 (BT.709, CRF 17), or the first one as PNG; complete or not at all."""
     import av
     from PIL import Image
 

@@ -12,6 +12,7 @@ from preprocess.build.clip import store_latent
 from preprocess.build.text_pass import NEGATIVE_PROMPT
 from preprocess.config import EncodersConfig
 from preprocess.encoders.encoders import (
+    computes_bf16,
     cpu_threads,
     digest_weights,
     load_text_encoder,
@@ -26,6 +27,16 @@ from shards.errors import UserError
 
 CONFIG = EncodersConfig(device="cpu")
 CAPTION = "한 사람이 바닷가를 천천히 걷고 있다. 파도가 밀려온다."
+
+
+def test_auto_embeds_in_bf16_where_the_chip_computes_it(text, monkeypatch):
+    """A V100 emulates bf16, and fp16 is never right for UMT5: fp32 there."""
+    assert CONFIG.text_precision == "auto" and text.precision == "bf16"
+    for capability, there in {(7, 0): False, (7, 5): False, (8, 0): True, (9, 0): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert computes_bf16(torch.device("cuda:0")) is there
+    monkeypatch.setattr("preprocess.encoders.encoders.computes_bf16", lambda device: False)
+    assert load_text_encoder(CONFIG, load_tokenizer(CONFIG)).precision == "fp32"
 
 
 @pytest.fixture(scope="module")

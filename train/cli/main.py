@@ -19,6 +19,7 @@ from train.launch.failure import SIGNAL_EXIT
 OVERRIDES = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config: -o optim.lr=2e-4"
 )
+POSITIVE = click.FloatRange(min=0, min_open=True)
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 
 
@@ -105,7 +106,10 @@ def fit(
 @main.command()
 @CONFIG
 @OVERRIDES
-@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h100, h200, rtx4090 …, or auto.")
+@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h200, rtx4090 …, or auto.")
+@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
+@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
+@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that they are in.")
 @click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="Instead of the dataset's buckets; repeatable.")
@@ -115,6 +119,9 @@ def plan(
     config: Path,
     overrides: tuple[str, ...],
     gpu: str,
+    memory_gib: float | None,
+    tflops: float | None,
+    bandwidth: float | None,
     gpus: int,
     nodes: int,
     sizes: tuple[str, ...],
@@ -126,16 +133,19 @@ def plan(
     \b
     wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
     wantrain plan configs/ti2v_5b_1xh200.yaml --gpu h200 --size 832x480x49 --size 1280x704x49
+    wantrain plan configs/ti2v_5b_1xh200.yaml --memory-gib 44.5 --tflops 280 --bandwidth 864
     wantrain plan configs/ti2v_5b_8xh100.yaml --gpu h100 --gpus 64 --nodes 8 -o data.global_batch=64
     """
     from shards.gpus import find_gpu
     from train.config.train import TrainConfig
-    from train.estimate import plan as plan_text
     from train.estimate import plan as planning
+    from train.estimate import plan_text
 
     loaded = load_config(TrainConfig, config, overrides)
-    buckets, origin = planning.read_sizes(loaded, sizes)
-    made = planning.make_plan(loaded, find_gpu(gpu), gpus, buckets, efficiency=efficiency, num_nodes=nodes)
+    card = find_gpu(gpu, memory_gib, tflops, bandwidth)
+    buckets, origin, mode = planning.read_sizes(loaded, sizes)
+    options = {"efficiency": efficiency, "num_nodes": nodes, "vae_mode": mode}
+    made = planning.make_plan(loaded, card, gpus, buckets, **options)
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:

@@ -51,7 +51,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
     """Python is new enough."""
     found = ".".join(map(str, version))
     if version < MIN_PYTHON:
-        return Finding("python", "problem", found, "install Python 3.11 or newer and make the environment anew")
+        return Finding("python", "problem", found, "install Python 3.11 or newer and create the environment again")
     return Finding("python", "ok", found)
 
 

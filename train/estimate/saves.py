@@ -108,7 +108,7 @@ def make_chooser(
 
     Args:
         device_bytes: memory of the GPU, for `auto`; None (a CPU) keeps everything.
-        base_shards: ranks that one copy of the base is spread over.
+        base_shards: ranks that one copy of the base is sharded over.
         ulysses: ranks that share a sample's tokens; shapes are what one of them holds.
     Raises (when called): UserError where not even the least fits, with what would.
     """
@@ -167,7 +167,7 @@ def _refuse_device(shape: Shape, need: Memory, limit: int) -> Saves:
 
 def _frozen_base(config: TrainConfig) -> LoRAConfig:
     if config.lora is None:
-        raise ValueError("the whole model trains (lora: null): its activations are autograd's, not in closed form")
+        raise ValueError("every weight trains (lora: null): its activations are autograd's, not in closed form")
     return config.lora
 
 

@@ -107,7 +107,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.self_attn = Attention(config, dtype)
-        # norm3 stands before the cross-attention; norm1 and norm2 have no parameters.
+        # norm3 comes before the cross-attention; norm1 and norm2 have no parameters.
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
         self.cross_attn = Attention(config, dtype)
         self.ffn = nn.Sequential(
@@ -159,7 +159,7 @@ def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) ->
 
 
 def split_first(x_BLD: Tensor, num_first: int) -> tuple[Tensor, ...]:
-    """The first frame's tokens and the rest. A split: the gradient of a slice would be as large as the whole, twice."""
+    """The first frame's tokens and the rest. A split: the gradient of a slice would be as large as the input, twice."""
     return x_BLD.split((num_first, x_BLD.shape[1] - num_first), dim=1)
 
 

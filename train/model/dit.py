@@ -220,7 +220,7 @@ def build_model(
 
     Args:
         dtype: what linears and attention compute in; the float32 islands stay float32.
-        param_dtype: what their weights are kept in; float32 for training the whole model. None takes `dtype`.
+        param_dtype: what their weights are kept in; float32 for training every weight. None takes `dtype`.
         seed: random weights from this seed; None leaves them unset, for `weights.load_dit`.
     """
     with torch.device("meta"):
@@ -240,7 +240,7 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
     As the official initialisation (Wan model.py, init_weights): Xavier for linears, 0.02 for the embeddings, zero
     biases, but for the head, whose published zeros let no gradient through and make every untrained model alike.
 
-    A LoRA is left as it is; of a base that is spread over ranks each takes its own rows of the same numbers.
+    A LoRA is left as it is; of a base that is sharded over ranks each takes its own rows of the same numbers.
     """
     from train.parallel.fsdp import local_shard
 

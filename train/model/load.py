@@ -37,7 +37,7 @@ _TO_DIFFUSERS = (
     (r"\.cross_attn\.o\.", ".attn2.to_out.0."),
     (r"\.self_attn\.norm_", ".attn1.norm_"),
     (r"\.cross_attn\.norm_", ".attn2.norm_"),
-    # The official norm3 stands before the cross-attention; Diffusers calls that one norm2.
+    # The official norm3 comes before the cross-attention; Diffusers calls that one norm2.
     (r"\.norm3\.", ".norm2."),
     (r"\.ffn\.0\.", ".ffn.net.0.proj."),
     (r"\.ffn\.2\.", ".ffn.net.2."),
@@ -55,7 +55,7 @@ def diffusers_key(official: str) -> str:
 def load_dit(model: nn.Module, path: str | Path) -> None:
     """Copy a checkpoint into a model that exists, one tensor at a time, into each parameter's own dtype and device.
 
-    Of a base that is spread over ranks (train/parallel/fsdp.py) each rank reads its own rows alone.
+    Of a base that is sharded over ranks (train/parallel/fsdp.py) each rank reads only its own rows.
 
     Args:
         path: an official folder (`Wan2.2-TI2V-5B`: shards with an index), a Diffusers one (with or without its
@@ -138,7 +138,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file}: not a whole safetensors file: {error}", fix="download or write the file again"
+            f"{file}: not a complete safetensors file: {error}", fix="download or write the file again"
         ) from None
 
 
@@ -239,7 +239,7 @@ def read_dit_config(path: str | Path) -> DiTConfig:
         return validate_config(DiTConfig, json.loads(own), origin=str(files[0]))
     config_file = files[0].parent / "config.json"
     if not config_file.is_file():
-        raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's whole folder")
+        raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's complete folder")
     places = find_tensors(path)
     refuse_other_wan(path, places)
     return _parse_config(read_object(config_file), places, config_file)

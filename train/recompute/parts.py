@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from train.parallel.ulysses import Ulysses
-from train.recompute.ops import Turn
+from train.recompute.ops import Rotation
 
 Values = dict[str, Tensor]
 Gradients = dict[str, tuple[Tensor, Tensor]]
@@ -52,9 +52,9 @@ class Shared(NamedTuple):
 
     rows_BR6D: Tensor
     text_BSD: Tensor
-    turn: Turn
+    rotation: Rotation
     zeros_BL1: Tensor
-    """Zeros and ones stand for mean and scale where a normalised input is normalised no further."""
+    """Zeros and ones are the mean and scale where a normalised input is normalised no further."""
     ones_BL1: Tensor
     num_first: int
     heads: tuple[int, int]
@@ -71,7 +71,7 @@ def low_rank(lora: LoRAParts, x_MI: Tensor) -> Tensor:
 
 
 def linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tensor:
-    """x W' + b + scale · B A x. The low-rank product is put by for the backward pass."""
+    """x W' + b + scale · B A x. The low-rank product is saved for the backward pass."""
     part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
     out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t())
     if part.lora is not None:

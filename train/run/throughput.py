@@ -10,10 +10,11 @@ import torch
 
 from shards.gpus import Gpu, by_driver_name
 from train.device import device_info
-from train.estimate.communication import local_shape, rank_flops
-from train.estimate.flops import step_flops
+from train.estimate.communication import local_shape, rank_work
+from train.estimate.flops import Work, step_flops
 from train.estimate.memory import Memory
-from train.estimate.plan import Setting, describe_memory
+from train.estimate.plan import OPTIMISTIC, PESSIMISTIC
+from train.estimate.plan_text import describe_memory
 from train.estimate.saves import GIB, describe_saves, run_memory
 from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
 from train.parallel.ranks import Layout
@@ -39,6 +40,7 @@ class Throughput:
         self._trainee, self._config, self._dims = trainee, trainee.config, trainee.dims
         self._layout = layout or Layout()
         self._gpu = gpu_of(trainee)
+        self._num_passes = trainee.config.data.global_batch / trainee.config.data.micro_batch / self._layout.dp_size
         self._rates: list[Rate] = []
         self._seconds: dict[Bucket, list[float]] = {}
 
@@ -61,8 +63,8 @@ class Throughput:
         ]
         memory, saves = self._memory(largest), self._saves(largest)
         if memory is not None and saves is not None:
-            setting = Setting(self._config.checkpointing.policy, describe_saves(saves), memory, None, 0, 0, 0)
-            parts = [" ".join(line.split()) for line in describe_memory(setting)]
+            lines_of = describe_memory(self._config.checkpointing.policy, describe_saves(saves), memory)
+            parts = [" ".join(line.split()) for line in lines_of]
             lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
         gib = None if memory is None else memory.total / GIB
         return {"bucket": str(largest), "tflop": executed / 1e12, "gib": gib}, lines
@@ -100,12 +102,14 @@ class Throughput:
 
     def _flops(self, bucket: Bucket) -> tuple[float, float]:
         """Of one process's share of a step: executed, and without recomputation."""
-        shape, config, ranks = self._shape(bucket), self._config, self._layout.ulysses
-        passes = config.data.global_batch / config.data.micro_batch / self._layout.dp_size
-        saves = self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
-        executed = rank_flops(self._dims, shape, config.lora, saves, ranks)
-        own = step_flops(self._dims, shape, config.lora, num_rows=2) / ranks
-        return executed * passes, own * passes
+        own = step_flops(self._dims, self._shape(bucket), self._config.lora, num_rows=2) / self._layout.ulysses
+        return self._work(bucket).flops, own * self._num_passes
+
+    def _work(self, bucket: Bucket) -> Work:
+        config, saves = self._config, self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
+        ranks, compiled = self._layout.ulysses, config.model.compile
+        work = rank_work(self._dims, self._shape(bucket), config.lora, saves, ranks, compiled=compiled)
+        return work.scaled(self._num_passes)
 
     def _memory(self, bucket: Bucket) -> Memory | None:
         saves = self._saves(bucket)
@@ -119,8 +123,9 @@ class Throughput:
         if self._gpu is None:
             return "; the device's peak is not known here"
         at_peak = self._flops(bucket)[0] / (self._gpu.peak_tflops * 1e12)
-        share, name = self._gpu.efficiency, self._gpu.name
-        return f"; planned {at_peak / share:.3g} s at {share:.0%} of {name}'s peak ({at_peak:.3g} s at 100 %)"
+        likely = sum(self._work(bucket).seconds(self._gpu, self._trainee.precision.dtype.itemsize))
+        low, high = OPTIMISTIC * likely, PESSIMISTIC * likely
+        return f"; planned {likely:.3g} s on {self._gpu.name} ({low:.3g} to {high:.3g}; {at_peak:.3g} at its peak)"
 
 
 def gpu_of(trainee: Trainee) -> Gpu | None:
