@@ -4,12 +4,16 @@
     encode    VAE                                                  one thread, in the order of candidates
     write     stored type → compression → shard, ledger row        one thread, in the same order, behind the encoder
 
-A bad clip ends as a ledger row with its stage and reason; anything else that goes wrong is a bug and propagates.
+A bad clip ends as a ledger row with its stage and reason. So does an unexpected exception in the work on one clip: its
+row is `internal-error`, retryable, and the log has the traceback. What the user or the machine got wrong is raised.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,13 +24,16 @@ from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts
 from preprocess.fetch.fetcher import Fetcher
+from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate
-from preprocess.rejection import ClipRejected, Rejection, short
+from preprocess.rejection import INTERNAL_ERROR, ClipRejected, Rejection, short
 from preprocess.text.captions import compose_all
 from preprocess.video.bucket import choose_bucket
 from preprocess.video.decode import decode_window, preview_strip, transform_identity
 from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window, choose_windows
+from shards.console import LOG
+from shards.errors import UserError
 from shards.format.arrays import array_facts, encode_array
 from shards.format.keys import sample_key
 from shards.format.ledger import LedgerRow, WindowRow
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
 
 Reserve = Callable[[int], None]
 """Waits until so many bytes of frames may be decoded."""
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+_QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
 
 class Decoded(NamedTuple):
@@ -79,57 +88,99 @@ class Encoded(NamedTuple):
 class Preparer:
     """What a decoder thread needs; shared by all of them."""
 
-    def __init__(self, config: PrepConfig, fetcher: Fetcher, count_tokens: Callable[[str], int]) -> None:
+    def __init__(self, config: PrepConfig, fetcher: Fetcher, count_tokens: Callable[[str], int], scratch: Path) -> None:
         self._config = config
         self._fetcher = fetcher
         self._count_tokens = count_tokens
+        self._scratch = scratch
 
     def prepare(self, candidate: Candidate, reserve: Reserve) -> Prepared:
-        """Bring one candidate to decoded frames. Never raises for a bad clip; raises `fetch.Stopped`."""
-        seconds: dict[str, float] = {}
+        """Bring one candidate to decoded frames. Raises only what `propagates`."""
+        record, seconds = candidate.record, dict[str, float]()
         clock = _Clock(seconds)
-        facts = bucket = None
+        facts = bucket = rejection = None
+        decoded: tuple[Decoded, ...] = ()
         attempts = num_bytes = 0
+        stage = "fetch"
         try:
-            with self._fetcher.fetched(candidate.record) as clip:
+            with self._fetcher.fetched(record) as clip:
                 attempts, num_bytes = clip.attempts, clip.num_bytes
                 clock.lap("fetch")
-                facts = probe_clip(clip.path, candidate.record, self._config)
+                stage = "probe"
+                facts = probe_clip(clip.path, record, self._config)
                 clock.lap("probe")
+                stage = "bucket"
                 bucket = _bucket(facts, self._config)
-                windows = choose_windows(facts, candidate.record, self._config)
+                stage = "window"
+                windows = choose_windows(facts, record, self._config)
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
-                decoded = tuple(self._decode(clip.path, candidate.record, facts, window, bucket) for window in windows)
+                stage = "decode"
+                decoded = tuple(self._decode(clip.path, record, facts, window, bucket) for window in windows)
                 clock.lap("decode")
         except ClipRejected as rejected:
-            attempts = attempts or rejected.attempts
-            return Prepared(candidate, facts, bucket, (), rejected.rejection, attempts, num_bytes, seconds)
-        return Prepared(candidate, facts, bucket, decoded, None, attempts, num_bytes, seconds)
+            attempts, rejection = attempts or rejected.attempts, rejected.rejection
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            rejection = internal_error(stage, error, record.clip_id)
+        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, num_bytes, seconds)
 
     def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""
-        end_seconds = window_end(window, self._config)
-        captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
-        if isinstance(captions, Rejection):
-            return Decoded(window, None, captions)
+        stage = "caption"
         try:
+            end_seconds = window.start_seconds + window.num_frames / self._config.window.fps
+            captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
+            if isinstance(captions, Rejection):
+                return Decoded(window, None, captions)
+            stage = "decode"
             frames_THWC = decode_window(path, facts, window, bucket, self._config)
+            num_previewed = self._config.shards.preview_frames
+            preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
         except ClipRejected as rejected:
             return Decoded(window, None, rejected.rejection)
-        num_previewed = self._config.shards.preview_frames
-        preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            return Decoded(window, None, internal_error(stage, error, record.clip_id))
         return Decoded(window, frames_THWC, None, preview)
 
 
+def propagates(error: Exception, scratch: Path) -> bool:
+    """Whether an error is the user's or the machine's to fix (or the build is stopping), not of one clip."""
+    is_disk = isinstance(error, OSError) and (error.errno in _OF_THE_DISK or not scratch.exists())
+    return is_disk or isinstance(error, UserError | TransferStopped)
+
+
+def internal_error(stage: str, error: Exception, clip_id: str) -> Rejection:
+    """The row of a clip whose work raised what it must not; the traceback goes to the log, without any URL's query."""
+    LOG.error(
+        "clip %s: internal error in stage %s; the build continues\n%s",
+        clip_id, stage, _QUERY.sub("?…", "".join(traceback.format_exception(error)).rstrip()),
+    )  # fmt: skip
+    # The message may hold paths of a scratch folder, and a ledger's bytes must repeat: the type and the place do.
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {Path(place[0].filename).name}:{place[0].lineno}" if place else ""
+    return Rejection(stage, INTERNAL_ERROR, f"{type(error).__name__}{where}; the log has the traceback", True)
+
+
 def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
-    """Encode a prepared candidate's windows, each alone. The frames are let go."""
+    """Encode a prepared candidate's windows, each alone. The frames are let go. Raises UserError: out of memory."""
     start = time.perf_counter()
-    latents = tuple(
-        None if decoded.frames_THWC is None else vae.encode(decoded.frames_THWC) for decoded in prepared.windows
-    )
+    windows, latents = [], []
+    for decoded in prepared.windows:
+        latent_CTHW, rejection = None, decoded.rejection
+        try:
+            if decoded.frames_THWC is not None:
+                latent_CTHW = vae.encode(decoded.frames_THWC)
+        except UserError:
+            raise
+        except Exception as error:  # a broken device fails on every clip, and ten in a row stop the build
+            rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
+        windows.append(decoded._replace(frames_THWC=None, rejection=rejection))
+        latents.append(latent_CTHW)
     seconds = time.perf_counter() - start if prepared.windows else 0.0
-    windows = tuple(decoded._replace(frames_THWC=None) for decoded in prepared.windows)
-    return Encoded(prepared._replace(windows=windows), latents, seconds)
+    return Encoded(prepared._replace(windows=tuple(windows)), tuple(latents), seconds)
 
 
 def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> LedgerRow:
@@ -140,11 +191,17 @@ def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> Led
     for decoded, latent_CTHW in zip(prepared.windows, encoded.latents, strict=False):
         key, rejection = None, decoded.rejection
         if latent_CTHW is not None:
-            key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
+            try:
+                key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
+            except OSError:
+                raise
+            except Exception as error:  # a UserError too: the writer refuses a sample before it writes any of it
+                rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
         if rejection:
             rejections.append(rejection)
         rows.append(_window_row(decoded.window, key, rejection))
     seconds = {**prepared.seconds, "encode": round(encoded.seconds, 3)}
+    rejections.sort(key=lambda each: each.reason != INTERNAL_ERROR)  # what must be looked at names the row
     return _row(prepared, rows, rejections[0] if rejections else None, seconds)
 
 
@@ -156,11 +213,6 @@ def latent_identity(config: PrepConfig, vae: VaeEncoder) -> dict[str, Any]:
         "transform": transform_identity(config),
         "latent_dtype": config.shards.latent_dtype,
     }
-
-
-def window_end(window: Window, config: PrepConfig) -> float:
-    """Where a window ends, in seconds of the clip."""
-    return window.start_seconds + window.num_frames / config.window.fps
 
 
 def store_latent(latent_CTHW: np.ndarray, dtype: str) -> np.ndarray | Rejection:
@@ -231,7 +283,7 @@ def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config:
             "fps": record.declared_fps,
             "seconds": record.declared_seconds,
         },
-        "probed": facts.model_dump(mode="json", exclude={"decisions"}),
+        "probed": facts.model_dump(mode="json", exclude={"decisions", "picture_seconds"}),
         "decisions": facts.decisions,
         "defects": list(record.defects),
         "latent": array_facts(latent),

@@ -8,6 +8,7 @@ from typing import Any
 from preprocess.build.dataset_info import find_info
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
+from preprocess.rejection import INTERNAL_ERROR
 from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
 from shards.format.dataset_info import BucketInfo
 from shards.format.names import LATENTS, text_kind
@@ -43,6 +44,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
         "waiting": plan.num_candidates - totals["accepted"] - totals["rejected"],
         "beyond_limit": last.num_beyond_limit if last else 0,
         "rejected_by": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "internal_errors": totals["internal_errors"],
         "retryable": totals["retryable"],
         "retried": totals["retried"],
         "retries_waiting": sum(plan.unit_length(unit) for unit in retries if unit not in units),
@@ -77,6 +79,9 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
     if counts["retried"] or counts["retries_waiting"]:
         waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
         lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")
+    if counts["internal_errors"]:
+        lines.append(f"errors   {counts['internal_errors']:,} clips met an internal error, a defect of this program:")
+        lines.append("         the log has the tracebacks; `wanprep retry CONFIG --reason internal-error`")
     if counts["retryable"]:
         lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
         lines.append("         `wanprep retry CONFIG --retryable`")
@@ -91,6 +96,8 @@ def _count_row(outcome: Outcome, totals: Counter[str], reasons: Counter[str]) ->
         return
     totals[row.status] += 1
     totals["retryable"] += row.retryable
+    is_internal = row.reason == INTERNAL_ERROR or any(window.reason == INTERNAL_ERROR for window in row.windows)
+    totals["internal_errors"] += is_internal
     totals["samples"] += sum(window.status == "accepted" for window in row.windows)
     totals["windows_rejected"] += sum(window.status == "rejected" for window in row.windows)
     if row.status == "rejected":

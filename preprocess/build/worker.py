@@ -15,12 +15,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from preprocess.build.clip import Encoded, Prepared, Preparer, encode_clip, latent_identity, write_clip
+from preprocess.build.clip import (
+    Encoded,
+    Prepared,
+    Preparer,
+    encode_clip,
+    latent_identity,
+    write_clip,
+)
 from preprocess.build.ordered_pool import in_order
 from preprocess.config import PrepConfig
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.plan import Candidate, Plan, open_plan
+from preprocess.rejection import INTERNAL_ERROR
 from preprocess.video.ffmpeg import ffmpeg_version, runs_that_end
+from shards.errors import UserError
 from shards.format.commit import Commit
 from shards.format.ledger import LedgerRow
 from shards.format.names import LATENTS
@@ -28,6 +37,7 @@ from shards.storage import open_storage
 from shards.write.shard_writer import ShardWriter
 
 OnRow = Callable[[LedgerRow], None]
+MAX_ERRORS_IN_A_ROW = 10
 
 
 class Description(NamedTuple):
@@ -84,7 +94,7 @@ class UnitWorker:
             _UnitWriter(self, on_row) as writer,
             cpu_threads(config.engine.decoders, self._num_workers),
         ):
-            preparer = Preparer(config, fetcher, self._tokenizer.count)
+            preparer = Preparer(config, fetcher, self._tokenizer.count, self._scratch)
             prepared = in_order(
                 _tasks(self._plan, units),
                 lambda task, reserve: (task, task.candidate and preparer.prepare(task.candidate, reserve)),
@@ -139,6 +149,7 @@ class _UnitWriter:
         self._worker, self._on_row = worker, on_row
         self._shard: ShardWriter | None = None
         self._rows: list[LedgerRow] = []
+        self._num_errors_in_a_row = 0
 
     def __enter__(self) -> _UnitWriter:
         return self
@@ -149,17 +160,29 @@ class _UnitWriter:
         self._close()
 
     def write(self, task: _Task, encoded: Encoded | None) -> Commit | None:
-        """Write one clip; the unit's commit after its last."""
+        """Write one clip; the unit's commit after its last. Raises UserError: too many internal errors in a row."""
         if self._shard is None:
             self._shard = self._worker.open_writer(task.unit)
         row = write_clip(encoded, self._shard, self._worker.config) if encoded else None
-        self._rows += [row] if row else []
+        if row:
+            self._rows.append(row)
+            self._count_errors(row)
         commit = self._shard.seal(self._rows) if task.is_last else None
         if task.is_last:
             self._close()
         if self._on_row is not None and row:
             self._on_row(row)
         return commit
+
+    def _count_errors(self, row: LedgerRow) -> None:
+        self._num_errors_in_a_row = self._num_errors_in_a_row + 1 if row.reason == INTERNAL_ERROR else 0
+        if self._num_errors_in_a_row == MAX_ERRORS_IN_A_ROW:
+            raise UserError(
+                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {row.clip_id} in stage "
+                f"{row.stage}: {row.detail}",
+                expected="an internal error now and then at most: this is the machine, or a defect of this program",
+                fix="read the tracebacks above, then run the same command: it resumes at the open unit",
+            )
 
     def _close(self) -> None:
         if self._shard is not None:

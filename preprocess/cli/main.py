@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -252,6 +253,7 @@ def build_shards(
             loaded = _serve(stack, serve, loaded)
         counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
     _show(counts, describe_build(counts), as_json)
+    sys.exit(1 if counts["internal_errors"] else 0)
 
 
 @main.command()
@@ -309,6 +311,7 @@ def retry(
         *(["dry run: nothing was written"] if dry_run else describe_build(counts)),
     ]
     _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
+    sys.exit(1 if counts["internal_errors"] else 0)
 
 
 @main.command()

@@ -168,7 +168,12 @@ def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
     """Read, parse and sieve the documents of a chunk; their lines for the plan and its ledger."""
     result = ChunkResult(len(chunk.items), LineBatch.empty(), LineBatch.empty())
     for document in read_chunk(chunk):
-        _sort_document(document, config, result)
+        try:
+            _sort_document(document, config, result)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+            LOG.exception("annotation %s: internal error; the plan continues", document.source)
+            rejection = Rejection("read", "internal-error", type(error).__name__, True)
+            append_refused(result.refused, "", document.source, rejection)
     return result
 
 

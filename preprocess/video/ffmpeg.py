@@ -30,7 +30,7 @@ _ENDING = threading.Event()
 
 # Containers that a clip may have. Playlists, concat lists, SDP, devices and generators are not among them: they open
 # other files or addresses, or have no end.
-VIDEO_FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mxf", "asf", "flv", "dv", "ogg")
+VIDEO_FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mxf", "asf", "flv", "dv", "ogg", "gif")
 IMAGE_FORMATS = ("image2", "jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 
 
