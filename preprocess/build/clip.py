@@ -1,8 +1,9 @@
-"""The work on one candidate, in three parts: a decoder thread's, the encoder's, and the writer's behind it.
+"""The work on one candidate, in four parts, one for each pool of `pools.py`.
 
-    prepare   fetch → probe → bucket → windows → captions → decode → preview     any thread, no order
-    encode    VAE                                                  one thread, in the order of candidates
-    write     stored type → compression → shard, ledger row        one thread, in the same order, behind the encoder
+    fetch     HTTP, S3 or a file beside the annotation                  any thread, no order
+    decode    probe → bucket → windows → captions → decode → preview    any thread, no order
+    encode    VAE                                                       one thread, as clips become ready
+    write     stored type → compression → shard, ledger row             one thread, in the plan's order within a unit
 
 A bad clip ends as a ledger row with its stage and reason. So does an unexpected exception in the work on one clip: its
 row is `internal-error`, retryable, and the log has the traceback. What the user or the machine got wrong is raised.
@@ -15,6 +16,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +25,7 @@ import numpy as np
 from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts
-from preprocess.fetch.fetcher import Fetcher
+from preprocess.fetch.fetcher import Clip, Fetcher
 from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate
 from preprocess.rejection import INTERNAL_ERROR, ClipRejected, Rejection, short
@@ -61,6 +63,18 @@ class Decoded(NamedTuple):
     """A JPEG strip, where one is wanted."""
 
 
+class Fetched(NamedTuple):
+    """A candidate when its clip is here, or will not come."""
+
+    candidate: Candidate
+    clip: Clip | None
+    stack: ExitStack
+    """Holds the clip's file; whoever decodes it closes it."""
+    rejection: Rejection | None
+    attempts: int
+    seconds: dict[str, float]
+
+
 class Prepared(NamedTuple):
     """A candidate when the decoders are done with it."""
 
@@ -86,7 +100,7 @@ class Encoded(NamedTuple):
 
 
 class Preparer:
-    """What a decoder thread needs; shared by all of them."""
+    """What the threads that fetch and decode need; shared by all of them."""
 
     def __init__(self, config: PrepConfig, fetcher: Fetcher, count_tokens: Callable[[str], int], scratch: Path) -> None:
         self._config = config
@@ -94,19 +108,33 @@ class Preparer:
         self._count_tokens = count_tokens
         self._scratch = scratch
 
-    def prepare(self, candidate: Candidate, reserve: Reserve) -> Prepared:
-        """Bring one candidate to decoded frames. Raises only what `propagates`."""
-        record, seconds = candidate.record, dict[str, float]()
-        clock = _Clock(seconds)
-        facts = bucket = rejection = None
-        decoded: tuple[Decoded, ...] = ()
-        attempts = num_bytes = 0
-        stage = "fetch"
+    def fetch(self, candidate: Candidate) -> Fetched:
+        """Bring the candidate's clip to this machine. Raises only what `propagates`."""
+        record, began, stack = candidate.record, time.perf_counter(), ExitStack()
+        clip, rejection, attempts = None, None, 0
         try:
-            with self._fetcher.fetched(record) as clip:
-                attempts, num_bytes = clip.attempts, clip.num_bytes
-                clock.lap("fetch")
-                stage = "probe"
+            clip = stack.enter_context(self._fetcher.fetched(record))
+            attempts = clip.attempts
+        except ClipRejected as rejected:
+            attempts, rejection = rejected.attempts, rejected.rejection
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            rejection = internal_error("fetch", error, record.clip_id)
+        seconds = {} if rejection else {"fetch": round(time.perf_counter() - began, 3)}
+        return Fetched(candidate, clip, stack, rejection, attempts, seconds)
+
+    def decode(self, fetched: Fetched, reserve: Reserve) -> Prepared:
+        """Bring a fetched clip to decoded frames, and let its file go. Raises only what `propagates`."""
+        candidate, clip, attempts = fetched.candidate, fetched.clip, fetched.attempts
+        record, seconds, rejection = candidate.record, dict(fetched.seconds), fetched.rejection
+        if clip is None:
+            return Prepared(candidate, None, None, (), rejection, attempts, 0, seconds)
+        facts = bucket = None
+        decoded: tuple[Decoded, ...] = ()
+        clock, stage = _Clock(seconds), "probe"
+        try:
+            with fetched.stack:
                 facts = probe_clip(clip.path, record, self._config)
                 clock.lap("probe")
                 stage = "bucket"
@@ -118,12 +146,12 @@ class Preparer:
                 decoded = tuple(self._decode(clip.path, record, facts, window, bucket) for window in windows)
                 clock.lap("decode")
         except ClipRejected as rejected:
-            attempts, rejection = attempts or rejected.attempts, rejected.rejection
+            rejection = rejected.rejection
         except Exception as error:
             if propagates(error, self._scratch):
                 raise
             rejection = internal_error(stage, error, record.clip_id)
-        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, num_bytes, seconds)
+        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, clip.num_bytes, seconds)
 
     def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""

@@ -9,7 +9,6 @@ gate and at every bucket size, and where it is faster. Some cards have had 3-D c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -195,30 +194,23 @@ def gate_clips(config: PrepConfig) -> Iterator[np.ndarray]:
     import threading
 
     from preprocess.build.clip import Preparer
-    from preprocess.build.ordered_pool import in_order
     from preprocess.build.scratch import scratch_folder
     from preprocess.encoders.encoders import load_tokenizer
     from preprocess.fetch.fetcher import Fetcher
     from preprocess.plan.plan import open_plan
-    from preprocess.video.ffmpeg import runs_that_end
     from shards.storage import open_storage
 
-    candidates = islice(open_plan(open_storage(config.output)).candidates(), GATE_CANDIDATES)
-    stop, decoders = threading.Event(), config.engine.decoders
     found: list[np.ndarray] = []
     with (
         scratch_folder(config.output, on_this_machine=True) as scratch,
-        runs_that_end() as end_runs,
-        Fetcher(config.fetch, config.corpus, scratch, stop, decoders) as fetcher,
+        Fetcher(config.fetch, config.corpus, scratch, threading.Event()) as fetcher,
     ):
-        prepare = Preparer(config, fetcher, load_tokenizer(config.encoders).count).prepare
-        limit = config.engine.max_queue_mib << 20
-        results = in_order(candidates, prepare, num_workers=decoders, max_bytes=limit, stop=stop, on_stop=end_runs)
-        with closing(results):
-            for prepared in results:
-                found += [each.frames_THWC for each in prepared.windows if each.frames_THWC is not None]
-                if len(found) >= GATE_CLIPS:
-                    break
+        preparer = Preparer(config, fetcher, load_tokenizer(config.encoders).count, scratch)
+        for candidate in islice(open_plan(open_storage(config.output)).candidates(), GATE_CANDIDATES):
+            prepared = preparer.decode(preparer.fetch(candidate), lambda num_bytes: None)
+            found += [each.frames_THWC for each in prepared.windows if each.frames_THWC is not None]
+            if len(found) >= GATE_CLIPS:
+                break
     yield from found[:GATE_CLIPS]
     seen = {frames.shape[1:3] for frames in found[:GATE_CLIPS]}
     for size in config.buckets.sizes:
