@@ -14,7 +14,7 @@ from preprocess.video.ffmpeg import run_killable, runs_that_end
 
 
 class Work:
-    """Stages over numbers, `fetch` and `decode` given; groups of `group` tasks are written in order, one byte a task."""
+    """Stages over numbers, `fetch` and `decode` given; groups of `group` tasks are written in order; a byte a task."""
 
     def __init__(self, fetch=lambda task: task, decode=lambda task, reserve: task, group=1):
         self._fetch, self._decode, self._group = fetch, decode, group

@@ -3,7 +3,11 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +15,8 @@ from prep_runs import TINY, build, files_of, prep
 
 from preprocess.build.work_queue import MAX_LOSSES, WorkQueue
 from preprocess.cli.main import main
-from preprocess.pipeline import Part
+from preprocess.pipeline import Part, build_shards
+from preprocess.plan.plan import open_plan
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units, read_commit
@@ -70,6 +75,56 @@ def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
     assert list(ledgers(tmp_path / "two")) == list(ledgers(alone))
     assert not list((tmp_path / "two").glob(".tmp*"))
     assert not multiprocessing.active_children()
+
+
+@contextmanager
+def served_slowly(corpus, name, until):
+    """The corpus over HTTP; the clip `name` is sent when `until` is set."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if name in self.path:
+                until.wait(60)
+            super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(corpus)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpus, tmp_path):
+    """The other two units are committed while it is awaited, and all bytes are those of an undelayed build."""
+    from preprocess.demo.corpus import BASE_URL
+
+    output, until = tmp_path / "slow", threading.Event()
+    first = open_plan(open_storage(alone)).unit(0)
+    name = next(each.record.url for each in first if each.record.url).rpartition("/")[2]
+    seen = []
+
+    def watch():
+        deadline = time.monotonic() + 50
+        while len(seen) < 2 and time.monotonic() < deadline:
+            seen[:] = sorted(int(path.stem[-6:]) for path in output.glob("latents/shard-*.json"))
+            time.sleep(0.05)
+        until.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with served_slowly(demo_corpus, name, until) as url:
+        fetch = {"mirrors": {BASE_URL: url}, "timeout_seconds": 60.0}
+        build_shards(prep(demo_corpus, output, **TINY, fetch=fetch), quiet=True)
+    watcher.join()
+    assert seen == [1, 2]
+    assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
 
 
 def test_parts_of_a_build_make_the_whole(alone, demo_corpus, tmp_path):
