@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from shards.config import Config
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
 CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
@@ -64,6 +65,11 @@ class WindowConfig(Config):
     """Most windows taken from one clip."""
     max_scene_score: Annotated[float, Field(gt=0, le=1)] | None = None
     """No window across a shot change: ffmpeg's scene score above which a frame is a cut; null: not looked for."""
+    min_motion: Share = 0.0001
+    """Smallest share of the picture that moves in a window; the default refuses what does not move at all, 0 nothing.
+    Samples of one frame are exempt."""
+    max_black_share: Share = 0.999
+    """Largest share of a window's pixels that are black; the default refuses what is black all over, 1 nothing."""
 
     @model_validator(mode="after")
     def _whole_latents(self) -> WindowConfig:
@@ -100,6 +106,8 @@ class BucketsConfig(Config):
     """Sizes to choose from, by nearest display shape."""
     max_upscale: Annotated[float, Field(ge=1)] = 1.0
     """Largest enlargement of the displayed picture; a clip that no bucket can take within it is refused."""
+    min_kept_share: Share = 0.5
+    """Smallest share of the displayed picture that the centre cut may keep; a clip of another shape is refused."""
 
 
 def check_template(template: str) -> str:

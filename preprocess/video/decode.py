@@ -70,7 +70,9 @@ def decode_window(
 
 
 def needed_pictures(facts: ClipFacts, window: Window, fps: int) -> tuple[float, ...]:
-    """Times of the clip's pictures from the first to the last that the window shows."""
+    """Times of the clip's pictures from the first to the last that the window shows; none of a still."""
+    if facts.media == "image":
+        return ()
     half = 0.5 / fps
     first = bisect_left(facts.picture_seconds, window.start_seconds + half) - 1
     last = bisect_left(facts.picture_seconds, window.start_seconds + (window.num_frames - 1) / fps + half)

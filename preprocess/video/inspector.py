@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from preprocess.facts import Inspection, MeasuredPicture
+from preprocess.video.aspect import is_sd
 from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
 from preprocess.video.interlace import flagged_order, order_of_votes
 from preprocess.video.measure import fields_of, find_bars, find_vbi
@@ -229,7 +230,7 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
     if not pictures:
         return {"problem": "no-frames", "detail": "no picture could be decoded"}
     same = [luma for luma, _ in lumas if luma.shape == lumas[0][0].shape]
-    vbi = find_vbi(same) if stream.width in (704, 720) else 0
+    vbi, vbi_ground = find_vbi(same) if is_sd(stream.width, stream.height) else (0, "not an SD raster")
     votes = dict.fromkeys(FIELD_VERDICTS, 0)
     for luma, following in lumas:
         if following is not None:
@@ -240,6 +241,7 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
         "pictures": tuple(pictures),
         "display_matrix": matrix,
         "vbi_lines": vbi,
+        "vbi_ground": vbi_ground,
         "bars": find_bars([luma[vbi:] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
         "scan": votes,
         "idet": _idet(codec, stream, packets) if disagree and not facts["is_still"] else None,
