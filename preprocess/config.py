@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -291,3 +292,30 @@ class PrepConfig(Config):
     encoders: EncodersConfig = EncodersConfig()
     shards: ShardsConfig = ShardsConfig()
     engine: EngineConfig = EngineConfig()
+
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "window": ("num_frames", "min_motion", "max_black_share"),
+    "buckets": ("min_kept_share",),
+}
+"""Keys that enter no identity: each generation of a plan is built with those that it was frozen with."""
+
+
+def frozen_choices(config: PrepConfig) -> dict[str, int | float]:
+    """The values of the `FROZEN` keys, by their dotted names."""
+    return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in _frozen_names()}
+
+
+def with_choices(config: PrepConfig, choices: Mapping[str, int | float]) -> PrepConfig:
+    """`config` with frozen choices in place of its own; one that is absent counts as its default."""
+    sections: dict[str, Config] = {"window": config.window, "buckets": config.buckets}
+    for section, name in _frozen_names():
+        if choices:
+            default = type(sections[section]).model_fields[name].default
+            value = choices.get(f"{section}.{name}", default)
+            sections[section] = sections[section].model_copy(update={name: value})
+    return config.model_copy(update=sections)
+
+
+def _frozen_names() -> list[tuple[str, str]]:
+    return [(section, name) for section, names in FROZEN.items() for name in names]

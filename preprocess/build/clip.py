@@ -97,8 +97,12 @@ class Preparer:
         self._count_tokens = count_tokens
         self._scratch = scratch
 
-    def prepare(self, candidate: Candidate, reserve: Reserve) -> Prepared:
-        """Bring one candidate to decoded frames. Raises only what `propagates`."""
+    def prepare(self, candidate: Candidate, reserve: Reserve, config: PrepConfig | None = None) -> Prepared:
+        """Bring one candidate to decoded frames. Raises only what `propagates`.
+
+        `config`: with what the candidate's unit was frozen with; None: the build's own.
+        """
+        config = config or self._config
         record, seconds = candidate.record, dict[str, float]()
         clock = _Clock(seconds)
         facts = bucket = rejection = None
@@ -110,15 +114,15 @@ class Preparer:
                 attempts, num_bytes = clip.attempts, clip.num_bytes
                 clock.lap("fetch")
                 stage = "probe"
-                facts = probe_clip(clip.path, record, self._config)
+                facts = probe_clip(clip.path, record, config)
                 clock.lap("probe")
                 stage = "bucket"
-                bucket = _bucket(facts, self._config)
+                bucket = _bucket(facts, config)
                 stage = "window"
-                windows = choose_windows(facts, record, self._config)
+                windows = choose_windows(facts, record, config)
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
                 stage = "decode"
-                decoded = tuple(self._decode(clip.path, record, facts, window, bucket) for window in windows)
+                decoded = tuple(self._decode(clip.path, record, facts, window, bucket, config) for window in windows)
                 clock.lap("decode")
         except ClipRejected as rejected:
             attempts, rejection = attempts or rejected.attempts, rejected.rejection
@@ -128,20 +132,22 @@ class Preparer:
             rejection = internal_error(stage, error, record.clip_id)
         return Prepared(candidate, facts, bucket, decoded, rejection, attempts, num_bytes, seconds)
 
-    def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
+    def _decode(
+        self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
+    ) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""
         stage = "caption"
         try:
-            end_seconds = window.start_seconds + window.num_frames / self._config.window.fps
-            captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
+            end_seconds = window.start_seconds + window.num_frames / config.window.fps
+            captions = compose_all(record, window.start_seconds, end_seconds, config.captions, self._count_tokens)
             if isinstance(captions, Rejection):
                 return Decoded(window, None, captions)
             stage = "decode"
-            frames_THWC = decode_window(path, facts, window, bucket, self._config)
+            frames_THWC = decode_window(path, facts, window, bucket, config)
             measured = measure_window(frames_THWC, kept_share(facts.display_width, facts.display_height, bucket))
-            if (refused := _refused_by_measure(measured, window, self._config)) is not None:
+            if (refused := _refused_by_measure(measured, window, config)) is not None:
                 return Decoded(window, None, refused, measured)
-            num_previewed = self._config.shards.preview_frames
+            num_previewed = config.shards.preview_frames
             preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
         except ClipRejected as rejected:
             return Decoded(window, None, rejected.rejection)

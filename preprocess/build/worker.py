@@ -24,7 +24,7 @@ from preprocess.build.clip import (
     write_clip,
 )
 from preprocess.build.ordered_pool import in_order
-from preprocess.config import PrepConfig
+from preprocess.config import PrepConfig, with_choices
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.plan import Candidate, Plan, open_plan
 from preprocess.rejection import INTERNAL_ERROR
@@ -97,7 +97,11 @@ class UnitWorker:
             preparer = Preparer(config, fetcher, self._tokenizer.count, self._scratch)
             prepared = in_order(
                 _tasks(self._plan, units),
-                lambda task, reserve: (task, task.candidate and preparer.prepare(task.candidate, reserve)),
+                lambda task, reserve: (
+                    task,
+                    task.candidate
+                    and preparer.prepare(task.candidate, reserve, with_choices(config, self._plan.choices(task.unit))),
+                ),
                 num_workers=config.engine.decoders,
                 max_bytes=config.engine.max_queue_mib << 20,
                 stop=stop,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from preprocess.config import DecodeConfig, PictureSize, PrepConfig
+from preprocess.config import FROZEN, DecodeConfig, PictureSize, PrepConfig
 from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
@@ -297,9 +297,11 @@ def transform_identity(config: PrepConfig) -> dict[str, Any]:
         "scale": SCALE_FLAGS,
         "resample": "fps filter, round=near",
         "deinterlace": "bwdif send_field",
-        "window": config.window.model_dump(mode="json"),
+        # No key at its default, and no threshold or length at all: those are frozen with a plan's generation.
+        "window": config.window.model_dump(mode="json", exclude_defaults=True, exclude=set(FROZEN["window"])),
         "window_seed": config.seed if config.window.policy == "random" else None,
-        "buckets": config.buckets.model_dump(mode="json"),
+        "buckets": {"sizes": [size.model_dump() for size in config.buckets.sizes]}
+        | config.buckets.model_dump(mode="json", exclude_defaults=True, exclude={"sizes", *FROZEN["buckets"]}),
         "policy": config.decode.policy,
         "sd_display_aspect": config.decode.sd_display_aspect,
     }

@@ -162,7 +162,8 @@ def test_lost_units_are_done_again_to_the_byte(built, copy, demo_corpus):
     ("sections", "field"),
     [
         ({"shards": {"latent_dtype": "float32"}}, "latent_dtype"),
-        ({"window": {"num_frames": 21}}, "transform.window.num_frames"),
+        ({"window": {"num_frames": 21}}, "window.num_frames"),
+        ({"window": {"policy": "start"}}, "transform.window.policy"),
         ({"captions": {"template": "{object}"}}, "templates"),
         ({"captions": {"max_tokens": 100}}, "max_tokens"),
     ],
