@@ -213,7 +213,7 @@ class Measured(Config):
     """What is recorded of a window, whether it becomes a sample or not."""
 
     motion: float
-    """Share of the picture's blocks of 32×32 pixels whose mean changes within the window by more than noise does."""
+    """Share of the picture's blocks (of 32×32 pixels, of 8×8 in small pictures) that change by more than noise does."""
     black_share: float
     """Share of its pixels that are black."""
     kept_share: float
@@ -221,17 +221,18 @@ class Measured(Config):
 
 
 def measure_window(frames_THWC: UInt8[np.ndarray, "T H W 3"], kept_share: float) -> Measured:
-    """Measure decoded frames. To cost a hundredth of decoding them, every fourth frame and every eighth row must do.
+    """Measure decoded frames. To cost a hundredth of decoding them, about twelve frames and every eighth row must do.
 
     Of a still that was coded with noise all blocks change by a little, and alike; so the floor above which a block
     moves rises with the median change, up to where no noise reaches (docs/decisions/105).
     """
     from PIL import Image
 
-    rows_THWC = np.ascontiguousarray(frames_THWC[::4, ::8])
+    block = BLOCK if min(frames_THWC.shape[1:3]) >= 256 else BLOCK // 4
+    rows_THWC = np.ascontiguousarray(frames_THWC[:: max(1, len(frames_THWC) // 12), :: block // 4])
     num_frames, num_rows, width, _ = rows_THWC.shape
     stacked = Image.fromarray(rows_THWC.reshape(num_frames * num_rows, width, 3))
-    blocks = np.asarray(stacked.reduce((BLOCK, BLOCK // 8)), np.float32).reshape(num_frames, -1, 3) @ LUMA_WEIGHTS
+    blocks = np.asarray(stacked.reduce((block, 4)), np.float32).reshape(num_frames, -1, 3) @ LUMA_WEIGHTS
     changes = np.ptp(blocks, axis=0)
     floor = MOTION_FLOOR + 3 * min(float(np.median(changes)), 2.0)
     black = rows_THWC[:, :, ::8].sum(axis=3, dtype=np.uint16) <= 3 * BLACK_LEVEL
