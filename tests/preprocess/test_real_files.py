@@ -78,9 +78,8 @@ def check_against_reference(path: Path, config: PrepConfig = TILES) -> int:
         for k, frame in enumerate(frames):
             due = [time for time in times if (time - window.start_seconds) * 24 < k + 0.5 - 1e-6]
             assert read_number(frame) in {shown[time] for time in due[-2:]}, (window, k)
-        assert sum(np.array_equal(a, b) for a, b in itertools.pairwise(frames)) <= 2, (
-            "frozen"
-        )  # a program stream may have a gap of its own
+        # A program stream may have a gap of its own.
+        assert sum(np.array_equal(a, b) for a, b in itertools.pairwise(frames)) <= 2, "frozen"
     return len(windows)
 
 
