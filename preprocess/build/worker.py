@@ -3,7 +3,7 @@
     units ─▶ candidates ─▶ decoders (threads) ─▶ encoder (the caller's thread) ─▶ writer (a thread) ─▶ commits
 
 A unit's commit is a function of the unit and the config alone: not of the engine, the device's number, the units that
-this worker did before, or how often the unit was begun. So an engine only deals units, and may deal one again.
+this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand one out again.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class UnitWorker:
         return commit
 
     def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
-        """Encode units as they are dealt, decoding ahead into the next: a unit's number is taken when it is needed.
+        """Encode units as they come, decoding ahead into the next: a unit's number is taken when it is needed.
 
-        `on_row` is told each candidate's row, by the writer's thread. Left by an exception (Ctrl-C among them) the
+        `on_row` gets each candidate's row, in the writer's thread. Left by an exception (Ctrl-C among them) the
         open units are dropped; what is committed stays. Raises UserError; a bad clip is a ledger row.
         """
         from preprocess.encoders.encoders import cpu_threads
@@ -134,7 +134,7 @@ class UnitWorker:
 class _Task(NamedTuple):
     unit: int
     candidate: Candidate | None
-    """None: of the unit made anew, later generations have taken up every candidate; its tar is empty."""
+    """None: of a unit that is made again, later generations have taken up every candidate; its tar is empty."""
     is_last: bool
     """Of its unit."""
 

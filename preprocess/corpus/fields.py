@@ -1,4 +1,4 @@
-"""Single fields of an annotation, read from whatever JSON value stands there: a value or None, and a defect's name.
+"""Single fields of an annotation, read from whatever JSON value is there: a value or None, and a defect's name.
 
 A reader takes the JSON value and the set that collects defects. None and an empty string are absence, no defect.
 """
