@@ -124,12 +124,12 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
     there = info.identity.get("transform", {})
     if there.get("version") != TRANSFORM_VERSION:
         # Only the version is named: which keys the transform's identity holds has changed with it.
-        ours = {**info.identity, "transform": {**there, "version": TRANSFORM_VERSION}}
+        newer = {**info.identity, "transform": {**there, "version": TRANSFORM_VERSION}}
         fix = (
             "build into another output; what is there can be read, trained and recaptioned, and the release that made "
             "it can finish it"
         )
-        refuse_mismatch(ours, info.identity, where, fix)
+        refuse_mismatch(newer, info.identity, where, fix)
     frames = {bucket.frames for bucket in info.buckets}
     if frames and config.window.num_frames not in frames:
         refuse_mismatch(

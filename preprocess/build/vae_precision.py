@@ -211,7 +211,7 @@ def gate_clips(config: PrepConfig) -> Iterator[np.ndarray]:
         runs_that_end() as end_runs,
         Fetcher(config.fetch, config.corpus, scratch, stop, decoders) as fetcher,
     ):
-        prepare = Preparer(config, fetcher, load_tokenizer(config.encoders).count).prepare
+        prepare = Preparer(config, fetcher, load_tokenizer(config.encoders).count, scratch).prepare
         limit = config.engine.max_queue_mib << 20
         results = in_order(candidates, prepare, num_workers=decoders, max_bytes=limit, stop=stop, on_stop=end_runs)
         with closing(results):
