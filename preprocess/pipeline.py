@@ -110,6 +110,9 @@ def retry(
     if dry_run or not (choice.ordinals or choice.open_units):
         return Retried(choice, count_dataset(storage, plan, DEFAULT_SET))
     with _at_work(storage, config.output) as scratch:
+        info = find_info(storage)
+        if info is not None:  # before anything is frozen
+            check_settled_identity(info, config, f"the dataset at {storage.url()}")
         plan = freeze_retry(plan, config, choice, scratch)
         part = Part(units=retry_units(plan))
         _latent_pass(storage, plan, config, scratch, style, part)

@@ -30,8 +30,9 @@ from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate
 from preprocess.rejection import INTERNAL_ERROR, ClipRejected, Rejection, short
 from preprocess.text.captions import compose_all
-from preprocess.video.bucket import choose_bucket
+from preprocess.video.bucket import choose_bucket, kept_share
 from preprocess.video.decode import decode_window, preview_strip, transform_identity
+from preprocess.video.measure import Measured, measure_window
 from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window, choose_windows
 from shards.console import LOG
@@ -59,6 +60,8 @@ class Decoded(NamedTuple):
     frames_THWC: np.ndarray | None
     """uint8; None once it is encoded."""
     rejection: Rejection | None
+    measured: Measured | None = None
+    """None where nothing was decoded."""
     preview: bytes | None = None
     """A JPEG strip, where one is wanted."""
 
@@ -124,8 +127,12 @@ class Preparer:
         seconds = {} if rejection else {"fetch": round(time.perf_counter() - began, 3)}
         return Fetched(candidate, clip, stack, rejection, attempts, seconds)
 
-    def decode(self, fetched: Fetched, reserve: Reserve) -> Prepared:
-        """Bring a fetched clip to decoded frames, and let its file go. Raises only what `propagates`."""
+    def decode(self, fetched: Fetched, reserve: Reserve, config: PrepConfig | None = None) -> Prepared:
+        """Bring a fetched clip to decoded frames, and let its file go. Raises only what `propagates`.
+
+        `config`: with the choices that the candidate's unit was frozen with; None: the build's own.
+        """
+        config = config or self._config
         candidate, clip, attempts = fetched.candidate, fetched.clip, fetched.attempts
         record, seconds, rejection = candidate.record, dict(fetched.seconds), fetched.rejection
         if clip is None:
@@ -135,15 +142,15 @@ class Preparer:
         clock, stage = _Clock(seconds), "probe"
         try:
             with fetched.stack:
-                facts = probe_clip(clip.path, record, self._config)
+                facts = probe_clip(clip.path, record, config)
                 clock.lap("probe")
                 stage = "bucket"
-                bucket = _bucket(facts, self._config)
+                bucket = _bucket(facts, config)
                 stage = "window"
-                windows = choose_windows(facts, record, self._config)
+                windows = choose_windows(facts, record, config)
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
                 stage = "decode"
-                decoded = tuple(self._decode(clip.path, record, facts, window, bucket) for window in windows)
+                decoded = tuple(self._decode(clip.path, record, facts, window, bucket, config) for window in windows)
                 clock.lap("decode")
         except ClipRejected as rejected:
             rejection = rejected.rejection
@@ -153,17 +160,22 @@ class Preparer:
             rejection = internal_error(stage, error, record.clip_id)
         return Prepared(candidate, facts, bucket, decoded, rejection, attempts, clip.num_bytes, seconds)
 
-    def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
+    def _decode(
+        self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
+    ) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""
         stage = "caption"
         try:
-            end_seconds = window.start_seconds + window.num_frames / self._config.window.fps
-            captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
+            end_seconds = window.start_seconds + window.num_frames / config.window.fps
+            captions = compose_all(record, window.start_seconds, end_seconds, config.captions, self._count_tokens)
             if isinstance(captions, Rejection):
                 return Decoded(window, None, captions)
             stage = "decode"
-            frames_THWC = decode_window(path, facts, window, bucket, self._config)
-            num_previewed = self._config.shards.preview_frames
+            frames_THWC = decode_window(path, facts, window, bucket, config)
+            measured = measure_window(frames_THWC, kept_share(facts.display_width, facts.display_height, bucket))
+            if (refused := _refused_by_measure(measured, window, config)) is not None:
+                return Decoded(window, None, refused, measured)
+            num_previewed = config.shards.preview_frames
             preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
         except ClipRejected as rejected:
             return Decoded(window, None, rejected.rejection)
@@ -171,7 +183,17 @@ class Preparer:
             if propagates(error, self._scratch):
                 raise
             return Decoded(window, None, internal_error(stage, error, record.clip_id))
-        return Decoded(window, frames_THWC, None, preview)
+        return Decoded(window, frames_THWC, None, measured, preview)
+
+
+def _refused_by_measure(measured: Measured, window: Window, config: PrepConfig) -> Rejection | None:
+    if measured.black_share > config.window.max_black_share:
+        detail = f"{measured.black_share:g} of it is black, window.max_black_share {config.window.max_black_share:g}"
+        return Rejection("window", "black", detail)
+    if measured.motion < config.window.min_motion and window.num_frames > 1:
+        detail = f"{measured.motion:g} of the picture moves, window.min_motion {config.window.min_motion:g}"
+        return Rejection("window", "no-motion", detail)
+    return None
 
 
 def propagates(error: Exception, scratch: Path) -> bool:
@@ -227,7 +249,7 @@ def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> Led
                 rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
         if rejection:
             rejections.append(rejection)
-        rows.append(_window_row(decoded.window, key, rejection))
+        rows.append(_window_row(decoded, key, rejection))
     seconds = {**prepared.seconds, "encode": round(encoded.seconds, 3)}
     rejections.sort(key=lambda each: each.reason != INTERNAL_ERROR)  # what must be looked at names the row
     return _row(prepared, rows, rejections[0] if rejections else None, seconds)
@@ -271,7 +293,7 @@ def _write_window(
     start_ms = round(window.start_seconds * 1000)
     key = sample_key(record.clip_id, start_ms, window.num_frames, bucket.height, bucket.width)
     members = {
-        "json": canonical_json(_sample_json(prepared, window, latent, config)),
+        "json": canonical_json(_sample_json(prepared, decoded, latent, config)),
         LATENT_MEMBER: encode_array(latent),
     }
     if decoded.preview is not None:
@@ -289,10 +311,11 @@ def _write_window(
     return key, None
 
 
-def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config: PrepConfig) -> dict[str, Any]:
+def _sample_json(prepared: Prepared, decoded: Decoded, latent: np.ndarray, config: PrepConfig) -> dict[str, Any]:
     """What a sample says of itself: where it comes from and what was decided, and why; no URL, no path, no time."""
     record, facts, bucket = prepared.candidate.record, prepared.facts, prepared.bucket
-    if facts is None or bucket is None:
+    window, measured = decoded.window, decoded.measured
+    if facts is None or bucket is None or measured is None:
         raise ValueError("a sample without facts or bucket")
     return {
         "clip": record.clip_id,
@@ -313,6 +336,7 @@ def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config:
         },
         "probed": facts.model_dump(mode="json", exclude={"decisions", "picture_seconds"}),
         "decisions": facts.decisions,
+        "measured": measured.model_dump(),
         "defects": list(record.defects),
         "latent": array_facts(latent),
     }
@@ -331,13 +355,14 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-def _window_row(window: Window, key: str | None, rejection: Rejection | None) -> WindowRow:
+def _window_row(decoded: Decoded, key: str | None, rejection: Rejection | None) -> WindowRow:
     return WindowRow(
         key=key,
-        start_seconds=window.start_seconds,
+        start_seconds=decoded.window.start_seconds,
         status="rejected" if rejection else "accepted",
         reason=rejection.reason if rejection else None,
         detail=short(rejection.detail) if rejection else None,
+        measured=decoded.measured.model_dump() if decoded.measured else None,
     )
 
 

@@ -119,8 +119,22 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
 
     The weights' digest is taken from the dataset: with nothing left to encode, no other weights can get in.
     """
-    from preprocess.video.decode import transform_identity
+    from preprocess.video.decode import TRANSFORM_VERSION, transform_identity
 
+    there = info.identity.get("transform", {})
+    if there.get("version") != TRANSFORM_VERSION:
+        # Only the version is named: which keys the transform's identity holds has changed with it.
+        newer = {**info.identity, "transform": {**there, "version": TRANSFORM_VERSION}}
+        fix = (
+            "build into another output; what is there can be read, trained and recaptioned, and the release that made "
+            "it can finish it"
+        )
+        refuse_mismatch(newer, info.identity, where, fix)
+    frames = {bucket.frames for bucket in info.buckets}
+    if frames and config.window.num_frames not in frames:
+        refuse_mismatch(
+            {"window": {"num_frames": config.window.num_frames}}, {"window": {"num_frames": min(frames)}}, where
+        )
     ours: dict[str, Any] = {
         **info.identity,
         "transform": transform_identity(config),

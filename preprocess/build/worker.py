@@ -3,7 +3,7 @@
     units ─▶ candidates ─▶ fetch (threads) ─▶ decode (threads) ─▶ encode (the caller's) ─▶ write (a thread) ─▶ commits
 
 A unit's commit is a function of the unit and the config alone: not of the engine, the device's number, the units that
-this worker did before, or how often the unit was begun. So an engine only deals units, and may deal one again.
+this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand one out again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from preprocess.build.clip import (
     write_clip,
 )
 from preprocess.build.pools import Pools
-from preprocess.config import PrepConfig
+from preprocess.config import PrepConfig, with_choices
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.plan import Candidate, Plan, open_plan
 from preprocess.rejection import INTERNAL_ERROR
@@ -108,6 +108,10 @@ class UnitWorker:
             with closing(self.pools.run(_tasks(self._plan, units))) as commits:
                 yield from commits
 
+    def config_of(self, unit: int) -> PrepConfig:
+        """The config with the choices that the unit's generation was frozen with."""
+        return with_choices(self.config, self._plan.choices(unit))
+
     def open_writer(self, unit: int) -> ShardWriter:
         """A writer of one unit of latents, with this worker's identity."""
         about = self.description
@@ -157,7 +161,9 @@ class _ClipStages:
 
     def decode(self, task: _Task, fetched: Fetched | None, reserve: Callable[[int], None]) -> Prepared | None:
         """Its windows' frames."""
-        return self._preparer.decode(fetched, reserve) if fetched else None
+        if fetched is None:
+            return None
+        return self._preparer.decode(fetched, reserve, self._worker.config_of(task.unit))
 
     def encode(self, task: _Task, prepared: Prepared | None) -> Encoded | None:
         """Their latents."""

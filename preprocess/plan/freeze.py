@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from preprocess.config import PrepConfig, SieveConfig
+from preprocess.config import PrepConfig, SieveConfig, frozen_choices
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_about, read_json, read_words
@@ -221,6 +221,10 @@ def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
         LOG.warning("corpus.limit %d is below the %d candidates planned already; they stay", limit, plan.num_candidates)
     if plan.last_read is not None and plan.last_read.sieve != config.sieve:
         LOG.warning("the sieve has changed since the plan was frozen: it bears on records that are not candidates yet")
+    choices = plan.last_read.choices if plan.last_read is not None else {}
+    for name, value in frozen_choices(config).items():
+        if choices.get(name, value) != value:
+            LOG.warning("%s is %g, the plan was frozen with %g: its units keep that", name, value, choices[name])
 
 
 class _Selection(NamedTuple):
@@ -256,6 +260,7 @@ def _freeze(
         declared_seconds=candidates.total_seconds(selection.candidates),
         limit=config.corpus.limit,
         sieve=config.sieve,
+        choices=frozen_choices(config),
         superseded_by=selection.superseded_by,
         **selection.counts,
     )

@@ -92,6 +92,8 @@ class GenerationInfo(Config):
     """Sum over the candidates that declare a length."""
     limit: int | None
     sieve: SieveConfig
+    choices: dict[str, int | float] = pydantic.Field(default_factory=dict)
+    """Lengths and thresholds that its units are built with (`preprocess.config.FROZEN`); empty: an older plan."""
     retried: tuple[int, ...] = ()
     """Of a retry: the ordinals of its candidates, in order, all of earlier generations; it read no records."""
     retried_reasons: dict[str, int] = pydantic.Field(default_factory=dict)
@@ -185,6 +187,10 @@ class Plan:
         for ordinal, line in zip(ordinals, lines, strict=True):
             if self._has(number, ordinal):
                 yield ordinal, line, file
+
+    def choices(self, number: int) -> dict[str, int | float]:
+        """What the generation of `unit` was frozen with. Raises UserError for no such unit."""
+        return self.generations[self._place(number)].choices
 
     def unit_ordinals(self, number: int) -> list[int]:
         """The ordinals of the candidates of `unit`; nothing is read. Raises UserError for no such unit."""

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocess.config import PrepConfig
+from preprocess.config import PrepConfig, frozen_choices
 from preprocess.plan.external_sort import LineBatch, Spill
 from preprocess.plan.freeze import store_generation
 from preprocess.plan.plan import GenerationInfo, Plan
@@ -106,6 +106,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
             declared_seconds=0.0,
             limit=config.corpus.limit,
             sieve=config.sieve,
+            choices=frozen_choices(config),
             retried=choice.ordinals,
             retried_reasons=choice.reasons,
         )

@@ -7,6 +7,7 @@ the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of th
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from preprocess.config import DecodeConfig, PictureSize, PrepConfig
+from preprocess.config import FROZEN, DecodeConfig, PictureSize, PrepConfig
 from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
@@ -50,6 +51,8 @@ def decode_window(
     reported nothing of the pictures that these are made of. Of others it may: see docs/decisions/103.
     """
     needed = needed_pictures(facts, window, config.window.fps)
+    if needed and needed[0] > window.start_seconds + 1 / config.window.fps:
+        _reject("missing-frames", f"the first picture that decodes is at {needed[0]:.3f} s")
     if config.decode.policy == "strict":
         _refuse_corrupt(facts, needed)
     seek = _seek_seconds(facts, window, needed)
@@ -61,16 +64,20 @@ def decode_window(
         lost = _lost(result, facts, needed)
     _refuse_new_size(result, facts)
     frames = _frames_of(result, window, bucket, config)
-    if lost:
-        complaint = next(iter(complaints(result.stderr)), "nothing reported")
-        _reject("missing-frames", f"{len(lost)} of {len(needed)} pictures were not decoded; {complaint}")
+    if lost and not (config.decode.policy == "tolerant" and _is_bearable(lost, needed, window)):
+        complaint = next(iter(complaints(result.stderr)), "")
+        reason = "decode-errors" if complaint and config.decode.policy == "strict" else "missing-frames"
+        detail = f"{len(lost)} of {len(needed)} pictures were not decoded; {complaint or 'nothing reported'}"
+        _reject(reason, detail)
     if config.decode.policy == "strict":
         _refuse_complaints(result, path, facts, needed, config)
     return frames
 
 
 def needed_pictures(facts: ClipFacts, window: Window, fps: int) -> tuple[float, ...]:
-    """Times of the clip's pictures from the first to the last that the window shows."""
+    """Times of the clip's pictures from the first to the last that the window shows; none of a still."""
+    if facts.media == "image":
+        return ()
     half = 0.5 / fps
     first = bisect_left(facts.picture_seconds, window.start_seconds + half) - 1
     last = bisect_left(facts.picture_seconds, window.start_seconds + (window.num_frames - 1) / fps + half)
@@ -99,6 +106,13 @@ def _lost(result: Result, facts: ClipFacts, needed: tuple[float, ...]) -> list[f
         if all(abs(other - time) > 0.45 / facts.fps for other in near):
             lost.append(time)
     return lost
+
+
+def _is_bearable(lost: list[float], needed: tuple[float, ...], window: Window) -> bool:
+    """Whether enough pictures are left for every frame to be another one, with no two lost in a row."""
+    places = [needed.index(time) for time in lost]
+    apart = all(b - a > 1 for a, b in itertools.pairwise(places))
+    return apart and len(needed) - len(lost) >= window.num_frames
 
 
 def _refuse_complaints(
@@ -295,9 +309,11 @@ def transform_identity(config: PrepConfig) -> dict[str, Any]:
         "scale": SCALE_FLAGS,
         "resample": "fps filter, round=near",
         "deinterlace": "bwdif send_field",
-        "window": config.window.model_dump(mode="json"),
+        # No key at its default, and no threshold or length at all: those are frozen with a plan's generation.
+        "window": config.window.model_dump(mode="json", exclude_defaults=True, exclude=set(FROZEN["window"])),
         "window_seed": config.seed if config.window.policy == "random" else None,
-        "buckets": config.buckets.model_dump(mode="json"),
+        "buckets": {"sizes": [size.model_dump() for size in config.buckets.sizes]}
+        | config.buckets.model_dump(mode="json", exclude_defaults=True, exclude={"sizes", *FROZEN["buckets"]}),
         "policy": config.decode.policy,
         "sd_display_aspect": config.decode.sd_display_aspect,
     }

@@ -21,11 +21,11 @@ import av
 import numpy as np
 
 from preprocess.facts import Inspection, MeasuredPicture
+from preprocess.video.aspect import is_sd
 from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
 from preprocess.video.interlace import flagged_order, order_of_votes
 from preprocess.video.measure import fields_of, find_bars, find_vbi
 from preprocess.video.packets import (
-    AllStreams,
     choose_stream,
     decode_from,
     limited,
@@ -105,7 +105,7 @@ def _inspect_open(container: Any, max_pixels: int) -> Inspection:
     if stream.width * stream.height > max_pixels:
         return Inspection(problem="too-large", detail=f"{stream.width}×{stream.height} pixels")
     codec = limited(stream.codec_context, max_pixels)
-    packets, read, _ = read_packets(container, stream, [])
+    packets, end_seconds, _ = read_packets(container, stream, [])
     shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
     if not shown:
         return Inspection(problem="no-frames", detail=f"{len(packets)} packets, none to be shown")
@@ -115,7 +115,7 @@ def _inspect_open(container: Any, max_pixels: int) -> Inspection:
     facts["stream_ground"] = ground
     # A GIF or AVIF file of one picture is a still, whatever else its container may hold.
     facts["is_still"] |= len(shown) == 1 and (container.format.name == "gif" or codec.name in ("av1", "libdav1d"))
-    facts["truncated"] = _truncation(stream, packets, read, facts)
+    facts["truncated"] = _truncation(stream, packets, end_seconds, facts)
     facts["corrupt_seconds"] = _corrupt_times(packets, stream.time_base, facts["zero_seconds"])
     return Inspection(**(facts | _look(codec, stream, packets, facts)))
 
@@ -201,14 +201,15 @@ def _corrupt_times(packets: list, base: Any, zero: float) -> tuple[float, ...]:
     return tuple(sorted(round(float(time * base) - zero, 6) for time in times))
 
 
-def _truncation(stream: Any, packets: list, read: AllStreams, facts: dict) -> str | None:
+def _truncation(stream: Any, packets: list, end_seconds: float, facts: dict) -> str | None:
     declared = facts.pop("declared_seconds")
     if packets[-1].is_corrupt:
         return "the last packet is cut short"
-    if stream.frames and len(packets) + read.num_empty < stream.frames:
-        return f"the index names {stream.frames} frames, {len(packets) + read.num_empty} are there"
+    # An AVI counts dropped frames, which have no data and are left out here; its size says whether it is cut.
+    if stream.frames and len(packets) < stream.frames and facts["format"] != "avi":
+        return f"the index names {stream.frames} frames, {len(packets)} are there"
     # The claim is the container's, of all its streams: sound may well outlast the pictures.
-    end_seconds = read.end_seconds - facts["zero_seconds"]
+    end_seconds -= facts["zero_seconds"]
     if declared and stream.duration is None and end_seconds < 0.9 * declared - 1:
         return f"the container claims {declared:.2f} s, its packets end at {end_seconds:.2f} s"
     return None
@@ -229,7 +230,7 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
     if not pictures:
         return {"problem": "no-frames", "detail": "no picture could be decoded"}
     same = [luma for luma, _ in lumas if luma.shape == lumas[0][0].shape]
-    vbi = find_vbi(same) if stream.width in (704, 720) else 0
+    vbi, vbi_ground = find_vbi(same) if is_sd(stream.width, stream.height) else (0, "not an SD raster")
     votes = dict.fromkeys(FIELD_VERDICTS, 0)
     for luma, following in lumas:
         if following is not None:
@@ -240,6 +241,7 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
         "pictures": tuple(pictures),
         "display_matrix": matrix,
         "vbi_lines": vbi,
+        "vbi_ground": vbi_ground,
         "bars": find_bars([luma[vbi:] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
         "scan": votes,
         "idet": _idet(codec, stream, packets) if disagree and not facts["is_still"] else None,

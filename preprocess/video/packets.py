@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 
@@ -40,28 +40,19 @@ def limited(codec: Any, max_pixels: int) -> Any:
     return codec
 
 
-class AllStreams(NamedTuple):
-    """What the packets of all streams said."""
+def read_packets(container: Any, stream: Any, log: list) -> tuple[list, float, list[list[str]]]:
+    """Packets of the stream with their times; when the last of any stream ends; what was reported before each.
 
-    num_empty: int
-    """Packets of the video stream without data: frames that AVI says are dropped, to be shown as the one before."""
-    end_seconds: float
-    """Latest end of a packet of any stream, on the file's own clock."""
-
-
-def read_packets(container: Any, stream: Any, log: list) -> tuple[list, AllStreams, list[list[str]]]:
-    """All packets of the stream with their times, and what the demuxer reported before each. Nothing is decoded."""
+    Nothing is decoded. The end is on the file's own clock.
+    """
     packets: list = []
     reported: list[list[str]] = []
-    num_empty, end, num_logged = 0, 0.0, len(log)
+    end, num_logged = 0.0, len(log)
     for packet in container.demux():
         time = packet.pts if packet.pts is not None else packet.dts
         if time is not None and packet.time_base:
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-        if packet.stream.index != stream.index or (packet.dts is None and packet.size == 0):
-            continue
-        if packet.size == 0:
-            num_empty += 1
+        if packet.stream.index != stream.index or packet.size == 0:
             continue
         packet.pts = time
         packets.append(packet)
@@ -69,11 +60,11 @@ def read_packets(container: Any, stream: Any, log: list) -> tuple[list, AllStrea
         num_logged = len(log)
         if len(packets) > MAX_PACKETS:
             break
-    return packets, AllStreams(num_empty, end), reported
+    return packets, end, reported
 
 
 def decode_from(codec: Any, packets: list, num_frames: int, max_packets: int | None = None) -> Iterator[Any]:
-    """First sound frames of a run of packets that starts at a key frame; damage is decode's business, not ours."""
+    """First frames of a run of packets that starts at a key frame; damage in them is decode's business, not ours."""
     num_out = 0
     try:
         for packet in itertools.chain(itertools.islice(packets, max_packets or num_frames + 8), [None]):
@@ -84,7 +75,7 @@ def decode_from(codec: Any, packets: list, num_frames: int, max_packets: int | N
             except av.error.InvalidDataError:
                 continue
             for frame in frames:
-                if num_out < num_frames and not frame.is_corrupt:
+                if num_out < num_frames:
                     num_out += 1
                     yield frame
             if num_out >= num_frames:

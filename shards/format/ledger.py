@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import zstandard
@@ -26,6 +26,14 @@ class WindowRow(Config):
     status: Literal["accepted", "rejected"]
     reason: str | None
     detail: str | None
+    measured: dict[str, float] | None = None
+    """Motion, black share and kept share of its pictures; null where none were decoded, or of an older build."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A row that was never measured has the bytes that it had before there was such a field."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "measured" or value is not None}
 
 
 class LedgerRow(Config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shards.stats.findings import Evidence
-from shards.stats.unit import CHARACTER_EDGES, SECONDS_EDGES, TOKEN_EDGES
+from shards.stats.unit import CHARACTER_EDGES, MEASURED, SECONDS_EDGES, SHARE_EDGES, TOKEN_EDGES
 
 
 def counted(evidence: Evidence) -> dict[str, Any]:
@@ -16,6 +16,7 @@ def counted(evidence: Evidence) -> dict[str, Any]:
         "categories": tally.rows("category"),
         "clip_seconds": tally.histogram("clip_seconds", SECONDS_EDGES),
         "windows_by_ground": tally.rows("window"),
+        "measured": {name: tally.histogram(name, SHARE_EDGES) for name in MEASURED},
         "sources": {name.removeprefix("source_"): tally.rows(name) for name in tally.names("source_")},
         "decisions": {name.removeprefix("decision/"): tally.rows(name) for name in tally.names("decision/")},
         "differences": {
@@ -97,6 +98,8 @@ def print_stats(found: dict[str, Any]) -> None:
     _print_counts(console, "buckets", found["buckets"])
     _print_counts(console, "categories", found["categories"])
     _print_counts(console, "clips by duration", _binned(found["clip_seconds"], "s"), in_order=True)
+    for name, counts in found["measured"].items():
+        _print_counts(console, f"samples by {MEASURED[name]}", _binned(counts, ""), in_order=True)
     for name, rows in found["decisions"].items():
         _print_counts(console, name, rows)
     differences = found["differences"]

@@ -8,18 +8,36 @@ from hypothesis import strategies as st
 
 from preprocess.corpus.timecode import (
     NTSC,
-    frame_to_timecode,
     is_skipped,
+    label_rate,
+    label_to_frame,
     parse_length,
     parse_timecode,
     snap_fps,
     split_label,
-    timecode_to_frame,
 )
 
 DOUBLE_NTSC = Fraction(60000, 1001)
 FRAMES_A_DAY = 2_589_408
 """24 hours of drop-frame labels at 29.97: 144 × 17,982."""
+
+
+def timecode_to_frame(text, fps):
+    """Frame number of a label, by the reader's own parts."""
+    label = split_label(text)
+    return label_to_frame(label, label_rate(label, fps))
+
+
+def frame_to_timecode(frame, fps, *, drop):
+    """The label of a frame counted from 00:00:00:00: the other way round than the reader, which only reads them."""
+    nominal = round(fps)
+    if drop:
+        dropped = 2 * round(fps / NTSC)
+        tens, rest = divmod(frame, 600 * nominal - 9 * dropped)
+        frame += dropped * (9 * tens + max(0, rest - dropped) // (60 * nominal - dropped))
+    seconds, frames = divmod(frame, nominal)
+    mark = ";" if drop else ":"
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{mark}{frames:02d}"
 
 
 @given(st.integers(0, FRAMES_A_DAY - 1))
@@ -102,10 +120,3 @@ def test_rounded_rates_are_made_exact():
     assert snap_fps(59.94) == DOUBLE_NTSC
     assert snap_fps(25.0) == 25
     assert snap_fps(15.0) == 15
-
-
-def test_no_drop_frame_where_there_is_none():
-    with pytest.raises(ValueError, match="no drop-frame"):
-        frame_to_timecode(1, Fraction(25), drop=True)
-    with pytest.raises(ValueError, match="below 0"):
-        frame_to_timecode(-1, NTSC, drop=True)
