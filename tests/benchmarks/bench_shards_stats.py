@@ -76,7 +76,7 @@ def bare_seconds(root: Path, num_units: int) -> tuple[float, float]:
 def stats_cost(root: Path) -> tuple[float, float, float]:
     """CPU seconds, clock and peak memory, in MiB, of a process that takes statistics; imports are not counted."""
     code = (
-        "from shards.stats import dataset_stats; import resource, time;"
+        "from shards.stats.stats import dataset_stats; import resource, time;"
         "cpu, clock = time.process_time(), time.perf_counter();"
         f"dataset_stats({str(root)!r}); print(time.process_time() - cpu, time.perf_counter() - clock,"
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
