@@ -10,13 +10,12 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Collection
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.config import PrepConfig
-from preprocess.plan.external_sort import LineBatch, Spill
-from preprocess.plan.freeze import store_generation
+from preprocess.plan.external_sort import write_frame, write_frames
+from preprocess.plan.freeze import most_frequent, store_generation
 from preprocess.plan.plan import GenerationInfo, Plan
 from shards.format.ledger import LedgerRow
 from shards.read.outcomes import read_outcomes
@@ -69,7 +68,7 @@ def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Ch
         if wanted.has(row):
             chosen.append(row.candidate)
             reasons[tag] += 1
-    return Choice(tuple(sorted(chosen)), _sorted(reasons), _sorted(rejected), open_units)
+    return Choice(tuple(sorted(chosen)), most_frequent(reasons), most_frequent(rejected), open_units)
 
 
 def _has_any(generation: GenerationInfo, units: Collection[int]) -> bool:
@@ -81,14 +80,10 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
     """Append a generation of the chosen candidates; the plan as it then is."""
     if not choice.ordinals:
         return plan
-    with (
-        tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder,
-        closing(Spill(Path(folder, "s"))) as lines,
-    ):
-        lines.add(_frozen_lines(plan, set(choice.ordinals)))
+    with tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder:
         plan_file, ledger_file = Path(folder, "plan"), Path(folder, "ledger")
-        frame_bytes = lines.write_frames(range(len(lines)), config.shards.unit_size, plan_file)
-        lines.write_frame([], ledger_file)
+        frame_bytes = write_frames(_frozen_lines(plan, set(choice.ordinals)), config.shards.unit_size, plan_file)
+        write_frame([], ledger_file)
         return store_generation(
             plan,
             plan_file,
@@ -96,7 +91,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
             unit_size=config.shards.unit_size,
             frame_bytes=frame_bytes,
             records_read=0,
-            num_candidates=len(lines),
+            num_candidates=len(choice.ordinals),
             num_refused=0,
             num_planned_before=0,
             num_refused_before=0,
@@ -138,7 +133,7 @@ def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
     return lines
 
 
-def _frozen_lines(plan: Plan, ordinals: set[int]) -> LineBatch:
+def _frozen_lines(plan: Plan, ordinals: set[int]) -> list[bytes]:
     """The frozen lines of these candidates, by rising ordinal."""
     found = sorted(
         (ordinal, line)
@@ -147,11 +142,4 @@ def _frozen_lines(plan: Plan, ordinals: set[int]) -> LineBatch:
         for ordinal, line, _ in plan.unit_lines(unit)
         if ordinal in ordinals
     )
-    batch = LineBatch.empty()
-    for ordinal, line in found:
-        batch.append(ordinal, line, "retried")
-    return batch
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return [line for _, line in found]
