@@ -28,12 +28,13 @@ from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_about, read_json, read_words
 from preprocess.plan.external_sort import EarlierRows, Row, scratch_database, write_frame, write_frames
-from preprocess.plan.filter import sieve_about, sieve_words
+from preprocess.plan.filter import caption_texts, filter_captions, filter_metadata
 from preprocess.plan.plan import (
     PLAN_VERSION,
     DeclaredSize,
     GenerationInfo,
     Plan,
+    most_frequent,
     open_plan,
     plan_commit_name,
     plan_ledger_name,
@@ -46,7 +47,6 @@ from shards.format.keys import clip_hash
 from shards.format.sealed_json import seal_document
 from shards.storage.base import Storage
 
-_CAPTIONS = ("object", "scene", "semantic", "application")
 _QUOTE = json.encoder.encode_basestring_ascii
 
 ReportDocuments = Callable[[int], None]
@@ -124,7 +124,7 @@ def freeze_plan(
     """
     plan = open_plan(storage)
     _warn_of_changes(plan, config)
-    work = partial(read_and_sieve, config=config.sieve)
+    work = partial(read_and_filter, config=config.sieve)
     with (
         tempfile.TemporaryDirectory(prefix="wanprep-plan-", dir=scratch) as folder,
         scratch_database(Path(folder, "records")) as database,
@@ -164,7 +164,7 @@ def ensure_plan(
     return plan
 
 
-def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
+def read_and_filter(chunk: Chunk, config: SieveConfig) -> ChunkResult:
     """Read, parse and filter the documents of a chunk; their lines for the plan and its ledger."""
     result = ChunkResult(len(chunk.items), [], [])
     for document in read_chunk(chunk):
@@ -173,7 +173,7 @@ def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
 
 
 def _sort_document(document: Document, config: SieveConfig, result: ChunkResult) -> None:
-    """Put one document among the candidates or the refused. Its words are read only where the rest passes."""
+    """Put one document among the candidates or the refused. Its captions are read only where the rest passes."""
     defects: set[str] = set()
     root = document.rejection or read_json(document.data, defects)
     if isinstance(root, Rejection):
@@ -183,10 +183,10 @@ def _sort_document(document: Document, config: SieveConfig, result: ChunkResult)
     if isinstance(about, Rejection):
         result.refused.append(refused_row("", document.source, about))
         return
-    rejection = sieve_about(about["media_type"], about["declared_seconds"], config)
+    rejection = filter_metadata(about["media_type"], about["declared_seconds"], config)
     if rejection is None:
         words = read_words(root, about, defects)
-        rejection = sieve_words([caption["text"] for level in _CAPTIONS for caption in words[level]], config)
+        rejection = filter_captions(caption_texts(words), config)
     if rejection is not None:
         result.refused.append(refused_row(about["clip_id"], document.source, rejection))
         return
@@ -218,12 +218,12 @@ def _utf8(text: str) -> bytes:
 
 
 def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
-    """Say what of the config no longer bears on what is frozen already."""
+    """Say what of the config has no effect on what is frozen already."""
     limit = config.corpus.limit
     if limit is not None and limit < plan.num_candidates:
         LOG.warning("corpus.limit %d is below the %d candidates planned already; they stay", limit, plan.num_candidates)
     if plan.last_read is not None and plan.last_read.sieve != config.sieve:
-        LOG.warning("the sieve has changed since the plan was frozen: it bears on records that are not candidates yet")
+        LOG.warning("the sieve has changed since the plan was frozen: it applies to records that are no candidates yet")
 
 
 @dataclass
@@ -328,11 +328,6 @@ def _new_rows(
             counts.num_refused += 1
             counts.refused_by[tag] += 1
             yield line
-
-
-def most_frequent(counts: Counter[str]) -> dict[str, int]:
-    """Counts, most frequent first, then by name."""
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _sizes(counts: dict[str, int]) -> tuple[DeclaredSize, ...]:

@@ -1,7 +1,7 @@
-"""`wanprep retry`: rejected candidates taken up again, in units of their own behind all others.
+"""`wanprep retry`: rejected candidates are tried again, in units of their own behind all others.
 
 A retry is a generation of the plan that lists the candidates which are rejected now and were asked for. It is frozen
-before anything is fetched, so a killed retry is gone on with like any build, by this command or by `build-shards`.
+before anything is fetched, so a killed retry is continued like any build, by this command or by `build-shards`.
 What is committed is never written again; of several rows of one candidate the one in the highest unit counts.
 """
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from preprocess.config import PrepConfig
 from preprocess.plan.external_sort import write_frame, write_frames
-from preprocess.plan.freeze import most_frequent, store_generation
-from preprocess.plan.plan import GenerationInfo, Plan
+from preprocess.plan.freeze import store_generation
+from preprocess.plan.plan import GenerationInfo, Plan, most_frequent
 from shards.format.ledger import LedgerRow
 from shards.read.outcomes import read_outcomes
 
@@ -50,8 +50,8 @@ class Choice(NamedTuple):
 def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Choice:
     """The candidates whose latest attempt was rejected as `wanted` says, but for those of a retry that is not done.
 
-    So a retry that was stopped is gone on with, and ends as if it had not been: what failed again in its first units is
-    not taken up by going on.
+    So a retry that was stopped is continued, and ends as if it had not been stopped: what failed again in its first
+    units is not tried a second time.
     """
     open_units = tuple(unit for unit in retry_units(plan) if unit not in committed)
     under_way = {
@@ -121,7 +121,7 @@ def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
     lines = []
     if choice.open_units:
         lines.append(
-            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are gone on with"
+            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are continued"
         )
     if choice.ordinals:
         lines.append(f"retry    {len(choice.ordinals):,} candidates are tried again:")

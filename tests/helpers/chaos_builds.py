@@ -108,10 +108,10 @@ def _serve() -> None:
 def _warm() -> None:
     """Import and use what a build does, which takes many times as long as a small build."""
     import numpy as np
-    import preprocess.processes
-    import preprocess.texts  # noqa: F401
     import torch
 
+    import preprocess.build.processes
+    import preprocess.build.text_pass  # noqa: F401
     from preprocess.build.worker import library_versions
     from preprocess.config import EncodersConfig
     from preprocess.encoders.encoders import load_text_encoder, load_tokenizer, load_vae_encoder

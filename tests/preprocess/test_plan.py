@@ -10,7 +10,7 @@ import zipfile
 from collections import Counter
 
 import pytest
-from annotations import annotation, encode, numbered, write_tree
+from annotations import annotation, encode, numbered, sieve, write_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +19,7 @@ from preprocess.corpus import corpus as corpus_module
 from preprocess.corpus.corpus import Chunk, Document
 from preprocess.corpus.records import Record, parse_record
 from preprocess.plan import freeze
-from preprocess.plan.filter import sieve
-from preprocess.plan.freeze import ensure_plan, freeze_plan, read_and_sieve
+from preprocess.plan.freeze import ensure_plan, freeze_plan, read_and_filter
 from preprocess.plan.plan import open_plan, plan_commit_name, plan_ledger_name, plan_name
 from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
@@ -387,7 +386,7 @@ def test_the_fast_pass_is_the_plain_one(mixed):
     corpus, _ = mixed
     settings_ = config(corpus).sieve
     for chunk in corpus_module.iter_chunks(str(corpus)):
-        result = read_and_sieve(chunk, settings_)
+        result = read_and_filter(chunk, settings_)
         kept, refused = [], []
         for document in corpus_module.read_chunk(chunk):
             record = parse_record(document.data, document.source)
