@@ -3,7 +3,7 @@
 The parent loads no encoder. A child says what it would write (its identity), waits for BEGIN, and then asks for one
 unit after the other; decoders, encoder and writer are those of `worker.py`.
 
-    child → parent   Description, then any of: ASK, LedgerRow, Done, and last END or the exception that ended it
+    child → parent   Description, then any of: ASK, LedgerRow, a committed unit's number; last END or an exception
     parent → child   BEGIN, then a unit's number or None for each ASK
 """
 
@@ -27,12 +27,6 @@ from shards.errors import UserError
 
 BEGIN, ASK, END = "begin", "ask", "end"
 _END_SECONDS = 60.0
-
-
-class Done(NamedTuple):
-    """A unit is committed."""
-
-    unit: int
 
 
 class _Child(NamedTuple):
@@ -73,9 +67,9 @@ def run_processes(
                     child.pipe.send(BEGIN)
                 elif message == ASK:
                     child.pipe.send(queue.next(child.pipe))
-                elif isinstance(message, Done):
-                    queue.done(child.pipe, message.unit)
-                    on_unit(message.unit)
+                elif isinstance(message, int):
+                    queue.done(child.pipe, message)
+                    on_unit(message)
                 else:
                     on_row(message)
     finally:
@@ -149,7 +143,7 @@ def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_
         if pipe.recv() != BEGIN:
             raise RuntimeError("the parent did not say to begin")
         for commit in worker.commits(units(), on_row=send):
-            send(Done(commit.unit))
+            send(commit.unit)
         send(END)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended: nobody would read an error
         sys.exit(1)

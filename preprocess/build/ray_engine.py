@@ -177,7 +177,9 @@ def run_on_worker(config: PrepConfig, work: Callable[[PrepConfig], Result]) -> R
     config = _with_absolute_paths(config)
     with _connected(config) as ray:
         where = place_workers(config, ray.cluster_resources())
-        config = _on_device(config, where.device)
+        encoders = config.encoders.model_copy(update={"device": where.device})
+        engine = config.engine.model_copy(update={"devices": ()})
+        config = config.model_copy(update={"encoders": encoders, "engine": engine})
         task = ray.remote(_value_or_error).options(num_gpus=where.num_gpus, num_cpus=where.num_cpus)
         answer = ray.get(task.remote(work, config))
     if isinstance(answer, UserError | OSError):
@@ -191,12 +193,6 @@ def _value_or_error(work: Callable[[PrepConfig], Result], config: PrepConfig) ->
         return work(config)
     except (UserError, OSError) as error:
         return error
-
-
-def _on_device(config: PrepConfig, device: str) -> PrepConfig:
-    encoders = config.encoders.model_copy(update={"device": device})
-    engine = config.engine.model_copy(update={"devices": ()})
-    return config.model_copy(update={"encoders": encoders, "engine": engine})
 
 
 class _Driver:

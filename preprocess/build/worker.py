@@ -3,7 +3,7 @@
     units ─▶ candidates ─▶ decoders (threads) ─▶ encoder (the caller's thread) ─▶ writer (a thread) ─▶ commits
 
 A unit's commit is a function of the unit and the config alone: not of the engine, the device's number, the units that
-this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand one out again.
+this worker did before, or how often the unit was begun. So an engine only deals units, and may deal one again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from preprocess.build.clip import Encoded, Prepared, Preparer, encode_clip, latent_identity, write_clip
@@ -41,10 +42,10 @@ class Description(NamedTuple):
 
 
 class UnitWorker:
-    """The loaded encoder and what goes with it: it turns units' numbers into the units' commits.
+    """The loaded encoder and what goes with it. Called with a unit's number, it returns the unit's commit.
 
     Args:
-        config: with `encoders.vae_precision` resolved (not `auto`).
+        config: with `encoders.vae_precision` settled (not `auto`).
         scratch: a folder of this machine for clips and growing tars.
         device: overrides `encoders.device`.
         num_workers: how many such workers share this machine's cores.
@@ -55,7 +56,7 @@ class UnitWorker:
 
         if device is not None:
             config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"device": device})})
-        self.config, self._scratch, self._num_workers = config, scratch, num_workers
+        self._config, self._scratch, self._num_workers = config, scratch, num_workers
         self._storage = open_storage(config.output)
         self._plan = open_plan(self._storage)
         self._tokenizer = load_tokenizer(config.encoders)
@@ -63,19 +64,24 @@ class UnitWorker:
         identity = latent_identity(config, self._vae)
         self.description = Description(identity, self._vae.note, {**library_versions(), **self._vae.provenance()})
 
-    def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
-        """Encode units, decoding ahead into the next: a unit's number is taken when it is needed.
+    def __call__(self, unit: int) -> Commit:
+        """Encode one unit, and return the commit that is in the storage then. Raises UserError."""
+        (commit,) = self.commits([unit])
+        return commit
 
-        `on_row` is called with each candidate's row, by the writer's thread. Left by an exception (Ctrl-C among them)
-        the open units are dropped; what is committed stays. Raises UserError; a bad clip is a ledger row.
+    def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
+        """Encode units as they are dealt, decoding ahead into the next: a unit's number is taken when it is needed.
+
+        `on_row` is told each candidate's row, by the writer's thread. Left by an exception (Ctrl-C among them) the
+        open units are dropped; what is committed stays. Raises UserError; a bad clip is a ledger row.
         """
         from preprocess.encoders.encoders import cpu_threads
 
-        config, stop = self.config, threading.Event()
+        config, stop = self._config, threading.Event()
         with (
             runs_that_end() as end_runs,
             Fetcher(config.fetch, config.corpus, self._scratch, stop, config.engine.decoders) as fetcher,
-            closing(_UnitWriter(self, on_row)) as writer,
+            _UnitWriter(self, on_row) as writer,
             cpu_threads(config.engine.decoders, self._num_workers),
         ):
             preparer = Preparer(config, fetcher, self._tokenizer.count)
@@ -105,11 +111,16 @@ class UnitWorker:
         about = self.description
         return ShardWriter(self._storage, LATENTS, unit, about.identity, self._scratch, about.provenance)
 
+    @property
+    def config(self) -> PrepConfig:
+        """The config it works by."""
+        return self._config
+
 
 class _Task(NamedTuple):
     unit: int
     candidate: Candidate | None
-    """None: later generations have taken up every candidate of this unit, which is made again; its tar is empty."""
+    """None: of the unit made anew, later generations have taken up every candidate; its tar is empty."""
     is_last: bool
     """Of its unit."""
 
@@ -129,6 +140,14 @@ class _UnitWriter:
         self._shard: ShardWriter | None = None
         self._rows: list[LedgerRow] = []
 
+    def __enter__(self) -> _UnitWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
     def write(self, task: _Task, encoded: Encoded | None) -> Commit | None:
         """Write one clip; the unit's commit after its last."""
         if self._shard is None:
@@ -137,13 +156,12 @@ class _UnitWriter:
         self._rows += [row] if row else []
         commit = self._shard.seal(self._rows) if task.is_last else None
         if task.is_last:
-            self.close()
+            self._close()
         if self._on_row is not None and row:
             self._on_row(row)
         return commit
 
-    def close(self) -> None:
-        """Drop the open unit."""
+    def _close(self) -> None:
         if self._shard is not None:
             self._shard.close()
         self._shard, self._rows = None, []

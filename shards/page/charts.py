@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shards.page.html_page import Child, Html, details, join, number, table, tag
+from shards.page.html_page import Child, Html, details, join, table, tag
 
 WIDTH, HEIGHT = 480, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
@@ -52,25 +52,6 @@ def bar_list(caption: str, bars: Sequence[Bar], head: tuple[str, str, str] = (""
     return table((head[0], head[1], tag("span", "bar", class_="unseen"), head[2]), rows, caption, class_="bars")
 
 
-def histogram(caption: str, edges: Sequence[float], counts: Sequence[int], x_label: str) -> Html:
-    """Counts between n + 1 edges."""
-    frame = _Frame((edges[0], edges[-1]), (0, max(counts, default=0) or 1))
-    columns = [
-        tag(
-            "rect",
-            tag("title", f"{number(low)} to {number(high)}: {count:,}"),
-            x=_short(frame.x(low) + 0.5),
-            width=_short(max(0.5, frame.x(high) - frame.x(low) - 1)),
-            y=_short(frame.y(count)),
-            height=_short(frame.y(0) - frame.y(count)),
-            class_="fill0",
-        )
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
-    rows = [(f"{number(a)} – {number(b)}", n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    return _figure(caption, frame.svg(caption, columns, x_label), table((x_label, "count"), rows, caption))
-
-
 def line_chart(
     caption: str,
     lines: Sequence[Line],
@@ -103,8 +84,9 @@ def line_chart(
     return _figure(caption, svg, table(("series", x_label, y_label), rows, caption), _legend(lines))
 
 
-def spark(values: Sequence[float | None], label: str, *, width: int = 120, height: int = 24) -> Html:
+def spark(values: Sequence[float | None], label: str) -> Html:
     """A small line without axes; `label` says in words what it shows."""
+    width, height = 120, 24
     known = [value for value in values if _is_number(value) and value is not None]
     if not known:
         return Html("")
