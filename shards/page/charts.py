@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A vertical line at x, with a word, such as where a run was resumed."""
+    """A vertical line at x, with a label, such as where a run was resumed."""
 
     x: float
     label: str
@@ -85,7 +85,7 @@ def line_chart(
 
 
 def spark(values: Sequence[float | None], label: str) -> Html:
-    """A small line without axes; `label` says in words what it shows."""
+    """A small line without axes; `label` says what it shows."""
     width, height = 120, 24
     known = [value for value in values if _is_number(value) and value is not None]
     if not known:
@@ -132,12 +132,12 @@ class _Frame:
             tag("text", _tick(t, self.x_ticks), x=_short(self.x(t)), y=self.bottom + 16, text_anchor="middle")
             for t in self.x_ticks
         ]
-        words = [
+        labels = [
             tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="axis"),
             tag("text", y_label, x=4, y=-6, class_="axis") if y_label else None,
         ]
         view = f"0 {-20 if y_label else 0} {WIDTH} {HEIGHT + (20 if y_label else 0)}"
-        return tag("svg", *grid, *feet, *words, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart")
+        return tag("svg", *grid, *feet, *labels, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart")
 
 
 def _figure(caption: str, svg: Html, numbers: Html, legend: Html | None = None) -> Html:

@@ -32,7 +32,7 @@ class LatentFeatures(NamedTuple):
     values: np.ndarray
     """float32 [3, C], in the order of FEATURES."""
     fingerprint: np.ndarray
-    """uint8 [C × 16 / 8]: whether each cell of a channel, over all frames, lies above the mean of the channel's."""
+    """uint8 [C × 16 / 8]: whether each cell of a channel, over all frames, is above the mean of the channel's."""
     is_finite: bool
     is_constant: bool
     """No channel varies: one value everywhere, or one a channel. No picture gives that."""
@@ -42,7 +42,7 @@ def latent_features(latent: np.ndarray) -> LatentFeatures:
     """Features of a C×T×H×W latent in a stored type (uint16: bfloat16's bits)."""
     num_channels, num_frames, height, width = latent.shape
     step = row_step(num_frames * height, height, latent.size)
-    # `take` copies whole rows: four times as fast as a slice with a step made contiguous.
+    # `take` copies complete rows: four times as fast as a slice with a step made contiguous.
     rows_CRW = latent.reshape(num_channels, -1, width).take(np.arange(0, num_frames * height, step), axis=1)
     x_CRW = as_float32(rows_CRW)
     is_finite = _is_finite(latent)
@@ -50,7 +50,7 @@ def latent_features(latent: np.ndarray) -> LatentFeatures:
         x_CRW[~(np.abs(x_CRW) < _BEYOND_FLOAT16)] = 0
     values = _centre(x_CRW)
     is_constant = bool(values[1].max() < CONSTANT_STD)
-    if is_constant:  # all elements are asked only where the chosen rows do not vary
+    if is_constant:  # all elements are read only where the chosen rows do not vary
         is_constant = bool((np.ptp(as_float32(latent).reshape(num_channels, -1), axis=1) < CONSTANT_STD).all())
     cells = _pool(x_CRW, step, height)
     above = cells > np.add.reduce(cells, axis=1, keepdims=True) / np.float32(GRID * GRID)
@@ -127,7 +127,7 @@ def _cells(num: int, step: int, size: int) -> np.ndarray:
 
 
 def _is_finite(latent: np.ndarray) -> bool:
-    """By the largest bit patterns of either sign: to ask float16 itself takes ten times as long."""
+    """By the largest bit patterns of either sign: comparing float16 takes ten times as long."""
     signed, unsigned, infinity = {
         "float16": (np.int16, np.uint16, 0x7C00),
         "bfloat16": (np.int16, np.uint16, 0x7F80),

@@ -68,9 +68,9 @@ def export_lora(
 
 
 def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, Any] | None, int | None]:
-    """The LoRA file that a path stands for, and the identity and step of its run where they are known.
+    """The LoRA file that a path names, and the identity and step of its run where they are known.
 
-    A run stands for its newest checkpoint, or that of `step`; a checkpoint for its moving average where it has one.
+    A run names its newest checkpoint, or that of `step`; a checkpoint its moving average where it has one.
     """
     if source.is_file():
         return source, None, None

@@ -144,7 +144,7 @@ def _prepare(prompt: Prompt, sampler: SamplerConfig, dims: DiTConfig, dataset: D
     facts = {"name": prompt.name, "fps": "24"}
     vae = dataset.identity.get("vae") if dataset is not None else None
     if isinstance(vae, dict) and "weights_sha256" in vae:
-        facts["vae"] = str(vae["weights_sha256"])  # whose space the model's latents lie in
+        facts["vae"] = str(vae["weights_sha256"])  # the model's latents are in its space
     source: Dataset | Prompts
     if prompt.key is not None:
         if dataset is None:
