@@ -213,6 +213,10 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def _text(utf8: bytes) -> str:
+    return utf8.decode("utf-8", "surrogatepass")
+
+
 def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
     """Say what of the config has no effect on what is frozen already."""
     limit = config.corpus.limit
@@ -279,9 +283,10 @@ def _choose(
         _, source, size, seconds, line = kept
         for other in records:
             if other is not kept:
-                detail = f"another record of this clip id is {short(source.decode('utf-8', 'surrogatepass'), 200)}"
-                names = (name.decode("utf-8", "surrogatepass") for name in other[:2])
-                row = refused_row(*names, Rejection("read", "duplicate-clip", detail))
+                rejection = Rejection(
+                    "read", "duplicate-clip", f"another record of this clip id is {short(_text(source), 200)}"
+                )
+                row = refused_row(_text(clip), _text(other[1]), rejection)
                 database.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
         if clip in planned:
             counts.num_planned_before += 1

@@ -109,8 +109,10 @@ def scan_corpus(
     for num_read, tally in map_chunks(config.corpus.location, work, num_workers):
         num_documents += num_read
         total.counts.update(tally.counts)
-        for ours, theirs in zip(total[1:], tally[1:], strict=True):
-            ours.extend(theirs)
+        total.hashes.extend(tally.hashes)
+        total.seconds.extend(tally.seconds)
+        total.characters.extend(tally.characters)
+        total.texts.extend(tally.texts)
         if progress is not None:
             progress(num_read)
     if num_documents == 0:
