@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or absent: safetensors and JSON, written aside, synced, renamed.
+"""Checkpoints that are complete or absent: safetensors and JSON, written under a temporary name, synced, renamed.
 
-    checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors when the whole is trained)
+    checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors for a full model)
                              average.safetensors    their moving average, where there is one
                              optimizer.safetensors  moments, or 8-bit codes with their scales
                              state.json             step, updates, position in the order, loss scale, versions, identity
@@ -65,7 +65,7 @@ class CheckpointState(Config):
     evaluations_since_best: Count = 0
     """Evaluations in a row without improvement."""
     owed: tuple[Owed, ...] = ()
-    """What belongs to the step and a signal cut short; a resume does it first."""
+    """What is still to be done after the step (a signal interrupted it); a resume does it first."""
     seconds: float = 0.0
     """Wall-clock seconds of training so far, held-out loss included."""
     eval_seconds: float = 0.0
@@ -77,13 +77,13 @@ class CheckpointState(Config):
     identity: dict[str, Any]
     """What decides the numbers: configuration, weights, dataset."""
     provenance: dict[str, str] = Field(default_factory=dict)
-    """Versions and hardware; a difference is told, not refused."""
+    """Versions and hardware; a difference is reported, not refused."""
 
 
 def write_checkpoint(
     folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]], pin: Mapping[str, Any]
 ) -> Path:
-    """Write `checkpoints/step-N` under `folder`, whole or not at all, and return its path.
+    """Write `checkpoints/step-N` under `folder`, complete or not at all, and return its path.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> CheckpointState:
         text = (path / STATE_FILE).read_text(encoding="utf-8")
         values = json.loads(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {STATE_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
+        raise UserError(f"{path}: {STATE_FILE} cannot be read: {error}", expected="a complete checkpoint") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: {STATE_FILE} holds {type(values).__name__}", expected="an object")
     return validate_config(CheckpointState, values, origin=str(path / STATE_FILE))
@@ -134,14 +134,14 @@ def read_pin(folder: Path) -> dict[str, Any]:
     try:
         pin = json.loads((folder / PIN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {PIN_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
+        raise UserError(f"{folder}: {PIN_FILE} cannot be read: {error}", expected="a complete checkpoint") from None
     if not isinstance(pin, dict):
         raise UserError(f"{folder}: {PIN_FILE} holds {type(pin).__name__}", expected="an object")
     return pin
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under a run's `checkpoints` folder, oldest first."""
+    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -157,7 +157,7 @@ def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> li
 
 
 def drop_later(folder: Path, step: int) -> list[Path]:
-    """Remove the checkpoints after `step`, those of a course that was given up; return what was removed.
+    """Remove the checkpoints after `step`, the steps that this resume replaces; return what was removed.
 
     Left in place they would count as the newest: new ones would be pruned for them, and `auto` would resume from them.
     """
@@ -183,7 +183,7 @@ def remove_leftovers(folder: Path) -> None:
         final = path.with_name(path.name.removeprefix(".stale-"))
         if final.exists():
             shutil.rmtree(path)
-        else:  # killed between the two renames: the old one is still the whole one
+        else:  # killed between the two renames: the old one is still complete
             path.rename(final)
 
 

@@ -1,6 +1,6 @@
-"""The held-out loss: the same clips, noise levels, noise and modes every time, so that only the weights move it.
+"""The held-out loss: the same clips, noise levels, noise and modes every time, so that only the weights change it.
 
-Nine noise levels stand for the density that is trained on: the 10 %, 20 % … 90 % quantiles of it. Each clip is seen at
+Nine noise levels represent the density that is trained on: the 10 %, 20 % … 90 % quantiles of it. Each clip is seen at
 each level as text-to-video and, where it has more than one latent frame, as image-to-video, with its first caption.
 The mean is over clips, then levels, then modes, and carries no loss weight.
 """
@@ -80,9 +80,9 @@ def evaluate(
     density: SigmaDensity,
     text_len: int,
     device: torch.device,
-    look_up: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> HeldOut:
-    """The held-out loss of `forward` over the samples `ordinals`. `look_up` is called on the way and may raise."""
+    """The held-out loss of `forward` over the samples `ordinals`. `check_stop` is called on the way; it may raise."""
     import torch
 
     from train.objective import sample_sigma
@@ -95,7 +95,7 @@ def evaluate(
         latent, text = _read(dataset, group, text_len)
         modes = (False, True) if latent.shape[2] > 1 else (False,)
         for level, sigma in enumerate(sigmas):
-            look_up()
+            check_stop()
             noise = _noise(dataset, group, level, latent.shape[1:])
             for mode in modes:
                 losses = _losses(forward, latent, noise, text, float(sigma), mode, device)

@@ -22,7 +22,7 @@ from train.device import choose_device, device_info, device_memory
 from train.estimate.layout import choose_layout
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
-from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, run_pending, smallest
+from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
 from train.run.session import (
     AgreedStop,
@@ -65,12 +65,12 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
     """Train as configured and leave the run's folder as the design describes it.
 
     Args:
-        resume: `auto` goes on from the run's newest checkpoint, `never` insists on beginning, else a checkpoint's path.
+        resume: `auto` resumes from the run's newest checkpoint, `never` insists on a new run, else a checkpoint's path.
         verify: hash every byte of the dataset first.
 
     Under a launcher every process of the run calls it; rank 0 writes the folder, which all must see.
 
-    Raises UserError for whatever the user can fix, before the first step where it can be known by then.
+    Raises UserError for what the user can fix, before the first step where possible.
     """
     folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
@@ -118,14 +118,14 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         for line in lines:
             LOG.info("%s", line)
         log.event("plan", progress.step, **planned)
-        saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1
+        saved, first_step = (progress.step, progress.pending) if start else None, progress.step + 1
         if start is None:
-            progress.owed = progress.due()
-        # The beginning may stay the best, and what a signal cut short may turn out to be.
-        if _settle(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
+            progress.pending = progress.due()
+        # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
+        if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
             saved = _save(progress, log)
 
-        while progress.step < config.max_steps and not stop.look() and not _exhausted(progress):
+        while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
             began = time.perf_counter()
             watch.at(progress.step + 1, "reading its batch")
             batch, position = next(loader)
@@ -133,14 +133,14 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             if progress.telemetry is not None:
                 progress.telemetry.begin_step()
             watch.at(batch.step, "its micro-batches")
-            own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.look)
+            own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.sync)
             if own_loss is None:
                 break  # step and position have not moved: the checkpoint below is exact
             watch.at(batch.step, "the sum of the gradients")
             rate, norm, overflow = progress.update()
             loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
             if batch.step == first_step:
-                run_pending(config.parallel)
+                use_step_timeout(config.parallel)
             progress.step, progress.position = batch.step, position
             seconds = time.perf_counter() - began
             progress.seconds += seconds
@@ -167,26 +167,26 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     substituted=loss.substituted,
                 )
             )
-            progress.owed = progress.due()
+            progress.pending = progress.due()
             watch.at(batch.step, "what follows a step")
-            is_best = _settle(progress, log, pictures, stop)
+            is_best = _run_pending(progress, log, pictures, stop)
             last = progress.step == config.max_steps
             if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
                 saved = _save(progress, log)
                 stop.checkpoint = False
 
-        if (progress.step, progress.owed) != saved:
+        if (progress.step, progress.pending) != saved:
             _save(progress, log)
         for line in meter.after():
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
-        ranks.barrier()  # nobody calls the run done before its files are there
+        ranks.barrier()  # no rank ends before the run's files are there
         return result
 
 
 def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
-    """The checkpoint that all ranks go on from: rank 0 clears up and chooses."""
+    """The checkpoint that all ranks resume from: rank 0 removes leftovers and chooses."""
     chosen = None
     if ranks.is_first:
         checkpoint.remove_leftovers(folder / "checkpoints")
@@ -197,16 +197,16 @@ def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
 
 
 def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
-    """On rank 0 cut the run's files back to where it goes on from, write its settings, and open its log."""
+    """On rank 0 cut the run's files back to where it resumes, write its settings, and open its log."""
     if not progress.session.ranks.is_first:
         return OwnLog()
     folder, config = progress.session.folder, progress.config
     if start is not None:
         for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
-            LOG.warning("%s is of the course that is given up; removed", path.name)
+            LOG.warning("%s is after the step that this resume starts from; removed", path.name)
     kept = progress.step if start else -1
     checkpoint.cut_back(folder / METRICS_FILE, kept)
-    checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
+    checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.pending))
     settings = write_settings(progress.session, config)
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
 
@@ -242,23 +242,23 @@ def _write_stop(
     log.event("stop", progress.step, reason=reason, signal=signal, error=error, export=export)
 
 
-def _settle(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
-    """Do what the step owes beside training, and return whether its held-out loss is the best so far.
+def _run_pending(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
+    """Do what is pending after the step, and return whether its held-out loss is the best so far.
 
-    What a signal cuts short stays owed: it goes into the checkpoint, and a resume does it from its beginning.
+    What a signal interrupts stays pending: it goes into the checkpoint, and a resume does it from its beginning.
     """
     is_best = False
     with contextlib.suppress(StoppedBySignal):
-        if "evaluation" in progress.owed:
+        if "evaluation" in progress.pending:
             is_best = _evaluate(progress, log, stop.raise_if_asked)
-            progress.owed = tuple(name for name in progress.owed if name != "evaluation")
-        if "pictures" in progress.owed:
+            progress.pending = tuple(name for name in progress.pending if name != "evaluation")
+        if "pictures" in progress.pending:
             _sample(progress, pictures, stop.raise_if_asked)
-            progress.owed = ()
+            progress.pending = ()
     return is_best
 
 
-def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[], None]) -> bool:
+def _evaluate(progress: TrainingState, log: RunLog | OwnLog, check_stop: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -273,7 +273,7 @@ def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[
             sigma_density(config.objective),
             trainee.dims.text_len,
             trainee.device,
-            look_up,
+            check_stop,
         )
     seconds = time.perf_counter() - began
     progress.seconds += seconds
@@ -292,7 +292,7 @@ def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
     return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
 
 
-def _sample(progress: TrainingState, pictures: list[Ready], look_up: Callable[[], None]) -> None:
+def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable[[], None]) -> None:
     """Write latents of the configured prompts; `wanprep decode --watch` shows them, the trainer has no VAE."""
     if progress.config.sample is None:
         return
@@ -300,7 +300,7 @@ def _sample(progress: TrainingState, pictures: list[Ready], look_up: Callable[[]
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
     with trainee.holding(progress.average):
         first = progress.session.ranks.is_first
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, look_up)
+        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
     progress.seconds += time.perf_counter() - began
 
 
@@ -319,13 +319,13 @@ def _exhausted(progress: TrainingState) -> bool:
 
 
 def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
-    """Write a checkpoint, on rank 0; return what tells it from the next one."""
+    """Write a checkpoint, on rank 0; return what tells whether the next one would be the same."""
     if progress.session.ranks.is_first:
         log.sync()
         path = progress.save()
         LOG.info("checkpoint %s", path)
         log.event("checkpoint", progress.step, path=str(path))
-    return progress.step, progress.owed
+    return progress.step, progress.pending
 
 
 def _finish(progress: TrainingState, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:

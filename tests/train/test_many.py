@@ -105,7 +105,7 @@ def test_sigterm_leaves_a_checkpoint(tiny_shards, tmp_path, to):
     assert left.name == f"step-{steps[-1]['step']:07d}" and not any(map(is_alive, ranks))
     assert "checkpoint" in said and "Traceback" not in said
     assert (tmp_path / "run/logs/rank-1.log").exists()
-    if to == "every rank":  # and one process goes on from what two left
+    if to == "every rank":  # and one process resumes from what two left
         done = steps[-1]["step"]
         assert fit(make_config(tiny_shards, tmp_path / "run", **ENDLESS | {"max_steps": done + 3})).step == done + 3
         fit(make_config(tiny_shards, tmp_path / "straight", **ENDLESS | {"max_steps": done + 3}))

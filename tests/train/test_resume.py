@@ -77,7 +77,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(tiny_shards, tmp_path, number):
         checkpoint.checkpoint_name(result.step)
     ]
     assert signal.getsignal(number) is before
-    # And it goes on from there.
+    # And it resumes there.
     assert fit(config.model_copy(update={"max_steps": result.step + 2})).step == result.step + 2
 
 
@@ -241,7 +241,7 @@ def test_the_beginning_may_be_the_best(tiny_shards, tmp_path):
 
 
 def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_shards, tmp_path, monkeypatch):
-    """The step is given up whole: what the checkpoint holds is what the straight run holds."""
+    """The step is dropped: what the checkpoint holds is what the straight run holds."""
     from train import step
 
     fit(make_config(tiny_shards, tmp_path / "straight", data__micro_batch=1))
@@ -282,7 +282,7 @@ SETTLED = EVALUATION + PICTURES
 def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
     tiny_shards, tmp_path, monkeypatch, looks, step, owed
 ):
-    """It is given up where it stands; the resume does it from its beginning, and all is as in the straight run."""
+    """It is stopped at once; the resume does it from its beginning, and all is as in the straight run."""
 
     def config(name):
         prompts = [{"name": name, "key": "*"} for name in ("one", "two")]

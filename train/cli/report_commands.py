@@ -24,7 +24,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     """Show RUN, the output of `wantrain fit`, as one page that needs no network: OUT [default: RUN/report.html].
 
     Loss and held-out loss by noise level and mode, speed, memory, skipped updates, the samples of highest loss, sampled
-    videos, where to resume. It reads only, so a run that goes on is not disturbed; make it again for what is new.
+    videos, where to resume. It only reads, so a running run is not disturbed; make it again for what is new.
 
     \b
     wantrain report demo/run
@@ -56,7 +56,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
 def show_clip(run: Path, key: str, as_json: bool) -> None:
     """List the steps of RUN that trained on KEY, a sample's key or a glob over keys: slot, mode, noise level, loss.
 
-    The noise level is a share of what is drawn, lowest noise first; `show-step` says the whole step.
+    The noise level is a share of what is drawn, lowest noise first; `show-step` shows the complete step.
 
     \b
     wantrain show-clip demo/run '3338992@0-17-160x96'

@@ -44,7 +44,7 @@ class SlotItem(NamedTuple):
     text: np.ndarray
     """Tokens×E uint16, the bits of bf16."""
     replaced: str | None
-    """Key of the unreadable sample that this one stands in for."""
+    """Key of the unreadable sample that this one replaces."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
 
 
 def stack(step: int, chosen: OrderedBatch, step_keys: list[str], items: Sequence[SlotItem], text_len: int) -> Batch:
-    """This process's slots of a step as tensors; `step_keys`, of all its slots, learns what stands in for a sample."""
+    """This process's slots of a step as tensors; `step_keys`, of all its slots, has substitutes in place."""
     import torch
 
     for item in items:

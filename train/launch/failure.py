@@ -1,7 +1,7 @@
-"""How a rank ends badly, in words that outlive it. Importing this imports no torch.
+"""The record that a failing rank leaves. Importing this imports no torch.
 
 A rank that fails leaves one JSON record in the launcher's folder; the launcher reads them all, finds which came first
-and prints that one. Started otherwise (torchrun, srun), a rank has no launcher to tell and prints for itself.
+and prints that one. Started otherwise (torchrun, srun), a rank has no launcher and prints its error itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shards.errors import UserError
 CRASH_EXIT = 1
 MISTAKE_EXIT = 2
 LOST_EXIT = 75
-"""EX_TEMPFAIL: another rank or machine was lost; the same command goes on from the newest checkpoint."""
+"""EX_TEMPFAIL: another rank or machine was lost; the same command resumes from the newest checkpoint."""
 SIGNAL_EXIT = 128
 FOLDER_VARIABLE = "WANTRAIN_LAUNCH"
 """Names the launcher's folder to its ranks."""
@@ -35,13 +35,13 @@ LOG_VARIABLE = "WANTRAIN_LOG"
 """Names a rank's own log to it."""
 LAUNCHER_VARIABLE = "WANTRAIN_LAUNCHER_PID"
 NOTE_FILE = "failure.json"
-"""What the launcher tells the ranks that are left of one that is not."""
+"""The launcher's note to the remaining ranks about the one that failed."""
 _PR_SET_PDEATHSIG = 1
 Kind = Literal["mistake", "crash", "killed", "lost"]
 
 
 class RankLost(Exception):
-    """Another rank is gone or does not arrive: this one is sound and cannot go on."""
+    """Another rank is gone or does not arrive: this one is healthy but cannot continue."""
 
 
 class Failure(NamedTuple):
@@ -96,10 +96,10 @@ def launch_folder() -> Path | None:
 
 
 def record(failure: Failure) -> None:
-    """Leave a failure for the launcher, once: what came first stays. Without a launcher, print it."""
+    """Record a failure for the launcher, once: the first one stays. Without a launcher, print it."""
     folder = launch_folder()
     if folder is None:
-        if failure.kind == "lost":  # the others are printed on their own way out
+        if failure.kind == "lost":  # the others are printed by the command line
             click.echo(f"error: rank {failure.rank}: {failure.message}", err=True)
         return
     path = folder / f"rank-{failure.rank}.json"
@@ -115,7 +115,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_note() -> Failure | None:
-    """What the launcher says of a rank of this machine that failed."""
+    """The launcher's note about a failed rank of this machine."""
     folder = launch_folder()
     if folder is None or not (folder / NOTE_FILE).exists():
         return None
@@ -123,10 +123,9 @@ def read_note() -> Failure | None:
 
 
 class Reported:
-    """Around a rank's work: an error is left for the launcher, and its own words go to the rank's log instead.
+    """Around a rank's work: an error is recorded for the launcher, and the traceback goes to the rank's log.
 
     Under a launcher the process also ends when the launcher does, however that ends.
-
     """
 
     def __enter__(self) -> None:
@@ -146,7 +145,7 @@ class Reported:
 
 
 def end_now(code: int) -> NoReturn:
-    """End without the interpreter's own end, where threads of gloo and NCCL hang or abort."""
+    """End without the interpreter's shutdown, in which threads of gloo and NCCL hang or abort."""
     for handler in LOG.handlers:
         handler.flush()
     sys.stdout.flush()
@@ -158,12 +157,12 @@ def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent is gone (Linux; elsewhere the launcher's own end does)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the kernel was asked
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(LOST_EXIT)
 
 
 def speak_into_log() -> None:
-    """Under a launcher: from now on into the rank's own log, since the launcher tells the terminal what matters."""
+    """Under a launcher: send standard error to the rank's own log; the launcher prints what matters."""
     log = os.environ.get(LOG_VARIABLE)
     if log is not None:
         sys.stderr.flush()
@@ -172,7 +171,7 @@ def speak_into_log() -> None:
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
-    """The failure that the others follow from: the earliest of those that lost nobody else first."""
+    """The failure that caused the others: the earliest that is not itself the loss of another rank."""
     return min(failures, key=lambda failure: (failure.kind == "lost", failure.seconds))
 
 
@@ -185,10 +184,10 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def describe_signal(number: int) -> str:
-    """A signal in words, with what usually sends it."""
+    """A signal's name, with what usually sends it."""
     name = signal.Signals(number).name
     hint = {
-        signal.SIGKILL: "; if nobody did that, the machine ran out of memory (`dmesg` names the process)",
+        signal.SIGKILL: "; if no person did that, the machine ran out of memory (`dmesg` names the process)",
         signal.SIGBUS: "; shared memory may be full (`df /dev/shm`)",
     }.get(signal.Signals(number), "")
     return f"{name}{hint}"

@@ -1,6 +1,6 @@
 """What a run's folder says, read while the run may still write: metrics, evaluations, checkpoints, events, pictures.
 
-A last line that is only half there is left for later; any other line that cannot be read is an error that names it.
+An unfinished last line is left for later; any other line that cannot be read is an error that names it.
 Importing it imports no torch.
 """
 
@@ -87,7 +87,7 @@ class Steps(NamedTuple):
 
 
 class SampledLatent(NamedTuple):
-    """One latent that was sampled on the way, and what was made of it."""
+    """One latent that was sampled during training, and what was decoded from it."""
 
     step: int
     name: str
@@ -98,7 +98,7 @@ class SampledLatent(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """What events.jsonl tells; empty for a run of a version that wrote none."""
+    """What events.jsonl holds; empty for a run of a version that wrote none."""
 
     events: list[Event]
     planned_gib: float | None
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each whole line of a JSON-lines file.
+    """Number and object of each complete line of a JSON-lines file.
 
     Raises UserError for a line that is no object, unless it is the last one and has no end yet.
     """
@@ -172,7 +172,7 @@ def read_steps(folder: Path) -> Steps:
             step = int(line["step"])
             buckets.append(str(line["bucket"]))
             keys = [str(key) for key in line["keys"]]
-            losses = line.get("slot_losses") or [None] * len(keys)  # runs of before had none
+            losses = line.get("slot_losses") or [None] * len(keys)  # earlier versions wrote none
             for slot, (key, loss) in enumerate(zip(keys, losses, strict=True)):
                 place = places.setdefault(key, len(places))
                 if place == len(uses):
@@ -189,9 +189,9 @@ def read_steps(folder: Path) -> Steps:
                 f"{path}, line {number}: {error!r}", expected="a step as `wantrain fit` writes it"
             ) from None
     numbers = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    whole = [np.array(column).astype(np.int64) for column in slots[:3]]
-    told = Slots(whole[0], whole[1], whole[2], np.array(slots[3]))
-    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), told, skips, substitutes)
+    columns_read = [np.array(column).astype(np.int64) for column in slots[:3]]
+    slots_read = Slots(*columns_read, np.array(slots[3]))
+    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), slots_read, skips, substitutes)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def _describe_stop(line: Mapping[str, Any]) -> str:
 
 
 def find_pictures(folder: Path) -> list[SampledLatent]:
-    """What was sampled on the way, by step and name."""
+    """What was sampled during training, by step and name."""
     pictures = []
     for latent in sorted((folder / "samples").glob("step-*/[!.]*.safetensors")):
         made = [latent.with_suffix(suffix) for suffix in (".mp4", ".jpg")]

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line a step for people, a JSON object a step for programs, curves for both."""
+"""What a run reports: a line a step for people, a JSON object a step for programs, curves for both."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class RunLog:
         self._curves(curves, step)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """What was written of evaluations so far."""
+        """The evaluations written so far."""
         return read_json_lines(self._folder / HELD_OUT_FILE)
 
     def sync(self) -> None:
@@ -142,7 +142,7 @@ class RunLog:
 
 
 class OwnLog:
-    """What a rank other than the first says: lines in its own log, nothing of what is written once for all."""
+    """The log of a rank other than the first: lines in its own file, nothing of what only rank 0 writes."""
 
     def write_step(self, record: StepRecord) -> None:
         """One step, in one line."""
@@ -237,7 +237,7 @@ def _append(file: IO[str], values: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for each number that JSON has no word for (a loss that overflowed)."""
+    """The value with null for each number that JSON cannot hold (a loss that overflowed)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a run opens before its first step: folder, dataset, split, order, model; and what it leaves as it found it."""
+"""What a run opens before its first step (folder, dataset, split, order, model) and restores at its end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a run reads and never changes."""
+    """Everything that a run reads and never changes."""
 
     folder: Path
     dataset: Dataset
@@ -57,7 +57,7 @@ class Session:
 def open_session(
     config: TrainConfig, *, verify: bool = False, start: Path | None = None, ranks: Ranks = ALONE
 ) -> Session:
-    """Open the dataset, check it against the model, build the model. Raises UserError for whatever does not fit.
+    """Open the dataset, check it against the model, build the model. Raises UserError for what does not fit.
 
     `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
     """
@@ -98,7 +98,7 @@ def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> di
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: `auto` the newest of the run, `never` none, else the one at that path.
+    """The checkpoint to resume from: `auto` the newest of the run, `never` none, else the one at that path.
 
     Raises UserError when `never` would write over a run's checkpoints.
     """
@@ -111,7 +111,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     if found:
         raise UserError(
             f"{folder} holds a run already, up to {found[-1].name}",
-            fix="choose another output, remove that folder, or let it go on with --resume auto",
+            fix="choose another output, remove that folder, or resume it with --resume auto",
         )
     return None
 
@@ -129,7 +129,7 @@ def write_settings(session: Session, config: TrainConfig) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder; a kill lets go of it. Raises UserError when another process holds it."""
+    """Lock the run's folder; the kernel releases it when the process ends. Raises UserError when another holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,31 +157,31 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 class StoppedBySignal(Exception):
-    """A signal has asked for the end, in the middle of what can be given up."""
+    """A signal asked for the end in the middle of work that can be repeated."""
 
 
 class StopSignal:
-    """What signals have asked this process for."""
+    """What signals asked this process for."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """Write a checkpoint and end."""
         self.checkpoint = False
-        """Write a checkpoint and go on."""
+        """Write a checkpoint and continue."""
 
 
 class AgreedStop:
-    """What signals have asked any of the ranks for, as all of them have it: looked at by all at the same places."""
+    """What signals asked any rank for, agreed by all: every rank calls `sync` at the same places."""
 
     def __init__(self, asked: StopSignal, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
         self._asked, self._ranks, self._pulse = asked, ranks, pulse
         self.signal: int | None = None
         """Write a checkpoint and end."""
         self.checkpoint = False
-        """Write a checkpoint and go on; whoever writes it takes it back."""
+        """Write a checkpoint and continue; the loop sets it back when the checkpoint is written."""
 
-    def look(self) -> bool:
-        """Ask all ranks; return whether to end. To the watch it is a sign of life."""
+    def sync(self) -> bool:
+        """All-reduce the requests; return whether to end. It also tells the heartbeat that this rank moves."""
         self._pulse()
         own = self._asked.checkpoint
         if own:
@@ -192,8 +192,8 @@ class AgreedStop:
         return self.signal is not None
 
     def raise_if_asked(self) -> None:
-        """Raise Stopped when a signal has asked for the end."""
-        if self.look():
+        """Raise StoppedBySignal when a signal asked for the end."""
+        if self.sync():
             raise StoppedBySignal
 
 
@@ -223,11 +223,11 @@ def stop_signals() -> Iterator[StopSignal]:
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Only kernels that repeat to the bit, for as long as the run lasts."""
+    """Only kernels that repeat to the bit, until the run ends."""
     if not wanted:
         yield
         return
-    # cuBLAS reads it when its first handle is made.
+    # cuBLAS reads it when it makes its first handle.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
