@@ -33,7 +33,7 @@ Forward = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
 class HeldOut(NamedTuple):
-    """One evaluation."""
+    """One evaluation, as it goes into held_out.jsonl."""
 
     mean: float
     """Mean of the modes' means."""
@@ -42,18 +42,8 @@ class HeldOut(NamedTuple):
     i2v: tuple[float, ...]
     """The same for image-to-video; empty when every clip is one frame."""
     num_clips: int
-    quantiles: tuple[float, ...]
+    sigmas: tuple[float, ...]
     """Noise levels, shifted."""
-
-    def as_dict(self) -> dict[str, float | int | list[float]]:
-        """JSON values."""
-        return {
-            "mean": self.mean,
-            "t2v": list(self.t2v),
-            "i2v": list(self.i2v),
-            "num_clips": self.num_clips,
-            "sigmas": list(self.quantiles),
-        }
 
 
 def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfig) -> list[int]:
@@ -113,8 +103,8 @@ def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -
     for name, losses in (("T2V", now.t2v), ("I2V", now.i2v)):
         if losses:
             parts.append(
-                f"{name} {sum(losses) / len(losses):.4f} (σ {now.quantiles[0]:.2f}: {losses[0]:.3f}, "
-                f"σ {now.quantiles[-1]:.2f}: {losses[-1]:.3f})"
+                f"{name} {sum(losses) / len(losses):.4f} (σ {now.sigmas[0]:.2f}: {losses[0]:.3f}, "
+                f"σ {now.sigmas[-1]:.2f}: {losses[-1]:.3f})"
             )
     if before and before["mean"] is not None:
         parts.append(f"{100 * (now.mean / before['mean'] - 1):+.1f} % since the start")

@@ -23,11 +23,11 @@ from train.estimate.layout import choose_layout
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
 from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
-from train.run.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
+from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
 from train.run.session import (
-    AgreedStop,
     Session,
     StoppedBySignal,
+    StopSignal,
     choose_checkpoint,
     describe_data,
     determinism,
@@ -87,15 +87,17 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
-        stop = AgreedStop(stack.enter_context(stop_signals()), ranks, watch.pulse)
+        stop = stack.enter_context(stop_signals(StopSignal(ranks, watch.pulse)))
         log = _open_log(progress, start)
-        stack.callback(log.close)
+        if log is not None:
+            stack.callback(log.close)
         for line in (*describe_trainee(trainee, session.dataset), *describe_data(session)):
             LOG.info("%s", line)
         if not ranks.alone:
             LOG.info("layout: %s%s", ranks.layout, ranks.reason and f" ({ranks.reason})")
         LOG.info("%s", f"resuming from {start}" if start else f"beginning in {folder}")
-        _write_start(progress, log, start)
+        if log is not None:
+            _write_start(progress, log, start)
 
         loader = stack.enter_context(
             contextlib.closing(
@@ -117,7 +119,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         planned, lines = meter.before(list(session.order.buckets))
         for line in lines:
             LOG.info("%s", line)
-        log.event("plan", progress.step, **planned)
+        if log is not None:
+            log.event("plan", progress.step, **planned)
         saved, first_step = (progress.step, progress.pending) if start else None, progress.step + 1
         if start is None:
             progress.pending = progress.due()
@@ -144,29 +147,31 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             progress.step, progress.position = batch.step, position
             seconds = time.perf_counter() - began
             progress.seconds += seconds
-            log.write_step(
-                StepRecord(
-                    step=batch.step,
-                    epoch=batch.epoch,
-                    bucket=str(batch.bucket),
-                    loss=loss.mean,
-                    lr=rate,
-                    grad_norm=norm,
-                    updates=progress.updates,
-                    skipped=progress.skipped,
-                    loss_scale=progress.scaler.scale,
-                    seconds=seconds,
-                    data_wait_seconds=waited,
-                    tokens=num_batch_tokens(trainee, batch),
-                    **meter.rate(batch.bucket, seconds)._asdict(),
-                    memory_gib=peak_memory_gib(trainee.device),
-                    num_image_to_video=loss.num_image_to_video,
-                    keys=loss.keys,
-                    slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
-                    overflow=overflow,
-                    substituted=loss.substituted,
-                )
+            record = StepRecord(
+                step=batch.step,
+                epoch=batch.epoch,
+                bucket=str(batch.bucket),
+                loss=loss.mean,
+                lr=rate,
+                grad_norm=norm,
+                updates=progress.updates,
+                skipped=progress.skipped,
+                loss_scale=progress.scaler.scale,
+                seconds=seconds,
+                data_wait_seconds=waited,
+                tokens=num_batch_tokens(trainee, batch),
+                **meter.rate(batch.bucket, seconds)._asdict(),
+                memory_gib=peak_memory_gib(trainee.device),
+                num_image_to_video=loss.num_image_to_video,
+                keys=loss.keys,
+                slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
+                overflow=overflow,
+                substituted=loss.substituted,
             )
+            if record.step % config.log.every_steps == 0 or record.overflow:
+                LOG.info("%s", describe_step(record))
+            if log is not None:
+                log.write_step(record)
             progress.pending = progress.due()
             watch.at(batch.step, "what follows a step")
             is_best = _run_pending(progress, log, pictures, stop)
@@ -196,10 +201,10 @@ def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
     return None if chosen is None else Path(chosen)
 
 
-def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
+def _open_log(progress: TrainingState, start: Path | None) -> RunLog | None:
     """On rank 0 cut the run's files back to where it resumes, write its settings, and open its log."""
     if not progress.session.ranks.is_first:
-        return OwnLog()
+        return None
     folder, config = progress.session.folder, progress.config
     if start is not None:
         for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
@@ -211,7 +216,7 @@ def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
 
 
-def _write_start(progress: TrainingState, log: RunLog | OwnLog, start: Path | None) -> None:
+def _write_start(progress: TrainingState, log: RunLog, start: Path | None) -> None:
     """The first events of a start: of what, on what."""
     trainee, dataset = progress.trainee, progress.session.dataset
     facts = {
@@ -230,19 +235,7 @@ def _write_start(progress: TrainingState, log: RunLog | OwnLog, start: Path | No
     log.event("device", progress.step, name=name, precision=precision.name, reason=precision.reason)
 
 
-def _write_stop(
-    progress: TrainingState,
-    log: RunLog | OwnLog,
-    reason: str,
-    *,
-    signal: int | None = None,
-    error: str | None = None,
-    export: str | None = None,
-) -> None:
-    log.event("stop", progress.step, reason=reason, signal=signal, error=error, export=export)
-
-
-def _run_pending(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
+def _run_pending(progress: TrainingState, log: RunLog | None, pictures: list[Ready], stop: StopSignal) -> bool:
     """Do what is pending after the step, and return whether its held-out loss is the best so far.
 
     What a signal interrupts stays pending: it goes into the checkpoint, and a resume does it from its beginning.
@@ -258,7 +251,7 @@ def _run_pending(progress: TrainingState, log: RunLog | OwnLog, pictures: list[R
     return is_best
 
 
-def _evaluate(progress: TrainingState, log: RunLog | OwnLog, check_stop: Callable[[], None]) -> bool:
+def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -278,11 +271,12 @@ def _evaluate(progress: TrainingState, log: RunLog | OwnLog, check_stop: Callabl
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     progress.eval_seconds += seconds
-    before = log.evaluations()
-    log.write_held_out(progress.step, held_out, seconds)
-    share = 100 * progress.eval_seconds / progress.seconds
-    found = evaluate.describe_held_out(held_out, before[0] if before else None)
-    LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
+    if log is not None:
+        before = log.evaluations()
+        log.write_held_out(progress.step, held_out, seconds)
+        share = 100 * progress.eval_seconds / progress.seconds
+        found = evaluate.describe_held_out(held_out, before[0] if before else None)
+        LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
 
 
@@ -318,9 +312,9 @@ def _exhausted(progress: TrainingState) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
+def _save(progress: TrainingState, log: RunLog | None) -> tuple[int, tuple[checkpoint.Owed, ...]]:
     """Write a checkpoint, on rank 0; return what tells whether the next one would be the same."""
-    if progress.session.ranks.is_first:
+    if log is not None:
         log.sync()
         path = progress.save()
         LOG.info("checkpoint %s", path)
@@ -328,27 +322,28 @@ def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[che
     return progress.step, progress.pending
 
 
-def _finish(progress: TrainingState, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:
+def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:
+    """Report the end and write the export, on rank 0."""
+    if log is None:
+        return FitResult(progress.step, None, None, None, stopped_by)
     evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
     if stopped_by is not None:
         LOG.info("stopped by signal %d after step %d; the same command resumes there", stopped_by, progress.step)
-        _write_stop(progress, log, "signal", signal=stopped_by)
+        log.event("stop", progress.step, reason="signal", signal=stopped_by, error=None, export=None)
         return FitResult(progress.step, before, after, None, stopped_by)
-    if _exhausted(progress):
+    if stopped_early := _exhausted(progress):
         LOG.info("stopped early: %d evaluations without improvement", progress.evaluations_since_best)
     if before is not None and after is not None:
-        change = 100 * (after / before - 1)
-        words = f"held-out loss {before:.4f} before, {after:.4f} after ({change:+.1f} %)"
+        words = f"held-out loss {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.1f} %)"
         LOG.info("%s, best at step %s", words, progress.best_step)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
     words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"
     LOG.info("%s, held-out loss %.0f %%", words, share)
-    if not progress.session.ranks.is_first:
-        return FitResult(progress.step, None, None, None, None)
     path = _export(progress)
     LOG.info("exported %s", path)
-    _write_stop(progress, log, "patience" if _exhausted(progress) else "done", export=str(path))
+    reason = "patience" if stopped_early else "done"
+    log.event("stop", progress.step, reason=reason, signal=None, error=None, export=str(path))
     return FitResult(progress.step, before, after, path, None)
 
 

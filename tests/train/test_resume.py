@@ -14,7 +14,7 @@ from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics
 from shards.errors import UserError
 from train import checkpoint
 from train.loop import fit
-from train.run.session import AgreedStop
+from train.run.session import StopSignal
 
 KILLED = -signal.SIGKILL
 VARIED = {"optim__ema_decay": 0.9, "lora__dropout": 0.1, "data__caption_dropout": 0.3, "optim__warmup_updates": 4}
@@ -291,7 +291,7 @@ def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
             checkpoint__keep_last=9, sample={"every_steps": 4, "prompts": prompts, "sampler": {"steps": 4}},
         )  # fmt: skip
 
-    original, done = AgreedStop.raise_if_asked, []
+    original, done = StopSignal.raise_if_asked, []
 
     def look(stop, at=None):
         done.append(stop)
@@ -299,16 +299,16 @@ def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
             os.kill(os.getpid(), signal.SIGTERM)
         original(stop)
 
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", look)
+    monkeypatch.setattr(StopSignal, "raise_if_asked", look)
     fit(config("straight"))
     assert len(done) == 4 * SETTLED
     done.clear()
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", lambda stop: look(stop, looks))
+    monkeypatch.setattr(StopSignal, "raise_if_asked", lambda stop: look(stop, looks))
     result = fit(config("run"))
     assert (result.stopped_by, result.step, len(done)) == (signal.SIGTERM, step, looks), "not answered at once"
     newest = checkpoint.find_checkpoints(tmp_path / "run/checkpoints")[-1]
     assert checkpoint.read_checkpoint(newest).owed == owed
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", original)
+    monkeypatch.setattr(StopSignal, "raise_if_asked", original)
     # Killed in the resume, before it has written another checkpoint: the evaluation is there once all the same.
     with (tmp_path / "run/held_out.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "mean": 0.0}) + "\n" if "evaluation" in owed else "")

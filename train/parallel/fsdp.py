@@ -68,10 +68,10 @@ def local_shard(weight: Tensor) -> tuple[Tensor, slice]:
 
 
 def resident_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of this rank's shards of the base, and of what is replicated on every rank, LoRA included."""
-    shards = replicated = 0
+    """Bytes of this rank's parts of the base, and of what is whole on every rank, LoRA included."""
+    parts = whole = 0
     for weight in model.parameters():
         local, _ = local_shard(weight)
         size = local.numel() * local.element_size()
-        shards, replicated = (shards + size, replicated) if isinstance(weight, DTensor) else (shards, replicated + size)
-    return shards, replicated
+        parts, whole = (parts + size, whole) if isinstance(weight, DTensor) else (parts, whole + size)
+    return parts, whole

@@ -6,10 +6,9 @@ Importing it imports no torch.
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from shards.config import load_config
 from shards.errors import UserError
 from train.checkpoint import CheckpointState, find_checkpoints, read_checkpoint
 from train.config.train import TrainConfig
-from train.run.events import EVENTS_FILE
+from train.run.events import EVENTS_FILE, read_json_lines
 from train.run.log import HELD_OUT_FILE, METRICS_FILE
 
 NUMBERS = (
@@ -130,29 +129,6 @@ def read_run(folder: Path) -> Run:
         folder, config, path.read_text(encoding="utf-8"), read_steps(folder), read_evaluations(folder),
         read_states(folder), read_history(folder), find_pictures(folder),
     )  # fmt: skip
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each complete line of a JSON-lines file.
-
-    Raises UserError for a line that is no object, unless it is the last one and has no end yet.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return  # being written, or cut short by a kill
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}", expected="a JSON object a line") from None
-                if not isinstance(values, dict):
-                    raise UserError(f"{path}, line {number}: {type(values).__name__}", expected="a JSON object a line")
-                yield number, values
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_steps(folder: Path) -> Steps:

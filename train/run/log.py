@@ -10,14 +10,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from shards.console import LOG
 from shards.errors import UserError
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
-from train.run.events import EventName, write_event
+from train.run.events import EventName, read_json_lines, write_event
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +66,7 @@ class StepRecord(NamedTuple):
 
 
 class RunLog:
-    """Writes metrics.jsonl, held_out.jsonl, TensorBoard and, if asked, Weights & Biases. Close it, or use `with`."""
+    """Rank 0 writes metrics.jsonl, held_out.jsonl, events.jsonl, TensorBoard and, if asked, W&B. Close it."""
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
         self._config, self._folder = config, folder
@@ -76,14 +75,6 @@ class RunLog:
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._held_out = (folder / HELD_OUT_FILE).open("a", encoding="utf-8")
         self._bar = _Bar(first_step - 1, max_steps)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write_step(self, record: StepRecord) -> None:
         """One step, everywhere."""
@@ -95,8 +86,6 @@ class RunLog:
         values["tokens_per_second"] = record.tokens / max(record.seconds, 1e-9)
         values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
         self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
-        if record.step % self._config.every_steps == 0 or record.overflow:
-            LOG.info("%s", describe_step(record))
         self._bar.advance(record.step)
 
     def event(self, event: EventName, step: int, **values: Any) -> None:
@@ -105,7 +94,7 @@ class RunLog:
 
     def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
         """One evaluation, everywhere."""
-        _append(self._held_out, {"step": step, **held_out.as_dict(), "seconds": seconds})
+        _append(self._held_out, {"step": step, **held_out._asdict(), "seconds": seconds})
         curves = {"held_out/mean": held_out.mean}
         for mode in ("t2v", "i2v"):
             losses: tuple[float, ...] = getattr(held_out, mode)
@@ -115,7 +104,7 @@ class RunLog:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations written so far."""
-        return read_json_lines(self._folder / HELD_OUT_FILE)
+        return [line for _, line in read_json_lines(self._folder / HELD_OUT_FILE)]
 
     def sync(self) -> None:
         """Make what was written so far survive a crash of the machine; called with each checkpoint."""
@@ -141,30 +130,6 @@ class RunLog:
             self._wandb.log(dict(values), step=step)
 
 
-class OwnLog:
-    """The log of a rank other than the first: lines in its own file, nothing of what only rank 0 writes."""
-
-    def write_step(self, record: StepRecord) -> None:
-        """One step, in one line."""
-        LOG.info("%s", describe_step(record))
-
-    def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
-        """Rank 0's."""
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """None here."""
-        return []
-
-    def event(self, event: EventName, step: int, **values: Any) -> None:
-        """Rank 0's."""
-
-    def sync(self) -> None:
-        """Nothing to keep."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def describe_step(record: StepRecord) -> str:
     """One line a step: loss, rate, gradient norm, time, throughput, share of waiting for data, memory."""
     wait = 100 * record.data_wait_seconds / max(record.seconds, 1e-9)
@@ -180,13 +145,6 @@ def describe_step(record: StepRecord) -> str:
     for bad, taken in record.substituted:
         line += f"  SUBSTITUTED {bad} by {taken}"
     return line
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl or held_out.jsonl; none when the file is not there."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class _Bar:

@@ -33,7 +33,7 @@ from train.evaluate import choose_held_out
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, weights_digest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,14 @@ class StoppedBySignal(Exception):
 
 
 class StopSignal:
-    """What signals asked this process for."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        """Write a checkpoint and end."""
-        self.checkpoint = False
-        """Write a checkpoint and continue."""
-
-
-class AgreedStop:
     """What signals asked any rank for, agreed by all: every rank calls `sync` at the same places."""
 
-    def __init__(self, asked: StopSignal, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
-        self._asked, self._ranks, self._pulse = asked, ranks, pulse
+    def __init__(self, ranks: Ranks = ALONE, pulse: Callable[[], None] = lambda: None) -> None:
+        self._ranks, self._pulse = ranks, pulse
+        self.asked: int | None = None
+        """Signal that asked this process for the end."""
+        self.asked_checkpoint = False
+        """A signal asked this process for a checkpoint."""
         self.signal: int | None = None
         """Write a checkpoint and end."""
         self.checkpoint = False
@@ -183,10 +177,8 @@ class AgreedStop:
     def sync(self) -> bool:
         """All-reduce the requests; return whether to end. It also tells the heartbeat that this rank moves."""
         self._pulse()
-        own = self._asked.checkpoint
-        if own:
-            self._asked.checkpoint = False
-        number, wanted = self._ranks.all_reduce_max(float(self._asked.signal or 0), float(own))
+        own, self.asked_checkpoint = self.asked_checkpoint, False
+        number, wanted = self._ranks.all_reduce_max(float(self.asked or 0), float(own))
         self.signal = int(number) or None
         self.checkpoint = self.checkpoint or bool(wanted)
         return self.signal is not None
@@ -198,27 +190,32 @@ class AgreedStop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """SIGTERM and Ctrl-C ask for a checkpoint and an end, SIGUSR1 for a checkpoint; a second Ctrl-C interrupts."""
-    stop = StopSignal()
+def stop_signals(stop: StopSignal) -> Iterator[StopSignal]:
+    """Let SIGTERM, SIGHUP and Ctrl-C ask `stop` for a checkpoint and an end, SIGUSR1 for a checkpoint.
+
+    A second Ctrl-C interrupts. What is ignored already stays ignored: nohup ignores SIGHUP.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask_end(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        stop.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def ask_checkpoint(number: int, frame: FrameType | None) -> None:
-        stop.checkpoint = True
+        stop.asked_checkpoint = True
 
-    before = {number: signal.signal(number, ask_end) for number in STOP_SIGNALS}
-    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask_checkpoint)
+    handlers = dict.fromkeys(STOP_SIGNALS, ask_end) | {signal.SIGUSR1: ask_checkpoint}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager
