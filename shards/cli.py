@@ -68,7 +68,7 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 @AS_JSON
 @click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
 def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
-    """One sample: where it lies, its JSON, its captions in every text set.
+    """One sample: its shard, its JSON, its captions in every text set.
 
     `wantrain show-clip` says which steps of a run used it.
 

@@ -101,7 +101,7 @@ def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) 
 
 
 def _first_that_json_lacks(values: Any) -> str | None:
-    """The first value that JSON has no word for, with its dotted key: a date, bytes, a list that holds itself."""
+    """The first value that JSON cannot hold, with its dotted key: a date, bytes, a list that holds itself."""
     left: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]] = [(values, (), ())]
     while left:
         value, location, above = left.pop()

@@ -1,4 +1,4 @@
-"""What the three command lines share: one way to fail, one way to speak, one way to show progress."""
+"""What the three command lines share: how errors, log lines and durations are shown."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def print_json(value: Any) -> None:
 
 
 def duration_words(seconds: float) -> str:
-    """What a person waits by: '3 d 4 h', '4 h 05 min', '5 min 09 s'."""
+    """A duration for people: '3 d 4 h', '4 h 05 min', '5 min 09 s'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -51,7 +51,7 @@ def duration_words(seconds: float) -> str:
 def set_up_logging(prefix: str = "", level: int = logging.INFO, *, terminal: bool = True) -> None:
     """Send the project's one logger to standard error, each line behind `prefix` (a rank, a worker).
 
-    Without `terminal` it goes only where handlers are added: one process of several speaks there.
+    Without `terminal` it goes only to handlers added later: of several processes one writes to the terminal.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))

@@ -40,11 +40,10 @@ def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str 
     return error
 
 
-# The errors of a dataset that is not what it was: each names the file, the member and the byte offset.
-
+# Errors of a damaged dataset: each names the file, the member and the byte offset.
 
 FIX = (
-    "copy the file again from where it is whole, or delete the unit's commit and build it again with "
+    "copy the file again from an intact copy, or delete the unit's commit and build it again with "
     "`wanprep build-shards`; `wanshards verify` lists all damage"
 )
 
@@ -53,9 +52,9 @@ class ShardDamage(UserError):
     """Bytes that are not what was written.
 
     Args:
-        file: the object's name under the root, or its whole address.
+        file: the object's name under the root, or its full address.
         what: what is wrong with it.
-        member: name of the tar member, if the damage lies in one.
+        member: name of the tar member, if the damage is in one.
         offset: byte offset in the file at which it was seen.
         fix: what to do about it.
     """

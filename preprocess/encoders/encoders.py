@@ -22,7 +22,7 @@ from preprocess.encoders import random_weights as random_encoders
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
 from shards.console import LOG
 from shards.errors import UserError
-from shards.format.identity import canonical_digest
+from shards.format.sealed_json import canonical_digest
 
 if TYPE_CHECKING:
     import torch

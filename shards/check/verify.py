@@ -1,4 +1,4 @@
-"""`verify`: does a root hold what its commits say? By sizes (fast), by every byte (hash), or by every array (deep)."""
+"""`verify`: does a root hold what its commits say? By sizes (fast), every byte (hash), or every array (deep)."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def verify(
     partial: bool = False,
     progress: ReportBytes | None = None,
 ) -> Report:
-    """Check a whole root: all latents, all text sets, all null embeddings, plans and ledgers.
+    """Check a complete root: all latents, all text sets, all null embeddings, plans and ledgers.
 
     Args:
         storage: the root.
         level: 'fast' checks documents, sizes and completeness; 'hash' reads every byte; 'deep' also decodes every
             array and checks that it is finite and what its JSON says.
         jobs: threads (hashing and decompression run outside the interpreter's lock).
-        partial: units of the plan that are not there are no problem (a build that goes on).
-        progress: told the bytes that were read.
+        partial: planned units that are missing are no problem (the build is not finished).
+        progress: called with the number of bytes read since the last call.
     """
     info = read_info(storage)
     kinds = [LATENTS, *(text_kind(name) for name in sorted({*info.text_sets, *text_sets(storage)}))]
@@ -155,7 +155,7 @@ def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
 
 
 def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
-    """The sealed commits of plans: each is whole, and a generation whose name carries a digest has its own."""
+    """The sealed commits of plans: each is intact, and a generation whose name carries a digest has its own."""
     names: dict[str, object] = {}
     for entry in storage.list("plan/"):
         if not _PLAN_COMMIT.fullmatch(entry.name):
@@ -199,7 +199,7 @@ def _unit(
 def _check_size(storage: Storage, blob: Blob, listing: Listing) -> None:
     found = listing.objects.get(blob.name)
     if found is None:
-        raise MissingObject(storage.url(blob.name), "missing, and its commit is there")
+        raise MissingObject(storage.url(blob.name), "missing, but its commit is there")
     if found != blob.size:
-        what = f"{found} bytes, its commit says {blob.size}: {'cut short' if found < blob.size else 'too long'}"
+        what = f"{found} bytes, its commit says {blob.size}: {'truncated' if found < blob.size else 'too long'}"
         raise ShardDamage(storage.url(blob.name), what, offset=min(found, blob.size))

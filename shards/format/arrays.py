@@ -1,10 +1,10 @@
 """Arrays as bytes: plain `.npy` (version 1.0) in one zstd frame, level 1, with its content size and checksum.
 
 The reader never parses an array's header: it knows shape and dtype from the commit, writes the header it expects and
-compares. So nothing in a frame can ask for memory, and nothing in it is ever unpickled.
+compares. So nothing in a frame decides how much memory is used, and nothing in it is ever unpickled.
 
 zstd's checksum (the low 32 bits of the content's xxh64, the frame's last four bytes) is also in the commit: it ties a
-payload to its key, where two frames of one shape could else be exchanged, and costs nothing.
+payload to its key (two frames of one shape could otherwise be exchanged) and costs nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
     """Decode one array whose shape and dtype are known; memory is bounded by them, whatever the bytes say.
 
     Args:
-        data: one whole zstd frame.
+        data: one complete zstd frame.
         shape: the array's shape, as the commit says.
         dtype: 'float16', 'bfloat16' (comes back as uint16) or 'float32'.
 
@@ -62,7 +62,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
     _check_frame(data, num_bytes)
     content = np.empty(num_bytes, np.uint8)
     try:
-        # Source and destination are whole, so zstd decompresses in one pass, straight into the array.
+        # Source and destination are complete, so zstd decompresses in one pass, directly into the array.
         done = _decompressor().stream_reader(data).readinto(content)
     except zstandard.ZstdError as error:
         raise ShardDamage("array", f"zstd: {error}") from None
@@ -74,7 +74,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
 
 
 def inspect_array(data: bytes) -> tuple[tuple[int, ...], str, str]:
-    """Shape, dtype name and frame checksum (8 hex digits) of an encoded array, decoding it whole.
+    """Shape, dtype name and frame checksum (8 hex digits) of an encoded array, decoding all of it.
 
     For the writer: a frame that its own reader would refuse never enters a shard. Raises ShardDamage.
     """
@@ -144,7 +144,7 @@ def _check_frame(data: bytes | memoryview, num_bytes: int | None) -> int:
 
 
 def check_frame(data: bytes | memoryview, file: str) -> int:
-    """Check that `data` is exactly one whole zstd frame with checksum; the content size it announces.
+    """Check that `data` is exactly one complete zstd frame with checksum; the content size that it announces.
 
     That may be zstandard.CONTENTSIZE_UNKNOWN. Raises ShardDamage naming `file`.
     """
@@ -157,7 +157,7 @@ def check_frame(data: bytes | memoryview, file: str) -> int:
         raise ShardDamage(file, "not a zstd frame with checksum and without dictionary")
     if end != len(data):
         found = "does not end" if end < 0 or end > len(data) else f"ends at byte {end}"
-        raise ShardDamage(file, f"cut short or overwritten: its frame {found} within its {len(data)} bytes")
+        raise ShardDamage(file, f"truncated or overwritten: its frame {found} within its {len(data)} bytes")
     return int(frame.content_size)
 
 
@@ -173,5 +173,5 @@ def _frame_end(data: bytes | memoryview, place: int) -> int:
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
-    # Made anew (microseconds): a context must not be shared between threads.
+    # Created each time (microseconds): a context must not be shared between threads.
     return zstandard.ZstdDecompressor(max_window_size=2**27)

@@ -1,4 +1,4 @@
-"""Commits: the document, written last, that makes a unit exist. It names the tar and everything in it."""
+"""Commits: the document, written last, that makes a unit exist. It names the tar and all its members."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Blob(Config):
 
 
 class MemberInfo(Config):
-    """One member of a sample: where its payload lies in the tar, and its digest."""
+    """One member of a sample: the place of its payload in the tar, and its digest."""
 
     suffix: str
     offset: NonNegativeInt
@@ -100,7 +100,7 @@ def content_digest(body: Mapping[str, Any]) -> str:
 
 
 class StoredCommit(Config):
-    """A commit as it lies in a storage: what it says, and its file's size and seal."""
+    """A stored commit: its content, and the size and seal of its file."""
 
     commit: Commit
     revision: str
@@ -114,7 +114,7 @@ def commit_bytes(commit: Commit) -> bytes:
 
 
 def parse_commit(data: bytes, file: str, kind: str, unit: int) -> StoredCommit:
-    """A commit from bytes that nobody vouches for, as the one of `kind` and `unit`. Raises ShardDamage naming it."""
+    """A commit from untrusted bytes, expected to be the one of `kind` and `unit`. Raises ShardDamage naming it."""
     body = open_document(data, file)
     check_format_version(body.get("format_version"), file)
     revision = body.pop("revision", None)
@@ -162,8 +162,8 @@ def _check_content(commit: Commit, file: str) -> None:
     for sample in commit.samples:
         suffixes = [member.suffix for member in sample.members]
         arrays = [member.suffix for member in sample.arrays()]
-        is_whole = suffixes[:1] == [JSON_MEMBER] and arrays and arrays == array_members(commit.kind, len(arrays))
-        if not (is_whole and isinstance(sample.summary, summary)):
+        is_complete = suffixes[:1] == [JSON_MEMBER] and arrays and arrays == array_members(commit.kind, len(arrays))
+        if not (is_complete and isinstance(sample.summary, summary)):
             raise ShardDamage(file, f"sample {sample.key!r} of {commit.kind} has the members {suffixes}")
         if any(member.offset + member.size > commit.tar.size for member in sample.members):
-            raise ShardDamage(file, f"sample {sample.key!r} lies beyond the tar's {commit.tar.size} bytes")
+            raise ShardDamage(file, f"sample {sample.key!r} ends beyond the tar's {commit.tar.size} bytes")

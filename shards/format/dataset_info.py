@@ -1,4 +1,4 @@
-"""dataset.json: what a root holds and under which identity. Sealed; it grows, and what it says never changes."""
+"""dataset.json: what a root holds, and its identity. Sealed; entries are added and never changed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Generation(Config):
     num_candidates: int
     """Candidates in its units."""
     num_records: int
-    """Records read, those that the sieve refused included."""
+    """Records read, including those that the filter refused."""
     ledger_sha256: str | None = None
-    """sha256 of `plan/<name>.ledger.jsonl.zst`, what the sieve refused and why."""
+    """sha256 of `plan/<name>.ledger.jsonl.zst`, what the filter refused and why."""
 
 
 class TextSetInfo(Config):

@@ -1,4 +1,4 @@
-"""The ledger of a unit: one row a candidate, what became of it and of each of its windows. JSON lines under zstd."""
+"""The ledger of a unit: one row a candidate, the result for it and for each of its windows. JSON lines under zstd."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LedgerRow(Config):
     """Name of its annotation, relative to the corpus."""
     status: Literal["accepted", "rejected"]
     stage: str | None
-    """Where it was refused: read, sieve, fetch, probe, window, bucket, decode, caption, encode."""
+    """The stage that refused it: read, sieve, fetch, probe, window, bucket, decode, caption, encode."""
     reason: str | None
     """A code in kebab-case."""
     detail: str | None

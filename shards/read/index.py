@@ -1,7 +1,7 @@
-"""index.jsonl.zst: all commits as columns, one line a unit. A cache: rebuilt from the commits at will, never trusted.
+"""index.jsonl.zst: all commits as columns, a line a unit. A cache, rebuilt from the commits at any time, never trusted.
 
 A line counts only while the root's listing shows the commit with the size the line says and, as the unit's only tar,
-the one it names; any other unit is read from its commit. So a stale or lost index costs time and changes nothing.
+the one it names; any other unit is read from its commit. A stale or missing index costs time and changes nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shards.errors import MissingObject, ShardDamage
 from shards.format.commit import read_commit
 from shards.format.dataset_info import read_info
 from shards.format.ledger import read_ledger_lines
-from shards.format.names import FORMAT_VERSION, INDEX_NAME, commit_name, parse_name
+from shards.format.names import FORMAT_VERSION, INDEX_NAME, parse_name
 from shards.format.sealed_json import canonical_json, parse_json
 from shards.read.table import unit_columns
 from shards.storage.base import Storage
@@ -34,7 +34,7 @@ class Listing(NamedTuple):
     commits: dict[tuple[str, int], int]
     objects: dict[str, int]
     tars: dict[tuple[str, int], list[str]]
-    """More than one where a killed or beaten writer left its own, or a unit was made anew."""
+    """More than one where a killed writer, or one that came second, left its own, or a unit was built again."""
 
 
 def list_root(storage: Storage, kinds: list[str]) -> Listing:
@@ -89,8 +89,8 @@ def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterat
 def _holds(columns: dict[str, Any], listing: Listing) -> bool:
     """Whether a line of the index is that of a commit in the listing, and its tar is the only one of the unit.
 
-    A unit made anew can have a commit of the same size, and the old tar may lie there still: with two tars the listing
-    does not say which one the commit names. With one, it is that one, for a tar's name carries its digest.
+    A unit that was built again can have a commit of the same size while the old tar is still there: of two tars the
+    listing does not say which one the commit names. A single tar is that one, because its name carries its digest.
     """
     try:
         unit, (commit_size, _), (tar, size, _) = _unit_of(columns), columns["commit"], columns["tar"]
@@ -120,7 +120,7 @@ def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:
             if number:
                 yield value
     except ShardDamage as damage:
-        LOG.warning("%s (the commits are read instead; `wanshards index` makes it anew)", damage.problem)
+        LOG.warning("%s (the commits are read instead; `wanshards index` rebuilds it)", damage.problem)
 
 
 def _read_commits(storage: Storage, units: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
@@ -130,8 +130,3 @@ def _read_commits(storage: Storage, units: list[tuple[str, int]]) -> Iterator[di
         for start in range(0, len(units), 256):  # bounded: the columns of a batch, not of the dataset
             batch = units[start : start + 256]
             yield from pool.map(lambda unit: unit_columns(read_commit(storage, *unit)), batch)
-
-
-def commit_address(storage: Storage, kind: str, unit: int) -> str:
-    """Where a commit lies, for messages."""
-    return storage.url(commit_name(kind, unit))

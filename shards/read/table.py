@@ -1,6 +1,6 @@
-"""One unit as columns: what a reader needs of a commit, a fifth of its size; and the lines of the index are these.
+"""One unit as columns: what a reader needs of a commit, in a fifth of its size. The lines of the index are these.
 
-A dataset of 160,000 samples is then a few arrays and two lists of text, not a million objects.
+A dataset of 160,000 samples is then a few arrays and two lists of strings, not a million objects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shards.format.names import JSON_MEMBER, KEY, LATENTS
 
 _JSON_CHECK_DIGITS = 16
 NUMBERS = ("start_ms", "frames", "height", "width")
-"""Fields of a latent's summary that are whole numbers."""
+"""The integer fields of a latent's summary."""
 
 
 def unit_columns(stored: StoredCommit) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def unit_columns(stored: StoredCommit) -> dict[str, Any]:
 
 
 def pack(values: Iterable[int]) -> str:
-    """Whole numbers as base64 of little-endian 64-bit words: to parse millions of decimals takes seconds."""
+    """Integers as base64 of little-endian 64-bit words: parsing millions of decimals takes seconds."""
     return base64.b64encode(np.array(list(values), "<u8").tobytes()).decode()
 
 
@@ -79,7 +79,7 @@ class Spec(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One tar of a table: which of the roots it lies in, its name and its unit."""
+    """One tar of a table: the index of its root, its name and its unit."""
 
     root: int
     kind: str
@@ -109,9 +109,9 @@ class Table(NamedTuple):
 
 
 class TableBuilder:
-    """Collects units into a Table, checking what `unit_columns` promised (the index is a file like any other).
+    """Collects units into a Table, checking all that `unit_columns` ensures (the index is a file that may be damaged).
 
-    Units may come in any order; the table's is that of roots and units.
+    Units may be added in any order; the table is sorted by root and unit.
     """
 
     def __init__(self, kind: str) -> None:
@@ -127,12 +127,12 @@ class TableBuilder:
         self._shared: dict[str | None, str | None] = {}
 
     def add(self, root: int, columns: Mapping[str, Any], file: str) -> None:
-        """Append one unit of root number `root`. Raises ShardDamage naming `file` on columns that don't fit."""
+        """Append one unit of root number `root`. Raises ShardDamage naming `file` on inconsistent columns."""
         try:
             self._append(root, columns)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            what = f"the columns of unit {columns.get('unit')!r} don't fit: {type(error).__name__} {error}"
-            raise ShardDamage(file, what, fix="`wanshards index ROOT` makes the index anew") from None
+            what = f"the columns of unit {columns.get('unit')!r} do not fit together: {type(error).__name__} {error}"
+            raise ShardDamage(file, what, fix="`wanshards index ROOT` rebuilds the index") from None
 
     def table(self, file: str) -> Table:
         """The table of all units added. Raises ShardDamage on numbers out of range."""
@@ -158,7 +158,7 @@ class TableBuilder:
         if len(documents) != 3 or (counts < 1).any() or (spec_of < 0).any():
             raise ValueError("counts out of range")
         if not all(map(KEY.fullmatch, keys)):
-            raise ValueError("a key that is none")
+            raise ValueError("an invalid key")
         words = {"num_arrays": counts, **{f"json{place}": column for place, column in enumerate(documents)}}
         arrays = (offsets, sizes, checks, ordinals[spec_of] if len(spec_of) else spec_of)
         words |= {f"arrays{place}": column for place, column in enumerate(arrays)}
@@ -177,7 +177,7 @@ class TableBuilder:
         clips, categories = columns["clip"], columns["category"]
         _same_length(num_rows, clips, categories, *words.values())
         if not all(type(clip) is str for clip in clips):
-            raise TypeError("a clip id that is no text")
+            raise TypeError("a clip id that is not text")
         self._clips.extend(clips)
         # Equal texts become one object: 160,000 categories are a few dozen.
         self._categories.extend([self._shared.setdefault(value, value) for value in categories])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.sealed_json import canonical_json
 from shards.read.dataset import Dataset
 from shards.storage.local import TEMPORARY
 
@@ -52,8 +53,6 @@ def _write_unit(
 
 def plain_sample(dataset: Dataset, place: int) -> dict[str, Any]:
     """One sample as webdataset's writer takes it: bytes by suffix, and `__key__`."""
-    from shards.format.sealed_json import canonical_json
-
     sample = dataset.samples[place]
     members: dict[str, Any] = {"__key__": sample.key, "json": canonical_json(dataset.meta(place))}
     members["latent.npy"] = _npy(dataset.latent(place))

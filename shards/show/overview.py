@@ -1,4 +1,4 @@
-"""What the commands show: values first, for `--json`; then tables of them, for people."""
+"""What the commands show: plain values, for `--json`, and tables of them, for people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shards.storage.base import Storage
 
 
 def overview(root: str) -> dict[str, Any]:
-    """What a root holds, as plain values. Counts what is there; `verify` says whether it is whole."""
+    """What a root holds, as plain values. Counts what is there; `verify` says whether it is complete."""
     storage = open_storage(root)
     info = read_info(storage)
     names = sorted({*info.text_sets, *text_sets(storage)})

@@ -1,7 +1,4 @@
-"""Where a dataset lies: one small seam, with a folder and an S3 prefix behind it.
-
-A name is a relative path with "/" between its parts. What `put` has written is there whole or not at all.
-"""
+"""A folder as a storage. A name is a relative path with "/" between its parts; `put` is atomic."""
 
 from __future__ import annotations
 
@@ -19,19 +16,19 @@ from pathlib import Path, PurePosixPath
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.storage.base import MAX_OBJECT_BYTES, Entry
 
-# Names of files that are not yet there. They say whose they are: a dead process's are known, a living one's spared.
+# Temporary names carry the machine and the process that made them, so that only those of dead processes are removed.
 
 TEMPORARY = ".tmp-"
-"""Start of the base name of a file that is not yet there, or of a scratch folder; no list shows them."""
+"""Prefix of the base name of an unfinished file or of a scratch folder; no listing shows them."""
 
 
 def temporary_name() -> str:
-    """A new name of this process's own."""
+    """A new temporary name of this process."""
     return f"{_here()}{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def is_dead(name: str) -> bool:
-    """Whether a process of this machine made that name and is gone. False of what cannot be known."""
+    """Whether a process of this machine made that name and has ended. False where that cannot be known."""
     pid = name.removeprefix(_here()).partition("-")[0]
     if not name.startswith(_here()) or not pid.isdecimal():
         return False
@@ -45,7 +42,7 @@ def is_dead(name: str) -> bool:
 
 
 def _here() -> str:
-    """Where a process number means what it means here: on this machine, among this container's processes."""
+    """Prefix for the scope in which a process id is unique: this machine and this PID namespace."""
     place = socket.gethostname()
     with contextlib.suppress(OSError):
         place += f" {Path('/proc/self/ns/pid').readlink()}"
@@ -57,7 +54,7 @@ _CHUNK = 2**20
 
 
 class LocalStorage:
-    """A folder. Reads are `pread` over a bounded set of open files, opened anew in each process."""
+    """A folder. Reads are `pread` over a bounded set of open files, opened again in each process."""
 
     def __init__(self, root: Path) -> None:
         self._root = Path(root).absolute()
@@ -73,11 +70,11 @@ class LocalStorage:
         """Temporary file, fsync, rename (or link, which fails when the name is taken), fsync of the folder."""
         target = self._path(name)
         if isinstance(data, Path):
-            data.stat()  # on a disk that has gone away no folder is made anew where it was
+            data.stat()  # when the disk was unmounted, fail here: do not create its folder again on the disk below
         self._make_folder(target.parent)
         temporary = target.with_name(temporary_name())
         try:
-            _write_whole(temporary, data)
+            _write(temporary, data)
             if if_absent:
                 try:
                     os.link(temporary, target)
@@ -153,13 +150,13 @@ class LocalStorage:
         return self.url()
 
     def temporaries(self) -> Iterator[Path]:
-        """Files that a killed `put` left behind, and scratch folders of builds, whole: for the sweep."""
+        """Files that a killed `put` left, and scratch folders of builds, for `sweep`."""
         for place, folders, files in os.walk(self._root):
             yield from (Path(place, name) for name in sorted((*folders, *files)) if name.startswith(TEMPORARY))
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
     def drop_dead_temporaries(self) -> None:
-        """Remove what `put`s of this machine's dead processes left; a living one's, or another machine's, stays."""
+        """Remove what `put`s of dead processes of this machine left; those of other machines stay."""
         for path in list(self.temporaries()):
             if is_dead(path.name):
                 path.unlink(missing_ok=True)
@@ -197,7 +194,7 @@ class LocalStorage:
 
     def _open(self, name: str) -> _OpenFile:
         if not name.endswith(".tar"):
-            return _OpenFile(self._path(name))  # only a tar never changes under its name
+            return _OpenFile(self._path(name))  # only a tar never changes under its name: nothing else is kept open
         if self._pid != os.getpid():
             self._forget_all()  # another thread may have held the lock when this process was forked
         with self._lock:
@@ -219,7 +216,7 @@ class LocalStorage:
 
 
 class _OpenFile:
-    """A descriptor that closes with its last reference, so that a reader in another thread never loses it."""
+    """A descriptor closed with its last reference, so that a reader in another thread never loses it."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
@@ -233,7 +230,7 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-def _write_whole(path: Path, data: bytes | Path) -> None:
+def _write(path: Path, data: bytes | Path) -> None:
     if isinstance(data, Path):
         try:
             os.link(data, path)
@@ -245,7 +242,7 @@ def _write_whole(path: Path, data: bytes | Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """fsync a file, or a folder (its names)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

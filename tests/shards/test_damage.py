@@ -102,7 +102,7 @@ def test_a_tar_cut_anywhere_is_found(root: Path, kind: str, whole: list[tuple[st
         for level in ("fast", "hash"):
             found = problems(root, level)
             assert [problem.file for problem in found] == [str(path)]
-            assert found[0].offset == length and "cut short" in found[0].what
+            assert found[0].offset == length and "truncated" in found[0].what
         with pytest.raises(ShardDamage, match=path.name):
             open_dataset(root)
 

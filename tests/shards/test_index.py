@@ -172,7 +172,7 @@ def test_a_place_outside_its_tar_is_refused_at_opening(root: Path, column: int, 
     words = unpack(columns["arrays"][column]).tolist()
     columns["arrays"][column] = pack(word % 2**64 for word in [*words[:-1], value])
     builder = TableBuilder("latents")
-    with pytest.raises(ShardDamage, match=r"outside its tar|don't fit"):
+    with pytest.raises(ShardDamage, match=r"outside its tar|do not fit"):
         builder.add(0, columns, "index")
         builder.table("index")
 

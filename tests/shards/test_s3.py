@@ -47,7 +47,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(shards.s3, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(shards.storage.s3, "_FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture
