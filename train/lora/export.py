@@ -10,8 +10,17 @@ from typing import Any
 import torch
 
 from shards.errors import UserError
+from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
-from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
+from train.checkpoint import (
+    AVERAGE_FILE,
+    LORA_FILE,
+    STATE_FILE,
+    checkpoint_name,
+    find_checkpoints,
+    read_checkpoint,
+    write_tensors,
+)
 from train.lora.formats import Format, LoRAFile, name_tensors, read_lora
 
 BASE_MODEL = "Wan-AI/Wan2.2-TI2V-5B"
@@ -48,8 +57,6 @@ def export_lora(
 
     Raises UserError when the source has no LoRA, `out` is there, or a value does not fit the dtype.
     """
-    from safetensors.torch import save_file
-
     file, identity, found_step = locate_lora(source, step)
     if out.exists():
         raise UserError(f"{out} is there already", fix="name another file, or remove that one")
@@ -62,10 +69,9 @@ def export_lora(
         metadata |= export_metadata(identity, found_step, licence)
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".writing-{out.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-    temporary.rename(out)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(out, tensors, {"format": "pt", **metadata})
     return metadata
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.checkpoint import write_tensors
 from train.config.model import LoRAConfig
 from train.lora.targets import match_targets
 from train.model.block import DropoutKey, Linear
@@ -240,8 +241,6 @@ def save_export(
 
     Raises: ValueError for a `lora_adapter_metadata` entry: diffusers would apply the scale a second time.
     """
-    from safetensors.torch import save_file
-
     if "lora_adapter_metadata" in metadata:
         raise ValueError("lora_adapter_metadata makes diffusers apply the scale twice")
-    save_file(export_state(state, config, dtype), path, metadata={"format": "pt", **metadata})
+    write_tensors(path, export_state(state, config, dtype), {"format": "pt", **metadata})

@@ -11,10 +11,11 @@ import numpy as np
 
 from shards.console import duration_words
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_text
 from shards.page.html_page import Child, Html, Section, join, number, page, table, tag
 from shards.read.dataset import Dataset, open_dataset
 from shards.show.member import preview_bytes
-from train.checkpoint import PIN_FILE, read_pin, write_text
+from train.checkpoint import PIN_FILE, read_pin
 from train.config.train import dataset_roots
 from train.report.charts import loss_charts, memory_charts, noise_charts, speed_charts
 from train.report.curves import Hard, Levels, hard_samples, look_up_levels
@@ -91,7 +92,8 @@ def write_run_report(
         sources={"media-src": "data:"},
         footer=f"From {run.folder}, made by wantrain report; make it again at any time, also while the run continues.",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return [str(line) for _, line in _notes(run, summary)]
 

@@ -23,8 +23,9 @@ import torch
 from shards.config import dump_config
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_text
 from shards.read.dataset import Dataset
-from train.checkpoint import PIN_FILE, find_checkpoints, read_checkpoint, read_pin, write_text
+from train.checkpoint import PIN_FILE, find_checkpoints, read_pin, refuse_damage
 from train.config.train import TrainConfig, dataset_roots, run_identity, slots_per_rank
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
@@ -103,11 +104,11 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     Raises UserError when `never` would write over a run's checkpoints.
     """
     found = find_checkpoints(folder / "checkpoints")
-    if resume == "auto":
-        return found[-1] if found else None
     if resume != "never":
-        read_checkpoint(Path(resume))
-        return Path(resume)
+        chosen = Path(resume) if resume != "auto" else found[-1] if found else None
+        if chosen is not None:
+            refuse_damage(chosen, found)
+        return chosen
     if found:
         raise UserError(
             f"{folder} holds a run already, up to {found[-1].name}",
@@ -130,23 +131,27 @@ def write_settings(session: Session, config: TrainConfig) -> str:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock the run's folder; the kernel releases it when the process ends. Raises UserError when another holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be made a folder: {error.strerror}") from None
-    with (folder / ".lock").open("w") as lock:
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with named_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training into this folder") from None
+        except OSError as error:  # Lustre without the mount option flock, some FUSE file systems
+            LOG.warning("%s: cannot be locked (%s): see to it that one run at a time writes here", path, error.strerror)
         yield
 
 
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """Copy the log to `logs/rank-N.log`."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    path = folder / "logs" / f"rank-{rank}.log"
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     try:

@@ -96,13 +96,11 @@ class Trainee:
 
     def export(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
-        temporary = path.with_name(f".writing-{path.name}")
         if self.config.lora is not None:
-            save_export(temporary, dict(tensors), self.config.lora, metadata, torch.float32)
+            save_export(path, dict(tensors), self.config.lora, metadata, torch.float32)
         else:
             with self.holding(tensors):
-                save_dit(self.model, temporary, metadata)
-        temporary.rename(path)
+                save_dit(self.model, path, metadata)
 
 
 def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
