@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -44,6 +44,7 @@ _DTYPES = {
     "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _NAME = re.compile(r"step-(\d{7,})")
+LEFTOVERS = (f"{TEMPORARY}step-*", ".removing-step-*")
 Count = Annotated[int, Field(ge=0)]
 Owed = Literal["evaluation", "pictures"]
 
@@ -164,6 +165,48 @@ def examine_checkpoint(path: Path) -> tuple[CheckpointState | None, list[str]]:
     return state, check_files(path, state)
 
 
+class Verified(NamedTuple):
+    """What `wantrain verify` found of one checkpoint or one file of a run."""
+
+    path: str
+    state: Literal["good", "unverified", "unfinished", "damaged"]
+    """`unverified`: of an earlier version, without digests. `unfinished`: a kill left it, a resume removes it."""
+    problems: list[str]
+
+
+def verify_run(path: Path) -> list[Verified]:
+    """Check every checkpoint of a run, or one checkpoint, and the lines of a run's JSON files. Raises UserError."""
+    if (path / STATE_FILE).exists() or _NAME.fullmatch(path.name):
+        return [_verify(path)]
+    if not (path / "config.yaml").is_file() and not (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is no run and no checkpoint", expected="the `output` of `wantrain fit`")
+    folder = path / "checkpoints"
+    found = [_verify(one) for one in find_checkpoints(folder)]
+    leftovers = sorted(one for pattern in LEFTOVERS for one in folder.glob(pattern))
+    found += [Verified(str(one), "unfinished", []) for one in leftovers]
+    for file in sorted(path.glob("*.jsonl")):
+        with named_errors(file):
+            lines = file.read_bytes().splitlines(keepends=True)
+        bad = [number for number, line in enumerate(lines, start=1) if line.endswith(b"\n") and not _is_object(line)]
+        problems = [f"line {number} is no JSON object" for number in bad]
+        cut = bool(lines) and not lines[-1].endswith(b"\n")
+        found.append(Verified(str(file), "damaged" if bad else "unfinished" if cut else "good", problems))
+    return found
+
+
+def _verify(path: Path) -> Verified:
+    state, problems = examine_checkpoint(path)
+    good = "good" if state is not None and state.files else "unverified"
+    return Verified(str(path), "damaged" if problems else good, problems)  # type: ignore[arg-type]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def refuse_damage(path: Path, others: list[Path]) -> None:
     """Raise UserError when a checkpoint is damaged, naming the newest good one of `others`; warn without digests."""
     state, problems = examine_checkpoint(path)
@@ -236,7 +279,7 @@ def _remove(paths: list[Path]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Clear what a kill left behind: half-written, half-removed and replaced checkpoints."""
-    for pattern in (".writing-step-*", ".removing-step-*"):
+    for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             shutil.rmtree(path)
     for path in folder.glob(".stale-step-*"):
