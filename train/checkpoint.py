@@ -343,7 +343,7 @@ def cut_back(path: Path, step: int) -> None:
     A line in the middle that cannot be read is reported: the disk, or somebody else, wrote it.
     """
     with named_errors(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     kept = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.console import LOG
+from shards.errors import UserError
+from shards.storage.patience import on_wait
 from train import checkpoint, evaluate
 from train.config.train import TrainConfig
 from train.data.loader import Loader
 from train.device import choose_device, device_info, device_memory
 from train.estimate.layout import choose_layout
+from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
 from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
+from train.run.events import write_event
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
 from train.run.session import (
     Session,
@@ -77,10 +81,11 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         watch = stack.enter_context(HeartbeatWatch(world.rank, world.size, config.parallel))
         if world.rank == 0:
             stack.enter_context(locked(folder))
+            stack.callback(on_wait(lambda waiting: write_event(folder, "waiting", watch.step, **waiting._asdict())))
         stack.enter_context(log_file(folder, world.rank))
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
-        stack.enter_context(process_group(config.parallel, world, device))
+        stack.enter_context(process_group(config.parallel, world, device, config.storage.patience_minutes * 60))
         ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks)
@@ -90,7 +95,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stop = stack.enter_context(stop_signals(StopSignal(ranks, watch.pulse)))
         log = _open_log(progress, start)
         if log is not None:
-            stack.callback(log.close)
+            stack.push(log.close_after)
         for line in (*describe_trainee(trainee, session.dataset), *describe_data(session)):
             LOG.info("%s", line)
         if not ranks.alone:
@@ -121,73 +126,114 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             LOG.info("%s", line)
         if log is not None:
             log.event("plan", progress.step, **planned)
-        saved, first_step = (progress.step, progress.pending) if start else None, progress.step + 1
-        if start is None:
+        first_step = progress.step + 1
+        if start is not None:
+            progress.mark_saved()
+        else:
             progress.pending = progress.due()
-        # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
-        if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
-            saved = _save(progress, log)
-
-        while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
-            began = time.perf_counter()
-            watch.at(progress.step + 1, "reading its batch")
-            batch, position = next(loader)
-            waited = time.perf_counter() - began
-            if progress.telemetry is not None:
-                progress.telemetry.begin_step()
-            watch.at(batch.step, "its micro-batches")
-            own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.sync)
-            if own_loss is None:
-                break  # step and position have not moved: the checkpoint below is exact
-            watch.at(batch.step, "the sum of the gradients")
-            rate, norm, overflow = progress.update()
-            loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
-            if batch.step == first_step:
-                use_step_timeout(config.parallel)
-            progress.step, progress.position = batch.step, position
-            seconds = time.perf_counter() - began
-            progress.seconds += seconds
-            record = StepRecord(
-                step=batch.step,
-                epoch=batch.epoch,
-                bucket=str(batch.bucket),
-                loss=loss.mean,
-                lr=rate,
-                grad_norm=norm,
-                updates=progress.updates,
-                skipped=progress.skipped,
-                loss_scale=progress.scaler.scale,
-                seconds=seconds,
-                data_wait_seconds=waited,
-                tokens=num_batch_tokens(trainee, batch),
-                **meter.rate(batch.bucket, seconds)._asdict(),
-                memory_gib=peak_memory_gib(trainee.device),
-                num_image_to_video=loss.num_image_to_video,
-                keys=loss.keys,
-                slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
-                overflow=overflow,
-                substituted=loss.substituted,
-            )
-            if record.step % config.log.every_steps == 0 or record.overflow:
-                LOG.info("%s", describe_step(record))
-            if log is not None:
-                log.write_step(record)
-            progress.pending = progress.due()
-            watch.at(batch.step, "what follows a step")
-            is_best = _run_pending(progress, log, pictures, stop)
-            last = progress.step == config.max_steps
-            if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
-                saved = _save(progress, log)
-                stop.checkpoint = False
-
-        if (progress.step, progress.pending) != saved:
-            _save(progress, log)
+        with _saved_on_error(progress, log, stop):
+            # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
+            if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
+                _save(progress, log)
+            while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
+                began = time.perf_counter()
+                watch.at(progress.step + 1, "reading its batch")
+                batch, position = next(loader)
+                waited = time.perf_counter() - began
+                if progress.telemetry is not None:
+                    progress.telemetry.begin_step()
+                watch.at(batch.step, "its micro-batches")
+                progress.may_agree = False
+                own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.sync)
+                if own_loss is None:
+                    break  # step and position have not moved: the checkpoint below is exact
+                watch.at(batch.step, "the sum of the gradients")
+                rate, norm, overflow = progress.update()
+                progress.finish_step(batch.step, position)
+                loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
+                if batch.step == first_step:
+                    use_step_timeout(config.parallel, config.storage.patience_minutes * 60)
+                seconds = time.perf_counter() - began
+                progress.seconds += seconds
+                record = StepRecord(
+                    step=batch.step,
+                    epoch=batch.epoch,
+                    bucket=str(batch.bucket),
+                    loss=loss.mean,
+                    lr=rate,
+                    grad_norm=norm,
+                    updates=progress.updates,
+                    skipped=progress.skipped,
+                    loss_scale=progress.scaler.scale,
+                    seconds=seconds,
+                    data_wait_seconds=waited,
+                    tokens=num_batch_tokens(trainee, batch),
+                    **meter.rate(batch.bucket, seconds)._asdict(),
+                    memory_gib=peak_memory_gib(trainee.device),
+                    num_image_to_video=loss.num_image_to_video,
+                    keys=loss.keys,
+                    slot_losses=[float(f"{slot:.5g}") for slot in loss.slots],
+                    overflow=overflow,
+                    substituted=loss.substituted,
+                )
+                if record.step % config.log.every_steps == 0 or record.overflow:
+                    LOG.info("%s", describe_step(record))
+                if log is not None:
+                    log.write_step(record)
+                watch.at(batch.step, "what follows a step")
+                is_best = _run_pending(progress, log, pictures, stop)
+                last = progress.step == config.max_steps
+                if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
+                    _save(progress, log)
+                    stop.checkpoint = False
+            if stop.failed is not None:
+                raise RankLost(f"rank {stop.failed} failed")
+            if not progress.is_saved:
+                _save(progress, log)
         for line in meter.after():
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
         ranks.barrier()  # no rank ends before the run's files are there
         return result
+
+
+@contextlib.contextmanager
+def _saved_on_error(progress: TrainingState, log: RunLog | None, stop: StopSignal) -> Iterator[None]:
+    """Around the training: an error ends the run with a checkpoint, where weights, step and position are exact.
+
+    With several ranks the others learn of the error at their next `stop.sync`, rank 0 saves, and then all end. That
+    needs the failing rank to be at a place where it can pair with a sync of theirs: reading, logging, evaluating, but
+    not within an exchange of its own (the backward pass and the update; the forward pass of a sharded model).
+    """
+    ranks = progress.session.ranks
+    try:
+        yield
+    except Exception as error:
+        is_own = stop.failed is None
+        is_split = ranks.layout.base_shards * ranks.layout.ulysses > 1
+        may_agree = progress.may_agree and (isinstance(error, UserError | OSError) or not is_split)
+        agreed = not ranks.alone and (may_agree or not is_own)
+        if agreed and is_own:
+            stop.fail()
+        if log is not None:
+            _save_after(error, progress, log)
+        if agreed:
+            messages = ranks.gather(f"{type(error).__name__}: {error}" if is_own else None)
+            if not is_own:
+                first = next(message for message in messages if message is not None)
+                raise RankLost(f"rank {stop.failed} failed: {first}") from None
+        raise
+
+
+def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
+    """Save what an error leaves exact, and record the error; a step 0 is not worth a checkpoint."""
+    try:
+        if progress.is_exact and progress.step > 0 and not progress.is_saved:
+            _save(progress, log, sync=False)
+        log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
+    except Exception as another:  # the first error is the one to report
+        LOG.error("after the error below, nothing could be saved of step %d: %s", progress.step, another)
 
 
 def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
@@ -312,14 +358,15 @@ def _exhausted(progress: TrainingState) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: TrainingState, log: RunLog | None) -> tuple[int, tuple[checkpoint.Owed, ...]]:
-    """Write a checkpoint, on rank 0; return what tells whether the next one would be the same."""
+def _save(progress: TrainingState, log: RunLog | None, *, sync: bool = True) -> None:
+    """Write a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
     if log is not None:
-        log.sync()
+        if sync:
+            log.sync()
         path = progress.save()
         LOG.info("checkpoint %s", path)
         log.event("checkpoint", progress.step, path=str(path))
-    return progress.step, progress.pending
+    progress.mark_saved()
 
 
 def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:

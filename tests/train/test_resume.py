@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from shards_data import write_dataset
-from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics
+from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics, send_when
 
 from shards.errors import UserError
 from train import checkpoint
@@ -86,17 +84,6 @@ def test_usr1_writes_a_checkpoint_and_goes_on(tiny_shards, tmp_path):
     result = fit(make_config(tiny_shards, tmp_path / "run", max_steps=30, checkpoint__every_steps=50_000))
     assert result.step == 30 and result.stopped_by is None
     assert len(checkpoint.find_checkpoints(tmp_path / "run/checkpoints")) == 2
-
-
-def send_when(metrics: Path, number: int) -> None:
-    """Send this process a signal as soon as a step is in the metrics."""
-
-    def watch() -> None:
-        while not metrics.exists() or not metrics.stat().st_size:
-            time.sleep(0.001)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def test_what_decides_the_numbers_may_not_change(tiny_shards, tmp_path):

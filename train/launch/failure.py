@@ -22,11 +22,11 @@ from typing import Literal, NamedTuple, NoReturn
 import click
 
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import EXIT_TEMPORARY, EXIT_USER, SystemFailure, UserError
 
 CRASH_EXIT = 1
-MISTAKE_EXIT = 2
-LOST_EXIT = 75
+MISTAKE_EXIT = EXIT_USER
+LOST_EXIT = EXIT_TEMPORARY
 """EX_TEMPFAIL: another rank or machine was lost; the same command resumes from the newest checkpoint."""
 SIGNAL_EXIT = 128
 FOLDER_VARIABLE = "WANTRAIN_LAUNCH"
@@ -37,7 +37,7 @@ LAUNCHER_VARIABLE = "WANTRAIN_LAUNCHER_PID"
 NOTE_FILE = "failure.json"
 """The launcher's note to the remaining ranks about the one that failed."""
 _PR_SET_PDEATHSIG = 1
-Kind = Literal["mistake", "crash", "killed", "lost"]
+Kind = Literal["mistake", "temporary", "crash", "killed", "lost"]
 
 
 class RankLost(Exception):
@@ -50,7 +50,7 @@ class Failure(NamedTuple):
     rank: int
     host: str
     kind: Kind
-    """`lost`: by no fault of its own."""
+    """`lost`: by no fault of its own. `temporary`: a storage or a disk that the same command may find well again."""
     message: str
     """For people; may have several lines."""
     seconds: float
@@ -59,7 +59,7 @@ class Failure(NamedTuple):
     @property
     def exit_code(self) -> int:
         """What the command ends with when this came first; a killed rank's signal decides its own."""
-        return {"mistake": MISTAKE_EXIT, "lost": LOST_EXIT}.get(self.kind, CRASH_EXIT)
+        return {"mistake": MISTAKE_EXIT, "temporary": LOST_EXIT, "lost": LOST_EXIT}.get(self.kind, CRASH_EXIT)
 
     def to_json(self) -> str:
         """One line."""
@@ -82,8 +82,10 @@ def failure_of(error: BaseException) -> Failure:
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, RankLost):
         return own_failure("lost", f"{error}{notes}")
-    if isinstance(error, UserError | PermissionError):
-        return own_failure("mistake", f"{error}{notes}")
+    if isinstance(error, OSError) and error.errno is not None:
+        error = SystemFailure(error)
+    if isinstance(error, UserError):
+        return own_failure("mistake" if error.exit_code == MISTAKE_EXIT else "temporary", f"{error}{notes}")
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f"\n  raised in {Path(frame.filename).name}, line {frame.lineno}" for frame in last)
     return own_failure("crash", f"{type(error).__name__}: {error}{where}{notes}")

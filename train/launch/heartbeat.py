@@ -31,6 +31,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shards.console import LOG
+from shards.storage.patience import waited_seconds
 from train.config.train import ParallelConfig
 from train.launch.failure import (
     LOST_EXIT,
@@ -69,7 +70,9 @@ class HeartbeatWatch:
 
     def __init__(self, rank: int, world_size: int, limits: ParallelConfig) -> None:
         self.rank, self.world_size, self._limits = rank, world_size, limits
-        self._step, self._part, self._arrivals, self._since = 0, "connecting to the others", 0, time.monotonic()
+        self.step, self._part, self._arrivals, self._since = 0, "connecting to the others", 0, time.monotonic()
+        self._waited = 0.0
+        """Seconds that this process had waited for storage at its last heartbeat."""
         self._first_step: int | None = None
         self._number = 0
         self._run_number = next(_RUNS)
@@ -88,7 +91,7 @@ class HeartbeatWatch:
         """The main thread entered a part of a step; every rank must call this at the same places."""
         if self._first_step is None and step > 0:
             self._first_step = step
-        self._step, self._part = step, part
+        self.step, self._part = step, part
         self.pulse()
         if self._kept is None and dist.is_initialized():
             # Rank 0's object serves the store: it must outlast the group, for the others' last messages.
@@ -123,7 +126,7 @@ class HeartbeatWatch:
             self._over.set()
 
     def _go_with(self, error: BaseException) -> None:
-        error.add_note(f"rank {self.rank} was at step {self._step}, {self._part}")
+        error.add_note(f"rank {self.rank} was at step {self.step}, {self._part}")
         if not is_lost_connection(error):
             record(failure_of(error))  # before `_tell`: the store may not answer
             self._tell(failure_of(error))
@@ -157,7 +160,7 @@ class HeartbeatWatch:
 
     def _store_silent(self, seconds: float) -> str:
         return (
-            f"rank 0 did not arrive at step {self._step}, {self._part}: {master()}, which serves the ranks' store, "
+            f"rank 0 did not arrive at step {self.step}, {self._part}: {master()}, which serves the ranks' store, "
             f"has been silent for {seconds:.0f} s; its process was stopped, or its machine is gone"
         )
 
@@ -182,16 +185,22 @@ class HeartbeatWatch:
             return failure
         if self._neighbour_is_silent():
             return self._survey()
-        first = self._first_step is None or self._step == self._first_step
+        first = self._first_step is None or self.step == self._first_step
         limit = self._limits.start_timeout_seconds if first else self._limits.step_timeout_seconds
-        return self._survey() if time.monotonic() - self._since > limit else None
+        if time.monotonic() - self._since <= limit:
+            return None
+        if any(beat is not None and beat.waits for beat in self._read_all()):
+            self._since = time.monotonic()  # a rank waits for storage: that has a limit of its own
+            return None
+        return self._survey()
 
     def _beat(self) -> None:
         self._store.set(f"beat/{self.rank}", json.dumps(self._next_beat()))
 
     def _next_beat(self) -> Beat:
         self._number += 1
-        return Beat(self._number, self._host, self._step, self._part, self._arrivals)
+        before, self._waited = self._waited, waited_seconds()
+        return Beat(self._number, self._host, self.step, self._part, self._arrivals, self._waited > before)
 
     def _read_failure(self) -> Failure | None:
         if not self._store.check([FAILURE_KEY]):

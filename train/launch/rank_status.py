@@ -19,6 +19,8 @@ class Beat(NamedTuple):
     """The part of the step."""
     arrivals: int
     """Places passed: the program is the same on every rank, so fewer means behind."""
+    waits: bool = False
+    """Waits for storage."""
 
 
 class RankStatus(NamedTuple):

@@ -201,7 +201,9 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def process_group(config: ParallelConfig, world: World, device: torch.device) -> Iterator[World]:
+def process_group(
+    config: ParallelConfig, world: World, device: torch.device, patience_seconds: float = 0.0
+) -> Iterator[World]:
     """The process group of the run, met at MASTER_ADDR and MASTER_PORT. An existing one is used as it is.
 
     Tensors of the CPU are exchanged by gloo, those of a GPU by NCCL. Until `use_step_timeout` the timeout is that
@@ -213,7 +215,8 @@ def process_group(config: ParallelConfig, world: World, device: torch.device) ->
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=config.start_timeout_seconds + WATCH_MARGIN_SECONDS)
+    seconds = config.start_timeout_seconds + patience_seconds + WATCH_MARGIN_SECONDS
+    timeout = datetime.timedelta(seconds=seconds)
     options = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)  # type: ignore[arg-type]
     try:
@@ -222,12 +225,12 @@ def process_group(config: ParallelConfig, world: World, device: torch.device) ->
         dist.destroy_process_group()
 
 
-def use_step_timeout(config: ParallelConfig) -> None:
-    """From here on exchanges have the shorter timeout of a step."""
+def use_step_timeout(config: ParallelConfig, patience_seconds: float) -> None:
+    """From here on exchanges have the shorter timeout of a step, and of a storage that another rank waits for."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        timeout = datetime.timedelta(seconds=config.step_timeout_seconds + WATCH_MARGIN_SECONDS)
+        timeout = datetime.timedelta(seconds=config.step_timeout_seconds + patience_seconds + WATCH_MARGIN_SECONDS)
         dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 

@@ -211,7 +211,8 @@ def read_history(folder: Path) -> History:
             elif kind == "plan":
                 planned = None if line["gib"] is None else float(line["gib"])
             elif kind == "waiting":
-                events.append(Event(time, step, f"waited for {line['what']} since {line['since']}"))
+                over = "waited" if line["is_over"] else "is waiting"
+                events.append(Event(time, step, f"{over} for storage for {line['seconds']:.0f} s: {line['what']}"))
             elif kind == "stop":
                 events.append(Event(time, step, _describe_stop(line)))
         except (KeyError, TypeError, ValueError) as error:

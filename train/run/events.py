@@ -7,7 +7,8 @@ Every line has `time` (local, ISO 8601 with its offset), `event`, and `step` (ba
     device      name, precision, reason (why this precision)
     plan        bucket (the largest), tflop (a step and process), gib (planned peak; null where it is not known)
     checkpoint  path
-    waiting     what (is waited for), since (when that began)
+    waiting     what (is waited for: an operation and its address), reason (the last failure), seconds (since it began),
+                is_over; once when it begins to be long, once a minute, and at its end
     stop        reason (done, patience, signal or error), signal (its number or null), error (text or null),
                 export (path or null)
 
@@ -18,13 +19,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from shards.errors import UserError
+from shards.files.write_file import named_errors
 
 EVENTS_FILE = "events.jsonl"
+_LOCK = threading.Lock()
+"""Waits for storage are reported by the threads that wait."""
 EventName = Literal["start", "resume", "device", "plan", "checkpoint", "waiting", "stop"]
 
 
@@ -32,7 +37,8 @@ def write_event(folder: Path, event: EventName, step: int, **values: Any) -> Non
     """Add one line, in one write. What a kill left of an unfinished line is removed first."""
     time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     line = {"time": time, "event": event, "step": step, **values}
-    with (folder / EVENTS_FILE).open("ab+") as file:
+    path = folder / EVENTS_FILE
+    with _LOCK, named_errors(path), path.open("ab+") as file:
         file.seek(0)
         written = file.read()
         if not written.endswith(b"\n"):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import SystemFailure, UserError
+from shards.files.write_file import named_errors
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
 from train.run.events import EventName, read_json_lines, write_event
@@ -66,7 +67,7 @@ class StepRecord(NamedTuple):
 
 
 class RunLog:
-    """Rank 0 writes metrics.jsonl, held_out.jsonl, events.jsonl, TensorBoard and, if asked, W&B. Close it."""
+    """Writes metrics.jsonl, held_out.jsonl, events.jsonl, TensorBoard and, if asked, W&B; on rank 0 alone."""
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
         self._config, self._folder = config, folder
@@ -108,24 +109,34 @@ class RunLog:
 
     def sync(self) -> None:
         """Make what was written so far survive a crash of the machine; called with each checkpoint."""
-        for file in (self._metrics, self._held_out):
-            file.flush()
-            os.fsync(file.fileno())
-        self._board.flush()
+        with named_errors(self._folder):
+            for file in (self._metrics, self._held_out):
+                file.flush()
+                os.fsync(file.fileno())
+            self._board.flush()
 
-    def close(self) -> None:
-        """Flush and close everything."""
-        self.sync()
+    def close_after(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Flush and close everything, as the exit of a context; an error of its own does not hide an earlier one."""
         self._bar.close()
-        self._metrics.close()
-        self._held_out.close()
-        self._board.close()
+        ends = [self.sync, self._metrics.close, self._held_out.close, self._board.close]
         if self._wandb is not None:
-            self._wandb.finish()
+            ends.append(self._wandb.finish)
+        failures = []
+        for end in ends:
+            try:
+                with named_errors(self._folder):
+                    end()
+            except SystemFailure as own:
+                failures.append(own)
+        if failures and error is None:
+            raise failures[0]
+        if failures:
+            LOG.warning("the files of the run's log are incomplete: %s", failures[0])
 
     def _curves(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with named_errors(self._folder / "tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
@@ -190,8 +201,9 @@ class _AboveBar(logging.Handler):
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    with named_errors(Path(file.name)):
+        file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
 
 
 def _finite(value: Any) -> Any:

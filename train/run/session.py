@@ -170,6 +170,9 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks = ALONE, pulse: Callable[[], None] = lambda: None) -> None:
         self._ranks, self._pulse = ranks, pulse
+        self.failed: int | None = None
+        """A rank that failed, as all know it; afterwards `sync` exchanges nothing more."""
+        self._fails = False
         self.asked: int | None = None
         """Signal that asked this process for the end."""
         self.asked_checkpoint = False
@@ -182,14 +185,23 @@ class StopSignal:
     def sync(self) -> bool:
         """All-reduce the requests; return whether to end. It also tells the heartbeat that this rank moves."""
         self._pulse()
+        if self.failed is not None:
+            return True
         own, self.asked_checkpoint = self.asked_checkpoint, False
-        number, wanted = self._ranks.all_reduce_max(float(self.asked or 0), float(own))
+        failing = self._ranks.layout.rank + 1 if self._fails else 0
+        number, wanted, failed = self._ranks.all_reduce_max(float(self.asked or 0), float(own), float(failing))
         self.signal = int(number) or None
         self.checkpoint = self.checkpoint or bool(wanted)
-        return self.signal is not None
+        self.failed = int(failed) - 1 if failed else None
+        return self.signal is not None or self.failed is not None
+
+    def fail(self) -> None:
+        """Tell the others that this rank failed, at their next sync."""
+        self._fails = True
+        self.sync()
 
     def raise_if_asked(self) -> None:
-        """Raise StoppedBySignal when a signal asked for the end."""
+        """Raise StoppedBySignal when a signal asked for the end, or a rank failed."""
         if self.sync():
             raise StoppedBySignal
 

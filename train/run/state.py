@@ -50,6 +50,11 @@ class TrainingState:
         self.evaluations_since_best = 0
         self.pending: tuple[Owed, ...] = ()
         """What is still to be done after the step: see `due`. On disk it is called `owed`."""
+        self.is_exact = True
+        """Whether weights, optimizer, step and position belong together: not within an update."""
+        self.may_agree = True
+        """Whether an error of this rank can be agreed on at the others' next sync: not from backward to the update."""
+        self._saved: tuple[int, tuple[Owed, ...]] | None = None
         self.seconds = 0.0
         """Wall clock of all steps and evaluations."""
         self.eval_seconds = 0.0
@@ -79,6 +84,7 @@ class TrainingState:
         """
         weights = list(self.trainee.weights.values())
         self.session.ranks.reduce_gradients(weights)
+        self.is_exact = False
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         self.scaler.unscale_(gradients)
         overflow = bool(has_overflow(gradients))
@@ -100,6 +106,21 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow)
         return rate, norm, blamed
+
+    def finish_step(self, step: int, position: Position) -> None:
+        """The update of `step` is done: from here on the state is that of the step, with what is pending after it."""
+        self.step, self.position = step, position
+        self.pending = self.due()
+        self.is_exact = self.may_agree = True
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint holds this very state."""
+        return self._saved == (self.step, self.pending)
+
+    def mark_saved(self) -> None:
+        """The newest checkpoint is of this state."""
+        self._saved = (self.step, self.pending)
 
     def _blame(self) -> str:
         if self.telemetry is None:
@@ -149,7 +170,7 @@ class TrainingState:
         state = checkpoint.read_checkpoint(path)
         refuse_mismatch(
             self.session.identity,
-            state.identity,
+            _without_reading(state.identity, self.session.identity),
             f"checkpoint {path}",
             fix="undo the change, or start a new run in another output folder",
         )
@@ -197,3 +218,9 @@ class TrainingState:
             identity=self.session.identity,
             provenance=provenance(self.trainee),
         )
+
+
+def _without_reading(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's identity as if `on_bad_sample` had been the same: it decides nothing before a substitution."""
+    data = {**was["config"]["data"], "on_bad_sample": now["config"]["data"]["on_bad_sample"]}
+    return {**was, "config": {**was["config"], "data": data}}
