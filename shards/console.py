@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import sys
@@ -20,6 +21,9 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn an error into its message and exit code (2 or 75), Ctrl-C into 130."""
+        for stream in (sys.stdout, sys.stderr):  # LC_ALL=C or a legacy encoding: escape what it cannot hold
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except UserError as error:

@@ -80,9 +80,11 @@ def fit(
     loaded = load_config(TrainConfig, config, overrides)
     output = Path(loaded.output)
     if nproc_per_node is not None:
+        from train.config.train import check_split
         from train.launch.launch import launch, make_place, own_command
 
         place = make_place(nproc_per_node, nnodes, node_rank, master)
+        check_split(loaded, place.world_size)
         again = ["fit", str(config), *(word for pair in overrides for word in ("-o", pair)), "--resume", resume]
         command = own_command(again + ["--verify"] * verify)
         raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from train.config.sampling import SampleConfig
 
 PositiveNumber = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_PASSWORD = re.compile(r"://[^/?#]*@|[?&]endpoint=[^&]*(@|%40)", re.IGNORECASE)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -74,6 +76,16 @@ class DataConfig(Config):
     """What to do when a sample cannot be read twice: stop, or take another of its bucket and report it."""
     read_timeout_seconds: PositiveNumber = 600.0
     """Longest that a step waits for its batch before the run stops. Waiting for storage does not count."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # The config is written into the run's folder, and the page of `wantrain report` shows it.
+        if any(_PASSWORD.search(root) for root in dataset_roots(self)):
+            raise UserError(  # not a ValueError: its message would hold the value
+                "data.root: its endpoint holds a user or a password",
+                fix="write the endpoint without them, and give credentials as AWS_… variables or as a profile",
+            )
+        return self
 
 
 class ObjectiveConfig(Config):
@@ -286,6 +298,29 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     }
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
+
+
+def check_split(config: TrainConfig, num_processes: int) -> None:
+    """Raise UserError when no layout lets so many processes share a step's samples: before any of them is started."""
+    fixed = config.parallel.ulysses
+    heads = config.model.dims.num_heads if config.model.dims else None  # else the checkpoint says it, to the ranks
+    fits = [n for n in range(1, num_processes + 1) if num_processes % n == 0 and (heads is None or heads % n == 0)]
+    shares = fits if fixed == "auto" else [fixed]
+    first: UserError | None = None
+    for ulysses in shares:
+        if num_processes % ulysses:
+            raise UserError(
+                f"parallel.ulysses: {ulysses} does not divide {num_processes} processes",
+                expected="processes in groups of that many",
+            )
+        try:
+            slots_per_rank(config.data, num_processes // ulysses)
+        except UserError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise first
 
 
 def slots_per_rank(config: DataConfig, dp_size: int) -> int:

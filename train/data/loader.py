@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shards.errors import StorageOutage, UserError
+from shards.errors import ShardDamage, StorageOutage, UserError
 from shards.format.keys import is_validation
 from shards.storage.patience import abandon_waits, result_within
 from train.config.train import DataConfig, TrainConfig, slots_per_rank
@@ -134,7 +134,7 @@ class Loader:
     ) -> None:
         share = slots_per_rank(config.data, dp_size)
         self._dataset, self._order, self._ordinals, self._config = dataset, order, train_ordinals, config
-        self._text_len = text_len
+        self._text_len, self._channels = text_len, dataset.latent_shape(train_ordinals[0])[0]
         self._slots = range(dp_rank * share, (dp_rank + 1) * share)
         self._step, self._position = step, position
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
@@ -191,10 +191,11 @@ class Loader:
         except (UserError, OSError) as error:
             bad = self._dataset.samples[plan.ordinal]
             if self._config.data.on_bad_sample == "fatal":
+                own = isinstance(error, UserError) and not isinstance(error, ShardDamage)
+                fix = "`wanshards verify` finds what else is damaged; build its unit again, or set "
                 raise UserError(
                     f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
-                    fix="`wanshards verify` finds what else is damaged; build its unit again, "
-                    "or set data.on_bad_sample=substitute",
+                    fix=error.fix if own else f"{fix}data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)
             return self._substitute(plan, step, bad)
@@ -225,7 +226,7 @@ class Loader:
             text = self._dataset.null_text(self._config.data.null_caption)
         else:
             text = self._dataset.text(plan.ordinal, plan.draws.caption)
-        latent = read_latent(self._dataset, plan.ordinal, sample)
+        latent = read_latent(self._dataset, plan.ordinal, sample, self._channels)
         noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
         return SlotItem(plan, sample.key, latent, noise, text, replaced)
 

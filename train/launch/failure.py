@@ -34,6 +34,8 @@ FOLDER_VARIABLE = "WANTRAIN_LAUNCH"
 LOG_VARIABLE = "WANTRAIN_LOG"
 """Names a rank's own log to it."""
 LAUNCHER_VARIABLE = "WANTRAIN_LAUNCHER_PID"
+SECRET_VARIABLE = "WANTRAIN_SECRET"  # noqa: S105 - a name
+"""Names a secret that the ranks of a run share: without it nobody finds a key in their store."""
 NOTE_FILE = "failure.json"
 """The launcher's note to the remaining ranks about the one that failed."""
 _PR_SET_PDEATHSIG = 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import hashlib
 import itertools
 import json
 import logging
@@ -31,10 +32,12 @@ from typing import Any
 import torch.distributed as dist
 
 from shards.console import LOG
+from shards.errors import UserError
 from shards.storage.patience import waited_seconds
 from train.config.train import ParallelConfig
 from train.launch.failure import (
     LOST_EXIT,
+    SECRET_VARIABLE,
     Failure,
     RankLost,
     end_now,
@@ -323,7 +326,41 @@ def connect(patience_seconds: float, run: int) -> Any:
     store = dist.TCPStore(host, int(port), None, False, moment, wait_for_workers=False)
     store.set_timeout(datetime.timedelta(seconds=patience_seconds))
     # torchrun keeps one store over its restarts, a process one over its runs: none must read an older failure.
-    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{run}", store)
+    return dist.PrefixStore(f"{secret_prefix()}watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{run}", store)
+
+
+def open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """The ranks' store under our launcher: served by rank 0 on the address of MASTER_ADDR alone.
+
+    torch's own (`env://`) listens on all interfaces, and whoever reaches it can end the run. Raises UserError.
+    """
+    host, _, port = master().rpartition(":")
+    descriptor = None
+    if rank == 0:
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(size) and address[0].startswith(("127.", "::1")):
+            raise UserError(
+                f"--master {master()}: on this machine the name means {address[0]}, which no other machine reaches",
+                fix="give the address of the interface that the machines share, on all of them",
+            )
+        try:
+            listener = socket.create_server(address[:2], family=family, backlog=4096)
+        except OSError as error:
+            raise UserError(
+                f"--master {master()}: cannot listen on {address[0]}: {error.strerror}",
+                expected="an address of an interface of machine 0, and a free port",
+            ) from None
+        descriptor = listener.detach()  # the store closes it
+    store = dist.TCPStore(
+        host, int(port), size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+    return dist.PrefixStore(f"{secret_prefix()}group", store)
+
+
+def secret_prefix() -> str:
+    """What the keys of a run's store begin with: a digest of the ranks' secret, or nothing."""
+    secret = os.environ.get(SECRET_VARIABLE)
+    return f"{hashlib.sha256(secret.encode()).hexdigest()}/" if secret else ""
 
 
 def master() -> str:

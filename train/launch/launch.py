@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,12 +28,14 @@ from typing import NamedTuple
 
 import click
 
+from shards.console import LOG
 from shards.errors import UserError
 from train.launch.failure import (
     FOLDER_VARIABLE,
     LAUNCHER_VARIABLE,
     LOG_VARIABLE,
     NOTE_FILE,
+    SECRET_VARIABLE,
     SIGNAL_EXIT,
     Failure,
     describe_signal,
@@ -82,6 +85,12 @@ def make_place(processes: str, num_nodes: int, node: int | None, master: str | N
         raise UserError(f"--nnodes {num_nodes} needs --node-rank and --master HOST:PORT, on every machine its own rank")
     if not 0 <= (node or 0) < num_nodes:
         raise UserError(f"--node-rank {node}: there are {num_nodes} machines", expected=f"0 to {num_nodes - 1}")
+    if num_nodes > 1 and SECRET_VARIABLE not in os.environ:
+        LOG.warning(
+            "%s is not set: whoever reaches %s can disturb the run (docs/how-to/many-machines.md)",
+            SECRET_VARIABLE,
+            master,
+        )
     if master is not None:
         host, _, port = master.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -124,6 +133,11 @@ def launch(command: Sequence[str], place: Place, folder: Path, grace_seconds: fl
 class _Launcher:
     def __init__(self, place: Place, folder: Path, scratch: Path, grace_seconds: float) -> None:
         self._place, self._folder, self._scratch, self._grace = place, folder, scratch, grace_seconds
+        # One machine: gloo and NCCL talk over the loopback alone, and the store has a secret of this run.
+        self._loopback = {SECRET_VARIABLE: secrets.token_hex(16)}
+        if Path("/sys/class/net/lo").exists():
+            names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+            self._loopback |= {name: os.environ.get(name, "lo") for name in names}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: dict[int, Failure] = {}
         self._killed: list[int] = []
@@ -165,8 +179,9 @@ class _Launcher:
 
     def _environment(self, rank: int, local: int, host: str, port: int) -> dict[str, str]:
         place = self._place
+        here = self._loopback if place.num_nodes == 1 else {}
         threads = max(1, (os.cpu_count() or 1) // place.num_here)
-        return {
+        return here | {
             "RANK": str(rank),
             "WORLD_SIZE": str(place.world_size),
             "LOCAL_RANK": str(local),

@@ -42,7 +42,8 @@ class RankStatus(NamedTuple):
                 "  to fix:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
             )
         if self.absent:
-            lines.append(f"{name_ranks(self.absent)}: never connected; was it started, and does it reach MASTER_ADDR?")
+            words = "was it started, with the same WANTRAIN_SECRET, and does it reach MASTER_ADDR?"
+            lines.append(f"{name_ranks(self.absent)}: never connected; {words}")
         for rank, beat in self.silent.items():
             lines.append(
                 f"rank {rank} on {beat.host}: silent, last at step {beat.step}, {beat.part}; its process was killed or "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shards.errors import UserError
 from train.config.train import ParallelConfig
+from train.launch.failure import LAUNCHER_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -211,14 +212,18 @@ def process_group(
     """
     import torch.distributed as dist
 
+    from train.launch.heartbeat import open_store
+
     if world.size == 1 or dist.is_initialized():
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     seconds = config.start_timeout_seconds + patience_seconds + WATCH_MARGIN_SECONDS
     timeout = datetime.timedelta(seconds=seconds)
-    options = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    if LAUNCHER_VARIABLE in os.environ:
+        options["store"] = open_store(world.rank, world.size, timeout)
+    dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)
     try:
         yield world
     finally:

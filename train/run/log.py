@@ -235,6 +235,12 @@ def _open_wandb(project: str | None, folder: Path, settings: str) -> Any:
             fix="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
         ) from None
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same at every resume
-    return wandb.init(
-        project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
-    )
+    try:
+        return wandb.init(
+            project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"log.wandb_project: {project}: Weights & Biases does not start: {error}",
+            fix="`wandb login` or WANDB_API_KEY; WANDB_MODE=offline without a network; or log.wandb_project=null",
+        ) from None

@@ -63,6 +63,11 @@ def open_session(
     `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
     """
     slots_per_rank(config.data, ranks.layout.dp_size)
+    if config.parallel.offload and ranks.layout.base_shards == 1:
+        raise UserError(
+            "parallel.offload: true, but every process holds the full base here: only a sharded base can be offloaded",
+            fix="set parallel.offload=false; or shard the base: --nproc-per-node 2 or more, parallel.shard=full",
+        )
     dataset = open_data(config, None if start is None else read_pin(start))
     if verify and ranks.is_first:
         verify_dataset(config)
