@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from shards.config import Config
+from shards.storage.patience import StorageConfig
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -277,3 +278,4 @@ class PrepConfig(Config):
     encoders: EncodersConfig = EncodersConfig()
     shards: ShardsConfig = ShardsConfig()
     engine: EngineConfig = EngineConfig()
+    storage: StorageConfig = StorageConfig()

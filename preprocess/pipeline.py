@@ -30,6 +30,7 @@ from shards.format.names import LATENTS, text_kind
 from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
+from shards.storage.patience import abandon_waits
 
 DEFAULT_SET = "default"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -191,7 +192,8 @@ def _terminate_cleanly() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C: scratch files are removed, the open unit is dropped, committed units stay."""
 
     def leave(number: int, frame: object) -> None:
-        LOG.warning("stopped by SIGTERM: the open unit is dropped, the next run does it again")
+        abandon_waits()
+        LOG.warning("asked to stop: the open unit is dropped, the next run does it again")
         sys.exit(128 + number)
 
     try:

@@ -124,5 +124,8 @@ def decode(
 def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
     from shards.config import load_config
+    from shards.storage.patience import set_patience
 
-    return load_config(PrepConfig, path, overrides)
+    config = load_config(PrepConfig, path, overrides)
+    set_patience(config.storage)
+    return config

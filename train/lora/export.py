@@ -10,6 +10,7 @@ import torch
 
 from shards import __version__
 from shards.errors import UserError
+from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
 from train.lora.formats import Format, name_tensors, read_lora, save_lora
@@ -65,10 +66,9 @@ def export_lora(
         metadata |= export_metadata(identity, found_step, licence)
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".writing-{out.name}")
-    save_lora(temporary, tensors, metadata)
-    temporary.rename(out)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_lora(out, tensors, metadata)
     return metadata
 
 

@@ -1,4 +1,4 @@
-"""What is trained: the base with a LoRA beside it, or the whole model; on which device, in which numbers."""
+"""What is trained: the base with a LoRA, or the full model; on which device and in which precision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Trainee:
     weights: dict[str, nn.Parameter]
     """What the optimizer moves, by name."""
     adapted: tuple[str, ...]
-    """Modules that carry a LoRA; empty when the whole model is trained."""
+    """Modules that carry a LoRA; empty when the full model is trained."""
     policy: ChooseSaves | str
     """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
 
@@ -62,7 +62,7 @@ class Trainee:
         return checkpoint.LORA_FILE if self.adapted else checkpoint.MODEL_FILE
 
     def saves(self, shape: Shape) -> Sequence[Collection[str]] | None:
-        """The groups that each block keeps in a micro-batch of this shape; None where autograd keeps what it wants."""
+        """The groups that each block keeps in a micro-batch of this shape; None where autograd decides."""
         if callable(self.policy):
             return self.policy(shape)
         return None if self.policy == "none" else ((),) * self.dims.num_layers
@@ -83,7 +83,7 @@ class Trainee:
 
     @contextlib.contextmanager
     def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Hold other weights for a while, such as the moving average; None: its own."""
+        """Use other weights inside the `with`, such as the moving average; None: its own."""
         if tensors is None:
             yield
             return
@@ -96,13 +96,11 @@ class Trainee:
 
     def export(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
-        temporary = path.with_name(f".writing-{path.name}")
         if self.config.lora is not None:
-            save_lora(temporary, name_tensors(raw_pairs(tensors, self.config.lora)), metadata)
+            save_lora(path, name_tensors(raw_pairs(tensors, self.config.lora)), metadata)
         else:
             with self.holding(tensors):
-                save_dit(self.model, temporary, metadata)
-        temporary.rename(path)
+                save_dit(self.model, path, metadata)
 
 
 def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
@@ -149,7 +147,7 @@ def _build(
 def choose_policy(
     config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
 ) -> ChooseSaves | str:
-    """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
+    """The policy for `recompute.runner.keep`: how blocks choose what to save for their backward pass."""
     memory = device_memory(device)
     if config.lora is not None:
         layout = layout or Layout()
@@ -166,10 +164,10 @@ def choose_policy(
 
 
 def resolve_dims(config: TrainConfig) -> DiTConfig:
-    """The model's size: the config's, else what the checkpoint says of itself."""
+    """The model's size: the config's, else the checkpoint's own."""
     if config.model.dims is not None:
         return config.model.dims
-    return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
+    return read_dit_config(str(config.model.checkpoint))  # the config's validator requires one of the two
 
 
 def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -181,7 +179,7 @@ def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
 
 
 def weights_digest(location: str | None) -> str | None:
-    """A digest that knows one checkpoint from another without reading all of 20 GB.
+    """A digest that tells checkpoints apart without reading all of 20 GB.
 
     Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all
     up to 64 MiB. Neither paths nor the file's free text count.
@@ -213,11 +211,11 @@ def describe_base(config: TrainConfig) -> str:
 
 
 def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
-    """What is about to be trained, for people."""
+    """What will be trained, for people."""
     trained = sum(weight.numel() for weight in trainee.weights.values())
     total = sum(weight.numel() for weight in trainee.model.parameters())
     base = describe_base(trainee.config)
-    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
         f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
