@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shards.config import Config
+from shards.storage.patience import StorageConfig
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -283,3 +284,4 @@ class PrepConfig(Config):
     encoders: EncodersConfig = EncodersConfig()
     shards: ShardsConfig = ShardsConfig()
     engine: EngineConfig = EngineConfig()
+    storage: StorageConfig = StorageConfig()

@@ -30,6 +30,7 @@ from shards.format.names import LATENTS, text_kind
 from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
+from shards.storage.patience import abandon_waits
 
 DEFAULT_SET = "default"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -189,6 +190,7 @@ def _terminate_cleanly() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C: scratch files go, the open unit is dropped, what is committed stays."""
 
     def leave(number: int, frame: object) -> None:
+        abandon_waits()
         LOG.warning("asked to stop: the open unit is dropped, the next run does it again")
         sys.exit(128 + number)
 

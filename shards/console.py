@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -9,25 +10,27 @@ from typing import Any
 
 import click
 
-from shards.errors import UserError
+from shards.errors import SystemFailure, UserError
 
 LOG = logging.getLogger("wan")
 
 
 class CommandGroup(click.Group):
-    """A click group that prints a UserError, or a lacking permission, without a traceback and exits with 2."""
+    """A click group that prints a UserError, or an error of the operating system, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn a UserError into its message and exit code 2, Ctrl-C into 130."""
+        """Run the command; turn an error into its message and exit code (2 or 75), Ctrl-C into 130."""
         try:
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except PermissionError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
-            ctx.exit(2)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`: click ends quietly
+                raise
+            failure = SystemFailure(error)
+            click.echo(f"error: {failure}", err=True)
+            ctx.exit(failure.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)

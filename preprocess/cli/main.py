@@ -365,8 +365,11 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
     from shards.config import load_config
+    from shards.storage.patience import set_patience
 
-    return load_config(PrepConfig, path, overrides)
+    config = load_config(PrepConfig, path, overrides)
+    set_patience(config.storage)
+    return config
 
 
 def _start(quiet: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 from shards.check.tar_check import HashingReader, ReportBytes, check_ledger, check_tar
@@ -15,6 +14,7 @@ from shards.format.names import LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest, open_document
 from shards.read.index import Listing, list_root, text_sets
 from shards.storage.base import Storage
+from shards.storage.patience import reader_pool
 
 _PLAN_COMMIT = re.compile(r"plan/gen-\d{3,}\.json")
 _PLANNED = re.compile(r"gen-\d{3,}-[0-9a-f]{8}")
@@ -66,7 +66,7 @@ def verify(
     problems += _completeness(storage, info, kinds, commits, listing, partial)
     problems += _plans(storage, info)
     problems += _plan_commits(storage, info)
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with reader_pool(max(1, jobs)) as pool:
         for found in pool.map(lambda item: _unit(storage, item, listing, level, progress or (lambda _: None)), commits):
             problems += found
     num_samples = sum(len(item.commit.samples) for item in commits if item.commit.kind == LATENTS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import zstandard
@@ -22,6 +21,7 @@ from shards.format.names import FORMAT_VERSION, INDEX_NAME, parse_name
 from shards.format.sealed_json import canonical_json, parse_json
 from shards.read.table import unit_columns
 from shards.storage.base import Storage
+from shards.storage.patience import reader_pool
 
 _MAX_INDEX_BYTES = 2**30
 _MAX_LINES = 2**21
@@ -126,7 +126,7 @@ def _read_index(storage: Storage) -> Iterator[dict[str, Any]]:
 def _read_commits(storage: Storage, units: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     if not units:
         return
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with reader_pool(_THREADS) as pool:
         for start in range(0, len(units), 256):  # bounded: the columns of a batch, not of the dataset
             batch = units[start : start + 256]
             yield from pool.map(lambda unit: unit_columns(read_commit(storage, *unit)), batch)

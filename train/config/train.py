@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from shards.config import Config
 from shards.errors import UserError
+from shards.storage.patience import StorageConfig
 from train.config.model import DiTConfig, LoRAConfig, Positive
 from train.config.sampling import SampleConfig
 
@@ -242,6 +243,7 @@ class TrainConfig(Config):
     sample: SampleConfig | None = None
     """Pictures during training; null: none."""
     log: LogConfig = LogConfig()
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shards.errors import UserError
+from shards.errors import StorageOutage, UserError
 from shards.format.keys import is_validation
+from shards.storage.patience import abandon_waits, result_within
 from train.config.train import DataConfig, TrainConfig, slots_per_rank
 from train.data.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
 from train.data.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
@@ -149,7 +150,7 @@ class Loader:
         pending = self._pending.popleft()
         limit = self._config.data.read_timeout_seconds
         try:
-            batch = pending.batch.result(timeout=limit)
+            batch = result_within(pending.batch, limit)
         except TimeoutError:
             raise UserError(
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
@@ -159,7 +160,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead. Safe to call twice."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        abandon_waits()
+        self._pool.shutdown(wait=True)
         self._pending.clear()
 
     def _enqueue(self) -> None:
@@ -183,6 +186,8 @@ class Loader:
     def _load(self, plan: SlotPlan, step: int) -> SlotItem:
         try:
             return self._read(plan, step, None)
+        except StorageOutage:  # no sample is bad
+            raise
         except (UserError, OSError) as error:
             bad = self._dataset.samples[plan.ordinal]
             if self._config.data.on_bad_sample == "fatal":
