@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -64,19 +65,31 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 
 @main.command()
 @ROOT
-@click.argument("key")
+@click.argument("key", metavar="KEY|CLIP")
 @AS_JSON
 @click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
 def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
     """One sample: its shard, its JSON, its captions in every text set.
 
-    `wantrain show-clip` says which steps of a run used it.
+    For a clip id, or the name of an annotation: every attempt at it, why it was refused, and whether a retry can help.
+    `wantrain show-clip` says which steps of a run used a clip.
 
     \b
     wanshards show demo/shards clip-1@0-49-480x832
     wanshards show demo/shards clip-1@0-49-480x832 --preview strip.jpg
+    wanshards show demo/shards 3338992
     """
+    from shards.show.clip import describe_clip, find_clip
     from shards.show.overview import print_sample, sample_details, write_preview
+    from shards.storage import open_storage
+
+    if not re.fullmatch(r"[a-z0-9_~-]+@\d+-\d+-\d+x\d+", key):
+        history = find_clip(open_storage(root), key)
+        if as_json:
+            print_json(history)
+        else:
+            click.echo("\n".join(describe_clip(history)))
+        return
 
     if preview is not None:
         write_preview(root, key, preview)
