@@ -10,6 +10,7 @@ import pydantic
 
 from shards.errors import ShardDamage, UserError
 from shards.format.commit import committed_units, read_commit
+from shards.format.dataset_info import read_info
 from shards.format.ledger import LedgerRow, read_ledger_lines
 from shards.format.names import JSON_MEMBER, LATENTS
 from shards.format.sealed_json import parse_json
@@ -90,7 +91,8 @@ def _samples(storage: Storage, attempt: dict[str, Any]) -> Iterator[dict[str, An
 
 
 def find_clip(storage: Storage, clip: str) -> dict[str, Any]:
-    """`clip_history` of a clip that the dataset knows. Raises UserError where it does not."""
+    """`clip_history` of a clip that the dataset knows. Raises UserError where it does not, or is no dataset."""
+    read_info(storage)
     found = clip_history(storage, clip)
     if not found["attempts"]:
         raise UserError(

@@ -13,11 +13,11 @@ from shards.check.verify import Level, Report, total_bytes, verify
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.format.commit import dataset_revision, read_commit
 from shards.format.dataset_info import read_info, text_command
-from shards.format.names import JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.format.names import INDEX_NAME, JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest, parse_json
 from shards.read.dataset import open_dataset
 from shards.read.index import list_root, load_columns, text_sets
-from shards.read.table import NUMBERS, unpack
+from shards.read.table import NUMBERS, refusing_odd_columns, unpack
 from shards.show.member import preview_bytes, read_member
 from shards.storage import open_storage
 from shards.storage.base import Storage
@@ -34,16 +34,17 @@ def overview(root: str) -> dict[str, Any]:
     totals = {kind: {"units": 0, "samples": 0, "bytes": 0, "has_null": False} for kind in kinds}
     revisions = []
     for columns in load_columns(storage, kinds, listing):
-        kind, unit = columns["kind"], columns["unit"]
-        revisions.append((kind, unit, columns["revision"]))
-        totals[kind]["bytes"] += columns["tar"][1]
-        if unit == NULL_UNIT:
-            totals[kind]["has_null"] = True
-            continue
-        totals[kind]["units"] += 1
-        totals[kind]["samples"] += len(columns["key"])
-        if kind == LATENTS:
-            buckets.update(zip(*(unpack(columns[field]).tolist() for field in NUMBERS[1:]), strict=True))
+        with refusing_odd_columns(columns, storage.url(INDEX_NAME)):
+            kind, unit = columns["kind"], columns["unit"]
+            revisions.append((kind, unit, columns["revision"]))
+            totals[kind]["bytes"] += columns["tar"][1]
+            if unit == NULL_UNIT:
+                totals[kind]["has_null"] = True
+                continue
+            totals[kind]["units"] += 1
+            totals[kind]["samples"] += len(columns["key"])
+            if kind == LATENTS:
+                buckets.update(zip(*(unpack(columns[field]).tolist() for field in NUMBERS[1:]), strict=True))
     return {
         "root": storage.url(),
         "format_version": info.format_version,

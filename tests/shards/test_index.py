@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,15 @@ def test_the_whole_archive_opens_in_bounded_memory(tmp_path: Path) -> None:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 300e6
+
+
+def test_an_index_of_a_few_bytes_asks_for_little_memory(root: Path) -> None:
+    """A line that zstd makes of a kilobyte: refused by its length, and the commits are read."""
+    lines = [b'{"format_version":1,"num_units":1}', b"[" + b"[]," * 5_000_000 + b"[]]"]
+    data = zstandard.ZstdCompressor(write_checksum=True).compress(b"\n".join([*lines, b""]))
+    assert len(data) < 4096
+    (root / "index.jsonl.zst").write_bytes(data)
+    tracemalloc.start()
+    assert len(open_dataset(root)) == 24
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
