@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
-from shards.console import LOG
+from shards.console import LOG, with_progress
 from shards.errors import MissingObject, ShardDamage
 from shards.format.commit import read_commit
 from shards.format.dataset_info import read_info
@@ -26,6 +26,8 @@ from shards.storage.patience import reader_pool
 _MAX_INDEX_BYTES = 2**30
 _MAX_LINES = 2**21
 _THREADS = 16
+_MANY_COMMITS = 500
+"""From here on the reading of commits takes seconds, and its progress is shown."""
 
 
 class Listing(NamedTuple):
@@ -88,7 +90,10 @@ def load_columns(storage: Storage, kinds: list[str], listing: Listing) -> Iterat
         pass
     except ShardDamage as damage:
         LOG.warning("%s (the commits are read instead; `wanshards index` rebuilds it)", damage.problem)
-    yield from _read_commits(storage, sorted(left))
+    commits = _read_commits(storage, sorted(left))
+    if len(left) >= _MANY_COMMITS:
+        commits = with_progress(commits, len(left), "reading commits (`wanshards index` makes this quick)")
+    yield from commits
 
 
 def is_current(columns: dict[str, Any], listing: Listing) -> bool:
