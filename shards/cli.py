@@ -27,7 +27,8 @@ def main() -> None:
 
     ROOT is a folder or s3://bucket/prefix (append ?endpoint=URL for another server).
 
-    Exit codes: 0 all is well, 1 damage was found, 2 the command could not be carried out.
+    Exit codes: 0 all is well, 1 damage was found, 2 the command could not be carried out, 75 not now: a storage that
+    does not answer, a full disk.
     """
     set_up_logging()
 
@@ -106,7 +107,7 @@ def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
 @AS_JSON
 @click.option("--fast", "level", flag_value="fast", help="Documents, sizes and completeness only.")
 @click.option("--deep", "level", flag_value="deep", help="Also decode every array and check that it is finite.")
-@click.option("--partial", is_flag=True, help="Planned units that are not there yet are no problem.")
+@click.option("--partial", is_flag=True, help="What the build has not come to yet is no problem.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=1, show_default=True, help="Files read at a time.")
 def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int) -> None:
     """Check every byte against the commits. Exit code 1 when damage was found.
