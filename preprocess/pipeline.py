@@ -24,7 +24,7 @@ from preprocess.plan.plan import Plan, open_plan
 from preprocess.plan.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
 from shards.check.orphans import sweep_committed
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import EXIT_TEMPORARY, UserError
 from shards.format.commit import committed_units
 from shards.format.names import LATENTS, text_kind
 from shards.storage import open_storage
@@ -215,7 +215,9 @@ def _storage_errors(output: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             fix = "free some space or move the output, then run the same command: it resumes at the last unit"
-            raise UserError(f"no space left while writing to {output}", fix=fix) from None
+            full = UserError(f"no space left while writing to {output}", fix=fix)
+            full.exit_code = EXIT_TEMPORARY
+            raise full from None
         if error.errno in _GONE:
             fix = "fix it, then run the same command: it resumes at the last unit"
             raise UserError(f"{output}: {error.strerror}: {error.filename}", fix=fix) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.storage.local import lock_file
 
 _PREFIX = f".tmp-build-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
 # The host is in the name because some network file systems do not show another machine's locks.
@@ -34,7 +34,7 @@ def scratch_folder(output: str, *, on_this_machine: bool = False) -> Iterator[Pa
         raise UserError(problem, expected="a folder that can be written, or s3://bucket/prefix") from None
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, folder)
         _sweep(parent, folder)
         yield folder
     finally:
@@ -58,9 +58,7 @@ def _sweep(parent: Path, own: Path) -> None:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:  # its process is running
-            continue
+            if lock_file(lock, folder, wait=False):  # else its process lives, or nobody can know
+                shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)

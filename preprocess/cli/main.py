@@ -11,6 +11,7 @@ import click
 
 from preprocess.build.progress import STYLES, Style
 from preprocess.cli.model_commands import OVERRIDES, decode, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.why_command import why
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
@@ -59,6 +60,7 @@ def main() -> None:
     wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
     wanprep status CONFIG                            progress of a build
+    wanprep why CLIP CONFIG                          what became of one clip, and why
     """
 
 
@@ -397,7 +399,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (fetch_model, embed, encode_image, decode):
+for command in (why, fetch_model, embed, encode_image, decode):
     main.add_command(command)
 
 

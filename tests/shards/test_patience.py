@@ -114,6 +114,7 @@ def _with_default_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "refused-for-a-moment"])
 def test_two_minutes_of_outage_at_each_place(
     proxy: FaultProxy, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ def test_two_minutes_of_outage_at_each_place(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_minutes_of_outage_with_the_default_limits(
     proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,11 +67,13 @@ def _included(clip_id: str, config: DataConfig) -> bool:
 
 def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim: int, text_len: int) -> None:
     """Raise UserError when latents or text of the dataset are not what the model takes, before the first step."""
-    found, text = dataset.latent_shape(ordinal)[0], dataset.text(ordinal, 0)
-    if found != channels:
-        raise UserError(
-            f"the dataset's latents have {found} channels, the model takes {channels} (model.dims.in_channels)"
-        )
+    text = dataset.text(ordinal, 0)
+    for found, key in dataset.latent_channels().items():
+        if found != channels:
+            raise UserError(
+                f"the dataset's latents have {found} channels (sample {key}), the model takes {channels} "
+                "(model.dims.in_channels)"
+            )
     if text.shape[1] != text_dim:
         raise UserError(
             f"the dataset's text embeddings are {text.shape[1]} wide, the model takes {text_dim} (model.dims.text_dim)",
