@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from urllib.parse import urlsplit
 
-from preprocess.corpus.url import redact
+from preprocess.corpus.url import HttpUrl, redact, spell_url
 from preprocess.fetch.transfer import FetchError, Limits, TransferStopped
 
 _POLL_SECONDS = 0.1
@@ -21,26 +20,21 @@ class AllowedHosts:
     """`fetch.allow_hosts`: hosts that may be requested, checked by name and by the address that was reached."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._patterns = tuple(pattern.lower() for pattern in patterns)
+        self._patterns = tuple(pattern.lower().strip("[]") for pattern in patterns)  # IPv6 addresses in brackets
 
     def allows(self, host: str) -> bool:
         """Whether `host` (or `s3://bucket`) is in `fetch.allow_hosts`."""
         return matches(host, self._patterns)
 
-    def check_url(self, url: str) -> str:
-        """The host of an HTTP(S) URL that may be requested. Raises FetchError."""
+    def check_url(self, url: str) -> HttpUrl:
+        """`url` split for the request, if its host may be requested. Raises FetchError."""
         try:
-            parts = urlsplit(url)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            raise FetchError("fetch-bad-url", "not a URL") from None
-        if parts.scheme not in {"http", "https"} or not host:
-            raise FetchError("fetch-bad-url", f"{redact(url)}: expected http://, https:// or s3://")
-        if parts.username is not None or parts.password is not None:
-            raise FetchError("fetch-bad-url", f"{redact(url)}: carries a user name or password")
-        if not self.allows(host):
-            raise FetchError("fetch-host-refused", f"{host} is not in fetch.allow_hosts", retryable=True)
-        return host
+            spelled = spell_url(url)
+        except ValueError as error:
+            raise FetchError("fetch-bad-url", f"{redact(url)}: {error}") from None
+        if not self.allows(spelled.host):
+            raise FetchError("fetch-host-refused", f"{spelled.host} is not in fetch.allow_hosts", retryable=True)
+        return spelled
 
     def check_address(self, host: str, address: str) -> None:
         """Check the address that a connection to `host` has reached, before a request is sent. Raises FetchError.

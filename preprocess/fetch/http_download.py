@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
+_REDIRECTS = 5
+MAX_LENGTH_DIGITS = 18
+_LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
 _PLAIN = re.compile(
     r"https?://[a-z0-9.-]+(?::[1-9]\d{0,4})?/[\w\-.~!$&'()*+,;=:@/]*(?:\?[\w\-.~!$&'()*+,;=:@/?]*)?", re.ASCII
 )
@@ -63,12 +66,12 @@ class HttpSource:
         """Send the request, following redirects within the allowed hosts."""
         first_url = url
         for _ in range(MAX_REDIRECTS + 1):
-            host = self._hosts.check_url(url)
-            asked, headers = _spelled(url), _headers(partial)
+            spelled, headers = self._hosts.check_url(url), _headers(partial)
+            host = spelled.host
             if self._signer is not None:
-                asked, cookies = self._signer.sign(asked)
+                spelled, cookies = self._signer.sign(spelled)
                 headers |= cookies
-            with self._host_limits.slot(host, limits), self.transport.get(asked, headers, limits) as response:
+            with self._host_limits.slot(host, limits), self.transport.get(spelled, headers, limits) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
                     self._receive(response, host, partial, limits)
@@ -99,19 +102,6 @@ class HttpSource:
             detail = f"to {redact(target)}: {error.reason}"
             raise FetchError("fetch-redirect-refused", detail, retryable=True) from None
         return target
-
-
-def _spelled(url: str) -> str:
-    """`url` as it is sent, percent-encoded: a signature must cover this text. Raises FetchError."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
-    if _PLAIN.fullmatch(url) and "/." not in url:
-        return url
-    try:
-        return parse_url(url)._replace(fragment=None).url
-    except LocationParseError:
-        raise FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}") from None
 
 
 def _headers(partial: Partial) -> dict[str, str]:

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from preprocess.corpus.url import redact, unsigned
+from preprocess.corpus.url import HttpUrl, redact, unsigned
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import accept, refusal
 from preprocess.fetch.transfer import FetchError, Limits, Partial
@@ -47,7 +47,10 @@ class S3Source:
             request |= {"Range": f"bytes={partial.num_bytes}-", "IfMatch": partial.validator}
         else:
             partial.restart()
-        with self._host_limits.slot(f"s3://{request['Bucket']}", limits), self.transport.watching(url, limits):
+        with (
+            self._host_limits.slot(f"s3://{request['Bucket']}", limits),
+            self.transport.watching(f"s3://{request['Bucket']}", limits),
+        ):
             response = self._ask(request, partial, limits)
             try:
                 accept(response, partial, limits)
@@ -112,7 +115,9 @@ class S3Source:
         """Send what boto3 has signed. Called by botocore, in the thread of `_ask`."""
         from botocore.awsrequest import AWSResponse
 
-        response = self.transport.send(request.url, dict(request.headers), self._current.limits)
+        parts = urlsplit(request.url)  # an endpoint may have any name that the user's network resolves
+        url = HttpUrl(parts.scheme, str(parts.hostname), parts.port, request.url.split(parts.netloc, 1)[1])
+        response = self.transport.send(url, dict(request.headers), self._current.limits)
         self._current.response = response
         return AWSResponse(request.url, response.status, response.headers, response)
 

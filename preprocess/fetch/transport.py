@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from preprocess.corpus.url import redact
+from preprocess.corpus.url import HttpUrl
 from preprocess.fetch.transfer import FetchError, Limits
 
 CHUNK_BYTES = 1 << 18
@@ -52,13 +51,13 @@ class Transport:
         self._watchdog.close()
 
     @contextmanager
-    def get(self, url: str, headers: Mapping[str, Any], limits: Limits) -> Iterator[urllib3.BaseHTTPResponse]:
-        """The response to GET `url` exactly as it is spelled, its body unread; the caller follows redirects.
+    def get(self, url: HttpUrl, headers: Mapping[str, Any], limits: Limits) -> Iterator[urllib3.BaseHTTPResponse]:
+        """The response to GET `url`, its body unread; the caller follows redirects.
 
         When the block reads the body to its end, or the body is short, the connection is used again.
         Raises FetchError and TransferStopped for every error of the network, within the block too.
         """
-        with self.watching(url, limits):
+        with self.watching(url.host, limits):
             response = self.send(url, headers, limits)
             try:
                 yield response
@@ -72,7 +71,7 @@ class Transport:
             _leave(response)
 
     @contextmanager
-    def watching(self, url: str, limits: Limits) -> Iterator[None]:
+    def watching(self, host: str, limits: Limits) -> Iterator[None]:
         """Around `send` and the reading of its response: the watchdog checks it, errors become FetchError.
 
         The libraries' error texts contain the URL with its query: only their types are passed on.
@@ -82,17 +81,13 @@ class Transport:
                 yield
             except urllib3.exceptions.HTTPError as error:
                 limits.remaining_seconds()  # raises if the watchdog or a stop caused the error
-                raise _as_fetch_error(error, url, limits) from None
-            except UnicodeError:
-                raise FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}") from None
+                raise _as_fetch_error(error, host, limits) from None
 
-    def send(self, url: str, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
+    def send(self, url: HttpUrl, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
         """One request, within `watching`; errors are urllib3's own."""
         seconds = min(limits.silence_seconds, limits.remaining_seconds())
-        parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        response = self._pools.connection_from_host(parts.hostname, parts.port, parts.scheme).urlopen(
-            "GET", target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
+        response = self._pools.connection_from_host(url.host, url.port, url.scheme).urlopen(
+            "GET", url.target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
             retries=_NO_RETRIES, redirect=False, preload_content=False, decode_content=False,
         )  # fmt: skip
         try:
@@ -220,8 +215,8 @@ def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPRes
         raise
 
 
-def _as_fetch_error(error: urllib3.exceptions.HTTPError, url: str, limits: Limits) -> FetchError:
-    kind, host = type(error).__name__, urlsplit(url).hostname
+def _as_fetch_error(error: urllib3.exceptions.HTTPError, host: str, limits: Limits) -> FetchError:
+    kind = type(error).__name__
     match error:
         case urllib3.exceptions.NewConnectionError():  # a subclass of ConnectTimeoutError, but not a time-out
             return FetchError("fetch-connection", f"{host}: {kind}", again=True)
@@ -231,8 +226,6 @@ def _as_fetch_error(error: urllib3.exceptions.HTTPError, url: str, limits: Limit
             return FetchError("fetch-tls", f"TLS with {host} failed", retryable=True)
         case urllib3.exceptions.InvalidHeader():
             return FetchError("fetch-bad-length", f"{host}: Content-Length is not one number", again=True)
-        case urllib3.exceptions.LocationValueError():
-            return FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}")
     return FetchError("fetch-connection", f"{host}: {kind}", again=True)
 
 

@@ -1,25 +1,28 @@
 """Downloads from a server that misbehaves: each ends as designed, and no secret is told."""
 
+import io
 import logging
+import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from fetch_runs import FetchRun
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
-from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from preprocess.config import CorpusConfig, FetchConfig
+from preprocess.corpus.fields import SIGNED_URL, read_url
 from preprocess.corpus.records import Record
-from preprocess.corpus.url import cache_name, redact
+from preprocess.corpus.url import cache_name, redact, spell_url, unsigned
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.fetcher import Fetcher
-from preprocess.fetch.http_download import _spelled
-from preprocess.fetch.transfer import FetchError
+from preprocess.fetch.hosts import AllowedHosts, HostLimits
+from preprocess.fetch.http_download import HttpSource
+from preprocess.fetch.transfer import ByteCounter, FetchError, Limits, Partial
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 
@@ -164,21 +167,134 @@ def test_what_may_not_be_asked_is_refused(fetch, url, reason):
     assert fetch.refused(url)[0].reason == reason
 
 
-_PIECES = st.sampled_from([*"aB0-_~é %/.?#=&[|", "%2f", "%2F", "%zz", "..", "/./"])
-_PORTS = st.sampled_from(["", ":", ":80", ":080"])
+_PIECES = st.sampled_from([*"aB0-_~é %.?#=&[|\\", "/", "%2f", "%2F", "%zz", "%5C", "..", "/./"])
 
 
-@settings(max_examples=1000)
-@given(st.text("ab0-.", min_size=1, max_size=6), _PORTS, st.lists(_PIECES, max_size=8))
-def test_a_plain_url_goes_over_the_wire_as_urllib3_spells_it(host, port, pieces):
-    url = f"http://{host}{port}/{''.join(pieces)}"
+@settings(max_examples=500)
+@given(st.lists(_PIECES, max_size=8).map("".join))
+def test_a_target_is_encoded_as_urllib3_encodes_it(rest):
+    rest = f"/{rest}"
+    assert spell_url(f"http://127.0.0.1{rest}").target == parse_url(f"http://127.0.0.1{rest}").request_uri
+
+
+_HOSTS = st.sampled_from(
+    ["a.cloudfront.net", "A.CloudFront.NET.", "203.0.113.9", "[::1]", "[::ffff:10.0.0.1]", "bücher.cloudfront.net",
+     "xn--bcher-kva.cloudfront.net", "2130706433", "0x7f.1", "010.0.0.1", "a..cloudfront.net", "evil.example"]
+)  # fmt: skip
+_MARKS = st.sampled_from(
+    [*"\\/@:?#;%[]\t\n\r \x00.・／", "%5C", "%40", "%2F", "user:hush@", ":80", ":0", ":99999", "//"]
+)
+_URLS = st.one_of(
+    st.tuples(st.sampled_from(["http://", "https://", "HTTP:\\\\", "http:/", "//", "http://user@"]),
+              st.lists(st.one_of(_HOSTS, _MARKS), max_size=6).map("".join)).map("".join),
+    st.text(max_size=40),
+    st.text(max_size=20).map("http://{}".format),
+    st.text(max_size=20).map("https://a.cloudfront.net{}".format),
+)  # fmt: skip
+
+
+class _Asked(Exception):
+    pass
+
+
+def host_that_is_asked(url, patterns):
+    """(the host that the list of hosts judged, the host that the connection would be opened to), or the refusal."""
+    judged, opened = [], []
+
+    class Hosts(AllowedHosts):
+        def allows(self, host):
+            judged.append(host)
+            return super().allows(host)
+
+    source = HttpSource(Hosts(patterns), HostLimits(1), None, 1)
+
+    def connection_from_host(*place, pools=source.transport._pools.connection_from_host):
+        connection = pools(*place)._new_conn()
+        opened.append((connection.host, connection.port))
+        raise _Asked
+
+    source.transport._pools.connection_from_host = connection_from_host
+    limits = Limits(time.monotonic() + 60, 1.0, 1 << 20, 0.0, lambda: False)
     try:
-        expected = parse_url(url)._replace(fragment=None).url
-    except LocationParseError:
-        with pytest.raises(FetchError):
-            _spelled(url)
-    else:
-        assert _spelled(url) == expected
+        source.attempt(url, Partial(io.BytesIO(), ByteCounter()), limits)
+    except _Asked:
+        return judged[-1], opened[-1][0]
+    except FetchError as error:
+        assert error.reason in ("fetch-bad-url", "fetch-host-refused")
+        assert not opened and "hush" not in str(error)
+        return None
+    finally:
+        source.transport.close()
+
+
+@settings(max_examples=500)
+@given(_URLS, st.sampled_from([("*.cloudfront.net",), ("*",), ("203.0.113.9", "::1")]))
+@example("http://203.0.113.9\\.cloudfront.net/x", ("*.cloudfront.net",))
+@example("http://203.0.113.9%5C.cloudfront.net/x", ("*.cloudfront.net",))
+@example("http://203.0.113.9\t.cloudfront.net/x", ("*.cloudfront.net",))
+@example("http://203.0.113.9\\@a.cloudfront.net/x", ("*.cloudfront.net",))
+@example("http://203.0.113.9#@a.cloudfront.net/x", ("*.cloudfront.net",))
+@example("http://[::1].cloudfront.net/x", ("*.cloudfront.net",))
+def test_the_host_that_is_judged_is_the_host_that_is_asked_for(url, patterns):
+    """What urllib3 or http.client make of a URL never matters: they are given the judged host."""
+    asked = host_that_is_asked(url, patterns)
+    if asked is not None:
+        judged, opened = asked
+        assert judged == opened and AllowedHosts(patterns).allows(opened)
+        assert re.fullmatch(r"[a-z0-9.-]+|[0-9a-f:.]+", opened)
+
+
+def test_good_hosts_are_asked_for():
+    for url, host in (
+        ("https://A.CloudFront.net./x", "a.cloudfront.net"),
+        ("http://[::1]:8080/x", "::1"),
+        ("http://127.0.0.1:080", "127.0.0.1"),
+        ("http://xn--bcher-kva.example/?a=@b", "xn--bcher-kva.example"),
+    ):
+        assert host_that_is_asked(url, ("*",)) == (host, host)
+
+
+@pytest.mark.parametrize("mark", ["\\", "%5C", "\t", "@", "\\@", "%00"])
+def test_a_backslash_reaches_no_host_behind_the_list(fetch, mark):
+    """Directly, by a redirect and by a mirror: the server that stands before the mark is never connected to."""
+    with odd_server(x=[whole]) as inner:
+        odd = f"http://127.0.0.1{mark}.cloudfront.net:{inner.server_address[1]}/x"
+        assert fetch.refused(odd, allow_hosts=("*.cloudfront.net",))[0].reason == "fetch-bad-url"
+        mirrors = {"https://cdn.example/": odd.removesuffix("x")}
+        options = {"allow_hosts": ("*.cloudfront.net",), "mirrors": mirrors}
+        assert fetch.refused("https://cdn.example/x", **options)[0].reason == "fetch-bad-url"
+        with odd_server(a=[status(302, Location=odd)]) as server:
+            own = ("*.cloudfront.net", "localhost")
+            url = f"{server.url}/a".replace("127.0.0.1", "localhost")
+            assert fetch.refused(url, allow_hosts=own)[0].reason == "fetch-redirect-refused"
+        assert inner.num_connections == 0
+
+
+@pytest.mark.parametrize(
+    ("signed", "kept"),
+    [
+        ("https://a.example/c.mp4?hdnts=exp=1~acl=/*~hmac=hush", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?id=7&sv=2024-01-01&sr=b&se=2026&sp=r&sig=hush%3D", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4?token=hush&exp=12", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?authz=exp=1~hmac=hush&id=7", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4?t=eyJhbGciOiJI.eyJzdWIiOiIx.hush", "https://a.example/c.mp4"),
+        ("https://a.example/v/c.mp4;Signature=hush;Expires=1", "https://a.example/v/c.mp4"),
+        ("https://a.example/hdntl=exp=1~hmac=hush/v/c.mp4?id=7", "https://a.example/v/c.mp4?id=7"),
+        ("https://a.example/c.mp4#Signature=hush", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?id=7;%53ignature=hush", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4?X-Goog-Signature=hush&X-Goog-Date=1", "https://a.example/c.mp4"),
+        (
+            "https://a.example/token/auth/c.mp4?st=3&policy=x#t=3",
+            "https://a.example/token/auth/c.mp4?st=3&policy=x#t=3",
+        ),
+        ("s3://bucket/token=1/c.mp4", "s3://bucket/token=1/c.mp4"),
+    ],
+)
+def test_no_signature_of_any_kind_stays(signed, kept):
+    assert unsigned(signed) == kept == unsigned(kept)
+    assert "hush" not in redact(signed) and "hush" not in cache_name(signed)
+    defects = set()
+    assert read_url(signed, defects) == kept and (SIGNED_URL in defects) == (signed != kept)
 
 
 def test_nobody_listening_is_a_connection_error(fetch):

@@ -19,7 +19,7 @@ from s3_servers import BUCKET, serve
 from preprocess.config import SigningConfig
 from preprocess.corpus.fields import SIGNED_URL
 from preprocess.corpus.records import parse_record
-from preprocess.corpus.url import unsigned
+from preprocess.corpus.url import spell_url, unsigned
 from preprocess.fetch import cloudfront
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.cloudfront import KEY_PAIR_VARIABLE, KEY_VARIABLE, canonical_policy, open_signer
@@ -101,7 +101,7 @@ def test_a_canned_signature_is_botocores(monkeypatch):
     until = datetime.fromtimestamp(1_800_003_600, UTC)
     for url in ("https://d1.cloudfront.net/a.mp4", "https://d1.cloudfront.net/a%20b.mp4?id=1&t=2"):
         theirs = Theirs(KEY_PAIR_ID, signer._sign).generate_presigned_url(url, date_less_than=until)
-        assert signer.sign(url).url == theirs
+        assert signer.sign(spell_url(url)).url.text == theirs
         assert canonical_policy(url, 1_800_003_600).decode() == Theirs("k", None).build_policy(url, until)
         assert gate.judge(theirs) == "open"
 
@@ -139,11 +139,11 @@ def test_a_shared_signature_is_made_anew_in_time(gate, monkeypatch):
     now = [time.time()]
     monkeypatch.setattr(cloudfront.time, "time", lambda: now[0])
     signer = open_signer(SigningConfig(mode="cookies", hosts=LOCAL, valid_seconds=100))
-    first = signer.sign("http://127.0.0.1/a").headers
+    first = signer.sign(spell_url("http://127.0.0.1/a")).headers
     now[0] += 49
-    assert signer.sign("http://127.0.0.1/b").headers == first
+    assert signer.sign(spell_url("http://127.0.0.1/b")).headers == first
     now[0] += 2
-    assert signer.sign("http://127.0.0.1/b").headers != first
+    assert signer.sign(spell_url("http://127.0.0.1/b")).headers != first
 
 
 def test_an_expiry_between_two_attempts_loses_nothing(fetch, gate):
