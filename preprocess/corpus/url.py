@@ -59,8 +59,7 @@ def spell_url(url: str) -> HttpUrl:
     split = _HTTP.fullmatch(url)
     if split is None:
         raise ValueError("expected http://, https:// or s3://")
-    if any(character < " " or character == "\x7f" for character in url):
-        raise ValueError("holds a control character")
+    check_printable(url)
     if "@" in split[2]:
         raise ValueError("carries a user name or password")
     authority = _AUTHORITY.fullmatch(split[2])
@@ -70,6 +69,12 @@ def spell_url(url: str) -> HttpUrl:
     if port is not None and not 0 < port < 65536:
         raise ValueError("its port is not 1 to 65535")
     return HttpUrl(split[1].lower(), _check_host(authority[1].lower()), port, _encode_target(split[3]))
+
+
+def check_printable(url: str) -> None:
+    """Raises ValueError for control characters, which URL parsers drop or read differently."""
+    if any(character < " " or character == "\x7f" for character in url):
+        raise ValueError("holds a control character")
 
 
 def _check_host(host: str) -> str:

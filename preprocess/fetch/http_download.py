@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
-from preprocess.corpus.url import redact
+from preprocess.corpus.url import check_printable, redact
 from preprocess.fetch.cloudfront import CloudFrontSigner
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.transfer import FetchError, Limits, Partial
@@ -91,6 +91,7 @@ class HttpSource:
 
     def _redirected(self, url: str, location: str) -> str:
         try:
+            check_printable(location)  # urljoin would drop a tab without a word
             target = urljoin(url, location)
         except ValueError:
             raise FetchError("fetch-redirect-refused", "to something that is not a URL", retryable=True) from None
@@ -128,6 +129,7 @@ def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None
         return
     partial.restart()
     partial.validator = _validator(response)
+    partial.content_type = response.headers.get("Content-Type", "")
     partial.total_bytes = _declared_length(response)
     limits.check_bytes(partial.total_bytes or 0)
 

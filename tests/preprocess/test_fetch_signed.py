@@ -186,7 +186,7 @@ GOOD = {KEY_VARIABLE: "-----BEGIN hush", KEY_PAIR_VARIABLE: KEY_PAIR_ID}
         ({**GOOD, KEY_VARIABLE: "/nowhere/hush.pem"}, "neither PEM text nor a file: No such file"),
         ({**GOOD, KEY_VARIABLE: "hush" * 2000}, "neither PEM text nor a file"),
         ({**GOOD, KEY_VARIABLE: "hush\0"}, "neither PEM text nor a file"),
-        (GOOD, "no PEM of a private key"),
+        (GOOD, "not the PEM of a private key"),
     ],
 )
 def test_a_key_that_cannot_be_used_is_said_without_repeating_it(environment, words):
@@ -202,7 +202,7 @@ def test_a_key_with_a_password_or_of_another_kind_is_refused():
     pem, pkcs8 = forms.Encoding.PEM, forms.PrivateFormat.PKCS8
     locked = Gate().key.private_bytes(pem, pkcs8, forms.BestAvailableEncryption(b"x")).decode()
     other = ed25519.Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, forms.NoEncryption()).decode()
-    for key, words in ((locked, "it has a password"), (other, "a key that CloudFront does not take")):
+    for key, words in ((locked, "it has a password"), (other, "a key type that CloudFront does not accept")):
         with pytest.raises(UserError, match=words):
             open_signer(SigningConfig(mode="url"), {KEY_VARIABLE: key, KEY_PAIR_VARIABLE: KEY_PAIR_ID})
 
@@ -226,7 +226,7 @@ def test_a_resource_that_nothing_reads_is_refused():
         ("s3://a/b?versionId=3&X-Amz-Security-Token=hush", "s3://a/b?versionId=3"),
         ("https://a/b?Expires=1&Policy=p", "https://a/b?Expires=1&Policy=p"),
         ("https://a/b?", "https://a/b?"),
-        ("https://a/Signature=1", "https://a/Signature=1"),
+        ("https://a/Signature=1/c.mp4", "https://a/c.mp4"),
     ],
 )
 def test_a_record_keeps_no_signature(url, kept):
