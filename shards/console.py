@@ -15,15 +15,15 @@ LOG = logging.getLogger("wan")
 
 
 class CommandGroup(click.Group):
-    """A click group that prints a UserError, or a lacking permission, without a traceback and exits with 2."""
+    """A click group that prints a UserError, or a lacking permission, without a traceback and exits with 2 (or 75)."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn a UserError into its message and exit code 2, Ctrl-C into 130."""
+        """Run the command; turn a UserError into its message and its exit code, Ctrl-C into 130."""
         try:
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
+            ctx.exit(error.exit_code)
         except PermissionError as error:
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {where}{error.strerror or error}", err=True)

@@ -6,13 +6,15 @@ from __future__ import annotations
 class UserError(Exception):
     """Something the user can fix: a value, a file, a machine that lacks something.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with `exit_code`.
 
     Args:
         problem: what is wrong, naming the value (and the dotted key or the file it came from).
         expected: what would have been right.
         fix: what to do about it, as a command or an action.
     """
+
+    exit_code = 2
 
     def __init__(self, problem: str, *, expected: str | None = None, fix: str | None = None) -> None:
         self.problem = problem
@@ -31,6 +33,12 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # An exception with keyword arguments does not survive a process boundary by default.
         return (_rebuild, (type(self), self.problem, self.expected, self.fix, self.__dict__))
+
+
+class TemporaryFailure(UserError):
+    """The environment failed for long; the same command resumes later. Schedulers retry exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str | None, state: dict) -> UserError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import email.utils
 import re
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from preprocess.corpus.url import check_printable, redact
 from preprocess.fetch.cloudfront import CloudFrontSigner
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
-from preprocess.fetch.transfer import FetchError, Limits, Partial
+from preprocess.fetch.transfer import FetchError, Limits, Partial, is_document
 from preprocess.fetch.transport import Transport, chunks_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ class HttpSource:
     """Downloads over HTTP(S) from allowed hosts, signed where a signer covers the host."""
 
     def __init__(
-        self, hosts: AllowedHosts, host_limits: HostLimits, signer: CloudFrontSigner | None, parallel: int
-    ) -> None:
+        self, hosts: AllowedHosts, host_limits: HostLimits, signer: CloudFrontSigner | None, parallel: int,
+        user_agent: str,
+    ) -> None:  # fmt: skip
+        self._user_agent = user_agent
         self._hosts = hosts
         self._host_limits = host_limits
         self._signer = signer
@@ -62,19 +65,39 @@ class HttpSource:
                 error.detail += ", though signed twice: check the key, its policy and the clock"
             raise
 
-    def _follow(self, url: str, partial: Partial, limits: Limits) -> None:
-        """Send the request, following redirects within the allowed hosts."""
+    def answers(self, url: str, limits: Limits, *, is_clip: bool) -> bool:
+        """Whether the host of `url` serves requests: a refusal such as 404 is an answer, a document as a clip is not.
+
+        Raises TransferStopped.
+        """
+        try:
+            self._follow(url, None, limits, is_clip)
+        except FetchError as error:
+            return not error.again
+        return True
+
+    def _follow(self, url: str, partial: Partial | None, limits: Limits, is_clip: bool = True) -> None:
+        """Send the request, following redirects within the allowed hosts.
+
+        Without `partial` only the first byte is requested, also from a host that is waited for.
+        """
         first_url = url
         for _ in range(MAX_REDIRECTS + 1):
-            spelled, headers = self._hosts.check_url(url), _headers(partial)
+            spelled = self._hosts.check_url(url)
+            headers = {"Range": "bytes=0-63"} if partial is None else _range_headers(partial)
+            headers |= {"Accept-Encoding": "identity", "User-Agent": self._user_agent}
             host = spelled.host
             if self._signer is not None:
                 spelled, cookies = self._signer.sign(spelled)
                 headers |= cookies
-            with self._host_limits.slot(host, limits), self.transport.get(spelled, headers, limits) as response:
+            slot = nullcontext() if partial is None else self._host_limits.slot(host, limits)
+            with slot, self.transport.get(spelled, headers, limits) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
-                    self._receive(response, host, partial, limits)
+                    if partial is None:
+                        _check_answer(response, limits, is_clip)
+                    else:
+                        self._receive(response, host, partial, limits)
                     return
             url = self._redirected(url, location)
         detail = f"more than {MAX_REDIRECTS} redirects from {redact(first_url)}"
@@ -105,12 +128,20 @@ class HttpSource:
         return target
 
 
-def _headers(partial: Partial) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity", "User-Agent": "wanprep"}
+def _range_headers(partial: Partial) -> dict[str, str]:
     if partial.resumable:
-        return headers | {"Range": f"bytes={partial.num_bytes}-", "If-Range": str(partial.validator)}
+        return {"Range": f"bytes={partial.num_bytes}-", "If-Range": str(partial.validator)}
     partial.restart()
-    return headers
+    return {}
+
+
+def _check_answer(response: BaseHTTPResponse, limits: Limits, is_clip: bool) -> None:
+    """Raises FetchError for a server error, and where a clip was expected and a document came."""
+    if response.status not in (200, 206, 416):
+        raise refusal(response.status)
+    start = next(iter(chunks_of(response, limits)), b"")
+    if is_clip and start and is_document(start[:64]):
+        raise FetchError("fetch-not-media", "a document instead of a clip", again=True)
 
 
 def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None:
