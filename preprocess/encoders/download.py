@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,8 @@ _PATTERNS: dict[tuple[CheckpointLayout, Part], tuple[str, ...]] = {
     ("diffusers", "transformer"): ("model_index.json", "transformer/*", "scheduler/*"),
 }
 _CHUNK_BYTES = 2**22
+_USER_IN_URL = re.compile(r"://[^/\s]*@")
+"""User name and password of an endpoint, which no message may hold."""
 
 
 class RemoteFile(NamedTuple):
@@ -132,7 +135,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 def _unreachable(error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     return UserError(
-        f"{_endpoint()}: {type(error).__name__}: {text}",
+        _USER_IN_URL.sub("://", f"{_endpoint()}: {type(error).__name__}: {text}"),
         fix="run the command again: it resumes where it stopped. HF_ENDPOINT names another hub or a mirror",
     )
 

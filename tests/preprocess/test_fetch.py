@@ -1,5 +1,8 @@
 """Downloads from a server that misbehaves: each ends as designed, and no secret is told."""
 
+import base64
+import gzip
+import http.server
 import io
 import logging
 import re
@@ -11,7 +14,7 @@ import pytest
 from fetch_runs import FetchRun
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd_server import BODY, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
+from odd_server import BODY, body, cut, drip, odd_server, other_content, stall, status, whole, wrong_part
 from urllib3.util import parse_url
 
 from preprocess.config import CorpusConfig, FetchConfig
@@ -23,6 +26,8 @@ from preprocess.fetch.fetcher import Fetcher
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import HttpSource
 from preprocess.fetch.transfer import ByteCounter, FetchError, Limits, Partial
+from preprocess.rejection import ClipRejected, Rejection
+from shards.errors import UserError
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 
@@ -384,3 +389,120 @@ def test_stopping_interrupts_a_wait(tmp_path):
     ):
         pass
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """An HTTP proxy that gives BODY for any URL; it opens no tunnel. What it was asked for is in `asked`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.server.asked.append((self.path, dict(self.headers)))
+            whole(self)
+
+        def do_CONNECT(self):
+            self.server.asked.append((f"CONNECT {self.path}", dict(self.headers)))
+            self.send_error(502)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.delenv(name.lower(), raising=False)
+            monkeypatch.setenv(name, f"http://user:hush@127.0.0.1:{server.server_address[1]}")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_proxy_of_the_environment_is_used_and_said(fetch, proxy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("wan"), "propagate", True)
+    caplog.set_level("INFO", logger="wan")
+    wild = {"allow_hosts": ("*.cloudfront.net",)}
+    assert fetch("http://a.cloudfront.net/x?id=1", user_agent="archive/1.0", **wild) == BODY
+    ((path, headers),) = proxy.asked
+    assert path == "http://a.cloudfront.net/x?id=1" and headers["Host"] == "a.cloudfront.net"
+    assert headers["User-Agent"] == "archive/1.0"
+    assert headers["Proxy-Authorization"] == "Basic " + base64.b64encode(b"user:hush").decode()
+    assert "is not checked" in caplog.text and "hush" not in caplog.text
+    assert fetch.refused("https://a.cloudfront.net/x", attempts=1, **wild)[0].reason == "fetch-connection"
+    assert proxy.asked[1][0] == "CONNECT a.cloudfront.net:443"
+    assert fetch.refused("http://evil.example/x", **wild)[0].reason == "fetch-host-refused"
+    assert len(proxy.asked) == 2  # the list of hosts holds behind a proxy too
+
+
+def test_no_proxy_is_honoured(fetch, proxy, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,.internal")
+    with odd_server(a=[whole]) as server:
+        assert fetch(f"{server.url}/a") == BODY
+        assert len(server.requests) == 1 and not proxy.asked
+
+
+def test_a_proxy_of_a_kind_that_is_not_supported_is_refused(fetch, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
+    with pytest.raises(UserError, match="HTTPS_PROXY: a proxy of kind socks5://"):
+        fetch("https://a.cloudfront.net/x")
+
+
+PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        body(b"Not found, sorry"), body(b"[1, 2, 3]"), body(PDF), body(b"PK\x03\x04" + bytes(600)),
+        body("찾을 수 없습니다".encode("euc-kr")), body("찾을 수 없습니다".encode("utf-16")), body(gzip.compress(b"x")),
+        body(b"\x00\x01\x02\x03", Content_Type="text/html; charset=utf-8"),
+        body(b"\x00\x01\x02\x03", Content_Type="application/problem+json"),
+    ],
+    ids=["text", "array", "pdf", "zip", "euc-kr", "utf-16", "gzip", "html-type", "json-type"],
+)  # fmt: skip
+def test_no_document_is_a_clip_or_enters_the_cache(fetch, tmp_path, answer):
+    cache = str(tmp_path / "cache")
+    with odd_server(a=[answer, whole]) as server:
+        rejection, _ = fetch.refused(f"{server.url}/a", attempts=1, cache=cache)
+        assert (rejection.reason, rejection.retryable) == ("fetch-not-media", True)
+        assert not list((tmp_path / "cache").glob("*.clip"))
+        assert fetch(f"{server.url}/a", cache=cache) == BODY
+
+
+def test_a_clip_under_a_wrong_type_is_a_clip(fetch):
+    mp4 = b"\0\0\0\x20ftypisom" + bytes(range(256))
+    with odd_server(a=[body(mp4, Content_Type="text/plain")]) as server:
+        assert fetch(f"{server.url}/a") == mp4
+
+
+@pytest.mark.parametrize(("stage", "reason", "keeps"), [
+    ("probe", "cannot-open", False), ("decode", "decode-errors", False), ("probe", "too-short", True),
+    ("caption", "no-caption", True),
+])  # fmt: skip
+def test_a_body_that_is_refused_leaves_the_cache_and_is_retryable_once(tmp_path, stage, reason, keeps):
+    config = FetchConfig(allow_hosts=("127.0.0.1",), cache=str(tmp_path / "cache"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    def refuse(is_retry):
+        with pytest.raises(ClipRejected) as refused, fetcher.fetched(record, is_retry=is_retry):
+            raise ClipRejected(Rejection(stage, reason, "by a test"))
+        return refused.value.rejection.retryable
+
+    with (
+        odd_server(a=[whole]) as server,
+        Fetcher(config, CorpusConfig(location="nowhere"), scratch, threading.Event()) as fetcher,
+    ):
+        record = Record(clip_id="a", source="a.json", url=f"{server.url}/a")
+        assert refuse(False) is not keeps
+        assert bool(list((tmp_path / "cache").glob("*.clip"))) == keeps
+        assert refuse(True) is False
+        assert len(server.requests) == (1 if keeps else 2)
+        with fetcher.fetched(record):
+            pass
+        assert list((tmp_path / "cache").glob("*.clip"))  # proven: it stays
+        refuse(False)
+        assert bool(list((tmp_path / "cache").glob("*.clip"))) == keeps  # refused after all: a bad entry heals

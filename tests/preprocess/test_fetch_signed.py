@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
+import sys
 import time
 from datetime import UTC, datetime
 
@@ -23,6 +25,7 @@ from preprocess.corpus.url import spell_url, unsigned
 from preprocess.fetch import cloudfront
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.cloudfront import KEY_PAIR_VARIABLE, KEY_VARIABLE, canonical_policy, open_signer
+from preprocess.video.ffmpeg import run_killable
 from shards.errors import UserError
 
 MODES = ("url", "policy", "cookies")
@@ -420,3 +423,30 @@ def test_a_bucket_that_drips_meets_the_same_limits(fetch, monkeypatch):
         assert fetch.refused("s3://clips/a", timeout_seconds=0.4, **options)[0].reason == "fetch-too-slow"
         assert fetch.refused("s3://clips/b", deadline_seconds=0.6, **options)[0].reason == "fetch-timeout"
         assert time.monotonic() - start < 5
+
+
+def test_programs_that_read_clips_see_no_key(monkeypatch):
+    """ffmpeg and the inspector read hostile files: nothing worth stealing is in their environment."""
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "hush", "AWS_SESSION_TOKEN": "hush", "AWS_PROFILE": "hush", KEY_VARIABLE: "hush",
+        KEY_PAIR_VARIABLE: "hush", "HF_TOKEN": "hush", "MY_API_KEY": "hush", "PGPASSWORD": "hush",
+        "GOOGLE_APPLICATION_CREDENTIALS": "hush", "SOMETHING": "-----BEGIN PRIVATE KEY-----hush",
+        "AWS_ENDPOINT_URL": "https://user:hush@s3.example", "MIRROR": "https://u:hush@hub.example", "https_proxy": "hush",
+    }  # fmt: skip
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HARMLESS", "kept")
+    show = [sys.executable, "-c", "import os; print(dict(os.environ))"]
+    for environment in (None, os.environ | {"OMP_NUM_THREADS": "1"}):
+        result = run_killable(show, timeout_seconds=30, max_stdout_bytes=1 << 20, environment=environment)
+        shown = result.stdout.decode()
+        assert "hush" not in shown and not [name for name in secrets if f"'{name}'" in shown]
+        assert "'HARMLESS': 'kept'" in shown and "'PATH'" in shown
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_repeated(fetch, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    with pytest.raises(UserError, match="carries a user name or password") as refused:
+        fetch("s3://clips/a", allow_hosts=("s3://clips",), s3_endpoint="http://user:hush@127.0.0.1:9")
+    assert "hush" not in str(refused.value)
