@@ -399,11 +399,11 @@ def proxy(monkeypatch):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            self.server.asked.append((self.path, dict(self.headers)))
+            self.server.asked.append((self.path, self.headers))
             whole(self)
 
         def do_CONNECT(self):
-            self.server.asked.append((f"CONNECT {self.path}", dict(self.headers)))
+            self.server.asked.append((f"CONNECT {self.path}", self.headers))
             self.send_error(502)
 
         def log_message(self, *arguments):

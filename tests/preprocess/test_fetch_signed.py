@@ -431,7 +431,7 @@ def test_programs_that_read_clips_see_no_key(monkeypatch):
         "AWS_SECRET_ACCESS_KEY": "hush", "AWS_SESSION_TOKEN": "hush", "AWS_PROFILE": "hush", KEY_VARIABLE: "hush",
         KEY_PAIR_VARIABLE: "hush", "HF_TOKEN": "hush", "MY_API_KEY": "hush", "PGPASSWORD": "hush",
         "GOOGLE_APPLICATION_CREDENTIALS": "hush", "SOMETHING": "-----BEGIN PRIVATE KEY-----hush",
-        "AWS_ENDPOINT_URL": "https://user:hush@s3.example", "MIRROR": "https://u:hush@hub.example", "https_proxy": "hush",
+        "AWS_ENDPOINT_URL": "https://u:hush@s3.example", "MIRROR": "https://u:hush@hub.example", "https_proxy": "hush",
     }  # fmt: skip
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
