@@ -27,6 +27,7 @@ from shards.console import LOG
 from shards.errors import UserError
 from shards.format.commit import committed_units
 from shards.format.names import LATENTS, text_kind
+from shards.read.outcomes import read_outcomes
 from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
@@ -70,6 +71,8 @@ def build_shards(
     with _working(storage, config.output, passes, part, if_busy) as (scratch, at_work):
         plan = ensure_plan(storage, config, scratch=scratch)
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
+        if part == WHOLE:
+            plan = _retry_if_all_refused(storage, plan, config, scratch)
         if part.only != "text":
             _latent_pass(storage, plan, config, scratch, style, part, at_work)
         if part.only != "latents":
@@ -79,8 +82,44 @@ def build_shards(
             set_totals(storage, plan, counts)
     if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
-        raise UserError(f"{config.output}: the dataset is empty: {reasons or 'the plan has no candidates'}")
+        problem = f"{config.output}: the dataset is empty: {reasons or 'the corpus has no records'}"
+        raise UserError(problem, fix=_fix_of(next(iter(counts["rejected_by"]), "read/none")))
     return counts
+
+
+def _retry_if_all_refused(storage: Storage, plan: Plan, config: PrepConfig, scratch: Path) -> Plan:
+    """Try again what fetching refused, if a finished build accepted nothing: its cause may be fixed by now."""
+    done = committed_units(storage, LATENTS)
+    if not plan.num_units or len(done) < plan.num_units:
+        return plan
+    reasons = set()
+    for _, row, is_latest in read_outcomes(storage):
+        if row.status == "accepted":
+            return plan
+        reasons |= {f"fetch/{row.reason}"} if is_latest and row.stage == "fetch" else set()
+    choice = choose_retries(plan, Wanted(frozenset(reasons), retryable=True), done)
+    if choice.ordinals:
+        LOG.warning("every clip was rejected before: %d of them are tried again", len(choice.ordinals))
+    return freeze_retry(plan, config, choice, scratch)
+
+
+def _fix_of(reason: str) -> str:
+    """What helps a build that was refused everything, by its most frequent `stage/reason`."""
+    stage, _, code = reason.partition("/")
+    fixes = {
+        "fetch-host-refused": "add the host to fetch.allow_hosts",
+        "fetch-address-refused": "name the host itself in fetch.allow_hosts, without a wildcard",
+        "fetch-401": "set fetch.sign, or the AWS credentials",
+        "fetch-403": "set fetch.sign, or the AWS credentials",
+        "no-source": "put the clips beside their JSON files, or give URLs in the annotations",
+        "fetch": "check the network, fetch.mirrors and the URLs",
+        "sieve": "`wanprep scan CONFIG` shows what the records hold; change the keys of sieve",
+        "read": "check corpus.location",
+    }
+    fix = fixes.get(code) or fixes.get(stage)
+    if fix is not None:
+        return f"{fix}, then run the same command again"
+    return f"change the config (keys of {stage}), then `wanprep retry CONFIG --reason {code}`"
 
 
 def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: Style = "auto") -> dict[str, Any]:
@@ -142,7 +181,6 @@ def _latent_pass(
             units = at_work.claim(LATENTS, pending.units)
             build_latents(storage, plan, units, config, scratch, progress=progress)
         # What is left is being done by a build beside this one; if that one ends without it, it is done here.
-        pending = pending_units(storage, plan, LATENTS, part.units)
         at_work.wait_for_others(LATENTS, pending.units)
         pending = pending_units(storage, plan, LATENTS, part.units)
     _release_memory()
@@ -178,9 +216,7 @@ def _text_pass(
 
         while units:
             build_texts(storage, plan, set_name, at_work.claim(kind, units), config, scratch, on_unit=on_unit)
-            units = sorted(set(units) - committed_units(storage, kind))
-            at_work.wait_for_others(kind, units)
-            units = sorted(set(units) - committed_units(storage, kind))
+            units = at_work.wait_for_others(kind, units)
 
 
 def _release_memory() -> None:

@@ -158,13 +158,13 @@ class AtWork:
                 os.close(lock)
             yield unit
 
-    def wait_for_others(self, kind: str, units: Iterable[int]) -> None:
-        """Wait until one of `units`, which others are doing, is committed or left by its process."""
-        pending = set(units)
-        while pending and not any(is_committed(self._storage, kind, unit) for unit in pending):
+    def wait_for_others(self, kind: str, units: Iterable[int]) -> list[int]:
+        """Wait while others are doing `units`; those that are left to be done here, without a commit."""
+        while True:
             taken = _open_units(builds_at_work(self._output, self._folder))
-            if any([kind, unit] not in taken for unit in pending):
-                return
+            left = [unit for unit in units if not is_committed(self._storage, kind, unit)]
+            if not all([kind, unit] in taken for unit in left) or not left:
+                return left
             time.sleep(POLL_SECONDS)
 
     def _is_before(self, note: dict[str, Any]) -> bool:
