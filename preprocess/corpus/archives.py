@@ -174,7 +174,7 @@ class _TarInfo(tarfile.TarInfo):
     """Records on its archive that the end mark was read: tarfile reports nothing where a header is cut off."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """See tarfile, which reads a header of any length that comes before a member's own into memory."""
         info = super().frombuf(buf, encoding, errors)
         if info.type in _LONG_HEADERS and info.size > MAX_TAR_HEADER_BYTES:

@@ -96,7 +96,6 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -113,7 +112,7 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
         raise UserError(f"{repository}: not on the hub, or hidden without a token", fix="set HF_TOKEN") from None
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set", fix="unset it to download") from None
-    except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+    except _hub_errors() as error:
         raise _unreachable(error) from None
     return str(info.sha), [_remote(sibling) for sibling in info.siblings or ()]
 
@@ -126,10 +125,11 @@ def _remote(sibling: Any) -> RemoteFile:
     return RemoteFile(str(name), int(sibling.size or 0), sha256, sibling.blob_id)
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def _hub_errors() -> tuple[type[Exception], ...]:
     import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return (httpx2.HTTPError,)
+    return (HfHubHTTPError, OSError, httpx2.HTTPError)
 
 
 def _unreachable(error: Exception) -> UserError:
@@ -213,7 +213,6 @@ def _part_size(folder: Path, file: RemoteFile) -> int:
 def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> int:
     """Fetch one file, resuming its part; return the bytes transferred. Raises UserError."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -228,7 +227,7 @@ def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> i
         stream.seek(held)
         try:
             http_get(url, stream, resume_size=held, headers=build_hf_headers(), expected_size=file.size)
-        except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+        except _hub_errors() as error:
             raise _unreachable(error) from None
         stream.flush()
         os.fsync(stream.fileno())

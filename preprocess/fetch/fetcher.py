@@ -151,7 +151,7 @@ class Fetcher:
             is_judged = True
         except ClipRejected as rejected:
             is_judged = True
-            rejected.rejection = clip.judged(rejected.rejection)
+            rejected.rejection = clip.judged(rejected.rejection) or rejected.rejection
             raise
         finally:
             if self._cache is not None and clip.is_refused:

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
-_REDIRECTS = 5
-MAX_LENGTH_DIGITS = 18
-_LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
-_PLAIN = re.compile(
-    r"https?://[a-z0-9.-]+(?::[1-9]\d{0,4})?/[\w\-.~!$&'()*+,;=:@/]*(?:\?[\w\-.~!$&'()*+,;=:@/?]*)?", re.ASCII
-)
-"""A URL that percent-encoding does not change, unless a segment of its path consists of dots."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
 _UNSIGNED = ("fetch-401", "fetch-403")
