@@ -175,6 +175,11 @@ class FetchConfig(Config):
     """Most downloads from one host at a time."""
     attempts: Positive = 4
     """Attempts at one clip before it becomes a ledger row."""
+    outage_minutes: Annotated[float, Field(ge=0)] = 60.0
+    """Longest wait for a host that does not answer any request, before the build stops with exit code 75 (run it again
+    to resume); no row is written meanwhile. 0: no wait, each clip of such a host becomes a row."""
+    user_agent: Annotated[str, Field(pattern=r"^[ -~]*$")] = "wanprep"
+    """The User-Agent header of requests over HTTP(S)."""
     sign: SigningConfig = SigningConfig()
     """Signatures for a private CloudFront distribution."""
     s3_endpoint: str | None = None

@@ -40,6 +40,12 @@ class UserError(Exception):
         return (_rebuild, (type(self), self.problem, self.expected, self.fix, self.__dict__))
 
 
+class TemporaryFailure(UserError):
+    """The environment failed for long; the same command resumes later. Schedulers retry exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str | None, state: dict) -> UserError:
     error = cls.__new__(cls)
     UserError.__init__(error, problem, expected=expected, fix=fix)

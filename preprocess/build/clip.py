@@ -91,7 +91,7 @@ class Preparer:
         facts = bucket = None
         attempts = num_bytes = 0
         try:
-            with self._fetcher.fetched(candidate.record) as clip:
+            with self._fetcher.fetched(candidate.record, is_retry=candidate.is_retry) as clip:
                 attempts, num_bytes = clip.attempts, clip.num_bytes
                 clock.lap("fetch")
                 facts = probe_clip(clip.path, candidate.record, self._config)
@@ -100,6 +100,7 @@ class Preparer:
                 windows = choose_windows(facts, candidate.record, self._config)
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
                 decoded = tuple(self._decode(clip.path, candidate.record, facts, window, bucket) for window in windows)
+                decoded = tuple(each._replace(rejection=clip.judged(each.rejection)) for each in decoded)
                 clock.lap("decode")
         except ClipRejected as rejected:
             attempts = attempts or rejected.attempts

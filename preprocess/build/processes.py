@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,7 +38,7 @@ class _Child(NamedTuple):
 def run_processes(
     config: PrepConfig,
     devices: Sequence[str],
-    units: Sequence[int],
+    units: Iterable[int],
     scratch: Path,
     *,
     on_description: Callable[[Description], None],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,7 +56,7 @@ def build_texts(
     storage: Storage,
     plan: Plan,
     set_name: str,
-    units: Sequence[int],
+    units: Iterable[int],
     config: PrepConfig,
     scratch: Path,
     *,

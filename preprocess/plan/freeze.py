@@ -154,7 +154,7 @@ def ensure_plan(
         and last.num_beyond_limit + last.num_refused_beyond_limit > 0
         and (config.corpus.limit is None or config.corpus.limit > plan.num_candidates)
     )
-    if not plan.generations or grows:
+    if not plan.num_candidates or grows:  # a plan that refused every record is made again: the config may be another
         return freeze_plan(storage, config, progress=progress, scratch=scratch)
     _warn_of_changes(plan, config)
     return plan

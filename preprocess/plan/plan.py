@@ -44,6 +44,8 @@ class Candidate(NamedTuple):
     ordinal: int
     """Its place in the plan, from 0, over all generations."""
     record: Record
+    is_retry: bool = False
+    """Whether it was rejected before, and this is the attempt of a retry."""
 
 
 class DeclaredSize(Config):
@@ -171,7 +173,10 @@ class Plan:
 
         Raises UserError for no such unit, ShardDamage.
         """
-        return tuple(Candidate(ordinal, _read_record(line, file)) for ordinal, line, file in self.unit_lines(number))
+        return tuple(
+            Candidate(ordinal, _read_record(line, file), ordinal in self._last_unit)
+            for ordinal, line, file in self.unit_lines(number)
+        )
 
     def unit_lines(self, number: int) -> Iterator[tuple[int, bytes, str]]:
         """(ordinal, frozen line, its file) of the candidates of `unit`, by one ranged read."""
