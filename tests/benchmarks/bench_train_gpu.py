@@ -22,9 +22,9 @@ from train.estimate.saves import GIB, describe_saves, make_chooser
 from train.geometry import SAVE_GROUPS, Shape, num_tokens
 from train.lora.lora import inject, lora_parameters
 from train.model.dit import WanDiT, backend_for, build_model
+from train.model.kernels import kernel_name
 from train.objective import add_noise, slot_losses
 from train.precision import resolve_precision
-from train.recompute.kernels import kernel_name
 from train.recompute.runner import keep
 
 SIZES = ((49, 480, 832), (49, 704, 1280))
@@ -97,7 +97,7 @@ def main() -> None:
         shape = Shape(1, num_tokens(TI2V_5B, *size))
         backend = backend_for(device, precision.dtype, shape.tokens, 128)
         print(f"{size[2]}×{size[1]}×{size[0]}: {shape.tokens:,} tokens, kernel "
-              f"{kernel_name(backend, device, precision.dtype, (24, 128))} of {backend}")  # fmt: skip
+              f"{kernel_name(backend)} of {backend}")  # fmt: skip
         config = TrainConfig(
             output="run", max_steps=1, model=ModelConfig(dims=TI2V_5B), data=DataConfig(root="shards"), lora=LORA,
             checkpointing=CheckpointingConfig(policy="auto"),

@@ -26,8 +26,8 @@ from train.geometry import SAVE_GROUPS, Shape
 from train.lora.lora import LoRALinear, keep_mask
 from train.model.block import Block, BlockInputs, Linear
 from train.model.dit import WanDiT, set_checkpointing
+from train.model.kernels import kernel_name
 from train.recompute.block import backward_block, forward_block
-from train.recompute.kernels import kernel_name
 from train.recompute.ops import make_rotation
 from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 
@@ -87,8 +87,6 @@ class RecomputeRunner:
     def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
-        heads = block.self_attn.heads
-        ranks = 1 if inputs.ulysses is None else inputs.ulysses.size
         self._saves = self.choose_saves(Shape(batch, tokens))
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
@@ -98,9 +96,9 @@ class RecomputeRunner:
             zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
             ones_BL1=torch.ones(batch, tokens, 1, device=device),
             num_first=inputs.num_first,
-            heads=heads,
+            heads=block.self_attn.heads,
             eps=block.eps,
-            kernel=kernel_name(inputs.backend, device, dtype, (heads[0] // ranks, heads[1])),
+            kernel=kernel_name(inputs.backend),
             ulysses=inputs.ulysses,
             num_tokens=inputs.num_tokens,
         )
