@@ -84,6 +84,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks)
+        export_metadata(session.identity, 0, config.checkpoint.licence)  # what the end needs fails now, if it does
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
