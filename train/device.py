@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 from shards.errors import UserError
+from shards.gpus import CONTEXT_BYTES, GIB
 
 
 class DeviceInfo(NamedTuple):
@@ -30,9 +34,41 @@ def device_info(device: torch.device | str) -> DeviceInfo:
     return DeviceInfo("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), cudnn)
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process can use: what is free, what it holds, and its own context; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES)
+
+
+@contextmanager
+def explained_out_of_memory(device: torch.device, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Raise UserError in place of torch's OutOfMemoryError: by how much, who holds what, and what to set.
+
+    Args:
+        settings: names of settings that decide memory, such as `checkpointing.policy`, and their present values.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        wanted = f"{asked[1]} more were needed" if asked else "more was needed"
+        problem, fixes = f"{device} ran out of memory: {wanted}", []
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            own = torch.cuda.memory_reserved(device)
+            others = max(0, total - free - own - CONTEXT_BYTES)
+            problem += f", {free / GIB:.2f} GiB of {total / GIB:.2f} were free; this process holds {own / GIB:.2f}"
+            if others > CONTEXT_BYTES:
+                fixes.append(f"end the other processes on this GPU: they hold {others / GIB:.2f} GiB")
+        if settings["checkpointing.policy"] != "full":
+            better = "full" if settings["checkpointing.policy"] == "auto" else "auto"
+            fixes.append(f"checkpointing.policy={better} (it is {settings['checkpointing.policy']})")
+        if settings["data.micro_batch"] > 1:
+            fixes.append(f"data.micro_batch=1 (it is {settings['data.micro_batch']})")
+        fixes.append("smaller or shorter buckets; `wantrain plan` shows what fits")
+        raise UserError(problem, fix="; ".join(fixes)) from None
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
