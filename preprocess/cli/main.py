@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import OVERRIDES, decode, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.model_commands import OVERRIDES, decode, doctor, embed, encode_image, fetch_model, load_prep
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
@@ -397,7 +397,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (fetch_model, embed, encode_image, decode):
+for command in (fetch_model, doctor, embed, encode_image, decode):
     main.add_command(command)
 
 

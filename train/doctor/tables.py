@@ -12,7 +12,6 @@ from rich.table import Table
 from train.config.train import TrainConfig
 from train.data.loader import plan_step, select_samples
 from train.data.sampler import Order
-from train.doctor.finding import Finding
 from train.precision import FP16_MAX
 
 
@@ -80,18 +79,6 @@ def print_slots(slots: Sequence[Mapping[str, Any]]) -> None:
         )
         table.add_row(*map(str, cells))
     _print(table)
-
-
-def print_findings(findings: Sequence[Finding]) -> None:
-    """The doctor's table."""
-    table = Table()
-    for name in ("what", "status", "found", "to fix"):
-        table.add_column(name, overflow="fold")
-    for finding in findings:
-        table.add_row(*finding)
-    _print(table)
-    problems = sum(finding.status == "problem" for finding in findings)
-    print(f"{problems} problems" if problems else "nothing is wrong")
 
 
 def print_ranges(ranges: Mapping[str, float]) -> None:
