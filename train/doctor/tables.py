@@ -12,7 +12,10 @@ from rich.table import Table
 from train.config.train import TrainConfig
 from train.data.loader import plan_step, select_samples
 from train.data.sampler import Order
-from train.precision import FP16_MAX
+from train.precision import FOLDED, FP16_MAX
+
+FOLD_FROM = 4.0
+"""Times below fp16's largest number from which an output counts as near it: training moves it."""
 
 
 def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
@@ -95,6 +98,13 @@ def print_ranges(ranges: Mapping[str, float]) -> None:
     tight = min(headroom, key=lambda name: headroom[name])
     verdict = "fits" if headroom[tight] > 1 else "does NOT fit"
     print(f"fp16 {verdict}: the nearest is {tight}, {headroom[tight]:.3g} times below")
+    beyond = [name for name, factor in headroom.items() if factor < FOLD_FROM]
+    folded = [name for name in beyond if name.split(".", 2)[2] in FOLDED]
+    if folded:
+        blocks = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in folded))
+        print(f"near the end are outputs that a run folds a power of two into when they overflow: {blocks}")
+    if others := [name for name in beyond if name not in folded]:
+        print(f"near the end are outputs that cannot be folded: {', '.join(others)}; precision.compute=fp32 holds them")
 
 
 def _print(table: Table) -> None:

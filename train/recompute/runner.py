@@ -177,7 +177,7 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     dtype = call.shared.text_BSD.dtype
     weight, bias = module.weight.to(dtype), module.bias.to(dtype)
     if not isinstance(module, LoRALinear):
-        return LinearParts(weight, bias, None)
+        return LinearParts(weight, bias, None, module.output_scale)
     scale, live = module.scale, None
     if module.training and module.dropout:
         key = call.inputs.dropout
@@ -188,7 +188,7 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
             key, tokens = key._replace(token_offset=0), call.shared.text_BSD.shape[1]
         live = keep_mask(key, module.layer, tokens, module.in_features, module.dropout).flatten(0, 1)
         scale /= 1 - module.dropout
-    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live))
+    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live), module.output_scale)
 
 
 def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> None:
