@@ -20,8 +20,9 @@ from shards.storage.patience import on_wait
 from train import checkpoint, evaluate
 from train.config.train import TrainConfig
 from train.data.loader import Loader
-from train.device import choose_device, device_info, device_memory
+from train.device import available_memory, choose_device, device_info, explained_out_of_memory
 from train.estimate.layout import choose_layout
+from train.estimate.saves import GIB
 from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
@@ -86,9 +87,13 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
         stack.enter_context(process_group(config.parallel, world, device, config.storage.patience_minutes * 60))
-        ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
+        settings = {"checkpointing.policy": config.checkpointing.policy, "data.micro_batch": config.data.micro_batch}
+        stack.enter_context(explained_out_of_memory(device, settings))
+        free = smallest(world, available_memory(device))  # once: every rank's plan must be the same
+        ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
-        session = open_session(config, verify=verify, start=start, ranks=ranks)
+        session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
+        export_metadata(session.identity, 0, config.checkpoint.licence)  # what the end needs fails now, if it does
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
@@ -278,7 +283,8 @@ def _write_start(progress: TrainingState, log: RunLog, start: Path | None) -> No
         log.event("resume", progress.step, checkpoint=str(start), **facts)
     precision = trainee.precision
     name = device_info(trainee.device).name
-    log.event("device", progress.step, name=name, precision=precision.name, reason=precision.reason)
+    gib = None if trainee.device_bytes is None else trainee.device_bytes / GIB
+    log.event("device", progress.step, name=name, precision=precision.name, reason=precision.reason, available_gib=gib)
 
 
 def _run_pending(progress: TrainingState, log: RunLog | None, pictures: list[Ready], stop: StopSignal) -> bool:

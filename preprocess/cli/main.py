@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import OVERRIDES, decode, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.model_commands import OVERRIDES, decode, doctor, embed, encode_image, fetch_model, load_prep
 from preprocess.cli.why_command import why
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
@@ -411,7 +411,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (why, fetch_model, embed, encode_image, decode):
+for command in (why, fetch_model, doctor, embed, encode_image, decode):
     main.add_command(command)
 
 

@@ -193,9 +193,10 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
     wantrain doctor configs/demo/train.yaml
     wantrain doctor configs/ti2v_5b_2xv100.yaml --ranges
     """
+    from shards.machine import is_healthy, print_findings
     from train.config.train import TrainConfig
-    from train.doctor.machine import examine, is_healthy, measure_ranges
-    from train.doctor.tables import print_findings, print_ranges
+    from train.doctor.machine import examine, measure_ranges
+    from train.doctor.tables import print_ranges
 
     if config is None and (ranges or overrides):
         raise UserError("--ranges and -o need a CONFIG", fix="wantrain doctor CONFIG --ranges")

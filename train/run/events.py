@@ -4,7 +4,7 @@ Every line has `time` (local, ISO 8601 with its offset), `event`, and `step` (ba
 
     start       base, parameters, trained, revision, processes
     resume      the same, and checkpoint (path of the one that is resumed from)
-    device      name, precision, reason (why this precision)
+    device      name, precision, reason (why this precision), available_gib (the least on any GPU; null on a CPU)
     plan        bucket (the largest), tflop (a step and process), gib (planned peak; null where it is not known)
     checkpoint  path
     waiting     what (is waited for: an operation and its address), reason (the last failure), seconds (since it began),

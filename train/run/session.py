@@ -56,11 +56,17 @@ class Session:
 
 
 def open_session(
-    config: TrainConfig, *, verify: bool = False, start: Path | None = None, ranks: Ranks = ALONE
+    config: TrainConfig,
+    *,
+    verify: bool = False,
+    start: Path | None = None,
+    ranks: Ranks = ALONE,
+    device_bytes: int | None = None,
 ) -> Session:
     """Open the dataset, check it against the model, build the model. Raises UserError for what does not fit.
 
     `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
+    `device_bytes` is what `auto` plans with on every rank; None asks this GPU.
     """
     slots_per_rank(config.data, ranks.layout.dp_size)
     if config.parallel.offload and ranks.layout.base_shards == 1:
@@ -80,7 +86,7 @@ def open_session(
             describe_buckets(order.too_small.items()),
         )
     held_out = choose_held_out(dataset, validation, config.eval) if config.eval else []
-    trainee = make_trainee(config, ranks)
+    trainee = make_trainee(config, ranks, device_bytes)
     dims = trainee.dims
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)

@@ -18,8 +18,8 @@ from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
-from train.device import choose_device, device_info, device_memory
-from train.estimate.saves import make_chooser
+from train.device import available_memory, choose_device, device_info
+from train.estimate.saves import GIB, make_chooser
 from train.geometry import Shape
 from train.lora.export import locate_lora
 from train.lora.formats import name_tensors, raw_pairs, read_lora, save_lora, to_raw_state
@@ -55,6 +55,8 @@ class Trainee:
     """Modules that carry a LoRA; empty when the full model is trained."""
     policy: ChooseSaves | str
     """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
+    device_bytes: int | None = None
+    """Memory that `auto` plans with: the least that was free on any rank's GPU; None on a CPU."""
 
     @property
     def file_name(self) -> str:
@@ -103,23 +105,24 @@ class Trainee:
                 save_dit(self.model, path, metadata)
 
 
-def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
+def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | None = None) -> Trainee:
     """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
     device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
+    device_bytes = device_bytes or available_memory(device)
     precision = resolve_precision(config.precision.compute, device_info(device))
     dims = resolve_dims(config)
     model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
         start = read_lora(locate_lora(Path(config.lora.start_from))[0])
         load_lora_state(model, to_raw_state(start, config.lora), start.origin)
-    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout)
+    policy = choose_policy(config, dims, device_bytes, precision.dtype, ranks.layout)
     if ranks.sequence is not None:
         model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
     keep(model, policy, compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Trainee(config, dims, model, device, precision, weights, adapted, policy)
+    return Trainee(config, dims, model, device, precision, weights, adapted, policy, device_bytes)
 
 
 def _build(
@@ -145,22 +148,21 @@ def _build(
 
 
 def choose_policy(
-    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+    config: TrainConfig, dims: DiTConfig, device_bytes: int | None, dtype: torch.dtype, layout: Layout | None = None
 ) -> ChooseSaves | str:
     """The policy for `recompute.runner.keep`: how blocks choose what to save for their backward pass."""
-    memory = device_memory(device)
     if config.lora is not None:
         layout = layout or Layout()
         return make_chooser(
             config,
             dims,
-            device_bytes=memory,
+            device_bytes=device_bytes,
             compute_bytes=dtype.itemsize,
             base_shards=layout.base_shards,
             ulysses=layout.ulysses,
         )
     policy = config.checkpointing.policy
-    return policy if policy in ("none", "full") else "none" if memory is None else "full"
+    return policy if policy in ("none", "full") else "none" if device_bytes is None else "full"
 
 
 def resolve_dims(config: TrainConfig) -> DiTConfig:
@@ -216,9 +218,10 @@ def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     total = sum(weight.numel() for weight in trainee.model.parameters())
     base = describe_base(trainee.config)
     what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
+    memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
-        f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
+        f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason}){memory}",
     ]
     lines += [f"dataset note: {name}: {note}" for name, note in sorted(dataset.info.notes.items())]
     return lines
