@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from shards.config import Config
+from shards.storage.patience import StorageConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,7 +21,7 @@ CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
 
 
 class CorpusConfig(Config):
-    """Where the annotations lie."""
+    """Where the annotations are."""
 
     location: str
     """A folder, an `s3://bucket/prefix`, a `.jsonl` or `.jsonl.zst`, a `.zip` or `.tar` of JSON files."""
@@ -129,27 +130,20 @@ def check_template(template: str) -> str:
     return template
 
 
+Template = Annotated[str, AfterValidator(check_template)]
+
+
 class CaptionsConfig(Config):
     """How captions are composed."""
 
-    template: str = "{object} {scene} {semantic} {application} {speech}"
+    template: Template = "{object} {scene} {semantic} {application} {speech}"
     """Levels in the order they are joined: `{object}`, `{scene}`, `{semantic}`, `{application}`, `{speech}`."""
-    variants: tuple[str, ...] = ()
+    variants: tuple[Template, ...] = ()
     """Further templates; each makes another caption of the sample with its own embedding."""
     max_tokens: Annotated[int, Field(gt=1, le=512)] = 512
     """Most tokens, end token included."""
     negative_prompt: str | None = None
     """Text of the second null embedding; null: the model's default negative prompt."""
-
-    @field_validator("template")
-    @classmethod
-    def _known_levels(cls, template: str) -> str:
-        return check_template(template)
-
-    @field_validator("variants")
-    @classmethod
-    def _known_levels_of_variants(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_template(template) for template in variants)
 
 
 class SigningConfig(Config):
@@ -162,7 +156,7 @@ class SigningConfig(Config):
     resource: str | None = None
     """What one `policy` opens, such as `https://HOST/clips/*`; null: the clip alone, with `cookies` the whole host."""
     valid_seconds: Annotated[int, Field(ge=10)] = 3600
-    """How long a signature holds; it is made anew in time, and when it is refused."""
+    """How long a signature holds; a new one is made in time, and when it is refused."""
 
     @model_validator(mode="after")
     def _resource_is_read(self) -> SigningConfig:
@@ -190,6 +184,11 @@ class FetchConfig(Config):
     """Most downloads from one host at a time."""
     attempts: Positive = 4
     """Attempts at one clip before it becomes a ledger row."""
+    outage_minutes: Annotated[float, Field(ge=0)] = 60.0
+    """Longest wait for a host that does not answer any request, before the build stops with exit code 75 (run it again
+    to resume); no row is written meanwhile. 0: no wait, each clip of such a host becomes a row."""
+    user_agent: Annotated[str, Field(pattern=r"^[ -~]*$")] = "wanprep"
+    """The User-Agent header of requests over HTTP(S)."""
     sign: SigningConfig = SigningConfig()
     """Signatures for a private CloudFront distribution."""
     s3_endpoint: str | None = None
@@ -212,7 +211,7 @@ class DecodeConfig(Config):
     max_memory_mib: Positive = 1024
     """ffmpeg's limit for one allocation."""
     sd_display_aspect: Literal["4:3", "16:9"] = "4:3"
-    """Display aspect of an SD raster that nothing else speaks for."""
+    """Display aspect of an SD raster where nothing else decides it."""
     threads: Positive = 1
     """Threads of one ffmpeg."""
 
@@ -277,7 +276,7 @@ class EngineConfig(Config):
 
 
 class PrepConfig(Config):
-    """`wanprep build-shards`: the whole of stage 1."""
+    """`wanprep build-shards`: all of stage 1."""
 
     output: str
     """Folder or `s3://bucket/prefix` of the dataset."""
@@ -293,6 +292,7 @@ class PrepConfig(Config):
     encoders: EncodersConfig = EncodersConfig()
     shards: ShardsConfig = ShardsConfig()
     engine: EngineConfig = EngineConfig()
+    storage: StorageConfig = StorageConfig()
 
 
 FROZEN: dict[str, tuple[str, ...]] = {

@@ -116,7 +116,7 @@ class Preparer:
         record, began, stack = candidate.record, time.perf_counter(), ExitStack()
         clip, rejection, attempts = None, None, 0
         try:
-            clip = stack.enter_context(self._fetcher.fetched(record))
+            clip = stack.enter_context(self._fetcher.fetched(record, is_retry=candidate.is_retry))
             attempts = clip.attempts
         except ClipRejected as rejected:
             attempts, rejection = rejected.attempts, rejected.rejection
@@ -151,6 +151,7 @@ class Preparer:
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
                 stage = "decode"
                 decoded = tuple(self._decode(clip.path, record, facts, window, bucket, config) for window in windows)
+                decoded = tuple(each._replace(rejection=clip.judged(each.rejection)) for each in decoded)
                 clock.lap("decode")
         except ClipRejected as rejected:
             rejection = rejected.rejection

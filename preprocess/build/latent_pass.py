@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def chosen_units(plan: Plan, chosen: Collection[int] | None) -> Sequence[int]:
 def build_latents(
     storage: Storage,
     plan: Plan,
-    units: Sequence[int],
+    units: Iterable[int],
     config: PrepConfig,
     scratch: Path,
     *,
@@ -71,7 +71,7 @@ def build_latents(
         from preprocess.build.ray_engine import run_ray
 
         run_ray(
-            storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+            storage, config, list(units), on_description=on_description, on_row=progress.row, on_unit=progress.unit
         )  # fmt: skip
         return
     devices = devices_of(config)

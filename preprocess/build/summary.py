@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from preprocess.build.dataset_info import find_info
+from preprocess.build.progress import describe_facts
+from preprocess.build.scratch import builds_at_work, describe_note
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
 from preprocess.rejection import INTERNAL_ERROR
+from shards.console import duration_words
 from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
 from shards.format.dataset_info import BucketInfo
-from shards.format.names import LATENTS, text_kind
+from shards.format.names import LATENTS, commit_name, text_kind
 from shards.read.outcomes import Outcome, read_outcomes
 from shards.storage.base import Storage
+
+NUM_PACE_UNITS = 20
+"""Units whose commits give the pace of a build that nobody is at work on."""
 
 
 def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
 
 def describe_build(counts: dict[str, Any]) -> list[str]:
     """The counts as lines of text."""
-    units, text = counts["units"], counts["text"]
+    units, text, is_done = counts["units"], counts["text"], not counts["waiting"]
     beyond = counts["beyond_limit"]
     lines = [
         f"records  {counts['records'] + beyond:,} read = {counts['accepted']:,} accepted + "
@@ -72,7 +80,8 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         f"{_mib(counts['bytes']['latents'])} of latents"
         + (f"; {counts['windows_rejected']:,} windows rejected" if counts["windows_rejected"] else ""),
         *(f"  {count:>7,}  {name}" for name, count in counts["buckets"].items() if count),
-        *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"]),
+        # What an unfinished build has not filled yet is no finding.
+        *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"] if is_done),
         f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
@@ -85,6 +94,47 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
     if counts["retryable"]:
         lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
         lines.append("         `wanprep retry CONFIG --retryable`")
+    return lines
+
+
+def count_work(storage: Storage, output: str, counts: dict[str, Any]) -> dict[str, Any]:
+    """Who is at work, how fast, and how long the rest will take, as plain JSON.
+
+    While nobody is at work, the pace is that of the last units: the middle of the times between their commits.
+    """
+    notes = builds_at_work(output)
+    num_left = counts["units"]["planned"] - counts["units"]["latents"]
+    last = sorted(committed_units(storage, LATENTS))[-NUM_PACE_UNITS:] if num_left and not notes else []
+    times = sorted(storage.modified(commit_name(LATENTS, unit)) for unit in last)
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    seconds = median(gaps) if gaps else None
+    return {
+        "builds": notes,
+        "units_left": num_left,
+        "seconds_a_unit": round(seconds, 3) if seconds is not None else None,
+        "seconds_left": round(seconds * num_left) if seconds is not None else None,
+    }
+
+
+def describe_work(work: dict[str, Any]) -> list[str]:
+    """Who is at work, as lines of text."""
+    lines = []
+    for note in work["builds"]:
+        progress = note["progress"]
+        what = (
+            "loading" if progress is None else f"{progress['pass']}: {progress['units']:,} of {progress['of_units']:,}"
+        )
+        lines.append(f"at work  {describe_note(note)}")
+        lines.append(f"         {what}{'' if progress is None else ' units' + describe_facts(progress)}")
+        lines += [
+            f"         {outage['host']} has not answered since {outage['since']} ({outage['reason']}): it is waited for"
+            for outage in note["outages"]
+        ]
+    if not work["builds"] and work["units_left"]:
+        seconds = work["seconds_left"]
+        pace = "" if seconds is None else f"; at the pace of the last units {duration_words(seconds)} are left"
+        lines.append(f"at work  nobody: {work['units_left']:,} units of latents are left{pace}")
+        lines.append("         `wanprep build-shards CONFIG` resumes")
     return lines
 
 

@@ -1,9 +1,9 @@
-"""Who does which unit: dealt one at a time to whoever asks, and dealt again when a worker is lost with it."""
+"""Who does which unit: handed out one at a time to whoever asks, and again when a worker is lost with it."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shards.errors import UserError
 
@@ -13,20 +13,21 @@ MAX_LOSSES = 3
 class WorkQueue:
     """Units that wait, are out with a worker, or are done. Not for several threads at once.
 
-    Any hashable name stands for a worker. Done is what has a commit: the dealer's memory may be lost with its process,
-    and the storage says the rest.
+    Any hashable name may identify a worker. What has a commit is done: this queue may be lost with its process.
     """
 
-    def __init__(self, units: Sequence[int]) -> None:
-        self._waiting = deque(units)
+    def __init__(self, units: Iterable[int]) -> None:
+        """`units`: a sequence, or an iterator that is asked for a unit when a worker is."""
+        self._waiting = deque(units if isinstance(units, Sequence) else ())
+        self._more = iter(() if isinstance(units, Sequence) else units)
         self._out: defaultdict[object, list[int]] = defaultdict(list)
         self._losses: Counter[int] = Counter()
 
     def next(self, worker: object) -> int | None:
         """The unit that `worker` should begin; None: there is none for it now."""
-        if not self._waiting:
+        unit = self._waiting.popleft() if self._waiting else next(self._more, None)
+        if unit is None:
             return None
-        unit = self._waiting.popleft()
         self._out[worker].append(unit)
         return unit
 
@@ -35,12 +36,12 @@ class WorkQueue:
         self._out[worker].remove(unit)
 
     def lost(self, worker: object) -> list[int]:
-        """`worker` is gone: the units that it had come first again; which they are.
+        """`worker` is lost: the units that it had come first again; which they are.
 
         Raises UserError for a unit whose worker was lost three times: it may well be the unit that kills it.
         """
         units = self._out.pop(worker, [])
-        for unit in units[:1]:  # the one that was under way; what lay decoded behind it is not to blame
+        for unit in units[:1]:  # the one it worked on; those that were decoded ahead are not the cause
             self._losses[unit] += 1
             if self._losses[unit] >= MAX_LOSSES:
                 raise UserError(

@@ -35,6 +35,7 @@ from shards.format.commit import Commit
 from shards.format.ledger import LedgerRow
 from shards.format.names import LATENTS
 from shards.storage import open_storage
+from shards.storage.patience import set_patience
 from shards.write.shard_writer import ShardWriter
 
 OnRow = Callable[[LedgerRow], None]
@@ -68,6 +69,7 @@ class UnitWorker:
         if device is not None:
             config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"device": device})})
         self.config, self.scratch, self._num_workers = config, scratch, num_workers
+        set_patience(config.storage)
         self._storage = open_storage(config.output)
         self._plan = open_plan(self._storage)
         self.tokenizer = load_tokenizer(config.encoders)

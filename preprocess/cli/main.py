@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import OVERRIDES, decode, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.model_commands import OVERRIDES, decode, doctor, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.why_command import why
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
+    from preprocess.build.scratch import IfBusy
     from preprocess.config import PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -60,6 +62,7 @@ def main() -> None:
     wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
     wanprep status CONFIG                            progress of a build
+    wanprep why CLIP CONFIG                          what became of one clip, and why
     """
 
 
@@ -216,6 +219,13 @@ def plan(
 @click.option(
     "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
 )
+@click.option(
+    "--if-busy",
+    type=click.Choice(["wait", "share", "refuse"]),
+    default="wait",
+    show_default=True,
+    help="Where another build is at work on the same units: wait until it ends, work beside it, or exit.",
+)
 @_JSON
 @_PROGRESS
 @_QUIET
@@ -226,6 +236,7 @@ def build_shards(
     dry_run: bool,
     only: Literal["latents", "text"] | None,
     unit_range: range | None,
+    if_busy: IfBusy,
     as_json: bool,
     style: Style,
     quiet: bool,
@@ -251,7 +262,7 @@ def build_shards(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
+        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style, if_busy=if_busy)
     _show(counts, describe_build(counts), as_json)
     sys.exit(1 if counts["internal_errors"] else 0)
 
@@ -270,6 +281,7 @@ def build_shards(
 @click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
 @click.option("--dry-run", is_flag=True, help="Print what would be tried again; write nothing, download nothing.")
 @_JSON
+@_PROGRESS
 @_QUIET
 def retry(
     config: Path,
@@ -279,6 +291,7 @@ def retry(
     serve: Path | None,
     dry_run: bool,
     as_json: bool,
+    style: Style,
     quiet: bool,
 ) -> None:
     """Try rejected candidates again, in new shards; finished shards are never rewritten.
@@ -304,7 +317,7 @@ def retry(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet)
+        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet, style=style)
     chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
     lines = [
         *describe_choice(choice, wanted),
@@ -347,7 +360,7 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     \b
     wanprep status configs/mbc_832x480.yaml
     """
-    from preprocess.build.summary import count_dataset, describe_build
+    from preprocess.build.summary import count_dataset, count_work, describe_build, describe_work
     from preprocess.plan.plan import open_plan
     from shards.errors import UserError
     from shards.storage import open_storage
@@ -359,7 +372,8 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         fix = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
         raise UserError(f"output: {loaded.output!r}: nothing has been planned there", fix=fix)
     counts = count_dataset(storage, frozen, "default")
-    _show(counts, describe_build(counts), as_json)
+    counts["work"] = count_work(storage, loaded.output, counts)
+    _show(counts, [*describe_build(counts), *describe_work(counts["work"])], as_json)
 
 
 def _start(quiet: bool) -> None:
@@ -400,7 +414,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (fetch_model, embed, encode_image, decode):
+for command in (why, fetch_model, doctor, embed, encode_image, decode):
     main.add_command(command)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import set_up_logging
+from shards.console import print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,33 @@ def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, re
     click.echo(f"revision {done.revision}: {len(done.downloaded)} files downloaded ({done.num_bytes / 1e9:.2f} GB)")
     num_files = len(done.downloaded + done.present)
     click.echo(f"{len(done.present)} were already there; the digests of all {num_files} are right")
+
+
+@click.command()
+@click.argument("config", type=_PATH, required=False)
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Look for what is wrong with this machine for encoding and, given CONFIG, with a build on it.
+
+    Exits with 1 when something is.
+
+    \b
+    wanprep doctor
+    wanprep doctor configs/demo/prep.yaml
+    """
+    from preprocess.tools.doctor import examine
+    from shards.machine import is_healthy, print_findings
+
+    if config is None and overrides:
+        raise UserError("-o needs a CONFIG", fix="wanprep doctor CONFIG -o …")
+    findings = list(examine(None if config is None else load_prep(config, overrides)))
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_findings(findings)
+    if not is_healthy(findings):
+        raise SystemExit(1)
 
 
 @click.command()
@@ -124,5 +151,8 @@ def decode(
 def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
     from shards.config import load_config
+    from shards.storage.patience import set_patience
 
-    return load_config(PrepConfig, path, overrides)
+    config = load_config(PrepConfig, path, overrides)
+    set_patience(config.storage)
+    return config

@@ -23,6 +23,11 @@ ARCHIVE_SUFFIXES = (".jsonl", ".jsonl.zst", ".zip", ".tar", ".tar.gz", ".tgz")
 
 MAX_WINDOW_BYTES = 2**27
 """Memory that a zstd frame may ask for."""
+MAX_TAR_HEADER_BYTES = 2**20
+"""Most bytes of a long name or of extended attributes in a tar."""
+_LONG_HEADERS = {
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+}  # fmt: skip
 _BLOCK_BYTES = 2**16
 _ZSTD_INPUT_BYTES = 2**10
 
@@ -53,7 +58,8 @@ def iter_archive(location: str) -> Iterator[Document]:
                 yield from _iter_lines(file, path.name)
     except FileNotFoundError:
         raise UserError(f"corpus.location: {location}: no such file") from None
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+    # RecursionError: tarfile reads a header before a header before a header … in a call each.
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, RecursionError) as error:
         raise _damaged(location, error) from None
 
 
@@ -156,7 +162,8 @@ def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
     # "r|*" streams and finds the compression.
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=_TarInfo) as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every member in memory otherwise
+            # tarfile keeps every member and every global header in memory otherwise.
+            archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
             if _is_annotation(member.name) and not member.isdir():
                 yield _tar_document(archive, member)
         if not getattr(archive, "saw_end", False):
@@ -167,6 +174,19 @@ class _TarInfo(tarfile.TarInfo):
     """Records on its archive that the end mark was read: tarfile reports nothing where a header is cut off."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See tarfile, which reads a header of any length that comes before a member's own into memory."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _LONG_HEADERS and info.size > MAX_TAR_HEADER_BYTES:
+            raise _too_long(f"a header of {info.size:,} bytes")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise _too_long("a sparse member, whose header has no bound")
+        return info
+
+    def _proc_gnusparse_10(self, *arguments: object) -> None:
+        raise _too_long("a sparse member, whose header has no bound")
+
+    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         """See tarfile."""
         try:
@@ -174,6 +194,14 @@ class _TarInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             archive.saw_end = True  # type: ignore[attr-defined]
             raise
+
+
+def _too_long(what: str) -> UserError:
+    return UserError(
+        f"corpus.location: a tar archive with {what}",
+        expected=f"headers of at most {MAX_TAR_HEADER_BYTES:,} bytes and no sparse members",
+        fix="pack the annotations again: tar --format=ustar -czf NEW.tar.gz FOLDER",
+    )
 
 
 def _tar_document(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Document:

@@ -108,7 +108,7 @@ def read_url(value: Any, defects: set[str]) -> str | None:
     if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or _USER.match(url):
         defects.add("bad-url")
         return None
-    if "?" in url and (kept := unsigned(url)) != url:
+    if (kept := unsigned(url)) != url:
         defects.add(SIGNED_URL)
         return kept
     return url

@@ -96,10 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _path(self) -> Path | None:
-        """The file asked for, when it lies below the folder and is not hidden."""
-        path = (self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
-        inside = path.is_relative_to(self.server.folder) and not path.name.startswith(".")
-        return path if inside and path.is_file() else None
+        """The requested file, if it is below the folder and no part of its path is hidden; None for any other path."""
+        try:
+            path = (self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
+            inside = path.relative_to(self.server.folder)
+            return path if not any(part.startswith(".") for part in inside.parts) and path.is_file() else None
+        except (OSError, ValueError, RuntimeError):  # NUL, a name too long, a loop of links, not below the folder
+            return None
 
     def _range(self, size: int, tag: str) -> tuple[int, int, bool]:
         """Start, end (exclusive) and whether a part was requested; changed content is sent completely."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,8 @@ _PATTERNS: dict[tuple[CheckpointLayout, Part], tuple[str, ...]] = {
     ("diffusers", "transformer"): ("model_index.json", "transformer/*", "scheduler/*"),
 }
 _CHUNK_BYTES = 2**22
+_USER_IN_URL = re.compile(r"://[^/\s]*@")
+"""User name and password of an endpoint, which no message may hold."""
 
 
 class RemoteFile(NamedTuple):
@@ -93,7 +96,6 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -110,7 +112,7 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
         raise UserError(f"{repository}: not on the hub, or hidden without a token", fix="set HF_TOKEN") from None
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set", fix="unset it to download") from None
-    except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+    except _hub_errors() as error:
         raise _unreachable(error) from None
     return str(info.sha), [_remote(sibling) for sibling in info.siblings or ()]
 
@@ -123,16 +125,17 @@ def _remote(sibling: Any) -> RemoteFile:
     return RemoteFile(str(name), int(sibling.size or 0), sha256, sibling.blob_id)
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def _hub_errors() -> tuple[type[Exception], ...]:
     import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return (httpx2.HTTPError,)
+    return (HfHubHTTPError, OSError, httpx2.HTTPError)
 
 
 def _unreachable(error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     return UserError(
-        f"{_endpoint()}: {type(error).__name__}: {text}",
+        _USER_IN_URL.sub("://", f"{_endpoint()}: {type(error).__name__}: {text}"),
         fix="run the command again: it resumes where it stopped. HF_ENDPOINT names another hub or a mirror",
     )
 
@@ -210,7 +213,6 @@ def _part_size(folder: Path, file: RemoteFile) -> int:
 def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> int:
     """Fetch one file, resuming its part; return the bytes transferred. Raises UserError."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -225,7 +227,7 @@ def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> i
         stream.seek(held)
         try:
             http_get(url, stream, resume_size=held, headers=build_hf_headers(), expected_size=file.size)
-        except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+        except _hub_errors() as error:
             raise _unreachable(error) from None
         stream.flush()
         os.fsync(stream.fileno())

@@ -78,6 +78,10 @@ class ClipCache:
                 raise
             self._warn(f"no space left in {self._folder}: clips are not kept")
 
+    def drop(self, name: str) -> None:
+        """Remove the entry called `name`; one that is not there is no error."""
+        self._entry(name).unlink(missing_ok=True)
+
     def _keep_link(self, path: Path, entry: Path, num_bytes: int) -> bool:
         """True when the entry is there, or there is no room for it; False where links are not possible."""
         with self._locked():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from preprocess.config import SigningConfig
-from preprocess.corpus.url import unsigned
+from preprocess.corpus.url import HttpUrl, unsigned
 from preprocess.fetch.hosts import matches
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_json
@@ -30,7 +30,7 @@ Sign = Callable[[bytes], bytes]
 class Signed(NamedTuple):
     """A request's URL and headers. Both are secret: they are sent to the server and never written."""
 
-    url: str
+    url: HttpUrl
     headers: dict[str, str]
 
 
@@ -53,21 +53,20 @@ class CloudFrontSigner:
         self._lock = threading.Lock()
         self._shared: dict[str, _Statement] = {}
 
-    def sign(self, url: str) -> Signed:
-        """`url` (percent-encoded as it will be requested) with its signature; unchanged on another host."""
-        if not self._covers(url):
+    def sign(self, url: HttpUrl) -> Signed:
+        """`url` with its signature; unchanged on another host."""
+        if not self._covers(url.host):
             return Signed(url, {})
-        url = unsigned(url)
-        mode = self._config.mode
+        # Only the target changes: the host stays the one that was checked.
+        url = url._replace(target=unsigned(url.text)[len(url.text) - len(url.target) :])
+        mode, resource = self._config.mode, self._config.resource
         if mode == "url":
-            statement = self._new_statement(url)
+            statement = self._new_statement(url.text)
             return Signed(_with_query(url, f"Expires={statement.expires}", statement, self._key_pair_id), {})
         if mode == "policy":
-            resource = self._config.resource
-            statement = self._new_statement(url) if resource is None else self._shared_statement(resource)
+            statement = self._new_statement(url.text) if resource is None else self._shared_statement(resource)
             return Signed(_with_query(url, f"Policy={statement.policy}", statement, self._key_pair_id), {})
-        parts = urlsplit(url)
-        statement = self._shared_statement(self._config.resource or f"{parts.scheme}://{parts.netloc}/*")
+        statement = self._shared_statement(resource or f"{url.scheme}://{url.netloc}/*")
         cookies = {
             "CloudFront-Policy": statement.policy,
             "CloudFront-Signature": statement.signature,
@@ -79,10 +78,10 @@ class CloudFrontSigner:
         """Forget the signatures that are shared between clips; whether signing `url` again can help."""
         with self._lock:
             self._shared.clear()
-        return self._covers(url)
+        return self._covers(urlsplit(url).hostname or "")
 
-    def _covers(self, url: str) -> bool:
-        return matches(urlsplit(url).hostname or "", self._hosts)
+    def _covers(self, host: str) -> bool:
+        return matches(host, self._hosts)
 
     def _shared_statement(self, resource: str) -> _Statement:
         """A statement that many clips share, renewed when less than half of its time is left."""
@@ -151,9 +150,10 @@ def _load_key(pem: bytes) -> Sign:
     raise UserError(f"{KEY_VARIABLE}: a key type that CloudFront does not accept", expected="RSA, or ECDSA on P-256")
 
 
-def _with_query(url: str, term: str, statement: _Statement, key_pair_id: str) -> str:
-    separator = "&" if "?" in url else "?"
-    return f"{url}{separator}{term}&Signature={statement.signature}&Key-Pair-Id={key_pair_id}"
+def _with_query(url: HttpUrl, term: str, statement: _Statement, key_pair_id: str) -> HttpUrl:
+    separator = "&" if "?" in url.target else "?"
+    query = f"{separator}{term}&Signature={statement.signature}&Key-Pair-Id={key_pair_id}"
+    return url._replace(target=url.target + query)
 
 
 def _encode(data: bytes) -> str:

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.corpus.fields import SIGNED_URL
@@ -37,17 +38,32 @@ VIDEO_SUFFIXES = (
     ".wmv", ".dv", ".flv", ".3gp", ".gif",
 )  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+_OF_SOUND_CLIPS = frozenset(
+    {"too-short", "too-long", "too-large", "image", "hdr", "matrix-unsupported", "odd-rotation", "size-changes"}
+)
+"""Reasons of probe that only a file read without error can have."""
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 SIGN_FIX = "its annotation's URL came signed, and a plan keeps no signature: set fetch.sign, or a mirror to s3://"
 
 
-class Clip(NamedTuple):
+@dataclass
+class Clip:
     """A clip's file, ready to be probed."""
 
     path: Path
     num_bytes: int
     attempts: int
+    may_be_wrong: bool = False
+    """Whether the file came from elsewhere for the first time: another download may give another."""
+    is_refused: bool = False
+
+    def judged(self, rejection: Rejection | None) -> Rejection | None:
+        """A rejection of this clip or a window: if it refuses the body, that leaves the cache and is retryable once."""
+        if rejection is None or rejection.stage not in ("probe", "decode") or rejection.reason in _OF_SOUND_CLIPS:
+            return rejection
+        self.is_refused = True
+        return rejection._replace(retryable=rejection.retryable or self.may_be_wrong)
 
 
 class FetchCounts(NamedTuple):
@@ -79,9 +95,11 @@ class Fetcher:
         self._scratch = scratch
         self._stop = stop
         self._signer = open_signer(config.sign)
-        hosts, host_limits = AllowedHosts(config.allow_hosts), HostLimits(config.per_host)
-        self._http = HttpSource(hosts, host_limits, self._signer, parallel)
-        self._s3 = S3Source(hosts, host_limits, config.s3_endpoint, parallel)
+        hosts = AllowedHosts(config.allow_hosts)
+        self._host_limits = HostLimits(config.per_host, config.outage_minutes, scratch)
+        self._known_good: dict[str, str] = {}
+        self._http = HttpSource(hosts, self._host_limits, self._signer, parallel, config.user_agent)
+        self._s3 = S3Source(hosts, self._host_limits, config.s3_endpoint, parallel)
         self._cache = ClipCache(Path(config.cache), config.cache_gib) if config.cache else None
         self._counter = ByteCounter()
         self._lock = threading.Lock()
@@ -102,10 +120,11 @@ class Fetcher:
             return FetchCounts(self._counter.num_bytes, num_connections, **self._done)
 
     @contextmanager
-    def fetched(self, record: Record) -> Iterator[Clip]:
+    def fetched(self, record: Record, *, is_retry: bool = False) -> Iterator[Clip]:
         """The clip of `record` as a local file during the block.
 
-        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and TransferStopped.
+        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and TransferStopped. A clip enters the
+        cache after the block, unless a refusal by probe or decode passed through the block or through `Clip.judged`.
         """
         beside = self._beside(record)
         if beside is not None:
@@ -116,49 +135,88 @@ class Fetcher:
             raise _rejected(FetchError("no-source", "no URL in the record and no media file beside its JSON"), 0)
         path = self._scratch / f"clip-{secrets.token_hex(8)}{_suffix(record.url)}"
         try:
-            yield self._cached(record, record.url, path)
+            yield from self._kept(record, record.url, path, is_retry)
         finally:
             path.unlink(missing_ok=True)
 
-    def _cached(self, record: Record, url: str, path: Path) -> Clip:
-        if self._cache is None:
-            return self._download(record, url, path)
+    def _kept(self, record: Record, url: str, path: Path, is_retry: bool) -> Iterator[Clip]:
+        """The clip from the cache or the network; it is kept when the block has not refused it, and removed if so."""
         name = cache_name(url)
-        if self._cache.take(name, path):
+        is_cached = self._cache is not None and self._cache.take(name, path)
+        if is_cached:
             self._count("num_cached")
-            return Clip(path, path.stat().st_size, attempts=0)
-        clip = self._download(record, url, path)
-        self._cache.keep(name, path)
-        return clip
+            clip = Clip(path, path.stat().st_size, attempts=0)
+        else:
+            clip = self._download(record, url, path)
+        clip.may_be_wrong, is_judged = not is_retry, False
+        try:
+            yield clip
+            is_judged = True
+        except ClipRejected as rejected:
+            is_judged = True
+            rejected.rejection = clip.judged(rejected.rejection) or rejected.rejection
+            raise
+        finally:
+            if self._cache is not None and clip.is_refused:
+                self._cache.drop(name)
+            elif self._cache is not None and is_judged and not is_cached:
+                self._cache.keep(name, path)
 
     def _download(self, record: Record, url: str, path: Path) -> Clip:
-        """Repeat attempts until the file is complete, no attempt or time is left, or another attempt cannot help."""
-        config = self._config
-        limits = Limits(
-            time.monotonic() + config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
-            config.min_kib_per_second * 1024, self._stop.is_set,
-        )  # fmt: skip
+        """Repeat attempts until the file is complete, no attempt or time is left, or another attempt cannot help.
+
+        Before an error becomes a row, the host is asked for something else: while it is down, no attempt counts.
+        """
+        config, source = self._config, self._mirrored(url)
+        host = _host_key(source)
+        limits = self._limits()
+        attempt, host_answers = 0, config.outage_minutes == 0
         with path.open("xb", buffering=CHUNK_BYTES) as file:
             partial = Partial(file, self._counter)
-            for attempt in range(1, config.attempts + 1):
-                error = self._attempt(url, partial, limits)
+            while True:
+                attempt += 1
+                error = self._attempt(source, partial, limits)
                 if self._stop.is_set():
                     raise TransferStopped
                 if error is None:
+                    self._host_limits.succeeded(host)
+                    self._known_good[host] = source
                     self._count("num_downloaded")
                     return Clip(path, partial.num_bytes, attempt)
                 wait_seconds = _wait_seconds(error, attempt)
-                last = attempt == config.attempts or not error.again
-                if last or time.monotonic() + wait_seconds > limits.deadline:
+                is_last = attempt >= config.attempts or not error.again
+                is_last |= time.monotonic() + wait_seconds > limits.deadline
+                is_suspect = error.again and self._host_limits.failed(host)
+                if error.again and not host_answers and (is_last or is_suspect):
+                    if self._host_limits.wait_out(host, error.reason, lambda: self._answers(source), limits):
+                        attempt = 0
+                    else:  # the clip gets one attempt more: the host may have come back meanwhile
+                        host_answers, attempt = True, min(attempt, config.attempts - 1)
+                    limits = self._limits()
+                    continue
+                if is_last:
                     raise _rejected(self._explained(error, record), attempt)
                 LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), error.reason, attempt, wait_seconds)
                 self._count("num_again")
                 self._stop.wait(wait_seconds)
-        raise AssertionError("unreachable: attempts is positive")
+
+    def _limits(self) -> Limits:
+        config = self._config
+        return Limits(
+            time.monotonic() + config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
+            config.min_kib_per_second * 1024, self._stop.is_set,
+        )  # fmt: skip
+
+    def _answers(self, url: str) -> bool:
+        """Whether the host of `url` answers: the last clip that came from it, else its root."""
+        limits = self._limits()
+        if url.startswith("s3://"):
+            return self._s3.answers(url, limits)
+        known_good = self._known_good.get(_host_key(url))
+        return self._http.answers(known_good or urljoin(url, "/"), limits, is_clip=known_good is not None)
 
     def _attempt(self, url: str, partial: Partial, limits: Limits) -> FetchError | None:
         """One attempt. The error is returned, not raised: its chain holds library errors that contain the full URL."""
-        url = self._mirrored(url)
         try:
             if url.startswith("s3://"):
                 self._s3.attempt(url, partial, limits)
@@ -199,6 +257,15 @@ class Fetcher:
         suffixes = kinds.get(record.media_type or "", VIDEO_SUFFIXES + IMAGE_SUFFIXES)
         names = (source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper()))
         return next((path for path in names if path.is_file()), None)
+
+
+def _host_key(url: str) -> str:
+    """What stands for the host of `url` in `HostLimits`: the bucket, or the host."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # refused before it is requested
+        return ""
+    return f"s3://{parts.netloc}" if parts.scheme == "s3" else parts.hostname or ""
 
 
 def _rejected(error: FetchError, attempts: int) -> ClipRejected:

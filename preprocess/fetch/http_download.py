@@ -5,13 +5,14 @@ from __future__ import annotations
 import email.utils
 import re
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
-from preprocess.corpus.url import redact
+from preprocess.corpus.url import check_printable, redact
 from preprocess.fetch.cloudfront import CloudFrontSigner
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
-from preprocess.fetch.transfer import FetchError, Limits, Partial
+from preprocess.fetch.transfer import FetchError, Limits, Partial, is_document
 from preprocess.fetch.transport import Transport, chunks_of
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
-_PLAIN = re.compile(
-    r"https?://[a-z0-9.-]+(?::[1-9]\d{0,4})?/[\w\-.~!$&'()*+,;=:@/]*(?:\?[\w\-.~!$&'()*+,;=:@/?]*)?", re.ASCII
-)
-"""A URL that percent-encoding does not change, unless a segment of its path consists of dots."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
 _UNSIGNED = ("fetch-401", "fetch-403")
@@ -33,8 +30,10 @@ class HttpSource:
     """Downloads over HTTP(S) from allowed hosts, signed where a signer covers the host."""
 
     def __init__(
-        self, hosts: AllowedHosts, host_limits: HostLimits, signer: CloudFrontSigner | None, parallel: int
-    ) -> None:
+        self, hosts: AllowedHosts, host_limits: HostLimits, signer: CloudFrontSigner | None, parallel: int,
+        user_agent: str,
+    ) -> None:  # fmt: skip
+        self._user_agent = user_agent
         self._hosts = hosts
         self._host_limits = host_limits
         self._signer = signer
@@ -59,19 +58,39 @@ class HttpSource:
                 error.detail += ", though signed twice: check the key, its policy and the clock"
             raise
 
-    def _follow(self, url: str, partial: Partial, limits: Limits) -> None:
-        """Send the request, following redirects within the allowed hosts."""
+    def answers(self, url: str, limits: Limits, *, is_clip: bool) -> bool:
+        """Whether the host of `url` serves requests: a refusal such as 404 is an answer, a document as a clip is not.
+
+        Raises TransferStopped.
+        """
+        try:
+            self._follow(url, None, limits, is_clip)
+        except FetchError as error:
+            return not error.again
+        return True
+
+    def _follow(self, url: str, partial: Partial | None, limits: Limits, is_clip: bool = True) -> None:
+        """Send the request, following redirects within the allowed hosts.
+
+        Without `partial` only the first byte is requested, also from a host that is waited for.
+        """
         first_url = url
         for _ in range(MAX_REDIRECTS + 1):
-            host = self._hosts.check_url(url)
-            asked, headers = _spelled(url), _headers(partial)
+            spelled = self._hosts.check_url(url)
+            headers = {"Range": "bytes=0-63"} if partial is None else _range_headers(partial)
+            headers |= {"Accept-Encoding": "identity", "User-Agent": self._user_agent}
+            host = spelled.host
             if self._signer is not None:
-                asked, cookies = self._signer.sign(asked)
+                spelled, cookies = self._signer.sign(spelled)
                 headers |= cookies
-            with self._host_limits.slot(host, limits), self.transport.get(asked, headers, limits) as response:
+            slot = nullcontext() if partial is None else self._host_limits.slot(host, limits)
+            with slot, self.transport.get(spelled, headers, limits) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
-                    self._receive(response, host, partial, limits)
+                    if partial is None:
+                        _check_answer(response, limits, is_clip)
+                    else:
+                        self._receive(response, host, partial, limits)
                     return
             url = self._redirected(url, location)
         detail = f"more than {MAX_REDIRECTS} redirects from {redact(first_url)}"
@@ -88,6 +107,7 @@ class HttpSource:
 
     def _redirected(self, url: str, location: str) -> str:
         try:
+            check_printable(location)  # urljoin would drop a tab without a word
             target = urljoin(url, location)
         except ValueError:
             raise FetchError("fetch-redirect-refused", "to something that is not a URL", retryable=True) from None
@@ -101,25 +121,20 @@ class HttpSource:
         return target
 
 
-def _spelled(url: str) -> str:
-    """`url` as it is sent, percent-encoded: a signature must cover this text. Raises FetchError."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
-    if _PLAIN.fullmatch(url) and "/." not in url:
-        return url
-    try:
-        return parse_url(url)._replace(fragment=None).url
-    except LocationParseError:
-        raise FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}") from None
-
-
-def _headers(partial: Partial) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity", "User-Agent": "wanprep"}
+def _range_headers(partial: Partial) -> dict[str, str]:
     if partial.resumable:
-        return headers | {"Range": f"bytes={partial.num_bytes}-", "If-Range": str(partial.validator)}
+        return {"Range": f"bytes={partial.num_bytes}-", "If-Range": str(partial.validator)}
     partial.restart()
-    return headers
+    return {}
+
+
+def _check_answer(response: BaseHTTPResponse, limits: Limits, is_clip: bool) -> None:
+    """Raises FetchError for a server error, and where a clip was expected and a document came."""
+    if response.status not in (200, 206, 416):
+        raise refusal(response.status)
+    start = next(iter(chunks_of(response, limits)), b"")
+    if is_clip and start and is_document(start[:64]):
+        raise FetchError("fetch-not-media", "a document instead of a clip", again=True)
 
 
 def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None:
@@ -138,6 +153,7 @@ def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None
         return
     partial.restart()
     partial.validator = _validator(response)
+    partial.content_type = response.headers.get("Content-Type", "")
     partial.total_bytes = _declared_length(response)
     limits.check_bytes(partial.total_bytes or 0)
 

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from preprocess.corpus.url import redact, unsigned
+from preprocess.corpus.url import HttpUrl, redact, unsigned
 from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import accept, refusal
 from preprocess.fetch.transfer import FetchError, Limits, Partial
@@ -47,13 +47,26 @@ class S3Source:
             request |= {"Range": f"bytes={partial.num_bytes}-", "IfMatch": partial.validator}
         else:
             partial.restart()
-        with self._host_limits.slot(f"s3://{request['Bucket']}", limits), self.transport.watching(url, limits):
-            response = self._ask(request, partial, limits)
+        with (
+            self._host_limits.slot(f"s3://{request['Bucket']}", limits),
+            self.transport.watching(f"s3://{request['Bucket']}", limits),
+        ):
+            response = self._ask("get_object", request, partial, limits)
             try:
                 accept(response, partial, limits)
                 partial.append(chunks_of(response, limits), limits)
             finally:
                 response.close()
+
+    def answers(self, url: str, limits: Limits) -> bool:
+        """Whether the server of the bucket answers: a refusal is an answer. Raises TransferStopped, UserError."""
+        bucket = urlsplit(url).netloc
+        try:
+            with self.transport.watching(f"s3://{bucket}", limits):
+                self._ask("list_objects_v2", {"Bucket": bucket, "MaxKeys": 1}, None, limits).close()
+        except FetchError as error:
+            return not error.again
+        return True
 
     def _request(self, url: str) -> dict[str, Any]:
         """Bucket, key and version of a URL that may be requested."""
@@ -67,14 +80,14 @@ class S3Source:
         version = {"VersionId": options["versionId"][0]} if options else {}
         return {"Bucket": bucket, "Key": key, **version}
 
-    def _ask(self, request: dict[str, Any], partial: Partial, limits: Limits) -> BaseHTTPResponse:
-        """GetObject's response, its body unread."""
+    def _ask(self, call: str, request: dict[str, Any], partial: Partial | None, limits: Limits) -> BaseHTTPResponse:
+        """The response to a call of the client; of `get_object` its body is unread."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         client = self._s3()
         self._current.limits = limits
         try:
-            client.get_object(**request)
+            getattr(client, call)(**request)
         except ClientError as error:
             raise _refusal(error, partial) from None
         except (NoCredentialsError, PartialCredentialsError) as error:
@@ -104,6 +117,9 @@ class S3Source:
                     client = session.client("s3", endpoint_url=self._endpoint, config=options)
                 except (BotoCoreError, ValueError) as error:
                     raise UserError(f"fetch from s3://: {error}", expected="a profile, region and endpoint") from None
+                if "@" in urlsplit(client.meta.endpoint_url).netloc:
+                    fix = "remove it from fetch.s3_endpoint or AWS_ENDPOINT_URL; S3 reads keys from the AWS variables"
+                    raise UserError("the S3 endpoint carries a user name or password", fix=fix)
                 client.meta.events.register("before-send.s3", self._send)
                 self._client = client
             return self._client
@@ -112,7 +128,9 @@ class S3Source:
         """Send what boto3 has signed. Called by botocore, in the thread of `_ask`."""
         from botocore.awsrequest import AWSResponse
 
-        response = self.transport.send(request.url, dict(request.headers), self._current.limits)
+        parts = urlsplit(request.url)  # an endpoint may have any name that the user's network resolves
+        url = HttpUrl(parts.scheme, str(parts.hostname), parts.port, request.url.split(parts.netloc, 1)[1])
+        response = self.transport.send(url, dict(request.headers), self._current.limits)
         self._current.response = response
         return AWSResponse(request.url, response.status, response.headers, response)
 
@@ -123,9 +141,9 @@ class S3Source:
             self._client.close()
 
 
-def _refusal(error: Any, partial: Partial) -> FetchError:
+def _refusal(error: Any, partial: Partial | None) -> FetchError:
     code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in _CHANGED:
+    if code in _CHANGED and partial is not None:
         partial.restart()
         return FetchError("fetch-changed", "the object changed while it was read", again=True)
     status = _STATUS_OF_CODE.get(code) or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)

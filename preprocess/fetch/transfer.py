@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO
 
+from preprocess.rejection import short
+
 _SNIFFED_BYTES = 512
-_DOCUMENTS = (b"<", b"{")
-"""How HTML, XML and JSON begin, and no video or picture."""
+_DOCUMENTS = (
+    b"<", b"{", b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"(\xb5/\xfd",
+    b"\x7fELF", b"MZ", b"\xff\xfe", b"\xfe\xff",
+)  # fmt: skip
+"""How HTML, XML, JSON, PDF, archives, programs and UTF-16 begin, and no video or picture."""
+_DOCUMENT_TYPES = re.compile(r"text/|application/(?:\w+\+)?(?:json|xml|pdf|zip|gzip|javascript|html)\b|multipart/")
+_MEDIA = re.compile(
+    rb".{4}(?:ftyp|moov|mdat|wide|free|skip|jP  |G)|\x1aE\xdf\xa3|RIFF|G|\x00\x00\x01[\xb0-\xbf]|OggS|FLV|0&\xb2u"
+    rb"|\x06\x0e\x2b4|\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|\x1f\x07\x00", re.DOTALL
+)  # fmt: skip
+"""How the containers of clips begin: such a body is a clip whatever its Content-Type is."""
+_CONTROLS = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 
 
 class FetchError(Exception):
     """One attempt failed. `again`: another attempt now may help; `retryable`: another build may."""
 
     def __init__(
-        self,
-        reason: str,
-        detail: str,
-        *,
-        again: bool = False,
-        retryable: bool = False,
+        self, reason: str, detail: str, *, again: bool = False, retryable: bool = False,
         wait_seconds: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.reason = reason
         self.detail = detail
         self.again = again
@@ -91,6 +99,7 @@ class Partial:
         self.validator: str | None = None
         self.total_bytes: int | None = None
         """The content's length by the first response."""
+        self.content_type = ""
 
     @property
     def resumable(self) -> bool:
@@ -130,13 +139,23 @@ class Partial:
         """Refuse what is clearly not a clip: an error page with status 200 says nothing about the clip."""
         if self.num_bytes == 0:
             raise FetchError("fetch-empty", "a body of 0 bytes", again=True)
-        start = self._start[:_SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
-        if start.startswith(_DOCUMENTS):
-            num_bytes = self.num_bytes
+        if is_document(self._start[:_SNIFFED_BYTES], self.content_type):
+            num_bytes, kind = self.num_bytes, short(self.content_type, 60) or "unknown type"
             self.restart()
-            raise FetchError(
-                "fetch-not-media", f"{num_bytes:,} bytes of HTML, XML or JSON instead of a clip", again=True
-            )
+            detail = f"{num_bytes:,} bytes of text, an archive or another document ({kind}) instead of a clip"
+            raise FetchError("fetch-not-media", detail, again=True)
+
+
+def is_document(start: bytes, content_type: str = "") -> bool:
+    """Whether a body that begins so is an error page or any other document, and not a clip.
+
+    The first bytes decide; the Content-Type only where they are unknown, for servers often declare clips wrongly.
+    """
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    # No container's first bytes are without control characters; text of any encoding is.
+    if text.startswith(_DOCUMENTS) or start.translate(None, _CONTROLS) == start:
+        return True
+    return _MEDIA.match(start) is None and _DOCUMENT_TYPES.match(content_type.strip().lower()) is not None
 
 
 class _Pace:

@@ -16,14 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from preprocess.corpus.url import redact
+from preprocess.corpus.url import HttpUrl
 from preprocess.fetch.transfer import FetchError, Limits
+from shards.console import LOG
+from shards.errors import UserError
 
 CHUNK_BYTES = 1 << 18
 _MAX_DRAINED_BYTES = 1 << 16
@@ -43,22 +46,30 @@ class Transport:
         self._check_address = check_address
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
+        self._connections_per_host = connections_per_host
+        self._proxies = getproxies_environment()
         self._pools = urllib3.PoolManager(num_pools=32, maxsize=connections_per_host, block=False)
         self._pools.pool_classes_by_scheme = _pool_classes(self._connected, self._watchdog.watch_socket)
+        self._proxy_pools = {
+            scheme: self._open_proxy(scheme, proxy)
+            for scheme in ("http", "https")
+            if (proxy := self._proxies.get(scheme) or self._proxies.get("all"))
+        }
 
     def close(self) -> None:
         """Close the connections and end the watchdog."""
-        self._pools.clear()
+        for pools in (self._pools, *self._proxy_pools.values()):
+            pools.clear()
         self._watchdog.close()
 
     @contextmanager
-    def get(self, url: str, headers: Mapping[str, Any], limits: Limits) -> Iterator[urllib3.BaseHTTPResponse]:
-        """The response to GET `url` exactly as it is spelled, its body unread; the caller follows redirects.
+    def get(self, url: HttpUrl, headers: Mapping[str, Any], limits: Limits) -> Iterator[urllib3.BaseHTTPResponse]:
+        """The response to GET `url`, its body unread; the caller follows redirects.
 
         When the block reads the body to its end, or the body is short, the connection is used again.
         Raises FetchError and TransferStopped for every error of the network, within the block too.
         """
-        with self.watching(url, limits):
+        with self.watching(url.host, limits):
             response = self.send(url, headers, limits)
             try:
                 yield response
@@ -72,7 +83,7 @@ class Transport:
             _leave(response)
 
     @contextmanager
-    def watching(self, url: str, limits: Limits) -> Iterator[None]:
+    def watching(self, host: str, limits: Limits) -> Iterator[None]:
         """Around `send` and the reading of its response: the watchdog checks it, errors become FetchError.
 
         The libraries' error texts contain the URL with its query: only their types are passed on.
@@ -82,18 +93,19 @@ class Transport:
                 yield
             except urllib3.exceptions.HTTPError as error:
                 limits.remaining_seconds()  # raises if the watchdog or a stop caused the error
-                raise _as_fetch_error(error, url, limits) from None
-            except UnicodeError:
-                raise FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}") from None
+                raise _as_fetch_error(error, host, limits) from None
 
-    def send(self, url: str, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
+    def send(self, url: HttpUrl, headers: Mapping[str, Any], limits: Limits) -> urllib3.BaseHTTPResponse:
         """One request, within `watching`; errors are urllib3's own."""
         seconds = min(limits.silence_seconds, limits.remaining_seconds())
-        parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        response = self._pools.connection_from_host(parts.hostname, parts.port, parts.scheme).urlopen(
+        pools, target = self._pools, url.target
+        if url.scheme in self._proxy_pools and not proxy_bypass_environment(url.netloc, self._proxies):
+            pools = self._proxy_pools[url.scheme]
+            if url.scheme == "http":  # the proxy reads the host from the request line
+                target, headers = url.text, {"Host": url.netloc, **headers}
+        response = pools.connection_from_host(url.host, url.port, url.scheme).urlopen(
             "GET", target, headers=headers, timeout=urllib3.Timeout(connect=seconds, read=seconds),
-            retries=_NO_RETRIES, redirect=False, preload_content=False, decode_content=False,
+            retries=_NO_RETRIES, redirect=False, assert_same_host=False, preload_content=False, decode_content=False,
         )  # fmt: skip
         try:
             limits.remaining_seconds()  # a head that the watchdog cut off looks like a short one
@@ -102,9 +114,32 @@ class Transport:
             raise
         return response
 
-    def _connected(self, host: str, address: str) -> None:
+    def _open_proxy(self, scheme: str, proxy: str) -> urllib3.ProxyManager:
+        """Connections through a proxy of the environment. The proxy resolves the names: no address is checked."""
+        address = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        if address.scheme not in ("http", "https") or not address.host:
+            problem = f"{scheme.upper()}_PROXY: a proxy of kind {address.scheme}://"
+            raise UserError(problem, expected="http://HOST:PORT", fix="set NO_PROXY for the hosts of the clips")
+        auth = urllib3.util.make_headers(proxy_basic_auth=unquote(address.auth)) if address.auth else None
+        pools = urllib3.ProxyManager(
+            address._replace(auth=None).url, num_pools=32, maxsize=self._connections_per_host, block=False,
+            proxy_headers=auth,
+        )  # fmt: skip
+        pools.pool_classes_by_scheme = _pool_classes(self._count_connection, self._watchdog.watch_socket)
+        if self._check_address is not None:
+            LOG.info(
+                "fetch: %s:// goes through the proxy %s; which addresses it reaches is not checked",
+                scheme,
+                address.netloc,
+            )
+        return pools
+
+    def _count_connection(self, host: str, address: str) -> None:
         with self._lock:
             self.num_connections += 1
+
+    def _connected(self, host: str, address: str) -> None:
+        self._count_connection(host, address)
         if self._check_address is not None:
             self._check_address(host, address)
 
@@ -220,8 +255,8 @@ def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPRes
         raise
 
 
-def _as_fetch_error(error: urllib3.exceptions.HTTPError, url: str, limits: Limits) -> FetchError:
-    kind, host = type(error).__name__, urlsplit(url).hostname
+def _as_fetch_error(error: urllib3.exceptions.HTTPError, host: str, limits: Limits) -> FetchError:
+    kind = type(error).__name__
     match error:
         case urllib3.exceptions.NewConnectionError():  # a subclass of ConnectTimeoutError, but not a time-out
             return FetchError("fetch-connection", f"{host}: {kind}", again=True)
@@ -231,8 +266,6 @@ def _as_fetch_error(error: urllib3.exceptions.HTTPError, url: str, limits: Limit
             return FetchError("fetch-tls", f"TLS with {host} failed", retryable=True)
         case urllib3.exceptions.InvalidHeader():
             return FetchError("fetch-bad-length", f"{host}: Content-Length is not one number", again=True)
-        case urllib3.exceptions.LocationValueError():
-            return FetchError("fetch-bad-url", f"cannot be requested: {redact(url)}")
     return FetchError("fetch-connection", f"{host}: {kind}", again=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from shards.format.dataset_info import read_info
 from shards.format.names import LATENTS, parse_name, text_kind
 from shards.read.index import list_root, text_sets
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage
+from shards.storage.local import LocalStorage, lock_file
 from shards.storage.s3 import S3Storage
 
 
@@ -128,14 +127,13 @@ def _sweep_folder(folder: Path, newest: float, delete: bool) -> Orphan | None:
     """A complete scratch folder. The process that uses one holds an exclusive lock on it (`flock`) while it runs."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_file(lock, folder, wait=False):  # its process still runs, or nobody can know
+            return None
         stats = [folder.stat(), *(path.stat() for path in folder.rglob("*"))]
         if max(stat.st_mtime for stat in stats) > newest:
             return None
         if delete:
             shutil.rmtree(folder)
         return Orphan(f"{folder.name}/", sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode)))
-    except BlockingIOError:  # its process still runs
-        return None
     finally:
         os.close(lock)

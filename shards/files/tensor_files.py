@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_file
 from shards.format.sealed_json import canonical_json
 
 PROMPTS_KIND = "wan-prompts-1"
@@ -95,14 +96,13 @@ def read_latent_facts(path: str | Path) -> dict[str, str]:
 
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
+    with named_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # One entry, because safetensors writes several in an order that changes from run to run.
     header = {HEADER_KEY: canonical_json(dict(facts)).decode()}
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary, header)
-    temporary.rename(path)
+    write_file(path, [save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, header)])
 
 
 def _read(

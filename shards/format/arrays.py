@@ -23,6 +23,8 @@ DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "bfloat16": np.d
 """Names of the stored types; bfloat16 is stored, and comes back, as its bits in uint16."""
 MAX_ARRAY_BYTES = 2**28
 """Largest array of the format: a 121-frame 1280×704 latent in float32 is a twelfth of it."""
+MAX_LATENT_MAGNITUDE = 1000.0
+"""Latents are normalised to a standard deviation near 1: values beyond this are not an encoder's."""
 MAX_DIMENSIONS = 8
 _LEVEL = 1
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -95,6 +97,26 @@ def array_facts(array: np.ndarray) -> dict[str, Any]:
     dtype = dtype_name(array.dtype)
     data = np.ascontiguousarray(array, DTYPES[dtype])
     return {"shape": list(array.shape), "dtype": dtype, "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    """The largest absolute value of a stored array; infinity where it holds infinities or NaN.
+
+    By the bits, which for a cleared sign grow with the value: numpy computes in float16 far more slowly.
+    """
+    if not array.size:
+        return 0.0
+    name = dtype_name(array.dtype)
+    words = array.view(np.uint32 if name == "float32" else np.uint16)
+    largest = np.bitwise_and(words, np.iinfo(words.dtype).max >> 1).max()
+    bits = np.uint32(largest) << 16 if name == "bfloat16" else largest
+    found = float(bits.view(np.float32 if name != "float16" else np.float16))
+    return found if math.isfinite(found) else math.inf
+
+
+def implausible_latent(largest: float) -> str:
+    """What to say of a latent beyond MAX_LATENT_MAGNITUDE."""
+    return f"values up to {largest:.3g}: a normalised latent stays below {MAX_LATENT_MAGNITUDE:g}"
 
 
 def dtype_name(dtype: np.dtype) -> str:

@@ -15,6 +15,8 @@ from shards.format.arrays import check_frame
 from shards.format.sealed_json import canonical_json
 
 MAX_LINE_BYTES = 2**24
+_FREE_LINE_BYTES, _MAX_RATIO = 2**20, 100
+"""A line may be this long in any file, and this many times the file's bytes longer: a small file asks for little."""
 
 
 class WindowRow(Config):
@@ -79,6 +81,7 @@ def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
 def read_ledger_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
     """Lines of one zstd frame with checksum, streamed: memory is bounded by one line. Raises ShardDamage."""
     check_frame(data, file)
+    max_line_bytes = min(max_line_bytes, _FREE_LINE_BYTES + _MAX_RATIO * len(data))
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
     reader = io.BufferedReader(decompressor.stream_reader(data), 2**17)
     try:

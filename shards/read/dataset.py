@@ -8,6 +8,7 @@ the tar header, the frame's checksum against its content and against the commit,
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple, TypeVar, overload
 import numpy as np
 
 from shards.errors import ShardDamage, UserError
-from shards.format.arrays import MAX_ARRAY_BYTES, decode_array, frame_checksum
+from shards.format.arrays import (
+    MAX_ARRAY_BYTES,
+    MAX_LATENT_MAGNITUDE,
+    decode_array,
+    frame_checksum,
+    implausible_latent,
+    largest_magnitude,
+)
 from shards.format.dataset_info import DatasetInfo, text_command
 from shards.format.names import JSON_MEMBER, LATENT_MEMBER, text_member
 from shards.format.sealed_json import parse_json
@@ -28,6 +36,10 @@ from shards.storage.base import Storage
 _ATTEMPTS = 2
 _MAX_MEMBER_BYTES = 2 * MAX_ARRAY_BYTES
 _NULL_KEYS = ("empty", "negative")
+_FIX_VALUES = (
+    "`wanshards verify --deep ROOT` lists all such arrays; delete their units' commits and build these again with "
+    "`wanprep build-shards`"
+)
 Value = TypeVar("Value")
 
 
@@ -132,9 +144,33 @@ class Dataset:
         except KeyError:
             raise UserError(f"no sample {key!r} in {self._opened.where()}", fix="`wanshards ls ROOT --keys`") from None
 
-    def latent(self, key: str | int) -> np.ndarray:
-        """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`)."""
-        return self._array(self._opened.latents, self._ordinal(key), 0, LATENT_MEMBER)
+    def latent(self, key: str | int, *, plausible: bool = True) -> np.ndarray:
+        """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`).
+
+        Raises ShardDamage, also of a latent that holds infinities, NaN, or values that no encoder gives, unless not
+        `plausible`: only to look at it.
+        """
+        row, table = self._ordinal(key), self._opened.latents
+        array = self._array(table, row, 0, LATENT_MEMBER)
+        if plausible and not (largest := largest_magnitude(array)) <= MAX_LATENT_MAGNITUDE:
+            shard = table.shards[int(table.shard[row])]
+            what = "it holds infinities or NaN" if largest == math.inf else implausible_latent(largest)
+            member, offset = f"{table.keys[row]}.{LATENT_MEMBER}", int(table.arrays[0, table.start[row]])
+            raise ShardDamage(self.storage(shard).url(shard.tar), what, member=member, offset=offset, fix=_FIX_VALUES)
+        return array
+
+    def latent_channels(self) -> dict[int, str]:
+        """The numbers of channels of the dataset's latents, each with a sample that has it. Nothing is read."""
+        table = self._opened.latents
+        channels = np.array([spec.shape[0] if spec.shape else 0 for spec in table.specs], np.int64)
+        found, first = np.unique(channels[table.arrays[3, table.start[:-1]]], return_index=True)
+        return {int(number): table.keys[row] for number, row in zip(found, first, strict=True)}
+
+    def missing_units(self) -> str | None:
+        """What is planned and not there, for people; None where all planned units of latents are open."""
+        planned = sum(self._opened.num_planned)
+        there = len(self._opened.latents.shards)
+        return None if there >= planned else f"{there:,} of {planned:,} planned units are there"
 
     def latent_dtype(self, key: str | int) -> str:
         """'float16', 'bfloat16' or 'float32'."""

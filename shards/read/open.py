@@ -22,8 +22,6 @@ from shards.storage import open_storage
 from shards.storage.base import Storage
 
 _MAX_NAMED = 12
-Pinned = dict[tuple[str, int, str], int]
-"""Commits to open, by (kind, unit, revision), and how many roots hold them."""
 
 
 class Opened(NamedTuple):
@@ -40,6 +38,8 @@ class Opened(NamedTuple):
     """int64 [N]."""
     null: Table | None
     revision: str
+    num_planned: list[int]
+    """Units that each root's plan has."""
 
     @property
     def text_identity_digest(self) -> str | None:
@@ -95,7 +95,7 @@ def open_roots(
         )
     _warn_provenance(provenance)
     tables = {name: builder.table(where) for name, builder in builders.items()}
-    opened = _join(storages, infos[0], text_set, tables)
+    opened = _join(storages, infos, text_set, tables)
     _refuse_doubled(opened)
     if revision is not None and opened.revision != revision:
         raise UserError(
@@ -172,7 +172,7 @@ def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storag
         )
 
 
-def _join(storages: list[Storage], info: DatasetInfo, text_set: str | None, tables: dict[str, Table]) -> Opened:
+def _join(storages: list[Storage], infos: list[DatasetInfo], text_set: str | None, tables: dict[str, Table]) -> Opened:
     latents, null = tables[LATENTS], tables["null"]
     text = tables[text_kind(text_set)] if text_set else None
     rows = np.zeros(len(latents.keys), np.int64)
@@ -182,7 +182,9 @@ def _join(storages: list[Storage], info: DatasetInfo, text_set: str | None, tabl
         variants = np.diff(text.start)[rows]
     shards = [shard for table in (latents, text, null) if table for shard in table.shards]
     revision = dataset_revision((shard.kind, shard.unit, shard.revision) for shard in shards)
-    return Opened(storages, info, text_set, latents, text, rows, variants, null if null.keys else None, revision)
+    planned = [len(info.planned_units()) for info in infos]
+    null = null if null.keys else None
+    return Opened(storages, infos[0], text_set, latents, text, rows, variants, null, revision, planned)
 
 
 def _text_rows(latents: Table, text: Table, text_set: str, storages: list[Storage]) -> np.ndarray:

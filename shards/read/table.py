@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,16 @@ def unpack(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text, validate=True), "<i8").astype(np.int64, copy=False)
 
 
+@contextmanager
+def refusing_odd_columns(columns: Mapping[str, Any], file: str) -> Iterator[None]:
+    """Raise ShardDamage naming `file` where the columns turn out not to be those of a unit."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+        what = f"the columns of unit {columns.get('unit')!r} do not fit together: {type(error).__name__} {error}"
+        raise ShardDamage(file, what[:300], fix="`wanshards index ROOT` rebuilds the index") from None
+
+
 class Spec(NamedTuple):
     """Dtype name and shape of an array."""
 
@@ -128,11 +139,8 @@ class TableBuilder:
 
     def add(self, root: int, columns: Mapping[str, Any], file: str) -> None:
         """Append one unit of root number `root`. Raises ShardDamage naming `file` on inconsistent columns."""
-        try:
+        with refusing_odd_columns(columns, file):
             self._append(root, columns)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            what = f"the columns of unit {columns.get('unit')!r} do not fit together: {type(error).__name__} {error}"
-            raise ShardDamage(file, what, fix="`wanshards index ROOT` rebuilds the index") from None
 
     def table(self, file: str) -> Table:
         """The table of all units added. Raises ShardDamage on numbers out of range."""

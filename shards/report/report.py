@@ -1,4 +1,4 @@
-"""`wanshards report`: one HTML file of a dataset: what it holds, what fell out and why, samples to look at."""
+"""`wanshards report`: one HTML file of a dataset: what it holds, what was refused and why, and samples."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from shards.format.dataset_info import read_info
 from shards.page.html_page import page, tag
 from shards.report.gallery import REFUSED_SHARE, Gallery, RefusedKeeper, choose_samples
 from shards.report.sections import decisions, distributions, funnel, latents, overview, samples
-from shards.stats.stats import run_stats
+from shards.stats.stats import dataset_stats
 from shards.storage import open_storage
 
 DEFAULT_SAMPLE = 2000
-MIN_MEGABYTES, MAX_MEGABYTES = 1.0, 20.0
 _OVERHEAD_BYTES = 600_000
 """For the page's own text, tables and charts."""
 
@@ -25,11 +24,11 @@ def write_dataset_report(
     out: Path,
     *,
     sample: int | None = DEFAULT_SAMPLE,
-    max_megabytes: float = MAX_MEGABYTES,
+    max_megabytes: float = 20.0,
     cache: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Write the report of `root` to the file `out`, whole or not at all; what it holds, in numbers.
+    """Write the report of `root` to the file `out`, completely or not at all; what it holds, in numbers.
 
     Args:
         root: a folder or `s3://bucket/prefix`; a build may be writing to it.
@@ -44,7 +43,7 @@ def write_dataset_report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: the report is a page", expected="a file that ends in .html", fix=f"{out}.html")
     keeper = RefusedKeeper()
-    stats = run_stats(root, sample=sample, cache=cache, jobs=jobs, on_refused=keeper.add)
+    stats = dataset_stats(root, sample=sample, cache=cache, jobs=jobs, on_refused=keeper.add)
     storage = open_storage(root)
     max_bytes = int(max_megabytes * 1e6) - _OVERHEAD_BYTES
     refused = keeper.rows(int(max_bytes * REFUSED_SHARE))
@@ -88,7 +87,7 @@ def report_page(stats: Mapping[str, Any], gallery: Gallery) -> str:
         latents(stats, gallery),
     ]
     return page(
-        f"Dataset {_name(stats['root'])}",
+        f"Dataset {stats['root'].split('?')[0].rstrip('/').rpartition('/')[2] or stats['root']}",
         sections,
         lead=lead,
         data={"gallery-data": gallery.data()},
@@ -96,10 +95,6 @@ def report_page(stats: Mapping[str, Any], gallery: Gallery) -> str:
         styles=("gallery.css",),
         footer=f"Made by `wanshards report`. Text set: {stats['text_set'] or 'none'}.",
     )
-
-
-def _name(root: str) -> str:
-    return root.split("?", maxsplit=1)[0].rstrip("/").rpartition("/")[2] or root
 
 
 def _named(stats: Mapping[str, Any]) -> dict[str, list[str]]:

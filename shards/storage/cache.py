@@ -6,7 +6,6 @@ the bound is reached, the least recently used shards are removed. A shard larger
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from shards.errors import ShardDamage
 from shards.storage.base import Storage
+from shards.storage.local import lock_file
 
 _CHUNK = 8 * 2**20
 
@@ -54,8 +54,10 @@ class CachedStorage:
         (self._folder / name.replace("/", "-")).unlink(missing_ok=True)
 
     def _fetch(self, name: str, local: str) -> bool:
-        """Fetch a tar into the folder; False when it is larger than the bound."""
-        with self._locked(f"{local}.lock"):
+        """Download a tar into the folder; False when that cannot be: it is larger than the bound, or nothing locks."""
+        with self._locked(f"{local}.lock") as locked:
+            if not locked:  # a shared folder is not safe without locks
+                return False
             if (self._folder / local).exists():
                 return True
             size = self._source.size(name)
@@ -101,10 +103,10 @@ class CachedStorage:
             total -= size
 
     @contextmanager
-    def _locked(self, name: str, folder: Path | None = None) -> Iterator[None]:
-        with ((folder or self._folder) / name).open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self, name: str, folder: Path | None = None) -> Iterator[bool]:
+        path = (folder or self._folder) / name
+        with path.open("wb") as file:
+            yield lock_file(file.fileno(), path) is True
 
 
 def _read(path: Path, offset: int, buffer: memoryview) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import os
 import secrets
@@ -12,7 +15,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 
+from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.storage.base import MAX_OBJECT_BYTES, Entry
 
@@ -50,6 +55,8 @@ def _here() -> str:
 
 
 _MAX_OPEN_FILES = 64
+_NOT_A_FILE = "not a regular file"
+_NOT_SUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _CHUNK = 2**20
 
 
@@ -74,14 +81,12 @@ class LocalStorage:
         self._make_folder(target.parent)
         temporary = target.with_name(temporary_name())
         try:
-            _write(temporary, data)
-            if if_absent:
-                try:
-                    os.link(temporary, target)
-                except FileExistsError:
-                    return False
-            else:
+            with _naming(temporary):
+                _write(temporary, data)
+            if not if_absent:
                 temporary.replace(target)
+            elif not _link_new(temporary, target):
+                return False
             sync_path(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -97,29 +102,24 @@ class LocalStorage:
 
     def get_range(self, name: str, offset: int, length: int) -> bytes:
         """See Storage."""
-        file = self._open(name)
-        length = min(length, max(0, os.fstat(file.descriptor).st_size - offset))
-        parts = []
-        while length > 0:
-            part = os.pread(file.descriptor, length, offset)
-            if not part:
-                break
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
+        file, parts = self._open(name), []
+        with _naming(self._root / name):
+            length = min(length, max(0, os.fstat(file.descriptor).st_size - offset))
+            while length > 0 and (part := os.pread(file.descriptor, length, offset)):
+                parts.append(part)
+                offset, length = offset + len(part), length - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """See Storage."""
         file, done = self._open(name), 0
-        while done < len(buffer):
-            got = os.preadv(file.descriptor, [buffer[done:]], offset + done)
-            if not got:
-                break
-            done += got
+        with _naming(self._root / name):
+            while done < len(buffer) and (got := os.preadv(file.descriptor, [buffer[done:]], offset + done)):
+                done += got
         return done
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """See Storage. Temporary files are not shown."""
+        """See Storage. Temporary files, and all that are not regular files, are not shown; of the latter it warns."""
         folder = prefix.rpartition("/")[0]
         entries = [entry for entry in self._walk(folder) if entry.name.startswith(prefix)]
         return iter(sorted(entries))
@@ -169,16 +169,20 @@ class LocalStorage:
 
     def _stat(self, name: str) -> os.stat_result:
         try:
-            return self._path(name).stat()
+            found = self._path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObject(self.url(name)) from None
+        if not S_ISREG(found.st_mode):
+            raise ShardDamage(self.url(name), _NOT_A_FILE)
+        return found
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             sync_path(folder.parent)
 
-    def _walk(self, folder: str) -> Iterator[Entry]:
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
+        """The regular files below a folder; `above` identifies the folders that lead to it, against loops of links."""
         try:
             found = list(os.scandir(self._root / folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -187,10 +191,23 @@ class LocalStorage:
             name = f"{folder}/{item.name}" if folder else item.name
             if item.name.startswith(TEMPORARY):
                 continue
-            if item.is_dir():
-                yield from self._walk(name)
+            try:
+                stat = item.stat()
+            except OSError as error:
+                if item.is_symlink():
+                    LOG.warning("%s: skipped: a link that leads nowhere: %s", item.path, error.strerror)
+                elif not isinstance(error, FileNotFoundError):  # else it was removed meanwhile
+                    raise
+                continue
+            place = (stat.st_dev, stat.st_ino)
+            if S_ISREG(stat.st_mode):
+                yield Entry(name, stat.st_size)
+            elif not S_ISDIR(stat.st_mode):
+                LOG.warning("%s: skipped: %s", item.path, _NOT_A_FILE)
+            elif place in above:
+                LOG.warning("%s: skipped: a link to a folder above it", item.path)
             else:
-                yield Entry(name, item.stat().st_size)
+                yield from self._walk(name, (*above, place))
 
     def _open(self, name: str) -> _OpenFile:
         if not name.endswith(".tar"):
@@ -221,9 +238,16 @@ class _OpenFile:
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK the open of a FIFO waits for a writer.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObject(str(path)) from None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # ENXIO: a socket
+                raise ShardDamage(str(path), f"{_NOT_A_FILE}: {error.strerror}") from None
+            raise
+        if not S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise ShardDamage(str(path), _NOT_A_FILE)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -239,6 +263,52 @@ def _write(path: Path, data: bytes | Path) -> None:
     else:
         path.write_bytes(data)
     sync_path(path)
+
+
+def _link_new(temporary: Path, target: Path) -> bool:
+    """Give a file its name, unless that is taken: then False."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        warn_once(f"{target.parent}: this file system has no hard links; a second writer of the same unit would win")
+        if target.exists():
+            return False
+        temporary.replace(target)
+    return True
+
+
+def lock_file(descriptor: int, path: Path, *, wait: bool = True) -> bool | None:
+    """Take an exclusive flock: True; False when another process holds it; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        warn_once(f"{path.parent}: this file system has no locks ({error.strerror}); Lustre: mount it with -o flock")
+        return None
+    return True
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time."""
+    LOG.warning("%s", message)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path into errors of system calls on descriptors, which carry none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_path(path: Path) -> None:

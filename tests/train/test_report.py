@@ -196,7 +196,7 @@ def test_the_history_is_read_from_the_events_and_not_from_the_log(copy):
     (copy / "logs/rank-0.log").unlink()
     with (copy / "events.jsonl").open("a") as file:
         for line in (
-            {"event": "waiting", "step": 12, "what": "storage", "since": "then"},
+            {"event": "waiting", "step": 12, "what": "get x", "reason": "503", "seconds": 9.1, "is_over": True},
             {"event": "stop", "step": 12, "reason": "signal", "signal": 15},
         ):
             file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", **line}) + "\n")
@@ -205,7 +205,10 @@ def test_the_history_is_read_from_the_events_and_not_from_the_log(copy):
     assert history.device.startswith("cpu")
     assert history.base.startswith("random weights")
     assert history.planned_gib > 0
-    assert [event.what for event in history.events[-2:]] == ["waited for storage since then", "stopped by signal 15"]
+    assert [event.what for event in history.events[-2:]] == [
+        "waited for storage for 9 s: get x",
+        "stopped by signal 15",
+    ]
     write_event(copy, "checkpoint", 12, path="after the kill")
     lines = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines[-3:]] == ["waiting", "stop", "checkpoint"]

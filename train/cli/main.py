@@ -12,7 +12,7 @@ from shards.config import load_config
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
-from train.cli.report_commands import report, show_clip
+from train.cli.report_commands import report, show_clip, verify
 from train.cli.sample_commands import sample
 from train.launch.failure import SIGNAL_EXIT
 
@@ -44,13 +44,13 @@ def main() -> None:
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="Go on from the run's newest checkpoint, insist on beginning, or go on from a checkpoint's folder.",
+    help="Resume from the run's newest checkpoint, insist on a new run, or resume from a checkpoint's folder.",
 )
 @click.option("--verify", is_flag=True, help="Hash every byte of the dataset first.")
 @click.option("--nproc-per-node", metavar="N|gpu", help="Start N processes on this machine, or one for each GPU.")
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the run.")
 @click.option("--node-rank", type=click.IntRange(min=0), help="Which of them this is, from 0.")
-@click.option("--master", metavar="HOST:PORT", help="Where machine 0 is reached by all of them.")
+@click.option("--master", metavar="HOST:PORT", help="Address at which all machines reach machine 0.")
 def fit(
     config: Path,
     overrides: tuple[str, ...],
@@ -63,8 +63,8 @@ def fit(
 ) -> None:
     """Train as CONFIG says.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and goes on. The same command goes on from
-    the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
+    SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and continues. The same command resumes
+    from the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
 
     Exit codes: 0 done, 1 a defect, 2 a mistake to fix, 75 another rank or machine was lost (try again), 128 + n ended
     by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
@@ -82,9 +82,11 @@ def fit(
     loaded = load_config(TrainConfig, config, overrides)
     output = Path(loaded.output)
     if nproc_per_node is not None:
+        from train.config.train import check_split
         from train.launch.launch import launch, make_place, own_command
 
         place = make_place(nproc_per_node, nnodes, node_rank, master)
+        check_split(loaded, place.world_size)
         again = ["fit", str(config), *(word for pair in overrides for word in ("-o", pair)), "--resume", resume]
         command = own_command(again + ["--verify"] * verify)
         raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))
@@ -128,7 +130,7 @@ def plan(
     efficiency: float | None,
     as_json: bool,
 ) -> None:
-    """Say what a run would take, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
+    """Estimate what a run takes, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
 
     \b
     wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
@@ -182,7 +184,7 @@ def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool
 @click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
-    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to fix it.
+    """Check this machine and, given CONFIG, a run on it; say what is wrong and how to fix it.
 
     Exits with 1 when something is.
 
@@ -191,9 +193,10 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
     wantrain doctor configs/demo/train.yaml
     wantrain doctor configs/ti2v_5b_2xv100.yaml --ranges
     """
+    from shards.machine import is_healthy, print_findings
     from train.config.train import TrainConfig
-    from train.doctor.machine import examine, is_healthy, measure_ranges
-    from train.doctor.tables import print_findings, print_ranges
+    from train.doctor.machine import examine, measure_ranges
+    from train.doctor.tables import print_ranges
 
     if config is None and (ranges or overrides):
         raise UserError("--ranges and -o need a CONFIG", fix="wantrain doctor CONFIG --ranges")
@@ -211,7 +214,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
         raise SystemExit(1)
 
 
-for command in (sample, report, show_clip, export, merge, unmerge, lora):
+for command in (sample, report, verify, show_clip, export, merge, unmerge, lora):
     main.add_command(command)
 
 

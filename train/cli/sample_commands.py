@@ -94,7 +94,7 @@ def _load_model(config: SampleRun) -> WanDiT:
     from train.model.load import load_dit, read_dit_config
     from train.precision import resolve_precision
 
-    # Read first: a wrong file is told before twenty gigabytes are loaded.
+    # Read first: a wrong file is refused before twenty gigabytes are loaded.
     lora = None if config.lora is None else read_lora(locate_lora(Path(config.lora))[0])
     device = choose_device(config.precision.device)
     precision = resolve_precision(config.precision.compute, device_info(device))

@@ -71,12 +71,12 @@ class LoRAConfig(Config):
     """Scale by alpha / √rank in place of alpha / rank (rank-stabilised LoRA, arXiv:2312.03732)."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("self_attn", "cross_attn")
     """Linears of the blocks to adapt: a part of a module's name (self_attn, cross_attn, ffn, q, k, v, o) or a pattern
-    of whole names (blocks.1?.self_attn.*). One that matches nothing is an error."""
+    of full names (blocks.1?.self_attn.*). One that matches nothing is an error."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the update's inputs zeroed in training."""
 
     start_from: str | None = None
-    """A LoRA file of any tool, a run or a checkpoint to go on from; its rank must be `rank`, its modules `targets`."""
+    """A LoRA file of any tool, a run or a checkpoint to start from; its rank must be `rank`, its modules `targets`."""
 
     @property
     def scale(self) -> float:

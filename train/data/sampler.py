@@ -45,7 +45,7 @@ class Sized(Protocol):
 
 
 class Position(NamedTuple):
-    """The next batch: the whole state of the order."""
+    """The next batch: all of the order's state."""
 
     epoch: int
     batch: int
@@ -83,7 +83,7 @@ class Order:
             )
         self._ordinals, self._hashes = [], []
         for bucket in self.buckets:
-            # By key, so that the order in which the samples are listed has no say.
+            # By key, so that the order in which the samples are listed does not matter.
             ordinals = sorted(members[bucket], key=lambda ordinal: samples[ordinal].key)
             self._ordinals.append(np.array(ordinals, dtype=np.int64))
             self._hashes.append(np.array([hash_key(samples[ordinal].key) for ordinal in ordinals], dtype=np.uint64))

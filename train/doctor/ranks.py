@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shards.errors import UserError
+from shards.machine import Finding
 from train.config.train import TrainConfig, slots_per_rank
-from train.doctor.finding import Finding
 from train.estimate.plan import choose_run_mesh
 
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from shards.gpus import CONTEXT_BYTES
 from train.config.model import DiTConfig, LoRAConfig
 from train.estimate.flops import adapted_linears, block_linears, first_trained_block, linear_rows
 from train.geometry import SAVE_GROUPS, Shape
 
-CONTEXT_BYTES = int(0.75 * 2**30)
-"""CUDA context and the libraries' own workspaces: an estimate."""
 FRAGMENTATION = 0.04
 """Share of the allocator's peak that lies idle between allocations: an estimate."""
 

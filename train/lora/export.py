@@ -10,9 +10,10 @@ import torch
 
 from shards import __version__
 from shards.errors import UserError
+from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
-from train.lora.formats import Format, LoRAFile, name_tensors, read_lora
+from train.lora.formats import Format, name_tensors, read_lora, save_lora
 
 BASE_MODEL = "Wan-AI/Wan2.2-TI2V-5B"
 SOFTWARE = "wan-broadcast-lora"
@@ -48,31 +49,33 @@ def export_lora(
 
     Raises UserError when the source has no LoRA, `out` is there, or a value does not fit the dtype.
     """
-    from safetensors.torch import save_file
-
     file, identity, found_step = locate_lora(source, step)
     if out.exists():
         raise UserError(f"{out} is there already", fix="name another file, or remove that one")
     lora = read_lora(file)
     tensors = name_tensors(lora.pairs, written, dtype)
-    _refuse_overflow(tensors, lora, dtype)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
+                fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
+            )
     metadata = dict(lora.metadata)
-    metadata.pop("lora_adapter_metadata", None)  # its scale is in B now; diffusers would apply it a second time
+    metadata.pop("lora_adapter_metadata", None)  # `save_lora` leaves it out
     if identity is not None and found_step is not None:
         metadata |= export_metadata(identity, found_step, licence)
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".writing-{out.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-    temporary.rename(out)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_lora(out, tensors, metadata)
     return metadata
 
 
 def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, Any] | None, int | None]:
-    """The LoRA file that a path stands for, and the identity and step of its run where they are known.
+    """The LoRA file that a path names, and the identity and step of its run where they are known.
 
-    A run stands for its newest checkpoint, or that of `step`; a checkpoint for its moving average where it has one.
+    A run names its newest checkpoint, or that of `step`; a checkpoint its moving average where it has one.
     """
     if source.is_file():
         return source, None, None
@@ -94,12 +97,3 @@ def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, 
             f"{folder}: no {LORA_FILE}: this run trained the whole model", expected="a run with a lora section"
         )
     return folder / name, state.identity, state.step
-
-
-def _refuse_overflow(tensors: Mapping[str, torch.Tensor], lora: LoRAFile, dtype: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
-                fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
-            )

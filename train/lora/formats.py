@@ -29,6 +29,7 @@ from torch import Tensor
 
 from shards.config import parse_yaml, validate_config
 from shards.errors import UserError
+from train.checkpoint import write_tensors
 from train.config.model import LoRAConfig
 from train.lora.lora import inject, load_lora_state
 from train.model.dit import WanDiT
@@ -41,8 +42,10 @@ _BLOCK_LINEARS = (*(f"{kind}.{letter}" for kind in ("self_attn", "cross_attn") f
 _OTHER_LINEARS = (
     "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
 )  # fmt: skip
-_OFFICIAL = {linear: linear for linear in (*_BLOCK_LINEARS, *_OTHER_LINEARS)}
-_OFFICIAL |= {linear.replace(".", "_"): linear for linear in _OFFICIAL}
+_BLOCK = "blocks.0."
+_DIFFUSERS = {linear: diffusers_key(f"{_BLOCK}{linear}.").removeprefix(_BLOCK)[:-1] for linear in _BLOCK_LINEARS}
+_DIFFUSERS |= {linear: diffusers_key(f"{linear}.")[:-1] for linear in _OTHER_LINEARS}
+_OFFICIAL = {name: linear for linear in _DIFFUSERS for name in (linear, linear.replace(".", "_"), _DIFFUSERS[linear])}
 BLOCK_NAME = re.compile(r"blocks[._](\d+)[._](.+)")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:(?P<a>lora_A|lora_down)|(?P<b>lora_B|lora_up))(?:\.default)?\.weight|(?P<owner>.+)\.alpha"
@@ -113,13 +116,15 @@ def read_lora(path: str | Path) -> LoRAFile:
 
 def detect_format(keys: list[str], origin: str) -> Format:
     """Which tool's naming the keys follow. Raises UserError when none, or more than one."""
-    found = {_format_of(key) for key in keys}
-    if len(found) == 1 and None not in found:
-        return next(found for found in found if found)
-    if None in found:
-        odd = next(key for key in keys if _format_of(key) is None)
-        raise UserError(f"{origin}: {odd}: no LoRA naming that is known here", expected=", ".join(_NAMINGS))
-    raise UserError(f"{origin}: names of several tools in one file: {', '.join(sorted(str(name) for name in found))}")
+    found: set[Format] = set()
+    for key in keys:
+        name = _format_of(key)
+        if name is None:
+            raise UserError(f"{origin}: {key}: no LoRA naming that is known here", expected=", ".join(_NAMINGS))
+        found.add(name)
+    if len(found) > 1:
+        raise UserError(f"{origin}: names of several tools in one file: {', '.join(sorted(found))}")
+    return found.pop()
 
 
 def _format_of(key: str) -> Format | None:
@@ -136,7 +141,7 @@ def _official_module(name: str, path: Path) -> str:
         name = name.removeprefix(prefix)
     match = BLOCK_NAME.fullmatch(name)
     inner, allowed = (match[2], _BLOCK_LINEARS) if match else (name, _OTHER_LINEARS)
-    official = _OFFICIAL.get(inner) or _from_diffusers(inner, allowed)
+    official = _OFFICIAL.get(inner)
     if official not in allowed:
         image = " (an image-to-video module of Wan2.1)" if "img" in name else ""
         raise UserError(
@@ -146,23 +151,13 @@ def _official_module(name: str, path: Path) -> str:
     return f"blocks.{match[1]}.{official}" if match else str(official)
 
 
-def _from_diffusers(inner: str, linears: tuple[str, ...]) -> str | None:
-    return next((linear for linear in linears if _to_diffusers(linear) == inner), None)
-
-
-def _to_diffusers(linear: str) -> str:
-    if linear in _OTHER_LINEARS:
-        return diffusers_key(linear + ".").removesuffix(".")
-    return diffusers_key(f"blocks.0.{linear}.").removeprefix("blocks.0.").removesuffix(".")
-
-
 def _refuse_halves(
     path: Path, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> None:
     for module in sorted({*downs, *ups, *alphas}, key=module_order):
         if module not in downs or module not in ups:
             missing = "A (lora_down)" if module not in downs else "B (lora_up)"
-            raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file anew, or download it again")
+            raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file again, or download it again")
         down, up = downs[module], ups[module]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise UserError(
@@ -177,8 +172,7 @@ def _scales(
     if found == "peft":
         return _adapter_scales(_adapter_config(path), "", path, ranks)
     if found == "run":
-        config = _run_lora_config(path)
-        return dict.fromkeys(ranks, config.scale)
+        return dict.fromkeys(ranks, _run_lora_config(path).scale)
     if found == "diffusers" and "lora_adapter_metadata" in metadata:
         try:
             config_of_adapter = json.loads(metadata["lora_adapter_metadata"])
@@ -191,7 +185,7 @@ def _scales(
 def _adapter_scales(
     config: Mapping[str, object], prefix: str, path: Path, ranks: Mapping[str, int]
 ) -> dict[str, float]:
-    """Scales from peft's own words. Per-module patterns are refused: their matching rules have changed over time."""
+    """Scales from peft's own configuration. Per-module patterns are refused: their rules have changed over time."""
     for key in ("alpha_pattern", "rank_pattern"):
         if config.get(prefix + key):
             raise UserError(
@@ -270,8 +264,26 @@ def to_raw_state(lora: LoRAFile, config: LoRAConfig) -> dict[str, Tensor]:
     return state
 
 
-def name_tensors(pairs: Mapping[str, Pair], written: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pairs under a tool's names. The scale is folded into B in every format, so that readers cannot disagree on it.
+def raw_pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Pair]:
+    """The pairs of a raw state (`lora.lora_state`, a checkpoint's file), the config's scale beside them."""
+    modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    return {m: Pair(state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"], config.scale) for m in modules}
+
+
+def save_lora(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what `name_tensors` gave as safetensors.
+
+    A `lora_adapter_metadata` of the source is left out: its scale is in B now, and diffusers would apply it twice.
+    """
+    kept = {name: value for name, value in metadata.items() if name != "lora_adapter_metadata"}
+    write_tensors(path, tensors, {"format": "pt", **kept})
+
+
+def name_tensors(
+    pairs: Mapping[str, Pair], written: Format = "comfyui", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Pairs under a tool's names, contiguous, on the CPU; the scale is folded into B in every format, so that readers
+    cannot disagree on it.
 
     Raises UserError for a format that is read here and not written.
     """
@@ -295,7 +307,7 @@ def _stem(module: str, written: Format) -> tuple[str, str, str]:
         return module, ".lora_A.default.weight", ".lora_B.default.weight"
     if written == "comfyui":
         return f"diffusion_model.{module}", ".lora_A.weight", ".lora_B.weight"
-    theirs = f"blocks.{match[1]}.{_to_diffusers(match[2])}" if match else _to_diffusers(module)
+    theirs = f"blocks.{match[1]}.{_DIFFUSERS[match[2]]}" if match else _DIFFUSERS[module]
     return f"transformer.{theirs}", ".lora_A.weight", ".lora_B.weight"
 
 

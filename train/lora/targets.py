@@ -1,4 +1,4 @@
-"""Which linears a LoRA adapts, by name. Importing it imports no torch, so that a plan can ask too."""
+"""Which linears a LoRA adapts, by name. Importing it imports no torch, so that a plan can use it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shards.errors import UserError
 
 
 def match_targets(names: list[str], targets: tuple[str, ...]) -> set[str]:
-    """Module names that the targets select: by a dotted part (`self_attn`, `q`) or a pattern of the whole name.
+    """Module names that the targets select: by a dotted part (`self_attn`, `q`) or a pattern of the complete name.
 
     Raises: UserError naming each target that selects nothing, with the nearest that would.
     """

@@ -23,6 +23,7 @@ from train.config.model import DiTConfig
 from train.device import device_info
 from train.model.attention import Backend, choose_backend
 from train.model.block import Block, BlockInputs, BlockRunner, DropoutKey, Linear, modulate, run_plain, run_recomputed
+from train.model.kernels import probed
 from train.model.patchify import num_patch_channels, patchify, token_grid, unpatchify
 from train.model.rope import rope_table
 from train.parallel.ulysses import Ulysses, gather, pad_tokens
@@ -204,8 +205,9 @@ def check_inputs(
 
 @lru_cache(maxsize=64)
 def backend_for(device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
-    """`choose_backend` for a real device."""
-    return choose_backend(device_info(device), dtype, num_tokens, head_dim)
+    """`choose_backend` for a real device, its kernels probed."""
+    chosen = choose_backend(device_info(device), dtype, num_tokens, head_dim)
+    return probed(chosen, device, dtype, num_tokens, head_dim)
 
 
 def build_model(

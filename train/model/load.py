@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shards.config import validate_config
 from shards.errors import UserError
 from shards.files.safetensors_index import indexed_files, read_object
+from train.checkpoint import write_tensors
 from train.config.model import DiTConfig
 from train.parallel.fsdp import local_shard
 
@@ -215,11 +216,9 @@ def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = 
 
     The model's sizes go into the file's metadata, where `read_dit_config` finds them.
     """
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base_parameters(model).items()}
     config: DiTConfig = model.config  # type: ignore[assignment]
-    save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: config.model_dump_json(), **(metadata or {})})
+    header = {"format": "pt", CONFIG_KEY: config.model_dump_json(), **(metadata or {})}
+    write_tensors(path, base_parameters(model), header)
 
 
 def read_dit_config(path: str | Path) -> DiTConfig:

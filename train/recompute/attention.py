@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from train.recompute.kernels import attend_backward, attend_forward
+from train.model.kernels import attend_backward, attend_forward
 from train.recompute.ops import rotated
 from train.recompute.parts import BlockParts, Shared, Values
 

@@ -69,7 +69,7 @@ def forward_block(x_BLD: Tensor, parts: BlockParts, shared: Shared, saves: Colle
     values: Values = {"x": x_BLD}
     x_BLD = _fill(values, parts, shared, mod, for_backward=False)
     down = linear(values, "ffn.2", torch.nn.functional.gelu(values["h"], approximate="tanh"), parts)
-    x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first)
+    x_BLD = add_gated_(x_BLD, down, _gate(mod, 5, parts, "ffn.2"), shared.num_first)
     return x_BLD, {name: values[name] for name in kept_names(saves, values)}
 
 
@@ -91,7 +91,7 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for
         self_attention(values, parts, shared, for_backward=for_backward)
     if "n2" not in values:
         out = linear(values, "self_attn.o", values["a"], parts)
-        x_BLD = add_gated(x_BLD, out, mod[:, :, 2], shared.num_first)
+        x_BLD = add_gated(x_BLD, out, _gate(mod, 2, parts, "self_attn.o"), shared.num_first)
         del out
         values["n2"], values["r2"] = normalise(x_BLD, shared.eps, dtype)
         y_BLD = rounded(parts.norms["norm3.bias"], values["n2"], parts.norms["norm3"], dtype)
@@ -104,7 +104,9 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for
         attention(values, "a2", q, k, values["v2"].unflatten(2, shared.heads), shared)
         del q, k
     if "n3" not in values:
-        x_BLD.add_(linear(values, "cross_attn.o", values["a2"], parts))
+        out = linear(values, "cross_attn.o", values["a2"], parts)
+        x_BLD.add_(out, alpha=1 / parts.linears["cross_attn.o"].output_scale)
+        del out
         values["n3"], values["r3"] = normalise(x_BLD, shared.eps, dtype)
     if "h" not in values:
         y_BLD = modulate(values["n3"], mod[:, :, 3], mod[:, :, 4], shared.num_first)
@@ -215,6 +217,12 @@ def _self_backward_(
         grad_BLD.addcmul_(
             layer_norm_backward(dn_BLD, values.pop("n1"), shared.zeros_BL1, shared.ones_BL1), values["r1"]
         )
+
+
+def _gate(mod: Tensor, place: int, parts: BlockParts, name: str) -> Tensor:
+    """A gate that undoes its linear's `output_scale`."""
+    scale = parts.linears[name].output_scale
+    return mod[:, :, place] if scale == 1 else mod[:, :, place] / scale
 
 
 def _modulation(parts: BlockParts, shared: Shared) -> Tensor:

@@ -36,6 +36,8 @@ class LinearParts(NamedTuple):
     weight_OI: Tensor
     bias_O: Tensor
     lora: LoRAParts | None
+    output_scale: float = 1.0
+    """See `model.block.Linear`: in the forward pass alone, since gradients are those of the unscaled output."""
 
 
 class BlockParts(NamedTuple):
@@ -73,10 +75,11 @@ def low_rank(lora: LoRAParts, x_MI: Tensor) -> Tensor:
 def linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tensor:
     """x W' + b + scale · B A x. The low-rank product is saved for the backward pass."""
     part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
-    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t())
+    scale = part.output_scale
+    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t(), beta=scale, alpha=scale)
     if part.lora is not None:
         low_Mr = values[f"{name}.low"] = low_rank(part.lora, x_MI)
-        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale)
+        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale * scale)
     return out_MO.unflatten(0, x_BLI.shape[:2])
 
 

@@ -26,8 +26,8 @@ from train.geometry import SAVE_GROUPS, Shape
 from train.lora.lora import LoRALinear, keep_mask
 from train.model.block import Block, BlockInputs, Linear
 from train.model.dit import WanDiT, set_checkpointing
+from train.model.kernels import kernel_name
 from train.recompute.block import backward_block, forward_block
-from train.recompute.kernels import kernel_name
 from train.recompute.ops import make_rotation
 from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 
@@ -87,8 +87,6 @@ class RecomputeRunner:
     def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
-        heads = block.self_attn.heads
-        ranks = 1 if inputs.ulysses is None else inputs.ulysses.size
         self._saves = self.choose_saves(Shape(batch, tokens))
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
@@ -98,9 +96,9 @@ class RecomputeRunner:
             zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
             ones_BL1=torch.ones(batch, tokens, 1, device=device),
             num_first=inputs.num_first,
-            heads=heads,
+            heads=block.self_attn.heads,
             eps=block.eps,
-            kernel=kernel_name(inputs.backend, device, dtype, (heads[0] // ranks, heads[1])),
+            kernel=kernel_name(inputs.backend),
             ulysses=inputs.ulysses,
             num_tokens=inputs.num_tokens,
         )
@@ -178,8 +176,8 @@ def _parts(call: _Call) -> BlockParts:
 def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     dtype = call.shared.text_BSD.dtype
     weight, bias = module.weight.to(dtype), module.bias.to(dtype)
-    if not isinstance(module, LoRALinear) or module.merged_from is not None:
-        return LinearParts(weight, bias, None)
+    if not isinstance(module, LoRALinear):
+        return LinearParts(weight, bias, None, module.output_scale)
     scale, live = module.scale, None
     if module.training and module.dropout:
         key = call.inputs.dropout
@@ -190,7 +188,7 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
             key, tokens = key._replace(token_offset=0), call.shared.text_BSD.shape[1]
         live = keep_mask(key, module.layer, tokens, module.in_features, module.dropout).flatten(0, 1)
         scale /= 1 - module.dropout
-    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live))
+    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live), module.output_scale)
 
 
 def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> None:

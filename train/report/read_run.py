@@ -1,15 +1,14 @@
 """What a run's folder says, read while the run may still write: metrics, evaluations, checkpoints, events, pictures.
 
-A last line that is only half there is left for later; any other line that cannot be read is an error that names it.
+An unfinished last line is left for later; any other line that cannot be read is an error that names it.
 Importing it imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from shards.config import load_config
 from shards.errors import UserError
 from train.checkpoint import CheckpointState, find_checkpoints, read_checkpoint
 from train.config.train import TrainConfig
-from train.run.events import EVENTS_FILE
+from train.run.events import EVENTS_FILE, read_json_lines
 from train.run.log import HELD_OUT_FILE, METRICS_FILE
 
 NUMBERS = (
@@ -87,7 +86,7 @@ class Steps(NamedTuple):
 
 
 class SampledLatent(NamedTuple):
-    """One latent that was sampled on the way, and what was made of it."""
+    """One latent that was sampled during training, and what was decoded from it."""
 
     step: int
     name: str
@@ -98,7 +97,7 @@ class SampledLatent(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """What events.jsonl tells; empty for a run of a version that wrote none."""
+    """What events.jsonl holds; empty for a run of a version that wrote none."""
 
     events: list[Event]
     planned_gib: float | None
@@ -132,29 +131,6 @@ def read_run(folder: Path) -> Run:
     )  # fmt: skip
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each whole line of a JSON-lines file.
-
-    Raises UserError for a line that is no object, unless it is the last one and has no end yet.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return  # being written, or cut short by a kill
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}", expected="a JSON object a line") from None
-                if not isinstance(values, dict):
-                    raise UserError(f"{path}, line {number}: {type(values).__name__}", expected="a JSON object a line")
-                yield number, values
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def read_steps(folder: Path) -> Steps:
     """metrics.jsonl of a run; no step where there is none yet. Raises UserError naming a bad line."""
     path = folder / METRICS_FILE
@@ -172,7 +148,7 @@ def read_steps(folder: Path) -> Steps:
             step = int(line["step"])
             buckets.append(str(line["bucket"]))
             keys = [str(key) for key in line["keys"]]
-            losses = line.get("slot_losses") or [None] * len(keys)  # runs of before had none
+            losses = line.get("slot_losses") or [None] * len(keys)  # earlier versions wrote none
             for slot, (key, loss) in enumerate(zip(keys, losses, strict=True)):
                 place = places.setdefault(key, len(places))
                 if place == len(uses):
@@ -189,9 +165,9 @@ def read_steps(folder: Path) -> Steps:
                 f"{path}, line {number}: {error!r}", expected="a step as `wantrain fit` writes it"
             ) from None
     numbers = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    whole = [np.array(column).astype(np.int64) for column in slots[:3]]
-    told = Slots(whole[0], whole[1], whole[2], np.array(slots[3]))
-    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), told, skips, substitutes)
+    columns_read = [np.array(column).astype(np.int64) for column in slots[:3]]
+    slots_read = Slots(*columns_read, np.array(slots[3]))
+    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), slots_read, skips, substitutes)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -235,7 +211,8 @@ def read_history(folder: Path) -> History:
             elif kind == "plan":
                 planned = None if line["gib"] is None else float(line["gib"])
             elif kind == "waiting":
-                events.append(Event(time, step, f"waited for {line['what']} since {line['since']}"))
+                over = "waited" if line["is_over"] else "is waiting"
+                events.append(Event(time, step, f"{over} for storage for {line['seconds']:.0f} s: {line['what']}"))
             elif kind == "stop":
                 events.append(Event(time, step, _describe_stop(line)))
         except (KeyError, TypeError, ValueError) as error:
@@ -255,7 +232,7 @@ def _describe_stop(line: Mapping[str, Any]) -> str:
 
 
 def find_pictures(folder: Path) -> list[SampledLatent]:
-    """What was sampled on the way, by step and name."""
+    """What was sampled during training, by step and name."""
     pictures = []
     for latent in sorted((folder / "samples").glob("step-*/[!.]*.safetensors")):
         made = [latent.with_suffix(suffix) for suffix in (".mp4", ".jpg")]

@@ -1,4 +1,4 @@
-"""What a run was planned to take, said at its start, and what it took, said at its end and in every step's line."""
+"""Planned speed and memory, reported at the start; measured speed, in every step's line and at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.parallel.ranks import Layout
 from train.run.trainee import Trainee
 
 WARM_UP_STEPS = 3
-"""Left out of the comparison: kernels are chosen and memory is gathered in them."""
+"""Left out of the comparison: kernels are chosen and memory is allocated in them."""
 
 
 class Rate(NamedTuple):
@@ -45,7 +45,7 @@ class Throughput:
         self._seconds: dict[Bucket, list[float]] = {}
 
     def rate(self, bucket: Bucket, seconds: float) -> Rate:
-        """Take note of a step of a bucket."""
+        """Record a step of a bucket; return its rate."""
         executed, own = self._flops(bucket)
         peak = self._gpu.peak_tflops * 1e12 if self._gpu else None
         rate = Rate(executed / seconds / 1e12, own / seconds / peak if peak else None)
@@ -70,7 +70,7 @@ class Throughput:
         return {"bucket": str(largest), "tflop": executed / 1e12, "gib": gib}, lines
 
     def after(self) -> list[str]:
-        """What was measured beside what was planned."""
+        """Measured beside planned figures, for people."""
         rates = self._rates[WARM_UP_STEPS:]
         if not rates:
             return []
