@@ -219,7 +219,7 @@ def _text_pass(
             progress.unit(unit)
 
         while units:
-            build_texts(storage, plan, set_name, at_work.claim(kind, units), config, scratch, on_unit=on_unit)
+            build_texts(storage, set_name, at_work.claim(kind, units), config, scratch, on_unit=on_unit)
             units = at_work.wait_for_others(kind, units)
 
 

@@ -79,7 +79,8 @@ def build_latents(
         from preprocess.build.processes import run_processes
 
         run_processes(
-            config, devices, units, scratch, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+            config, devices, units, scratch, UnitWorker,
+            on_description=on_description, on_row=progress.row, on_unit=progress.unit,
         )  # fmt: skip
         return
     worker = UnitWorker(config, scratch, device=devices[0])

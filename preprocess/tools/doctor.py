@@ -72,10 +72,10 @@ def check_encoders(config: PrepConfig) -> Iterator[Finding]:
     encoders = config.encoders.model_copy(update={"device": devices_of(config)[0]})
     device = find_device(encoders.device)
     modes, why_none = fast_modes(encoder_device(device))
-    vae = encoders.vae_precision
+    vae: str = encoders.vae_precision
     if vae == "auto":
         vae = f"auto: fp32, or {' or '.join(modes)} if it agrees with it" if modes else f"auto: fp32, {why_none}"
-    text = encoders.text_precision
+    text: str = encoders.text_precision
     if text == "auto":
         text = "auto: bf16" if computes_bf16(device) else "auto: fp32, since bf16 is emulated here"
     yield Finding("precision", "ok", f"VAE {vae}; text {text}; on {', '.join(devices_of(config))}")

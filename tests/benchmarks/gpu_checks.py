@@ -576,6 +576,7 @@ def fp16(day: Day) -> None:
 
     from train.model import dit
     from train.model.attention import Backend
+    from train.precision import fold_outputs
     from train.recompute.runner import keep
 
     model, dims = large_model(day, torch.float32 if day.tiny else torch.float16)
@@ -589,6 +590,12 @@ def fp16(day: Day) -> None:
         grads = gradients(model, batch, scale=65536.0)
         bad = sum(not bool(torch.isfinite(grad).all()) for grad in grads)
         day.say("fp16 gradients", f"{bad} of {len(grads)} not finite", status="WRONG" if bad else "ok")
+        for block in model.blocks:
+            fold_outputs(block, 4)
+        error = distance(gradients(model, batch, scale=65536.0), grads)
+        for block in model.blocks:
+            fold_outputs(block, 0)
+        day.say("fp16 folded by 2^-4", f"gradients differ by {error:.1e}", status="ok" if error < 0.02 else "WRONG")
         with out_of_memory(day, "fp16 step"):
             measure(day, f"fp16 step {title(day.sizes[0])}, efficient kernel", model, dims, day.sizes[0], None, 3)
     finally:

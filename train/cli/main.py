@@ -146,8 +146,7 @@ def plan(
     loaded = load_config(TrainConfig, config, overrides)
     card = find_gpu(gpu, memory_gib, tflops, bandwidth)
     buckets, origin, mode = planning.read_sizes(loaded, sizes)
-    options = {"efficiency": efficiency, "num_nodes": nodes, "vae_mode": mode}
-    made = planning.make_plan(loaded, card, gpus, buckets, **options)
+    made = planning.make_plan(loaded, card, gpus, buckets, efficiency=efficiency, num_nodes=nodes, vae_mode=mode)
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:

@@ -51,8 +51,8 @@ class Work(NamedTuple):
         rates = (gpu.gemm_tflops, gpu.attention_tflops, gpu.attention_backward_tflops)
         if compute_bytes == 4:
             rates = (gpu.vae_fp32_tflops,) * 3
-        parts = (flops / (rate * 1e12) for flops, rate in zip(self, rates, strict=False))
-        return Work(*parts, self.traffic_bytes * compute_bytes / 2 / (gpu.traffic_gb * 1e9))
+        gemm, forward, backward = (flops / (rate * 1e12) for flops, rate in zip(self[:3], rates, strict=True))
+        return Work(gemm, forward, backward, self.traffic_bytes * compute_bytes / 2 / (gpu.traffic_gb * 1e9))
 
     def scaled(self, factor: float) -> Work:
         """So many times as much."""

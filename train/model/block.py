@@ -9,7 +9,7 @@ modulation rows a sample: one (t), or two (first frame's, then t). Precision as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,8 @@ class Block(nn.Module):
         dtype = inputs.text_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + inputs.rows_BR6D).unbind(2)
         y_BLD = modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
-        gate1, gate2 = gate1 / self.self_attn.o.output_scale, gate2 / self.ffn[2].output_scale
+        gate1 = gate1 / self.self_attn.o.output_scale
+        gate2 = gate2 / cast(Linear, self.ffn[2]).output_scale
         x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, inputs, rotated=True), gate1, inputs.num_first)
         y_BLD = self.cross_attn(self.norm3(x_BLD).to(dtype), inputs.text_BSD, inputs, rotated=False)
         x_BLD = torch.add(x_BLD, y_BLD, alpha=1 / self.cross_attn.o.output_scale)
