@@ -117,6 +117,8 @@ def largest_magnitude(array: np.ndarray) -> float:
 
 def implausible_latent(largest: float) -> str:
     """What to say of a latent beyond MAX_LATENT_MAGNITUDE."""
+    if largest == math.inf:
+        return "it is not finite: it holds infinities or NaN"
     return f"values up to {largest:.3g}: a normalised latent stays below {MAX_LATENT_MAGNITUDE:g}"
 
 

@@ -195,7 +195,7 @@ class Loader:
             if self._config.data.on_bad_sample == "fatal":
                 raise UserError(
                     f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
-                    fix="`wanshards verify` finds what else is damaged; build its unit again, "
+                    fix="`wanshards verify --deep` finds what else is damaged; build its unit again, "
                     "or set data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)
