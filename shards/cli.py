@@ -137,14 +137,7 @@ def index(root: str) -> None:
     from shards.read.index import write_index
     from shards.storage import open_storage
 
-    with click.progressbar(length=1, label="index", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        num_units = write_index(open_storage(root), advance)
-    click.echo(f"{num_units} shards indexed")
+    click.echo(f"{write_index(open_storage(root))} shards indexed")
 
 
 @main.command()
@@ -186,9 +179,7 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     if text_set is None and "default" in read_info(open_storage(root)).text_sets:
         text_set = "default"
     dataset = open_dataset(root, text_set)
-    label = f"export to {target}"
-    with click.progressbar(length=len(dataset), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        written = export_plain(dataset, target, lambda: bar.update(1))
+    written = export_plain(dataset, target)
     text = f"text set {text_set}" if text_set else "no text"
     click.echo(f"{len(written)} tars, {len(dataset)} samples, {text} in {target}")
 

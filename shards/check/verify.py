@@ -138,8 +138,8 @@ def _missing(storage: Storage, info: DatasetInfo, kind: str, there: dict[str, se
     text, which is made from the latents, and the counts of a finished build."""
     planned, latents = info.planned_units(), there[LATENTS]
     counts = info.totals.get("units")
-    built = [counts.get(name) for name in ("planned", "latents")] if isinstance(counts, dict) else []
-    num_planned, num_built = built if all(isinstance(count, int) for count in built) and built else (0, 0)
+    built = [counts.get(name) if isinstance(counts, dict) else None for name in ("planned", "latents")]
+    num_planned, num_built = [count if isinstance(count, int) else 0 for count in built]
     some_lost = sum(unit < num_planned for unit in latents) < num_built
     with_text = set().union(*(units for name, units in there.items() if name != LATENTS))
     beyond = sorted(unit for unit in latents if unit not in planned) if kind != LATENTS else []

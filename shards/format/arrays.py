@@ -107,15 +107,18 @@ def largest_magnitude(array: np.ndarray) -> float:
     if not array.size:
         return 0.0
     name = dtype_name(array.dtype)
-    words = array.view(np.uint32 if name == "float32" else np.uint16)
-    largest = np.bitwise_and(words, np.iinfo(words.dtype).max >> 1).max()
-    bits = np.uint32(largest) << 16 if name == "bfloat16" else largest
-    found = float(bits.view(np.float32 if name != "float16" else np.float16))
+    words = array.view(np.uint32) & 0x7FFFFFFF if name == "float32" else array.view(np.uint16) & 0x7FFF
+    bits = words.max()
+    if name == "bfloat16":
+        bits = np.uint32(bits) << np.uint32(16)
+    found = float(bits.view(np.float16 if name == "float16" else np.float32))
     return found if math.isfinite(found) else math.inf
 
 
 def implausible_latent(largest: float) -> str:
     """What to say of a latent beyond MAX_LATENT_MAGNITUDE."""
+    if largest == math.inf:
+        return "it is not finite: it holds infinities or NaN"
     return f"values up to {largest:.3g}: a normalised latent stays below {MAX_LATENT_MAGNITUDE:g}"
 
 

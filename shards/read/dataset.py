@@ -8,7 +8,6 @@ the tar header, the frame's checksum against its content and against the commit,
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -154,7 +153,7 @@ class Dataset:
         array = self._array(table, row, 0, LATENT_MEMBER)
         if plausible and not (largest := largest_magnitude(array)) <= MAX_LATENT_MAGNITUDE:
             shard = table.shards[int(table.shard[row])]
-            what = "it holds infinities or NaN" if largest == math.inf else implausible_latent(largest)
+            what = implausible_latent(largest)
             member, offset = f"{table.keys[row]}.{LATENT_MEMBER}", int(table.arrays[0, table.start[row]])
             raise ShardDamage(self.storage(shard).url(shard.tar), what, member=member, offset=offset, fix=_FIX_VALUES)
         return array

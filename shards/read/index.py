@@ -7,7 +7,7 @@ the one it names; any other unit is read from its commit. A stale or missing ind
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import zstandard
@@ -61,7 +61,7 @@ def text_sets(storage: Storage) -> list[str]:
     return sorted({entry.name.split("/")[1] for entry in storage.list("text/") if entry.name.count("/") == 2})
 
 
-def write_index(storage: Storage, progress: Callable[[int, int], None] | None = None) -> int:
+def write_index(storage: Storage) -> int:
     """Rebuild the index from all commits; returns the number of units in it. Raises UserError without a dataset."""
     read_info(storage)
     kinds = ["latents", *(f"text/{name}" for name in text_sets(storage))]
@@ -70,10 +70,8 @@ def write_index(storage: Storage, progress: Callable[[int, int], None] | None = 
     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
     with compressor.stream_writer(out, closefd=False) as stream:
         stream.write(canonical_json({"format_version": FORMAT_VERSION, "num_units": len(units)}) + b"\n")
-        for done, columns in enumerate(_read_commits(storage, units), 1):
+        for columns in with_progress(_read_commits(storage, units), len(units), "index"):
             stream.write(canonical_json(columns) + b"\n")
-            if progress:
-                progress(done, len(units))
     storage.put(INDEX_NAME, out.getvalue())
     return len(units)
 

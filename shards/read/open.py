@@ -183,8 +183,9 @@ def _join(storages: list[Storage], infos: list[DatasetInfo], text_set: str | Non
     shards = [shard for table in (latents, text, null) if table for shard in table.shards]
     revision = dataset_revision((shard.kind, shard.unit, shard.revision) for shard in shards)
     planned = [len(info.planned_units()) for info in infos]
-    null = null if null.keys else None
-    return Opened(storages, infos[0], text_set, latents, text, rows, variants, null, revision, planned)
+    return Opened(
+        storages, infos[0], text_set, latents, text, rows, variants, null if null.keys else None, revision, planned
+    )
 
 
 def _text_rows(latents: Table, text: Table, text_set: str, storages: list[Storage]) -> np.ndarray:

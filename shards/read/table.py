@@ -6,6 +6,7 @@ A dataset of 160,000 samples is then a few arrays and two lists of strings, not 
 from __future__ import annotations
 
 import base64
+import binascii
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def pack(values: Iterable[int]) -> str:
 
 def unpack(text: str) -> np.ndarray:
     """int64 of what `pack` wrote. Raises ValueError or TypeError on anything else."""
-    return np.frombuffer(base64.b64decode(text, validate=True), "<i8").astype(np.int64, copy=False)
+    return np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i8").astype(np.int64, copy=False)
 
 
 @contextmanager
@@ -128,7 +129,7 @@ class TableBuilder:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._shards: list[Shard] = []
-        self._specs: dict[Spec, int] = {}
+        self._specs: dict[tuple[str, tuple[int, ...]], int] = {}
         self._keys: list[str] = []
         self._rows_of_shard: list[int] = []
         # Flat machine words: as Python objects they would be most of the memory of a large dataset.
@@ -152,7 +153,9 @@ class TableBuilder:
         if self._kind == LATENTS:
             summary = {field: self._column(field) for field in (*NUMBERS, "is_image")}
             summary |= {"clip": self._clips, "category": self._categories}
-        table = Table(self._keys, self._shards, list(self._specs), shard, documents, start, arrays, summary)
+        table = Table(
+            self._keys, self._shards, [Spec(*spec) for spec in self._specs], shard, documents, start, arrays, summary
+        )
         _check_places(table, file)
         return _in_order(table)
 
@@ -195,11 +198,11 @@ class TableBuilder:
         return np.frombuffer(self._words[field], np.int64)
 
     def _spec(self, dtype: Any, shape: tuple[Any, ...]) -> int:
-        ordinal = self._specs.get(Spec(dtype, shape))
+        ordinal = self._specs.get((dtype, shape))
         if ordinal is None:
             if type(dtype) is not str or not all(type(size) is int for size in shape):
                 raise TypeError(f"spec {dtype!r} {shape!r}")
-            ordinal = self._specs[Spec(dtype, shape)] = len(self._specs)
+            ordinal = self._specs[dtype, shape] = len(self._specs)
         return ordinal
 
 

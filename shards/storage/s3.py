@@ -164,7 +164,11 @@ class S3Storage:
         where = {"Bucket": self._root.bucket, "Prefix": self._root.prefix}
         while True:
             try:
-                page = self._retry("list uploads", "", lambda client, at=where: client.list_multipart_uploads(**at))
+                page = self._retry(
+                    "list uploads",
+                    "",
+                    lambda client: client.list_multipart_uploads(**where),  # noqa: B023 - called at once
+                )
             except ClientError as error:
                 if _code(error) in _NO_UPLOADS:  # what rclone answers for an empty list
                     return
@@ -252,7 +256,8 @@ class S3Storage:
         finally:
             body.close()
 
-    def _call(self, operation: str, name: str, *, patient: bool = True, **arguments: Any) -> Any:
+    def _call(self, operation: str, name: str, **arguments: Any) -> Any:
+        patient = arguments.pop("patient", True)
         arguments |= {"Bucket": self._root.bucket, "Key": self._root.prefix + name}
         return self._retry(operation, name, lambda client: getattr(client, operation)(**arguments), patient)
 

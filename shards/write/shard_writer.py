@@ -127,7 +127,9 @@ class ShardWriter:
         )
         ordered = [JSON_MEMBER, *arrays, *sorted(members.keys() - {JSON_MEMBER, *arrays})]
         fields = ("shape", "dtype", "check")
-        facts = {suffix: dict(zip(fields, inspect_array(members[suffix]), strict=True)) for suffix in arrays}
+        facts: dict[str, dict[str, Any]] = {
+            suffix: dict(zip(fields, inspect_array(members[suffix]), strict=True)) for suffix in arrays
+        }
         self._check_summary(where, key, info, [facts[suffix]["shape"] for suffix in arrays])
         infos = []
         for suffix in ordered:

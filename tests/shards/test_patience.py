@@ -225,6 +225,30 @@ def test_time_spent_waiting_does_not_count_against_a_limit(proxy: FaultProxy) ->
             result_within(pool.submit(time.sleep, 1.0), 0.2)
 
 
+def test_a_server_that_hangs_is_asked_again(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The silence before the first failure counts as waiting too."""
+    monkeypatch.setattr(shards.storage.s3, "_READ_SECONDS", 0.7)
+    storage = open_storage(f"s3://{BUCKET}/hangs?endpoint={proxy.url}")
+    storage.put("x", b"1")
+    proxy.fault = Outage("hang", 0.5, lambda request: True)
+    assert storage.get("x") == b"1" and patience.waited_seconds() > 0.6
+
+
+def test_an_upload_that_is_gone_is_aborted_without_an_error(proxy: FaultProxy) -> None:
+    storage = S3Storage(S3Root(BUCKET, "gone/", proxy.url), part_bytes=5 * 2**20)
+    real = storage._call
+
+    def call(operation: str, name: str, **arguments: object) -> object:
+        if operation == "complete_multipart_upload":  # somebody else has aborted it; then the server refuses
+            real("abort_multipart_upload", name, UploadId=arguments["UploadId"])
+            proxy.fault = lambda request: 403 if request.method == "POST" else None
+        return real(operation, name, **arguments)
+
+    storage._call = call  # type: ignore[method-assign]
+    with pytest.raises(StorageFailure, match="complete_multipart_upload refused"):
+        storage.put("a.tar", bytes(6 * 2**20))
+
+
 def test_waits_are_abandoned_on_request(proxy: FaultProxy) -> None:
     """A run that stops does not wait for its reading threads."""
     storage = open_storage(f"s3://{BUCKET}/abandoned?endpoint={proxy.url}")

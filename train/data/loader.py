@@ -194,7 +194,7 @@ class Loader:
             bad = self._dataset.samples[plan.ordinal]
             if self._config.data.on_bad_sample == "fatal":
                 own = isinstance(error, UserError) and not isinstance(error, ShardDamage)
-                fix = "`wanshards verify` finds what else is damaged; build its unit again, or set "
+                fix = "`wanshards verify --deep` finds what else is damaged; build its unit again, or set "
                 raise UserError(
                     f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
                     fix=error.fix if own else f"{fix}data.on_bad_sample=substitute",
