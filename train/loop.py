@@ -30,7 +30,6 @@ from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, s
 from train.run.events import write_event
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
 from train.run.session import (
-    Session,
     StoppedBySignal,
     StopSignal,
     choose_checkpoint,
@@ -79,6 +78,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
     """
     folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
+        patience_seconds = config.storage.patience_minutes * 60
         watch = stack.enter_context(HeartbeatWatch(world.rank, world.size, config.parallel))
         if world.rank == 0:
             stack.enter_context(locked(folder))
@@ -86,7 +86,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         stack.enter_context(log_file(folder, world.rank))
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
-        stack.enter_context(process_group(config.parallel, world, device, config.storage.patience_minutes * 60))
+        stack.enter_context(process_group(config.parallel, world, device, patience_seconds))
         settings = {"checkpointing.policy": config.checkpointing.policy, "data.micro_batch": config.data.micro_batch}
         stack.enter_context(explained_out_of_memory(device, settings))
         free = smallest(world, available_memory(device))  # once: every rank's plan must be the same
@@ -124,7 +124,9 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
         )
-        pictures = _prepare_pictures(session, config)
+        pictures: list[Ready] = []
+        if config.sample is not None:
+            pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
         meter = Throughput(trainee, ranks.layout)
         planned, lines = meter.before(list(session.order.buckets))
         for line in lines:
@@ -157,7 +159,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 progress.finish_step(batch.step, position)
                 loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
                 if batch.step == first_step:
-                    use_step_timeout(config.parallel, config.storage.patience_minutes * 60)
+                    use_step_timeout(config.parallel, patience_seconds)
                 seconds = time.perf_counter() - began
                 progress.seconds += seconds
                 record = StepRecord(
@@ -330,12 +332,6 @@ def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[
         found = evaluate.describe_held_out(held_out, before[0] if before else None)
         LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
-
-
-def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
-    if config.sample is None:
-        return []
-    return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
 
 
 def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable[[], None]) -> None:

@@ -193,11 +193,16 @@ class Loader:
         except (UserError, OSError) as error:
             bad = self._dataset.samples[plan.ordinal]
             if self._config.data.on_bad_sample == "fatal":
-                own = isinstance(error, UserError) and not isinstance(error, ShardDamage)
-                fix = "`wanshards verify --deep` finds what else is damaged; build its unit again, or set "
+                problem, expected, fix = str(error), None, None
+                if isinstance(error, UserError):
+                    problem, expected = error.problem, error.expected
+                    fix = None if isinstance(error, ShardDamage) else error.fix
                 raise UserError(
-                    f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
-                    fix=error.fix if own else f"{fix}data.on_bad_sample=substitute",
+                    f"step {step}: sample {bad.key} cannot be read, tried twice: {problem}",
+                    expected=expected,
+                    fix=fix
+                    or "`wanshards verify --deep` finds what else is damaged; build its unit again, or set "
+                    "data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)
             return self._substitute(plan, step, bad)

@@ -338,16 +338,17 @@ def open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     descriptor = None
     if rank == 0:
         family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        if os.environ.get("LOCAL_WORLD_SIZE") != str(size) and address[0].startswith(("127.", "::1")):
+        listen_on = str(address[0])
+        if listen_on != host and listen_on.startswith(("127.", "::1")):  # a name, as /etc/hosts of Debian has it
             raise UserError(
-                f"--master {master()}: on this machine the name means {address[0]}, which no other machine reaches",
+                f"--master {master()}: on this machine the name means {listen_on}, which no other machine reaches",
                 fix="give the address of the interface that the machines share, on all of them",
             )
         try:
-            listener = socket.create_server(address[:2], family=family, backlog=4096)
+            listener = socket.create_server((listen_on, int(port)), family=family, backlog=4096)
         except OSError as error:
             raise UserError(
-                f"--master {master()}: cannot listen on {address[0]}: {error.strerror}",
+                f"--master {master()}: cannot listen on {listen_on}: {error.strerror}",
                 expected="an address of an interface of machine 0, and a free port",
             ) from None
         descriptor = listener.detach()  # the store closes it

@@ -87,7 +87,7 @@ def make_place(processes: str, num_nodes: int, node: int | None, master: str | N
         raise UserError(f"--node-rank {node}: there are {num_nodes} machines", expected=f"0 to {num_nodes - 1}")
     if num_nodes > 1 and SECRET_VARIABLE not in os.environ:
         LOG.warning(
-            "%s is not set: whoever reaches %s can disturb the run (docs/how-to/many-machines.md)",
+            "%s is not set: whoever reaches %s can disturb the run (docs/how-to/many-gpus.md)",
             SECRET_VARIABLE,
             master,
         )

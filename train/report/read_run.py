@@ -166,7 +166,7 @@ def read_steps(folder: Path) -> Steps:
             ) from None
     numbers = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
     columns_read = [np.array(column).astype(np.int64) for column in slots[:3]]
-    slots_read = Slots(*columns_read, np.array(slots[3]))
+    slots_read = Slots(columns_read[0], columns_read[1], columns_read[2], np.array(slots[3]))
     return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), slots_read, skips, substitutes)
 
 
