@@ -94,25 +94,28 @@ def test_two_builds_share_the_units_and_do_none_twice(demo_corpus, tmp_path, mon
                 assert both.wait(120)  # the first goes on when the second has a unit
             yield unit
 
+    sections = {**TINY, "corpus": {"limit": 8}}
+    build(demo_corpus, tmp_path / "alone", **sections)  # first: two threads must not import the encoders at once
     monkeypatch.setattr(AtWork, "claim", counted)
     monkeypatch.setattr(scratch, "POLL_SECONDS", 0.05)
-    sections = {**TINY, "corpus": {"limit": 8}}
     output, results = tmp_path / "output", []
     with served(demo_corpus) as url:
         config = prep(demo_corpus, output, **{**sections, "fetch": {"mirrors": {BASE_URL: url}}})
 
         def run():
-            results.append(build_shards(config, quiet=True, if_busy="share"))
+            try:
+                results.append(build_shards(config, quiet=True, if_busy="share")["waiting"])
+            except Exception as error:  # of a thread: it would be lost
+                results.append(error)
 
         first = threading.Thread(target=run)
         first.start()
         until(lambda: claims)
         run()
         first.join()
+    assert results == [0, 0]
     done = sorted((kind, unit) for kind, unit, _ in claims)
     assert done == sorted((kind, unit) for kind in ("latents", "text/default") for unit in range(4))
-    assert [counts["waiting"] for counts in results] == [0, 0]
-    build(demo_corpus, tmp_path / "alone", **sections)
     assert files_of(output, "latents/*.tar") == files_of(tmp_path / "alone", "latents/*.tar")
 
 
@@ -185,7 +188,7 @@ def test_status_of_an_unfinished_build_says_how_long_the_rest_takes(demo_corpus,
     storage = open_storage(str(tmp_path))
     counts = count_dataset(storage, open_plan(storage), "default")
     work = count_work(storage, str(tmp_path), counts)
-    assert work["units_left"] == 1 and work["seconds_left"] == round(work["seconds_a_unit"])
+    assert work["units_left"] == 1 and abs(work["seconds_left"] - work["seconds_a_unit"]) <= 1
     said = "\n".join([*describe_build(counts), *describe_work(work)])
     assert "nobody: 1 units of latents are left; at the pace of the last units" in said and "stayed empty" not in said
 
