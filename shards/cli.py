@@ -207,17 +207,16 @@ def stats(
     wanshards stats demo/shards
     wanshards stats s3://bucket/prefix --sample 2000 --jobs 8 --json
     """
-    from shards.stats.cache import default_cache
-    from shards.stats.result import print_stats
-    from shards.stats.stats import run_stats
+    from shards.stats.stats import dataset_stats, stats_lines
+    from shards.stats.unit import default_cache
 
-    found = run_stats(
+    found = dataset_stats(
         root, text_set=text_set, sample=sample, jobs=jobs, cache=None if no_cache else cache or default_cache()
     )
     if as_json:
         print_json(found)
     else:
-        print_stats(found)
+        click.echo("\n".join(stats_lines(found)))
     sys.exit(1 if check and any(item["severity"] == "bad" for item in found["findings"]) else 0)
 
 
@@ -250,7 +249,7 @@ def report(
     wanshards report s3://bucket/prefix dataset.html --sample 5000 --jobs 8
     """
     from shards.report.report import DEFAULT_SAMPLE, write_dataset_report
-    from shards.stats.cache import default_cache
+    from shards.stats.unit import default_cache
 
     if read_all and sample is not None:
         raise UserError("--sample and --all are both given", expected="one of them")

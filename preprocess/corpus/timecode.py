@@ -89,26 +89,6 @@ def label_to_frame(label: Label, fps: Fraction) -> int:
     return count - _num_dropped(fps) * (total_minutes - total_minutes // 10) if label.is_drop else count
 
 
-def frame_to_timecode(frame: int, fps: Fraction, *, drop: bool) -> str:
-    """The label of a frame counted from 00:00:00:00. Raises ValueError below 0, and for drop where there is none."""
-    if frame < 0:
-        raise ValueError(f"frame {frame} is below 0")
-    nominal = _nominal(fps)
-    if drop:
-        if not can_drop(fps):
-            raise ValueError(f"no drop-frame counting at {float(fps):.3f} fps")
-        frame += _skipped_before(frame, nominal, _num_dropped(fps))
-    seconds, frames = divmod(frame, nominal)
-    mark = ";" if drop else ":"
-    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{mark}{frames:02d}"
-
-
-def timecode_to_frame(text: str, fps: Fraction) -> int:
-    """Frame number of a label. Raises ValueError; see `split_label`, `label_to_frame`."""
-    label = split_label(text)
-    return label_to_frame(label, label_rate(label, fps))
-
-
 def parse_timecode(text: str, fps: Fraction) -> float:
     """Seconds from the clip's start to the frame that a label names. Raises ValueError where it names none."""
     label = split_label(text)
@@ -138,11 +118,3 @@ def _nominal(fps: Fraction) -> int:
 def _num_dropped(fps: Fraction) -> int:
     """Frame numbers skipped a minute: 2 at 29.97, 4 at 59.94."""
     return 2 * int(fps / NTSC) if can_drop(fps) else 0
-
-
-def _skipped_before(frame: int, nominal: int, dropped: int) -> int:
-    """Labels skipped up to a frame: none in the first minute of ten, `dropped` at the start of each other one."""
-    minute = 60 * nominal - dropped
-    tens, rest = divmod(frame, 10 * minute + dropped)
-    later_minutes = max(0, rest - dropped) // minute
-    return dropped * (9 * tens + later_minutes)

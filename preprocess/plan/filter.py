@@ -9,42 +9,54 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
-from preprocess.config import SieveConfig
-from preprocess.corpus.records import Record
+from preprocess.config import CAPTION_LEVELS, SieveConfig
 from preprocess.rejection import Rejection, short
 
-_SEPARATOR = "\n"
+TEXT_LEVELS = tuple(level for level in CAPTION_LEVELS if level != "speech")
+"""Levels whose texts are captions; speech is a transcript."""
 _THREE = re.compile(r"(\S)\1\1")
 
 
-def sieve(record: Record, config: SieveConfig) -> Rejection | None:
-    """Refuse a record on its metadata, or return None. An unknown length passes: the probe decides."""
-    rejection = sieve_about(record.media_type, record.declared_seconds, config)
-    return rejection or sieve_words(caption_texts(record), config)
+def filter_metadata(media_type: str | None, seconds: float | None, config: SieveConfig) -> Rejection | None:
+    """The rules on what the item is, which come first. An unknown length passes: the probe decides."""
+    if media_type is None:
+        return Rejection("sieve", "unknown-media-type", "neither media_type nor the URL's suffix says video or image")
+    if media_type != "video":
+        return None if config.images else Rejection("sieve", "image", "sieve.images is false")
+    if seconds is not None and seconds < config.min_seconds:
+        return Rejection("sieve", "too-short", f"declared {seconds:g} s < {config.min_seconds:g} s")
+    if seconds is not None and seconds > config.max_seconds:
+        return Rejection("sieve", "too-long", f"declared {seconds:g} s > {config.max_seconds:g} s")
+    return None
 
 
-def sieve_about(media_type: str | None, declared_seconds: float | None, config: SieveConfig) -> Rejection | None:
-    """The rules on what the item is; they come first."""
-    return _refuse_media(media_type, config) or _refuse_length(media_type, declared_seconds, config)
+def caption_texts(fields: Mapping[str, Any]) -> list[str]:
+    """The texts of all caption levels of a record's plain fields (`records.read_fields`)."""
+    return [caption["text"] for level in TEXT_LEVELS for caption in fields[level]]
 
 
-def caption_texts(record: Record) -> list[str]:
-    """The texts of all caption levels, whole clip. Speech is a transcript, not a caption, and is not among them."""
-    levels = (record.object, record.scene, record.semantic, record.application)
-    return [caption.text for level in levels for caption in level]
-
-
-def sieve_words(texts: list[str], config: SieveConfig) -> Rejection | None:
+def filter_captions(texts: list[str], config: SieveConfig) -> Rejection | None:
     """The rules on the texts of all caption levels."""
     if not texts:
         return Rejection("sieve", "no-caption", "no text at any level (speech is not a caption)")
-    joined = _SEPARATOR.join(texts)
+    joined = "\n".join(texts)
     if len(joined) < config.min_caption_characters:
         return Rejection("sieve", "caption-too-short", f"{len(joined)} characters < {config.min_caption_characters}")
     if len(joined) > config.max_caption_characters:
         return Rejection("sieve", "caption-too-long", f"{len(joined)} characters > {config.max_caption_characters}")
-    return _refuse_repeats(texts, joined, config)
+    most = config.max_word_repeats
+    # Where the words of all texts together repeat too little, no single text's do: this check is enough for most.
+    if most is not None and _num_repeats(joined) >= most:
+        for text in texts:
+            if word := repeated_word(text, most):
+                return Rejection("sieve", "word-repeated", f"{short(word, 40)} more than {most} times in one caption")
+    most = config.max_character_repeats
+    if most is not None and (run := repeated_character(joined, most)):
+        return Rejection("sieve", "character-repeated", f"{short(run[0])} {len(run)} times in a row, more than {most}")
+    return None
 
 
 def repeated_word(text: str, most: int) -> str | None:
@@ -63,7 +75,7 @@ def _num_repeats(text: str) -> int:
 
 def repeated_character(text: str, most: int) -> str | None:
     """The first run of one visible character longer than `most`, or None."""
-    # A run of most + 1 holds three neighbours of a sampling at a third of it: a cheap look before the real one.
+    # A run of most + 1 holds three neighbours of a sampling at a third of it: a cheap test before the real one.
     if most >= 2 and _THREE.search(text[:: (most + 1) // 3]) is None:
         return None
     match = _run(most).search(text)
@@ -73,34 +85,3 @@ def repeated_character(text: str, most: int) -> str | None:
 @functools.cache
 def _run(most: int) -> re.Pattern[str]:
     return re.compile(rf"(\S)\1{{{most},}}")
-
-
-def _refuse_media(media_type: str | None, config: SieveConfig) -> Rejection | None:
-    if media_type == "video":
-        return None
-    if media_type is None:
-        return Rejection("sieve", "unknown-media-type", "neither media_type nor the URL's suffix says video or image")
-    return None if config.images else Rejection("sieve", "image", "sieve.images is false")
-
-
-def _refuse_length(media_type: str | None, seconds: float | None, config: SieveConfig) -> Rejection | None:
-    if seconds is None or media_type == "image":
-        return None
-    if seconds < config.min_seconds:
-        return Rejection("sieve", "too-short", f"declared {seconds:g} s < {config.min_seconds:g} s")
-    if seconds > config.max_seconds:
-        return Rejection("sieve", "too-long", f"declared {seconds:g} s > {config.max_seconds:g} s")
-    return None
-
-
-def _refuse_repeats(texts: list[str], joined: str, config: SieveConfig) -> Rejection | None:
-    most = config.max_word_repeats
-    # Where the words of all texts together repeat too little, no text's do: one look settles most records.
-    if most is not None and _num_repeats(joined) >= most:
-        for text in texts:
-            if word := repeated_word(text, most):
-                return Rejection("sieve", "word-repeated", f"{short(word, 40)} more than {most} times in one caption")
-    most = config.max_character_repeats
-    if most is not None and (run := repeated_character(joined, most)):
-        return Rejection("sieve", "character-repeated", f"{short(run[0])} {len(run)} times in a row, more than {most}")
-    return None

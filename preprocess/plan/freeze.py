@@ -1,19 +1,23 @@
-"""Making a plan: read the corpus once, sieve, order by a hash of the clip id, cut into units, freeze.
+"""Making a plan: read the corpus once, filter, order by a hash of the clip id, cut into units, freeze.
 
-The corpus may be larger than memory. Lines of candidates and of refused records go to a scratch file as they come; in
-memory stays an index of some thirty bytes a record, which is sorted and then read out. What is frozen depends on the
-documents, the sieve, the limit and the generations before, and on nothing else: not on the order of folders, the number
-of processes, or the machine.
+The corpus may be larger than memory: candidates and refused records go to tables of a scratch database as they come,
+and are read out in order. What is frozen depends on the documents, the filter, the limit and the generations before,
+and on nothing else: not on the order of folders, the number of processes, or the machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +27,14 @@ from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_about, read_json, read_words
-from preprocess.plan.external_sort import LineBatch, Spill, Superseded
-from preprocess.plan.filter import sieve_about, sieve_words
+from preprocess.plan.external_sort import EarlierRows, Row, scratch_database, write_frame, write_frames
+from preprocess.plan.filter import caption_texts, filter_captions, filter_metadata
 from preprocess.plan.plan import (
     PLAN_VERSION,
     DeclaredSize,
     GenerationInfo,
     Plan,
+    most_frequent,
     open_plan,
     plan_commit_name,
     plan_ledger_name,
@@ -42,16 +47,29 @@ from shards.format.keys import clip_hash
 from shards.format.sealed_json import seal_document
 from shards.storage.base import Storage
 
-# A generation of the plan put into the storage: its two objects, then its commit, if absent.
+_QUOTE = json.encoder.encode_basestring_ascii
+
+ReportDocuments = Callable[[int], None]
+"""Called with how many documents have been read since it was last called."""
+
+
+class ChunkResult(NamedTuple):
+    """What became of the documents of one chunk, made in a worker process."""
+
+    num_documents: int
+    candidates: list[Row]
+    refused: list[Row]
 
 
 def store_generation(plan: Plan, plan_file: Path, ledger_file: Path, **fields: Any) -> Plan:
-    """Append a generation behind those of `plan`; the plan as it then is, with another's where that was first.
+    """Append a generation: its two objects, then its commit, if absent; the plan as it then is.
+
+    Where another process was first, that one's generation is in the plan.
 
     Args:
         plan: the generations before.
-        plan_file: its candidates, as `Spill.write_frames` wrote them.
-        ledger_file: its refused records, as `Spill.write_frame` wrote them.
+        plan_file: its candidates, as `write_frames` wrote them.
+        ledger_file: its refused records, as `write_frame` wrote them.
         fields: what else `GenerationInfo` says.
     """
     number = len(plan.generations)
@@ -85,23 +103,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_CAPTIONS = ("object", "scene", "semantic", "application")
-_QUOTE = json.encoder.encode_basestring_ascii
-
-ReportDocuments = Callable[[int], None]
-"""Told how many documents have been read since it was last told."""
-
-
-class ChunkResult(NamedTuple):
-    """What became of the documents of one chunk, made in a worker process."""
-
-    num_documents: int
-    candidates: LineBatch
-    """Lines of the plan, tagged with the declared size."""
-    refused: LineBatch
-    """Lines of its ledger, tagged `stage/reason`."""
-
-
 def freeze_plan(
     storage: Storage,
     config: PrepConfig,
@@ -119,21 +120,20 @@ def freeze_plan(
         config: `corpus`, `sieve` and `shards.unit_size` are read.
         progress: called with counts of documents as they are read.
         num_workers: processes that read and parse; None: one a core.
-        scratch: folder for the scratch file (about the corpus's size); None: the system's temporary folder.
+        scratch: folder for the scratch database (about the corpus's size); None: the system's temporary folder.
     """
     plan = open_plan(storage)
     _warn_of_changes(plan, config)
-    work = partial(read_and_sieve, config=config.sieve)
+    work = partial(read_and_filter, config=config.sieve)
     with (
         tempfile.TemporaryDirectory(prefix="wanprep-plan-", dir=scratch) as folder,
-        closing(Spill(Path(folder, "candidates"))) as candidates,
-        closing(Spill(Path(folder, "refused"))) as refused,
+        scratch_database(Path(folder, "records")) as database,
     ):
         num_documents = 0
         for result in map_chunks(config.corpus.location, work, num_workers):
             num_documents += result.num_documents
-            candidates.add(result.candidates)
-            refused.add(result.refused)
+            database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", result.candidates)
+            database.executemany("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", result.refused)
             if progress is not None:
                 progress(result.num_documents)
         if num_documents == 0:
@@ -141,7 +141,7 @@ def freeze_plan(
                 f"corpus.location: {config.corpus.location}: no annotation in it",
                 expected="JSON files, one a media item",
             )
-        return _freeze(plan, config, num_documents, candidates, refused, Path(folder))
+        return _freeze(plan, config, num_documents, database, Path(folder))
 
 
 def ensure_plan(
@@ -164,40 +164,40 @@ def ensure_plan(
     return plan
 
 
-def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
-    """Read, parse and sieve the documents of a chunk; their lines for the plan and its ledger."""
-    result = ChunkResult(len(chunk.items), LineBatch.empty(), LineBatch.empty())
+def read_and_filter(chunk: Chunk, config: SieveConfig) -> ChunkResult:
+    """Read, parse and filter the documents of a chunk; their lines for the plan and its ledger."""
+    result = ChunkResult(len(chunk.items), [], [])
     for document in read_chunk(chunk):
         _sort_document(document, config, result)
     return result
 
 
 def _sort_document(document: Document, config: SieveConfig, result: ChunkResult) -> None:
-    """Put one document among the candidates or the refused. Its words are read only where the rest passes."""
+    """Put one document among the candidates or the refused. Its captions are read only where the rest passes."""
     defects: set[str] = set()
     root = document.rejection or read_json(document.data, defects)
     if isinstance(root, Rejection):
-        append_refused(result.refused, "", document.source, root)
+        result.refused.append(refused_row("", document.source, root))
         return
     about = read_about(root, document.source, defects)
     if isinstance(about, Rejection):
-        append_refused(result.refused, "", document.source, about)
+        result.refused.append(refused_row("", document.source, about))
         return
-    rejection = sieve_about(about["media_type"], about["declared_seconds"], config)
+    rejection = filter_metadata(about["media_type"], about["declared_seconds"], config)
     if rejection is None:
         words = read_words(root, about, defects)
-        rejection = sieve_words([caption["text"] for level in _CAPTIONS for caption in words[level]], config)
+        rejection = filter_captions(caption_texts(words), config)
     if rejection is not None:
-        append_refused(result.refused, about["clip_id"], document.source, rejection)
+        result.refused.append(refused_row(about["clip_id"], document.source, rejection))
         return
     # Absent fields are left out of the line; `Record.model_validate_json` gives the record that `parse_record` gives.
     line = orjson.dumps({name: value for name, value in (about | words).items() if value})
     size = f"{about['declared_width'] or 0}x{about['declared_height'] or 0}"
-    result.candidates.append(clip_hash(about["clip_id"]), line, size, about["declared_seconds"] or 0.0)
+    result.candidates.append(_row(about["clip_id"], document.source, size, about["declared_seconds"] or 0.0, line))
 
 
-def append_refused(batch: LineBatch, clip_id: str, source: str, rejection: Rejection) -> None:
-    """Add the ledger row of a refused record (`shards.format.ledger.LedgerRow`; it is no candidate: ordinal −1).
+def refused_row(clip_id: str, source: str, rejection: Rejection) -> Row:
+    """The ledger row of a refused record (`shards.format.ledger.LedgerRow`; it is no candidate: ordinal −1).
 
     Canonical JSON, written out here: for half the corpus this row is most of the work.
     """
@@ -206,37 +206,52 @@ def append_refused(batch: LineBatch, clip_id: str, source: str, rejection: Rejec
         f'"reason":"{rejection.reason}","retryable":{"true" if rejection.retryable else "false"},"seconds":{{}},'
         f'"source":{_QUOTE(source)},"stage":"{rejection.stage}","status":"rejected","windows":[]}}'
     ).encode()
-    batch.append(clip_hash(clip_id or source), line, f"{rejection.stage}/{rejection.reason}")
+    return _row(clip_id, source, f"{rejection.stage}/{rejection.reason}", 0.0, line)
+
+
+def _row(clip_id: str, source: str, tag: str, seconds: float, line: bytes) -> Row:
+    return Row(clip_hash(clip_id or source) - 2**63, _utf8(clip_id), _utf8(source), tag, seconds, line)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
-    """Say what of the config no longer bears on what is frozen already."""
+    """Say what of the config has no effect on what is frozen already."""
     limit = config.corpus.limit
     if limit is not None and limit < plan.num_candidates:
         LOG.warning("corpus.limit %d is below the %d candidates planned already; they stay", limit, plan.num_candidates)
     if plan.last_read is not None and plan.last_read.sieve != config.sieve:
-        LOG.warning("the sieve has changed since the plan was frozen: it bears on records that are not candidates yet")
+        LOG.warning("the sieve has changed since the plan was frozen: it applies to records that are no candidates yet")
 
 
-class _Selection(NamedTuple):
-    """What of the new documents goes into the generation; places in their spills, in order."""
+@dataclass
+class _Counts:
+    """What became of the documents, by the names of `GenerationInfo`."""
 
-    candidates: list[int]
-    refused: list[int]
-    counts: dict[str, int]
-    superseded_by: dict[str, int]
+    num_candidates: int = 0
+    num_refused: int = 0
+    num_planned_before: int = 0
+    num_refused_before: int = 0
+    num_beyond_limit: int = 0
+    num_refused_beyond_limit: int = 0
+    declared_seconds: float = 0.0
+    sizes: Counter[str] = field(default_factory=Counter)
+    refused_by: Counter[str] = field(default_factory=Counter)
 
 
-def _freeze(
-    plan: Plan, config: PrepConfig, num_documents: int, candidates: Spill, refused: Spill, folder: Path
-) -> Plan:
-    candidates.flush()
-    selection = _select(plan, config, candidates, refused)
-    if not selection.candidates and not selection.refused:
-        return plan
+def _freeze(plan: Plan, config: PrepConfig, num_documents: int, database: sqlite3.Connection, folder: Path) -> Plan:
+    planned = {_utf8(candidate.record.clip_id): _utf8(candidate.record.source) for candidate in plan.candidates()}
+    sources = frozenset(planned.values())
+    earlier, counts = EarlierRows(database, plan, sources), _Counts()
+    limit = config.corpus.limit
+    room = math.inf if limit is None else limit - plan.num_candidates
     plan_file, ledger_file = folder / "plan", folder / "ledger"
-    frame_bytes = candidates.write_frames(selection.candidates, config.shards.unit_size, plan_file)
-    refused.write_frame(selection.refused, ledger_file)
+    frame_bytes = write_frames(_choose(database, planned, earlier, room, counts), config.shards.unit_size, plan_file)
+    write_frame(_new_rows(database, planned, sources, earlier, counts), ledger_file)
+    if not counts.num_candidates and not counts.num_refused:
+        return plan
     return store_generation(
         plan,
         plan_file,
@@ -244,106 +259,75 @@ def _freeze(
         unit_size=config.shards.unit_size,
         frame_bytes=frame_bytes,
         records_read=num_documents,
-        num_candidates=len(selection.candidates),
-        num_refused=len(selection.refused),
-        refused_by=refused.tag_counts(selection.refused),
-        declared_sizes=_sizes(candidates.tag_counts(selection.candidates)),
-        declared_seconds=candidates.total_seconds(selection.candidates),
-        limit=config.corpus.limit,
+        num_candidates=counts.num_candidates,
+        num_refused=counts.num_refused,
+        num_planned_before=counts.num_planned_before,
+        # Until such a record is a candidate its row counts: it is not counted as beyond the limit too.
+        num_refused_before=counts.num_refused_before + counts.num_refused_beyond_limit,
+        num_beyond_limit=counts.num_beyond_limit,
+        num_refused_beyond_limit=counts.num_refused_beyond_limit,
+        refused_by=most_frequent(counts.refused_by),
+        superseded_by=dict(sorted(earlier.superseded_by.items())),
+        declared_sizes=_sizes(most_frequent(counts.sizes)),
+        declared_seconds=counts.declared_seconds,
+        limit=limit,
         sieve=config.sieve,
-        superseded_by=selection.superseded_by,
-        **selection.counts,
     )
 
 
-def _select(plan: Plan, config: PrepConfig, candidates: Spill, refused: Spill) -> _Selection:
-    """Order the new records, find duplicates and what earlier generations have, and cut at the limit."""
-    planned = {candidate.record.clip_id: candidate.record.source for candidate in plan.candidates()}
-    planned_hashes = {clip_hash(name) for pair in planned.items() for name in pair}
-    chosen: list[int] = []
-    num_planned = 0
-    duplicates = LineBatch.empty()
-    for line_hash, places in candidates.groups():
-        if len(places) == 1 and line_hash not in planned_hashes:
-            chosen += places
-            continue
-        for clip in _by_clip(candidates, places):
-            kept = _kept(clip, planned)
-            if clip[0].clip_id in planned:
-                num_planned += 1
-            else:
-                chosen.append(kept.place)
-            for other in clip:
-                if other is not kept:
-                    detail = f"another record of this clip id is {short(kept.source, 200)}"
-                    rejection = Rejection("read", "duplicate-clip", detail)
-                    append_refused(duplicates, other.clip_id, other.source, rejection)
-    refused.add(duplicates)
-    limit = config.corpus.limit
-    room = len(chosen) if limit is None else max(0, limit - plan.num_candidates)
-    standing = Superseded(plan, planned.values())
-    for place in chosen[:room]:
-        standing.supersede(candidates.line(place))
-    # Until such a record is a candidate its row stands: it is not counted as beyond the limit too.
-    num_refused_beyond = sum(standing.has_source(candidates.line(place)) for place in chosen[room:])
-    rows, num_known, num_planned_rows = _new_rows(standing, refused, planned, planned_hashes)
-    counts = {
-        "num_planned_before": num_planned + num_planned_rows,
-        "num_refused_before": num_known + num_refused_beyond,
-        "num_beyond_limit": len(chosen[room:]) - num_refused_beyond,
-        "num_refused_beyond_limit": num_refused_beyond,
-    }
-    return _Selection(chosen[:room], rows, counts, dict(sorted(standing.superseded_by.items())))
+def _choose(
+    database: sqlite3.Connection, planned: Mapping[bytes, bytes], earlier: EarlierRows, room: float, counts: _Counts
+) -> Iterator[bytes]:
+    """The lines of the generation's candidates, in order.
 
-
-class _Found(NamedTuple):
-    clip_id: str
-    source: str
-    place: int
-
-
-def _by_clip(candidates: Spill, places: list[int]) -> Iterator[list[_Found]]:
-    """The records of one hash by clip id, each clip's by source."""
-    found = []
-    for place in places:
-        record: dict[str, Any] = json.loads(candidates.line(place))
-        found.append(_Found(record["clip_id"], record["source"], place))
-    found.sort()
-    for clip_id in dict.fromkeys(each.clip_id for each in found):
-        yield [each for each in found if each.clip_id == clip_id]
-
-
-def _kept(clip: list[_Found], planned: dict[str, str]) -> _Found:
-    """Which of the records of one clip counts: the planned one, or the first by source."""
-    source = planned.get(clip[0].clip_id)
-    return next((each for each in clip if each.source == source), clip[0])
+    Of several records of one clip the planned one counts, or the first by source; the others become refused records.
+    """
+    query = "SELECT clip, source, tag, seconds, line FROM candidates ORDER BY hash, clip, source, rowid"
+    for clip, group in groupby(database.execute(query), key=itemgetter(0)):
+        records = list(group)
+        kept = next((record for record in records if record[1] == planned.get(clip)), records[0])
+        _, source, size, seconds, line = kept
+        for other in records:
+            if other is not kept:
+                detail = f"another record of this clip id is {short(source.decode('utf-8', 'surrogatepass'), 200)}"
+                names = (name.decode("utf-8", "surrogatepass") for name in other[:2])
+                row = refused_row(*names, Rejection("read", "duplicate-clip", detail))
+                database.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
+        if clip in planned:
+            counts.num_planned_before += 1
+        elif counts.num_candidates < room:
+            earlier.supersede(source)
+            counts.num_candidates += 1
+            counts.sizes[size] += 1
+            counts.declared_seconds += seconds
+            yield line
+        elif earlier.has_source(source):
+            counts.num_refused_beyond_limit += 1
+        else:
+            counts.num_beyond_limit += 1
 
 
 def _new_rows(
-    standing: Superseded, refused: Spill, planned: dict[str, str], planned_hashes: set[int]
-) -> tuple[list[int], int, int]:
-    """Places of rows that do not stand yet, in order; how many do; how many are of planned candidates."""
-    refused.flush()
-    new: list[int] = []
-    num_known = num_planned = 0
-    for line_hash, places in refused.groups():
-        for place in sorted(places, key=refused.line) if len(places) > 1 else places:
-            if standing.knows(refused.line(place)):
-                num_known += 1
-            elif line_hash in planned_hashes and _is_planned(refused.line(place), planned):
-                num_planned += 1
-            else:
-                standing.supersede(refused.line(place))
-                new.append(place)
-    return new, num_known, num_planned
+    database: sqlite3.Connection,
+    planned: Mapping[bytes, bytes],
+    sources: frozenset[bytes],
+    earlier: EarlierRows,
+    counts: _Counts,
+) -> Iterator[bytes]:
+    """The lines of refused records that no earlier ledger has, in order.
 
-
-def _is_planned(line: bytes, planned: dict[str, str]) -> bool:
-    """Whether a row is of a record that is a candidate already: what is frozen stays, though the sieve has changed."""
-    row = json.loads(line)
-    if row["clip_id"]:
-        return planned.get(row["clip_id"]) == row["source"]
-    return row["source"] in planned.values()
+    A record that is a candidate already stays one, though the filter has changed.
+    """
+    for clip, source, tag, line in database.execute("SELECT clip, source, tag, line FROM refused ORDER BY hash, line"):
+        if earlier.knows(source, line):
+            counts.num_refused_before += 1
+        elif planned.get(clip) == source if clip else source in sources:
+            counts.num_planned_before += 1
+        else:
+            earlier.supersede(source)
+            counts.num_refused += 1
+            counts.refused_by[tag] += 1
+            yield line
 
 
 def _sizes(counts: dict[str, int]) -> tuple[DeclaredSize, ...]:

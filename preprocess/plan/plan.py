@@ -6,11 +6,11 @@ A plan is a list of generations. Generation N is two objects and a commit, writt
     plan/gen-000-3fa9c1d2.ledger.jsonl.zst   one row a record that was refused, and why
     plan/gen-000.json                        sealed: counts, digests, the length of each unit's frame
 
-The order is by a hash of the clip id, so that neither folders nor machines nor `--limit` have a say in it. Records that
+The order is by a hash of the clip id, so it depends neither on folders nor on machines nor on `--limit`. Records that
 come later make a further generation behind the others; nothing frozen changes. A unit is read by one ranged read.
 
 A retry is a generation too: its candidates are of earlier generations and keep their ordinals (`retried`). The latest
-attempt counts, and an earlier unit that has to be made anew leaves out what a later generation takes up again: those
+attempt counts, and an earlier unit that has to be made again leaves out what a later generation takes up again: those
 candidates gave it no sample, so its tar repeats byte for byte.
 """
 
@@ -76,7 +76,7 @@ class GenerationInfo(Config):
     num_planned_before: int
     """Records that are candidates of earlier generations."""
     num_refused_before: int
-    """Records that a row of an earlier ledger still stands for."""
+    """Records whose row in an earlier ledger still counts."""
     num_beyond_limit: int
     """Records that pass, and that `corpus.limit` leaves for a later generation."""
     refused_by: dict[str, int]
@@ -225,7 +225,12 @@ class Plan:
         for generation in self.generations:
             total.update(generation.refused_by)
             total.subtract(generation.superseded_by)
-        return dict(sorted((+total).items(), key=lambda item: (-item[1], item[0])))
+        return most_frequent(+total)
+
+
+def most_frequent(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts, most frequent first, then by name."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def open_plan(storage: Storage) -> Plan:

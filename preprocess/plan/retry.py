@@ -1,7 +1,7 @@
-"""`wanprep retry`: rejected candidates taken up again, in units of their own behind all others.
+"""`wanprep retry`: rejected candidates are tried again, in units of their own behind all others.
 
 A retry is a generation of the plan that lists the candidates which are rejected now and were asked for. It is frozen
-before anything is fetched, so a killed retry is gone on with like any build, by this command or by `build-shards`.
+before anything is fetched, so a killed retry is continued like any build, by this command or by `build-shards`.
 What is committed is never written again; of several rows of one candidate the one in the highest unit counts.
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Collection
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.config import PrepConfig
-from preprocess.plan.external_sort import LineBatch, Spill
+from preprocess.plan.external_sort import write_frame, write_frames
 from preprocess.plan.freeze import store_generation
-from preprocess.plan.plan import GenerationInfo, Plan
+from preprocess.plan.plan import GenerationInfo, Plan, most_frequent
 from shards.format.ledger import LedgerRow
 from shards.read.outcomes import read_outcomes
 
@@ -51,8 +50,8 @@ class Choice(NamedTuple):
 def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Choice:
     """The candidates whose latest attempt was rejected as `wanted` says, but for those of a retry that is not done.
 
-    So a retry that was stopped is gone on with, and ends as if it had not been: what failed again in its first units is
-    not taken up by going on.
+    So a retry that was stopped is continued, and ends as if it had not been stopped: what failed again in its first
+    units is not tried a second time.
     """
     open_units = tuple(unit for unit in retry_units(plan) if unit not in committed)
     under_way = {
@@ -69,7 +68,7 @@ def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Ch
         if wanted.has(row):
             chosen.append(row.candidate)
             reasons[tag] += 1
-    return Choice(tuple(sorted(chosen)), _sorted(reasons), _sorted(rejected), open_units)
+    return Choice(tuple(sorted(chosen)), most_frequent(reasons), most_frequent(rejected), open_units)
 
 
 def _has_any(generation: GenerationInfo, units: Collection[int]) -> bool:
@@ -81,14 +80,10 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
     """Append a generation of the chosen candidates; the plan as it then is."""
     if not choice.ordinals:
         return plan
-    with (
-        tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder,
-        closing(Spill(Path(folder, "s"))) as lines,
-    ):
-        lines.add(_frozen_lines(plan, set(choice.ordinals)))
+    with tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder:
         plan_file, ledger_file = Path(folder, "plan"), Path(folder, "ledger")
-        frame_bytes = lines.write_frames(range(len(lines)), config.shards.unit_size, plan_file)
-        lines.write_frame([], ledger_file)
+        frame_bytes = write_frames(_frozen_lines(plan, set(choice.ordinals)), config.shards.unit_size, plan_file)
+        write_frame([], ledger_file)
         return store_generation(
             plan,
             plan_file,
@@ -96,7 +91,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
             unit_size=config.shards.unit_size,
             frame_bytes=frame_bytes,
             records_read=0,
-            num_candidates=len(lines),
+            num_candidates=len(choice.ordinals),
             num_refused=0,
             num_planned_before=0,
             num_refused_before=0,
@@ -126,7 +121,7 @@ def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
     lines = []
     if choice.open_units:
         lines.append(
-            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are gone on with"
+            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are continued"
         )
     if choice.ordinals:
         lines.append(f"retry    {len(choice.ordinals):,} candidates are tried again:")
@@ -138,7 +133,7 @@ def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
     return lines
 
 
-def _frozen_lines(plan: Plan, ordinals: set[int]) -> LineBatch:
+def _frozen_lines(plan: Plan, ordinals: set[int]) -> list[bytes]:
     """The frozen lines of these candidates, by rising ordinal."""
     found = sorted(
         (ordinal, line)
@@ -147,11 +142,4 @@ def _frozen_lines(plan: Plan, ordinals: set[int]) -> LineBatch:
         for ordinal, line, _ in plan.unit_lines(unit)
         if ordinal in ordinals
     )
-    batch = LineBatch.empty()
-    for ordinal, line in found:
-        batch.append(ordinal, line, "retried")
-    return batch
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return [line for _, line in found]

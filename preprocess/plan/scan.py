@@ -1,4 +1,4 @@
-"""What is in a corpus: counts, histograms, defects, and how many records the sieve would keep. Nothing is written."""
+"""What is in a corpus: counts, histograms, defects, and how many records the sieve would keep; nothing is frozen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_fields
-from preprocess.plan.filter import sieve_about, sieve_words
+from preprocess.plan.filter import TEXT_LEVELS, caption_texts, filter_captions, filter_metadata
+from preprocess.plan.plan import most_frequent
 from preprocess.rejection import Rejection, short
 from preprocess.text.captions import CountTokens
 from preprocess.text.clean import clean_text
@@ -33,7 +34,6 @@ SAMPLED_PER_CHUNK = 32
 MAX_SAMPLED = 4096
 """Texts whose tokens are counted: counting all would take longer than all the rest."""
 
-COUNTED_LEVELS = ("object", "scene", "semantic", "application")
 NOT_DECLARED = "not declared"
 
 
@@ -137,15 +137,15 @@ def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, ScanCounts]:
 def _tally_record(fields: Mapping[str, Any], config: SieveConfig, tally: ScanCounts) -> tuple[int, str]:
     counts = tally.counts
     media, seconds, fps = fields["media_type"] or "unknown", fields["declared_seconds"], fields["declared_fps"]
-    texts = [caption["text"] for level in COUNTED_LEVELS for caption in fields[level]]
-    refusal = sieve_about(fields["media_type"], seconds, config) or sieve_words(texts, config)
+    texts = caption_texts(fields)
+    refusal = filter_metadata(fields["media_type"], seconds, config) or filter_captions(texts, config)
     counts["sieve", "passed" if refusal is None else f"{refusal.stage}/{refusal.reason}"] += 1
     counts["media", media] += 1
     counts["category", fields["category"] or NOT_DECLARED] += 1
     width, height = fields["declared_width"], fields["declared_height"]
     counts["size", f"{width}×{height}" if width else NOT_DECLARED] += 1
     counts["fps", f"{fps:g}" if fps else NOT_DECLARED] += 1
-    for level in (*COUNTED_LEVELS, "speech"):
+    for level in (*TEXT_LEVELS, "speech"):
         if fields[level]:
             counts["level", level] += 1
     for defect in fields["defects"]:
@@ -192,8 +192,7 @@ def _report(num_documents: int, total: ScanCounts, count_tokens: CountTokens | N
 
 def _of(counts: Counter[tuple[str, str]], what: str) -> dict[str, int]:
     """The counts of one thing, most frequent first, then by name."""
-    found = [(value, count) for (kind, value), count in counts.items() if kind == what]
-    return dict(sorted(found, key=lambda item: (-item[1], item[0])))
+    return most_frequent({value: count for (kind, value), count in counts.items() if kind == what})
 
 
 def _named(counts: dict[str, int]) -> dict[str, int]:
@@ -246,7 +245,7 @@ def describe_scan(report: ScanReport) -> list[str]:
     for media, lengths in report.caption_characters.items():
         lines += _histogram(f"caption characters, all levels joined, {media}", lengths)
     if report.caption_tokens is None:
-        lines.append("caption tokens: not counted, for want of the text encoder's tokenizer")
+        lines.append("caption tokens: not counted, because there is no tokenizer of the text encoder")
     else:
         lines += _histogram(f"caption tokens, a sample of {report.caption_tokens.count:,}", report.caption_tokens)
     lines += _counts("records with words at level", report.records_with, readable)

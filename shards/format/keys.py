@@ -12,7 +12,6 @@ import hashlib
 
 from shards.errors import UserError
 
-MAX_KEY_BYTES = 80
 MAX_CLIP_CHARACTERS = 48
 _HEAD_CHARACTERS = 15
 _HASH_CHARACTERS = 32

@@ -22,8 +22,6 @@ from shards.storage import open_storage
 from shards.storage.base import Storage
 
 _MAX_NAMED = 12
-Pinned = dict[tuple[str, int, str], int]
-"""Commits to open, by (kind, unit, revision), and how many roots hold them."""
 
 
 class Opened(NamedTuple):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from shards.errors import ShardDamage, UserError
-from shards.format.commit import Blob, Commit, StoredCommit, read_commit
+from shards.format.commit import Blob, StoredCommit, read_commit
 from shards.format.names import NULL_UNIT
 from shards.read.index import list_root
 from shards.storage.base import Storage
@@ -31,13 +31,6 @@ class UnitRef(NamedTuple):
         commit = stored.commit
         keys = tuple(sample.key for sample in commit.samples)
         return cls(commit.kind, commit.unit, stored.revision, commit.tar, commit.ledger, keys)
-
-    def commit(self, storage: Storage) -> Commit:
-        """Its commit, read anew. Raises ShardDamage when it is gone, damaged, or another tar's by now."""
-        commit = read_commit(storage, self.kind, self.unit).commit
-        if commit.tar != self.tar:
-            raise ShardDamage(storage.url(self.tar.name), "its unit was made anew meanwhile: run this again")
-        return commit
 
 
 def unit_numbers(storage: Storage, kind: str) -> list[int]:

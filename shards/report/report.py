@@ -11,7 +11,7 @@ from shards.format.dataset_info import read_info
 from shards.page.html_page import page, tag
 from shards.report.gallery import REFUSED_SHARE, Gallery, RefusedKeeper, choose_samples
 from shards.report.sections import decisions, distributions, funnel, latents, overview, samples
-from shards.stats.stats import run_stats
+from shards.stats.stats import dataset_stats
 from shards.storage import open_storage
 
 DEFAULT_SAMPLE = 2000
@@ -44,7 +44,7 @@ def write_dataset_report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: the report is a page", expected="a file that ends in .html", fix=f"{out}.html")
     keeper = RefusedKeeper()
-    stats = run_stats(root, sample=sample, cache=cache, jobs=jobs, on_refused=keeper.add)
+    stats = dataset_stats(root, sample=sample, cache=cache, jobs=jobs, on_refused=keeper.add)
     storage = open_storage(root)
     max_bytes = int(max_megabytes * 1e6) - _OVERHEAD_BYTES
     refused = keeper.rows(int(max_bytes * REFUSED_SHARE))

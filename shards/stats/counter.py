@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_LABELS = 400
@@ -58,19 +58,18 @@ class Histograms:
         """Sum over all labels under `name`."""
         return sum(self._counts.get(name, Counter()).values())
 
-    def names(self, prefix: str) -> list[str]:
-        """Names that start with `prefix`, sorted."""
-        return sorted(name for name in self._counts if name.startswith(prefix))
+    def rows_below(self, prefix: str) -> dict[str, list[dict[str, Any]]]:
+        """The rows of every name that starts with `prefix`, by what follows it."""
+        names = sorted(name for name in self._counts if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.rows(name) for name in names}
 
-    def merge(self, others: Iterable[Histograms]) -> Histograms:
-        """Add other tallies to this one; returns it."""
-        for other in others:
-            for name, counts in other._counts.items():
-                for label, count in counts.items():
-                    self.add(name, label, times=count)
-                    for example in other._examples.get(name, {}).get(label, ()):
-                        self.add(name, label, example, times=0)
-        return self
+    def merge(self, other: Histograms) -> None:
+        """Add another's counts and examples to these."""
+        for name, counts in other._counts.items():
+            for label, count in counts.items():
+                self.add(name, label, times=count)
+                for example in other._examples.get(name, {}).get(label, ()):
+                    self.add(name, label, example, times=0)
 
     def plain(self) -> dict[str, Any]:
         """As plain JSON values; `Histograms.of` undoes it."""

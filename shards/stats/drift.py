@@ -1,15 +1,15 @@
-"""What the latents' statistics give away: a shifted channel, a shard of another VAE, odd and constant samples.
+"""What the latents' statistics show: a shifted channel, a shard of another VAE, odd and constant samples.
 
 Each feature (mean, deviation, smoothness of a channel) of a sample is compared with the median over the dataset, in
-units of the samples' own spread (1.4826 × the median absolute deviation). Medians stand as long as most samples are
+units of the samples' own spread (1.4826 × the median absolute deviation). Medians hold as long as most samples are
 sound. A shard is judged by the median of its samples, whose error is 1.2533 σ ÷ √(its clips): windows of one clip are
-no independent draws. Samples of one latent frame are compared with each other only.
+not independent draws. Samples of one latent frame are compared with each other only.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +27,11 @@ MAX_SAMPLE_Z = 15.0
 OTHER_VAE_SHARE = 0.25
 """Where so large a share of a shard's features drifts, it is not a channel that is off, but the encoder."""
 EXPECTED_MEAN, EXPECTED_STD = 1.0, 2.0
-"""A normalised latent has mean 0 and deviation 1 a channel; beyond |mean| 1 or a factor of 2 it is worth a word."""
+"""A normalised latent has mean 0 and deviation 1 a channel; beyond |mean| 1 or a factor of 2 it is reported."""
 MIN_CLIPS = 3
 _MIN_REFERENCE = 8
 _MAD_TO_SIGMA, _MEDIAN_ERROR = 1.4826, 1.2533
-_MAX_OUTLIERS = 50
+_MAX_OUTLIERS, _MAX_FEATURES = 50, 12
 
 
 class Reference(NamedTuple):
@@ -55,175 +55,102 @@ class Channels(NamedTuple):
     smoothness: np.ndarray
 
 
-class ShardVerdict(NamedTuple):
-    """How one shard stands against the dataset."""
+def find_references(units: Sequence[UnitStats]) -> dict[bool, Reference]:
+    """References of videos (False) and of one-frame samples (True), where there are enough samples.
 
-    unit: int
-    num_samples: int
-    share_off: float
-    """Share of its features that drift."""
-    worst: float
-    """Largest distance in standard errors."""
-    off: list[dict[str, Any]]
-    """The features that drift, worst first: feature, channel, found, reference, errors."""
-
-
-class ReferenceBuilder:
-    """Collects the reference samples of a stream of units: the same ones in whatever order they come."""
-
-    def __init__(self) -> None:
-        self._rows = {False: _Smallest(REFERENCE_SAMPLES), True: _Smallest(REFERENCE_SAMPLES)}
-        self._sums: list[np.ndarray] = []
-        self._num = 0
-
-    def add(self, stats: UnitStats) -> None:
-        """Take a unit's part."""
-        if not len(stats.keys):
-            return
-        for place, key in enumerate(stats.keys):
-            self._rows[bool(stats.is_image[place])].add(clip_hash(key, "stats"), stats.features[place])
-        values = stats.features.astype(np.float64)
-        mean, std, smooth = values[:, 0], values[:, 1], values[:, 2]
-        sums = np.stack([mean.sum(0), (std**2 + mean**2).sum(0), smooth.sum(0)])
-        if not self._sums:
-            self._sums = [np.zeros_like(sums)]
-        if self._sums[0].shape == sums.shape:
-            self._sums[0] += sums
-            self._num += len(mean)
-
-    def channels(self) -> Channels | None:
-        """The table of channels; None without a sample."""
-        if not self._num:
-            return None
-        mean, square, smooth = self._sums[0] / self._num
-        return Channels(self._num, mean, np.sqrt(np.maximum(0, square - mean**2)), smooth)
-
-    def references(self) -> dict[bool, Reference]:
-        """References of videos (False) and of one-frame samples (True), where there are enough samples."""
-        return {
-            is_image: _reference(np.stack(rows))
-            for is_image, smallest in self._rows.items()
-            if len(rows := smallest.rows()) >= _MIN_REFERENCE and len({row.shape for row in rows}) == 1
-        }
+    They are of the samples of smallest hash, so the same ones in whatever order units come.
+    """
+    references = {}
+    for is_image in (False, True):
+        hashes = (
+            (clip_hash(stats.keys[row], "stats"), unit, row)
+            for unit, stats in enumerate(units)
+            for row in np.flatnonzero(stats.is_image == is_image).tolist()
+        )
+        chosen = heapq.nsmallest(REFERENCE_SAMPLES, hashes)
+        if len(chosen) >= _MIN_REFERENCE:
+            rows = np.stack([units[unit].features[row] for _, unit, row in chosen])
+            median = np.median(rows, axis=0)
+            spread = _MAD_TO_SIGMA * np.median(np.abs(rows - median), axis=0)
+            # Where most samples agree to the last bit any other would be infinitely far: a floor for each kind of
+            # feature, a hundredth of the median spread over channels.
+            typical = np.maximum(np.median(spread, axis=1, keepdims=True), 1e-4)
+            references[is_image] = Reference(median, np.maximum(spread, 0.01 * typical), len(rows))
+    return references
 
 
-class _Smallest:
-    """The `num` rows of smallest hash among those added."""
-
-    def __init__(self, num: int) -> None:
-        self._num = num
-        self._limit: int | None = None
-        self._found: list[tuple[int, int, np.ndarray]] = []
-
-    def add(self, value: int, row: np.ndarray) -> None:
-        if self._limit is None or value <= self._limit:
-            self._found.append((value, len(self._found), row))  # the place: rows cannot be compared
-            if len(self._found) >= 2 * self._num:
-                self._cut()
-
-    def rows(self) -> list[np.ndarray]:
-        self._cut()
-        return [row for *_, row in self._found]
-
-    def _cut(self) -> None:
-        self._found = sorted(self._found)[: self._num]
-        if len(self._found) == self._num:
-            self._limit = self._found[-1][0]
+def sum_channels(units: Sequence[UnitStats]) -> Channels | None:
+    """The table of channels; None without a sample."""
+    num = sum(len(stats.keys) for stats in units)
+    if not num:
+        return None
+    sums = np.zeros((3, units[0].features.shape[2]))
+    for stats in units:
+        mean, std, smooth = stats.features.astype(np.float64).transpose(1, 0, 2)
+        sums += np.stack([mean.sum(0), (std**2 + mean**2).sum(0), smooth.sum(0)])
+    mean, square, smooth = sums / num
+    return Channels(num, mean, np.sqrt(np.maximum(0, square - mean**2)), smooth)
 
 
-def _reference(rows: np.ndarray) -> Reference:
-    median = np.median(rows, axis=0)
-    spread = _MAD_TO_SIGMA * np.median(np.abs(rows - median), axis=0)
-    # Where most samples agree to the last bit any other would be infinitely far.
-    return Reference(median, np.maximum(spread, 0.01 * _typical(spread)), len(rows))
+def judge_shard(stats: UnitStats, references: dict[bool, Reference]) -> dict[str, Any] | None:
+    """A shard against the dataset, by its worse kind of samples; None where it has too few clips to say anything.
 
-
-def _typical(spread: np.ndarray) -> np.ndarray:
-    """A floor for each kind of feature: the median spread over channels, never nothing."""
-    return np.maximum(np.median(spread, axis=1, keepdims=True), 1e-4)
-
-
-def judge_shard(unit: int, stats: UnitStats, references: dict[bool, Reference]) -> ShardVerdict | None:
-    """A shard against the dataset; None where it has too few clips to say anything."""
-    worst_of = None
+    `largest_errors` is the largest distance in standard errors, `share_off` the share of its features that drift, `off`
+    these, worst first.
+    """
+    verdicts = []
     for is_image, reference in references.items():
         chosen = stats.is_image == is_image
-        num_clips = len({clip for clip, is_one in zip(stats.clips, chosen, strict=True) if is_one})
-        if num_clips < MIN_CLIPS or stats.features.shape[1:] != reference.median.shape:
+        num_clips = len({stats.clips[row] for row in np.flatnonzero(chosen).tolist()})
+        if num_clips < MIN_CLIPS:
             continue
         found = np.median(stats.features[chosen], axis=0)
         error = reference.spread * _MEDIAN_ERROR * np.sqrt(1 / num_clips + 1 / reference.num_samples)
         distance = np.abs(found - reference.median) / error
-        verdict = ShardVerdict(
-            unit,
-            len(stats.keys),
-            float((distance > MAX_SHARD_Z).mean()),
-            float(distance.max()),
-            list(_features_off(found, reference.median, distance)),
-        )
-        if worst_of is None or verdict.worst > worst_of.worst:
-            worst_of = verdict
-    return worst_of
+        places = sorted(np.argwhere(distance > MAX_SHARD_Z).tolist(), key=lambda place: -distance[place[0], place[1]])
+        off = [
+            {
+                "feature": FEATURES[kind],
+                "channel": channel,
+                "found": float(found[kind, channel]),
+                "reference": float(reference.median[kind, channel]),
+                "errors": float(distance[kind, channel]),
+            }
+            for kind, channel in places[:_MAX_FEATURES]
+        ]
+        share_off = float((distance > MAX_SHARD_Z).mean())
+        verdicts.append({"largest_errors": float(distance.max()), "share_off": share_off, "off": off})
+    return max(verdicts, key=lambda verdict: verdict["largest_errors"], default=None)
 
 
-def _features_off(found: np.ndarray, reference: np.ndarray, distance: np.ndarray) -> Iterator[dict[str, Any]]:
-    places = np.argwhere(distance > MAX_SHARD_Z)
-    for kind, channel in sorted(places.tolist(), key=lambda place: -distance[place[0], place[1]])[:12]:
-        yield {
-            "feature": FEATURES[kind],
-            "channel": channel,
-            "found": float(found[kind, channel]),
-            "reference": float(reference[kind, channel]),
-            "errors": float(distance[kind, channel]),
-        }
-
-
-def sample_distances(stats: UnitStats, references: dict[bool, Reference]) -> Iterator[tuple[float, str, str]]:
-    """For each sample beyond MAX_SAMPLE_Z: its largest distance in spreads, its key, and which feature it is."""
-    for is_image, reference in references.items():
-        chosen = np.flatnonzero(stats.is_image == is_image)
-        if not len(chosen) or stats.features.shape[1:] != reference.median.shape:
-            continue
-        distance = np.abs(stats.features[chosen] - reference.median) / reference.spread
-        flat = distance.reshape(len(chosen), -1)
-        worst = flat.argmax(axis=1)
-        for row in np.flatnonzero(flat.max(axis=1) > MAX_SAMPLE_Z).tolist():
-            kind, channel = divmod(int(worst[row]), distance.shape[2])
-            value = float(stats.features[chosen[row], kind, channel])
-            words = (
-                f"{FEATURES[kind]} of channel {channel} is {value:.3g}, usually {reference.median[kind, channel]:.3g}"
-            )
-            yield float(flat[row].max()), stats.keys[int(chosen[row])], words
-
-
-def largest(found: Iterable[tuple[float, str, str]]) -> list[dict[str, Any]]:
-    """The largest distances, at most fifty, as plain values."""
+def find_outliers(units: Sequence[UnitStats], references: dict[bool, Reference]) -> list[dict[str, Any]]:
+    """The samples beyond MAX_SAMPLE_Z spreads, farthest first, at most fifty: key, distance, which feature it is."""
+    found = (item for stats in units for item in _far_samples(stats, references))
     best = heapq.nlargest(_MAX_OUTLIERS, found)
     return [{"key": key, "spreads": distance, "what": what} for distance, key, what in best]
 
 
-def channels_off(channels: Channels, reference: Reference | None) -> list[dict[str, Any]]:
-    """Channels of the whole dataset that are not as a normalised latent's: mean 0, deviation 1.
+def _far_samples(stats: UnitStats, references: dict[bool, Reference]) -> Iterator[tuple[float, str, str]]:
+    for is_image, reference in references.items():
+        chosen = np.flatnonzero(stats.is_image == is_image)
+        if not len(chosen):
+            continue
+        distance = np.abs(stats.features[chosen] - reference.median) / reference.spread
+        flat = distance.reshape(len(chosen), -1)
+        for row in np.flatnonzero(flat.max(axis=1) > MAX_SAMPLE_Z).tolist():
+            kind, channel = divmod(int(flat[row].argmax()), distance.shape[2])
+            value, usual = stats.features[chosen[row], kind, channel], reference.median[kind, channel]
+            what = f"{FEATURES[kind]} of channel {channel} is {value:.3g}, usually {usual:.3g}"
+            yield float(flat[row].max()), stats.keys[chosen[row]], what
+
+
+def channels_off(channels: Channels) -> list[tuple[int, float, float]]:
+    """(channel, mean, deviation) of those that are not as a normalised latent's: mean 0, deviation 1.
 
     Also, where the normalisation is not the trained VAE's: a channel that is far from what the other channels are.
     """
-    off = []
-    others = _far_from_the_others(channels.mean)
-    for channel, (mean, std) in enumerate(zip(channels.mean.tolist(), channels.std.tolist(), strict=True)):
-        if abs(mean) > EXPECTED_MEAN or not 1 / EXPECTED_STD <= std <= EXPECTED_STD or channel in others:
-            median = float(reference.median[0, channel]) if reference else mean
-            off.append({"channel": channel, "mean": mean, "std": std, "median_mean": median})
-    return off
-
-
-def _far_from_the_others(values: np.ndarray) -> set[int]:
-    median = np.median(values)
-    spread = max(_MAD_TO_SIGMA * float(np.median(np.abs(values - median))), 0.02)
-    return set(np.flatnonzero(np.abs(values - median) > 10 * spread).tolist())
-
-
-def share_words(items: Sequence[dict[str, Any]]) -> str:
-    """The features that drift, for a line of text."""
-    words = [f"{item['feature']} of channel {item['channel']}: {item['found']:.3g}, elsewhere {item['reference']:.3g}"
-             for item in items[:3]]  # fmt: skip
-    return "; ".join(words) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
+    mean, std = channels.mean, channels.std
+    from_others = np.abs(mean - np.median(mean))
+    is_off = (np.abs(mean) > EXPECTED_MEAN) | (std < 1 / EXPECTED_STD) | (std > EXPECTED_STD)
+    is_off |= from_others > 10 * max(_MAD_TO_SIGMA * float(np.median(from_others)), 0.02)
+    return [(channel, float(mean[channel]), float(std[channel])) for channel in np.flatnonzero(is_off).tolist()]

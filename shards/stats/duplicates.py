@@ -1,20 +1,24 @@
 """Which samples show the same pictures: equal bytes, or fingerprints of latents that hardly differ.
 
-Fingerprints (hundreds of bits, `latent_features.py`) are cut into bands of 32 bits. Samples that share a band are
+Fingerprints (hundreds of bits, `features.py`) are cut into bands of 32 bits. Samples that share a band are
 compared; two of which 5 % of the bits differ share one of 24 bands with probability 0.99, two that have nothing in
 common with 24 / 2³². So a dataset is searched in a few sorts, not in pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from shards.stats.unit import UnitStats
 
 MAX_DIFFERENT = 0.04
 """Share of bits in which two samples of the same pictures may differ."""
 _BAND_BYTES = 4
+_MAX_GROUPS, _MAX_NAMED = 200, 20
 
 
 class Alike(NamedTuple):
@@ -26,26 +30,43 @@ class Alike(NamedTuple):
     """Largest share of differing bits met when they were joined; 0: equal."""
 
 
-def find_alike(prints: np.ndarray, clips: Sequence[str], max_different: float = MAX_DIFFERENT) -> list[Alike]:
+def find_duplicates(units: Sequence[UnitStats]) -> list[dict[str, Any]]:
+    """Groups of samples that show the same, as plain values: what is equal, by how much it differs, the members."""
+    units = [stats for stats in units if stats.keys]
+    if not units:
+        return []
+    keys, clips, digests, previews = (
+        list(chain.from_iterable(getattr(stats, field) for stats in units))
+        for field in ("keys", "clips", "digests", "previews")
+    )
+    prints = np.concatenate([stats.prints for stats in units])
+    # Constant latents are a finding of their own: they show no pictures that could be the same.
+    digests = [digest if varies else "" for digest, varies in zip(digests, prints.any(axis=1).tolist(), strict=True)]
+    found: dict[frozenset[int], dict[str, Any]] = {}
+    for what, groups in (
+        ("the same latent", find_equal(digests, clips)),
+        ("the same preview strip", find_equal(previews, clips)),
+        ("nearly the same latent", find_alike(prints, clips)),
+    ):
+        for members, difference in groups:
+            group = {
+                "what": what,
+                "difference": round(difference, 4),
+                "num": len(members),
+                "keys": [keys[place] for place in members[:_MAX_NAMED]],
+                "clips": sorted({clips[place] for place in members})[:_MAX_NAMED],
+            }
+            found.setdefault(frozenset(members), group)
+    return sorted(found.values(), key=lambda item: (item["difference"], -item["num"]))[:_MAX_GROUPS]
+
+
+def find_alike(prints: np.ndarray, clips: Sequence[str]) -> list[Alike]:
     """Groups of samples with nearly equal fingerprints (uint8 [N, B]) that hold more than one clip.
 
-    Windows of one clip may look alike: they are no find by themselves. A print without a set bit is that of a latent
-    that does not vary, and is like no other.
+    Windows of one clip may look alike, which is no finding. A print without a set bit is that of a latent that does not
+    vary, and is like no other.
     """
-    varies = np.flatnonzero(prints.any(axis=1)) if prints.size else np.zeros(0, np.int64)
-    joined = _Joined(len(prints))
-    limit = max_different * prints.shape[1] * 8 if prints.size else 0
-    for run in _shared_bands(prints[varies]):
-        # Against the first and the one before: in a run of thousands every pair would be millions.
-        places = varies[run]
-        if len({clips[place] for place in places.tolist()}) == 1:
-            continue
-        for ones, others in ((places[1:], places[:-1]), (places[2:], np.broadcast_to(places[0], len(places) - 2))):
-            different = np.bitwise_count(prints[ones] ^ prints[others]).sum(axis=1)
-            for near in np.flatnonzero(different <= limit).tolist():
-                if not joined.same(one := int(ones[near]), other := int(others[near])):
-                    joined.join(one, other, int(different[near]) / (prints.shape[1] * 8))
-    return [group for group in joined.groups() if len({clips[member] for member in group.members}) > 1]
+    return _of_several_clips(_join(_near_pairs(prints, clips)), clips)
 
 
 def find_equal(digests: Sequence[str], clips: Sequence[str]) -> list[Alike]:
@@ -54,12 +75,29 @@ def find_equal(digests: Sequence[str], clips: Sequence[str]) -> list[Alike]:
     for place, digest in enumerate(digests):
         if digest:
             places.setdefault(digest, []).append(place)
-    groups = [Alike(members, 0.0) for members in places.values() if len(members) > 1]
+    return _of_several_clips((Alike(members, 0.0) for members in places.values()), clips)
+
+
+def _of_several_clips(groups: Iterable[Alike], clips: Sequence[str]) -> list[Alike]:
     return [group for group in groups if len({clips[member] for member in group.members}) > 1]
 
 
+def _near_pairs(prints: np.ndarray, clips: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    num_bits = prints.shape[1] * 8
+    varies = np.flatnonzero(prints.any(axis=1))
+    for run in _shared_bands(prints[varies]):
+        places = varies[run]
+        if len({clips[place] for place in places.tolist()}) == 1:
+            continue
+        # Against the first and the one before: in a run of thousands every pair would be millions.
+        for ones, others in ((places[1:], places[:-1]), (places[2:], np.broadcast_to(places[0], len(places) - 2))):
+            different = np.bitwise_count(prints[ones] ^ prints[others]).sum(axis=1)
+            for near in np.flatnonzero(different <= MAX_DIFFERENT * num_bits).tolist():
+                yield int(ones[near]), int(others[near]), int(different[near]) / num_bits
+
+
 def _shared_bands(prints: np.ndarray) -> Iterator[np.ndarray]:
-    num_bands = prints.shape[1] // _BAND_BYTES if prints.size else 0
+    num_bands = prints.shape[1] // _BAND_BYTES if len(prints) else 0
     for band in range(num_bands):
         # Every num_bands-th byte: a band takes bits of many channels, not the cells of a few.
         values = np.ascontiguousarray(prints[:, band::num_bands][:, :_BAND_BYTES]).view(np.uint32)[:, 0]
@@ -69,31 +107,23 @@ def _shared_bands(prints: np.ndarray) -> Iterator[np.ndarray]:
             yield order[edges[run] : edges[run + 1]]
 
 
-class _Joined:
-    """Disjoint sets."""
+def _join(pairs: Iterable[tuple[int, int, float]]) -> list[Alike]:
+    """Disjoint sets from pairs of places and how much these differ."""
+    parent: dict[int, int] = {}
+    largest: dict[int, float] = {}
 
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
-        self._largest: dict[int, float] = {}
-
-    def same(self, a: int, b: int) -> bool:
-        return self._root(a) == self._root(b)
-
-    def join(self, a: int, b: int, different: float) -> None:
-        low, high = sorted((self._root(a), self._root(b)))
-        self._parent[high] = low
-        self._largest[low] = max(different, self._largest.get(low, 0.0), self._largest.get(high, 0.0))
-
-    def groups(self) -> list[Alike]:
-        members: dict[int, list[int]] = {}
-        for place in range(len(self._parent)):
-            root = self._root(place)
-            if root in self._largest:
-                members.setdefault(root, []).append(place)
-        return [Alike(places, self._largest[root]) for root, places in members.items()]
-
-    def _root(self, place: int) -> int:
-        while self._parent[place] != place:
-            self._parent[place] = self._parent[self._parent[place]]
-            place = self._parent[place]
+    def root(place: int) -> int:
+        while (above := parent.setdefault(place, place)) != place:
+            parent[place] = parent[above]
+            place = parent[place]
         return place
+
+    for one, other, difference in pairs:
+        low, high = sorted((root(one), root(other)))
+        if low != high:
+            parent[high] = low
+            largest[low] = max(difference, largest.get(low, 0.0), largest.get(high, 0.0))
+    members: dict[int, list[int]] = {}
+    for place in sorted(parent):
+        members.setdefault(root(place), []).append(place)
+    return [Alike(places, largest[top]) for top, places in members.items()]

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from shards.format.dataset_info import DatasetInfo
 from shards.stats.counter import Histograms
-from shards.stats.drift import OTHER_VAE_SHARE, Channels, Reference, ShardVerdict, channels_off, share_words
+from shards.stats.drift import OTHER_VAE_SHARE, Channels, channels_off
 
 Severity = Literal["bad", "warn", "info"]
 _MAX_NAMED = 10
 
 
 class Evidence(NamedTuple):
-    """All that the passes over a dataset found."""
+    """All that was found in a dataset."""
 
     info: DatasetInfo
     tally: Histograms
     texts: Histograms
     damaged: list[str]
     channels: Channels | None
-    references: dict[bool, Reference]
-    shards: list[ShardVerdict]
+    shards: list[dict[str, Any]]
+    """Of `drift.judge_shard`, with the unit and its tar."""
     outliers: list[dict[str, Any]]
     duplicates: list[dict[str, Any]]
-    tars: dict[int, str]
-    """Names of the tars by unit."""
 
 
 def find_all(evidence: Evidence) -> list[dict[str, Any]]:
     """Every finding, the worst first: code, severity, what in words, samples or shards it is about, their number."""
     found = [
         *_damage(evidence),
-        *_other_vae(evidence),
         *_drift(evidence),
         *_channels(evidence),
         *_outliers(evidence),
@@ -45,7 +42,7 @@ def find_all(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _finding(
-    code: str, severity: Severity, what: str, keys: list[str] | tuple[str, ...] = (), num: int | None = None
+    code: str, severity: Severity, what: str, keys: Sequence[str] = (), num: int | None = None
 ) -> dict[str, Any]:
     count = len(keys) if num is None else num
     return {"code": code, "severity": severity, "what": what, "num": count, "where": list(keys[:_MAX_NAMED])}
@@ -65,21 +62,22 @@ def _damage(evidence: Evidence) -> Iterator[dict[str, Any]]:
             yield _finding(f"latent-{code}", "bad", f"{row['count']:,} {words}", row["examples"], row["count"])
 
 
-def _other_vae(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    for shard in evidence.shards:
-        if shard.share_off >= OTHER_VAE_SHARE:
-            what = (
-                f"unit {shard.unit} has the statistics of another VAE or another normalisation, whatever its identity "
-                f"says: {100 * shard.share_off:.0f} % of its channels' features are off ({share_words(shard.off)})"
-            )
-            yield _finding("other-vae", "bad", what, [evidence.tars[shard.unit]])
-
-
 def _drift(evidence: Evidence) -> Iterator[dict[str, Any]]:
     for shard in evidence.shards:
-        if 0 < shard.share_off < OTHER_VAE_SHARE:
-            what = f"unit {shard.unit} drifts from the others: {share_words(shard.off)}"
-            yield _finding("shard-drift", "bad", what, [evidence.tars[shard.unit]])
+        words = [
+            f"{item['feature']} of channel {item['channel']}: {item['found']:.3g}, elsewhere {item['reference']:.3g}"
+            for item in shard["off"][:3]
+        ]
+        features = "; ".join(words) + (f"; and {len(shard['off']) - 3} more" if len(shard["off"]) > 3 else "")
+        if shard["share_off"] >= OTHER_VAE_SHARE:
+            what = (
+                f"unit {shard['unit']} has the statistics of another VAE or another normalisation, whatever its "
+                f"identity says: {100 * shard['share_off']:.0f} % of its channels' features are off ({features})"
+            )
+            yield _finding("other-vae", "bad", what, [shard["tar"]])
+        elif shard["share_off"]:
+            what = f"unit {shard['unit']} drifts from the others: {features}"
+            yield _finding("shard-drift", "bad", what, [shard["tar"]])
 
 
 def _channels(evidence: Evidence) -> Iterator[dict[str, Any]]:
@@ -87,9 +85,9 @@ def _channels(evidence: Evidence) -> Iterator[dict[str, Any]]:
         return
     # Random weights are normalised with the trained VAE's numbers: theirs need not be 0 and 1.
     note = evidence.info.notes.get("encoders")
-    for off in channels_off(evidence.channels, evidence.references.get(False)):
+    for channel, mean, std in channels_off(evidence.channels):
         what = (
-            f"channel {off['channel']} has mean {off['mean']:.3g} and deviation {off['std']:.3g} over the dataset; "
+            f"channel {channel} has mean {mean:.3g} and deviation {std:.3g} over the dataset; "
             "a normalised latent has about 0 and 1"
         )
         severity: Severity = "info" if note else "bad"
@@ -100,7 +98,7 @@ def _outliers(evidence: Evidence) -> Iterator[dict[str, Any]]:
     if evidence.outliers:
         worst = evidence.outliers[0]
         what = (
-            f"{len(evidence.outliers)} samples stand far from all others; the farthest by {worst['spreads']:.0f} "
+            f"{len(evidence.outliers)} samples are far from all others; the farthest by {worst['spreads']:.0f} "
             f"spreads: {worst['what']}"
         )
         yield _finding("sample-outlier", "warn", what, [item["key"] for item in evidence.outliers])

@@ -1,9 +1,9 @@
-"""From records to samples: what the plans and the units' ledgers say became of every record, and why."""
+"""From records to samples: what became of every record, and why, by the ledgers of the plans and the units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from shards.errors import MissingObject, ShardDamage
 from shards.format.dataset_info import DatasetInfo
@@ -20,53 +20,57 @@ STAGES = ("read", "sieve", "fetch", "probe", "window", "bucket", "decode", "capt
 OnRefused = Callable[[LedgerRow], None]
 
 
-class Funnel(NamedTuple):
-    """Counts from records to samples, and the reasons of what fell out."""
-
-    tally: Histograms
-    problems: list[str]
-    """Ledgers that could not be read: the counts lack them."""
-
-
 def read_funnel(
-    storage: Storage, info: DatasetInfo, units: Sequence[UnitRef], on_refused: OnRefused | None = None
-) -> Funnel:
-    """Read the ledgers of plans and units, one row at a time; `on_refused` is shown each refused record.
+    storage: Storage,
+    info: DatasetInfo,
+    units: Sequence[UnitRef],
+    damaged: list[str],
+    on_refused: OnRefused | None = None,
+) -> Histograms:
+    """Count the ledgers of plans and units, one row at a time; `on_refused` is called with each refused record.
 
-    Of several attempts at one candidate the one in the highest unit counts.
+    Of several attempts at one candidate the one in the highest unit counts. What is wrong with a ledger that cannot be
+    read goes into `damaged`: the counts lack it.
     """
-    tally, problems = Histograms(), []
+    tally = Histograms()
+
+    def refuse(row: LedgerRow) -> None:
+        label = f"{row.stage}/{row.reason}"
+        tally.add("reason", label, f"{row.clip_id or row.source}: {row.detail}")
+        if row.retryable:
+            tally.add("retryable", label)
+        if on_refused:
+            on_refused(row)
+
     for generation in info.generations:
         tally.add("records", "read", times=generation.num_records)
         # One that read no records is a retry: its candidates are those of earlier generations.
         tally.add("records", "candidates", times=generation.num_candidates if generation.num_records else 0)
         try:
             for row in _plan_rows(storage, generation.name):
-                _count_refused(tally, row)
-                if on_refused:
-                    on_refused(row)
+                refuse(row)
             for reason, count in _superseded(storage, generation.name).items():
                 tally.add("reason", reason, times=-count)
                 tally.add("records", "read", times=-count)
         except ShardDamage as damage:
-            problems.append(damage.problem)
+            damaged.append(damage.problem)
     seen: set[int] = set()
     for unit in sorted(units, key=lambda unit: unit.unit, reverse=True):
         tally.add("units", "with latents")
         try:
             rows = list(unit_rows(storage, unit.ledger))
         except ShardDamage as damage:
-            problems.append(damage.problem)
+            damaged.append(damage.problem)
             continue
         for row in rows:
             if row.candidate in seen:
                 tally.add("attempts", "superseded")
                 continue
             _count_row(tally, row)
-            if on_refused and row.status == "rejected":
-                on_refused(row)
+            if row.status == "rejected":
+                refuse(row)
         seen.update(row.candidate for row in rows)
-    return Funnel(tally, problems)
+    return tally
 
 
 def funnel_steps(tally: Histograms, info: DatasetInfo, num_samples: int, num_with_text: int) -> dict[str, Any]:
@@ -110,11 +114,8 @@ def reason_rows(tally: Histograms) -> list[dict[str, Any]]:
                     "examples": row["examples"],
                 }
             )
-    return sorted(rows, key=lambda row: (_stage_place(row["stage"]), -row["count"], row["reason"]))
-
-
-def _stage_place(stage: str) -> int:
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    return sorted(rows, key=lambda row: (order.get(row["stage"], len(STAGES)), -row["count"], row["reason"]))
 
 
 def _plan_rows(storage: Storage, generation: str) -> Iterator[LedgerRow]:
@@ -146,12 +147,3 @@ def _count_row(tally: Histograms, row: LedgerRow) -> None:
         tally.add("windows", window.status)
         if window.status == "rejected":
             tally.add("window_reason", window.reason, f"{row.clip_id} at {window.start_seconds:g} s: {window.detail}")
-    if row.status == "rejected":
-        _count_refused(tally, row)
-
-
-def _count_refused(tally: Histograms, row: LedgerRow) -> None:
-    label = f"{row.stage}/{row.reason}"
-    tally.add("reason", label, f"{row.clip_id or row.source}: {row.detail}")
-    if row.retryable:
-        tally.add("retryable", label)

@@ -1,39 +1,45 @@
 """`wanshards stats`: a dataset in numbers, and what is wrong with it, by name.
 
-Two passes. The first reads each unit once, a sample at a time, and leaves a few numbers a sample in the cache. The
-second reads these back and compares shards and samples with the whole. In memory are one sample a thread, the counts,
-and of each sample its key, clip and fingerprint: some 300 bytes.
+Each unit is read once, a sample at a time, or found in the cache. In memory are one sample a thread, the counts, and of
+each sample its key, clip, features and fingerprint: about a kilobyte.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from shards.format.commit import dataset_revision
-from shards.format.dataset_info import DatasetInfo, read_info
-from shards.format.names import text_kind
-from shards.stats.cache import StatsCache
+from shards.errors import UserError
+from shards.format.commit import StoredCommit, dataset_revision
+from shards.format.dataset_info import read_info
+from shards.format.keys import clip_hash
+from shards.format.names import LATENTS, text_kind
+from shards.read.units import UnitRef, list_units, read_units, unit_numbers
 from shards.stats.counter import Histograms
-from shards.stats.drift import ReferenceBuilder, ShardVerdict, judge_shard, largest, sample_distances
-from shards.stats.duplicates import Alike, find_alike, find_equal
+from shards.stats.drift import Reference, find_outliers, find_references, judge_shard, sum_channels
+from shards.stats.duplicates import find_duplicates
 from shards.stats.findings import Evidence, find_all
 from shards.stats.funnel import OnRefused, funnel_steps, read_funnel, reason_rows
-from shards.stats.passes import Passes, Unit
-from shards.stats.result import counted
-from shards.stats.unit import UnitStats, latent_unit
+from shards.stats.unit import (
+    CHARACTER_EDGES,
+    SECONDS_EDGES,
+    TOKEN_EDGES,
+    UnitStats,
+    latent_unit,
+    read_cached,
+    text_unit,
+    write_cached,
+)
 from shards.storage import open_storage
 from shards.storage.base import Storage
-
-ReportUnits = Callable[[int, int], None]
-"""Told units done and units in all."""
-_MAX_GROUPS = 200
 
 
 def dataset_stats(
@@ -43,169 +49,232 @@ def dataset_stats(
     sample: int | None = None,
     cache: Path | None = None,
     jobs: int = 1,
-    progress: ReportUnits | None = None,
     on_refused: OnRefused | None = None,
 ) -> dict[str, Any]:
-    """Everything about a dataset as plain JSON values.
+    """Everything about a dataset as plain JSON values; a progress bar where standard error is a terminal.
 
     Args:
         root: a folder or `s3://bucket/prefix`; a build may be writing to it.
         text_set: whose captions to count; None: `default` where it is there.
         sample: read only so many samples, chosen by a hash of their keys; counts of records are never sampled.
-        cache: folder for finished units; None: a temporary one.
+        cache: folder for finished units; None: nothing is kept.
         jobs: units read at a time.
-        progress: told how far it is.
-        on_refused: shown each refused record's ledger row.
+        on_refused: called with each refused record's ledger row.
 
     Raises UserError when there is no dataset. A damaged sample or shard is a finding, not an error.
     """
+    from rich.console import Console
+    from rich.progress import track
+
+    if sample is not None and sample < 1:
+        raise UserError(f"--sample {sample}", expected="at least 1")
     storage = open_storage(root)
     info = read_info(storage)
-    text_set = _text_set(info, text_set)
-    with ExitStack() as stack:
-        kept = StatsCache(cache or Path(stack.enter_context(TemporaryDirectory(prefix="wanshards-stats-"))))
-        passes = Passes(storage, text_set, sample, kept, jobs)
-        first, damaged = _FirstPass(), list[str]()
-        latents, texts = list[Unit](), list[Unit]()
-        for unit, stats in passes.latents(damaged):
-            latents.append(unit)
-            first.add_latents(unit, stats)
-            if progress:
-                progress(len(latents), passes.num_units)
-        for unit, tally in passes.texts(damaged):
-            texts.append(unit)
-            first.texts.merge([tally])
-            if progress:
-                progress(len(latents) + len(texts), passes.num_units)
-        verdicts, outliers = _second_pass(latents, first, kept, storage)
-    funnel = read_funnel(storage, info, [unit.ref for unit in latents], on_refused)
-    num_samples = sum(len(unit.ref.keys) for unit in latents)
-    num_with_text = sum(len(unit.ref.keys) for unit in _read_only_matching(texts, latents))
+    if text_set is not None:
+        info.kind_identity(text_kind(text_set))  # refuses a set that is not there
+    else:
+        text_set = "default" if "default" in info.text_sets else min(info.text_sets, default=None)
+    numbers = {kind: unit_numbers(storage, kind) for kind in (LATENTS, *([text_kind(text_set)] if text_set else []))}
+    tally, texts, damaged = Histograms(), Histograms(), list[str]()
+    refs: dict[str, list[UnitRef]] = {kind: [] for kind in numbers}
+    read: list[tuple[UnitRef, UnitStats]] = []
+    found = (each for kind in numbers for each in _read(storage, kind, numbers[kind], sample, cache, jobs, damaged))
+    console = Console(stderr=True)
+    total = sum(map(len, numbers.values()))
+    for ref, stats in track(found, "stats", total, console=console, disable=not sys.stderr.isatty()):
+        refs[ref.kind].append(ref)
+        (tally if ref.kind == LATENTS else texts).merge(stats.tally)
+        if read and stats.keys and stats.features.shape[2] != read[0][1].features.shape[2]:
+            tally.add("problem", "latents of another number of channels than before", ref.tar.name)
+        elif stats.keys:
+            read.append((ref, stats))
+    latents, others = refs[LATENTS], [ref for kind in refs if kind != LATENTS for ref in refs[kind]]
+    units = [stats for _, stats in read]
+    references = find_references(units)
+    shards = [
+        {"unit": ref.unit, "tar": ref.tar.name, "samples": len(stats.keys), **verdict}
+        for ref, stats in read
+        if (verdict := judge_shard(stats, references))
+    ]
+    records = read_funnel(storage, info, latents, damaged, on_refused)
     evidence = Evidence(
-        info, first.tally, first.texts, [*damaged, *funnel.problems], first.builder.channels(),
-        first.builder.references(), verdicts, outliers, first.duplicates(),
-        {unit.ref.unit: unit.ref.tar.name for unit in latents},
+        info, tally, texts, damaged, sum_channels(units), shards, find_outliers(units, references),
+        find_duplicates(units),
     )  # fmt: skip
+    num_samples = sum(len(ref.keys) for ref in latents)
+    there = {ref.unit for ref in latents}
+    num_with_text = sum(len(ref.keys) for ref in others if ref.unit in there)
     return {
-        # As it was given: a report that is mailed around need not tell where this machine keeps its files.
+        # As it was given: a report that is mailed around need not say where this machine keeps its files.
         "root": storage.url() if str(root).startswith("s3://") else str(root),
         "identity_sha256": info.identity_digest,
-        "revision": _revision([*latents, *texts]),
+        "revision": dataset_revision((ref.kind, ref.unit, ref.revision) for ref in [*latents, *others]),
         "notes": info.notes,
         "text_set": text_set,
-        "sampled": {"asked": sample, "read": len(first.keys), "of": num_samples},
-        "funnel": funnel_steps(funnel.tally, info, num_samples, num_with_text),
-        "reasons": reason_rows(funnel.tally),
-        "window_reasons": funnel.tally.rows("window_reason"),
+        "sampled": {"asked": sample, "read": sum(len(stats.keys) for stats in units), "of": num_samples},
+        "funnel": funnel_steps(records, info, num_samples, num_with_text),
+        "reasons": reason_rows(records),
+        "window_reasons": records.rows("window_reason"),
         "findings": find_all(evidence),
-        **counted(evidence),
+        **_distributions(tally, texts),
+        "latents": {
+            "samples": evidence.channels.num_samples if evidence.channels else 0,
+            "expected": {"mean": 0.0, "std": 1.0},
+            "channels": _channel_rows(evidence, references.get(False) or references.get(True)),
+            "shards": shards,
+            "outliers": evidence.outliers,
+        },
+        "duplicates": evidence.duplicates,
     }
 
 
-class _FirstPass:
-    """What the first pass leaves: counts, the reference, and of each sample what finds its likes."""
-
-    def __init__(self) -> None:
-        self.tally, self.texts = Histograms(), Histograms()
-        self.builder = ReferenceBuilder()
-        self.keys: list[str] = []
-        self._clips: list[str] = []
-        self._digests: list[str] = []
-        self._previews: list[str] = []
-        self._prints: list[np.ndarray] = []
-
-    def add_latents(self, unit: Unit, stats: UnitStats) -> None:
-        """Take one unit."""
-        self.tally.merge([stats.tally])
-        self.builder.add(stats)
-        if self._prints and stats.prints.shape[1:] != self._prints[0].shape[1:]:
-            if len(stats.keys):
-                self.tally.add("problem", "latents of another number of channels than before", unit.ref.tar.name)
-            return
-        if len(stats.keys):
-            self.keys += stats.keys
-            self._clips += stats.clips
-            # Constant latents are a finding of their own: they show no pictures that could be the same.
-            varies: list[bool] = np.any(stats.prints, axis=1).tolist()
-            self._digests += [digest if it else "" for digest, it in zip(stats.digests, varies, strict=True)]
-            self._previews += stats.previews
-            self._prints.append(stats.prints)
-
-    def duplicates(self) -> list[dict[str, Any]]:
-        """Groups of samples that show the same, as plain values: what is equal, and the members."""
-        if not self._prints:
-            return []
-        found: list[dict[str, Any]] = []
-        seen: set[frozenset[int]] = set()
-        for what, groups in (
-            ("the same latent", find_equal(self._digests, self._clips)),
-            ("the same preview strip", find_equal(self._previews, self._clips)),
-            ("nearly the same latent", find_alike(np.concatenate(self._prints), self._clips)),
-        ):
-            for group in groups:
-                if frozenset(group.members) not in seen:
-                    seen.add(frozenset(group.members))
-                    found.append(self._group(what, group))
-        return sorted(found, key=lambda item: (item["difference"], -item["num"]))[:_MAX_GROUPS]
-
-    def _group(self, what: str, group: Alike) -> dict[str, Any]:
-        keys = [self.keys[place] for place in group.members]
-        clips = sorted({self._clips[place] for place in group.members})
-        return {
-            "what": what,
-            "difference": round(group.largest_difference, 4),
-            "num": len(keys),
-            "keys": keys[:20],
-            "clips": clips[:20],
-        }
+def _read(
+    storage: Storage,
+    kind: str,
+    numbers: list[int],
+    sample: int | None,
+    cache: Path | None,
+    jobs: int,
+    damaged: list[str],
+) -> Iterator[tuple[UnitRef, UnitStats]]:
+    """Each unit of a kind with its statistics, a few at a time; unreadable commits go into `damaged`."""
+    chosen = None if sample is None else _choose_keys(storage, kind, sample)
+    one = partial(_read_unit, storage, chosen, cache)
+    commits = read_units(storage, kind, numbers, damaged)
+    with ThreadPoolExecutor(jobs) as pool:
+        while batch := list(islice(commits, 4 * jobs)):
+            yield from pool.map(one, batch)
 
 
-def _second_pass(
-    latents: list[Unit], first: _FirstPass, kept: StatsCache, storage: Storage
-) -> tuple[list[ShardVerdict], list[dict[str, Any]]]:
-    references = first.builder.references()
-    verdicts: list[ShardVerdict] = []
-
-    def distances() -> Iterator[tuple[float, str, str]]:
-        for unit in latents:
-            stats = kept.read_latents(unit.cache_name) or latent_unit(storage, unit.ref.commit(storage), unit.wanted)
-            verdict = judge_shard(unit.ref.unit, stats, references)
-            if verdict:
-                verdicts.append(verdict)
-            yield from sample_distances(stats, references)
-
-    return verdicts, largest(distances())
-
-
-def _text_set(info: DatasetInfo, text_set: str | None) -> str | None:
-    if text_set is None:
-        return "default" if "default" in info.text_sets else next(iter(sorted(info.text_sets)), None)
-    info.kind_identity(text_kind(text_set))
-    return text_set
+def _read_unit(
+    storage: Storage, chosen: frozenset[str] | None, cache: Path | None, stored: StoredCommit
+) -> tuple[UnitRef, UnitStats]:
+    ref = UnitRef.of(stored)
+    wanted = None if chosen is None else chosen.intersection(ref.keys)
+    # By the tar's digest, and by the keys where not all were asked for.
+    which = "all" if wanted is None else hashlib.sha256(" ".join(sorted(wanted)).encode()).hexdigest()[:16]
+    name = f"{ref.tar.sha256[:40]}-{which}"
+    stats = read_cached(cache, name) if cache else None
+    if stats is None:
+        stats = (latent_unit if ref.kind == LATENTS else text_unit)(storage, stored.commit, wanted)
+        if cache:
+            write_cached(cache, name, stats)
+    return ref, stats
 
 
-def _read_only_matching(texts: list[Unit], latents: list[Unit]) -> list[Unit]:
-    there = {unit.ref.unit for unit in latents}
-    return [unit for unit in texts if unit.ref.unit in there]
+def _choose_keys(storage: Storage, kind: str, num: int) -> frozenset[str] | None:
+    """The `num` keys of smallest hash, whatever else is there; None: all."""
+    keys = [key for unit in list_units(storage, kind) for key in unit.keys]
+    if num >= len(keys):
+        return None
+    hashes = np.array([clip_hash(key, "stats") for key in keys], np.uint64)
+    limit = np.partition(hashes, num - 1)[num - 1]
+    return frozenset(key for key, value in zip(keys, hashes.tolist(), strict=True) if value <= limit)
 
 
-def _revision(units: list[Unit]) -> str:
-    return dataset_revision((unit.ref.kind, unit.ref.unit, unit.ref.revision) for unit in units)
+def _distributions(tally: Histograms, texts: Histograms) -> dict[str, Any]:
+    """What was counted of samples, clips and captions."""
+    return {
+        "buckets": tally.rows("bucket"),
+        "categories": tally.rows("category"),
+        "clip_seconds": tally.histogram("clip_seconds", SECONDS_EDGES),
+        "windows_by_ground": tally.rows("window"),
+        "sources": tally.rows_below("source_"),
+        "decisions": tally.rows_below("decision/"),
+        "differences": {
+            "clips": tally.total("differs"),
+            "clips_that_differ": tally.counts("differs").get("some", 0),
+            "fields": tally.rows("difference"),
+            **tally.rows_below("difference/"),
+        },
+        "defects": tally.rows("defect"),
+        "captions": {
+            "tokens": texts.histogram("tokens", TOKEN_EDGES),
+            "token_total": texts.total("token_total"),
+            "characters": texts.histogram("caption_characters", CHARACTER_EDGES),
+            "variants": texts.rows("variants"),
+            "scripts": texts.rows("script"),
+            "cut": texts.rows("cut"),
+            "samples_shortened": texts.total("shortened"),
+            "samples_without_words": texts.total("no_words"),
+            "skipped_variants": texts.rows("skipped_variant"),
+        },
+    }
 
 
-# Statistics with a progress bar on standard error.
+def _channel_rows(evidence: Evidence, reference: Reference | None) -> list[dict[str, Any]]:
+    if evidence.channels is None:
+        return []
+    columns = {name: getattr(evidence.channels, name) for name in ("mean", "std", "smoothness")}
+    if reference is not None:
+        columns |= {"median_mean": reference.median[0], "median_std": reference.median[1]}
+    places = range(len(columns["mean"]))
+    return [{"channel": place} | {name: float(values[place]) for name, values in columns.items()} for place in places]
 
 
-def run_stats(root: str, **options: Any) -> dict[str, Any]:
-    """`dataset_stats` with its options, and a bar where someone watches."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def stats_lines(found: dict[str, Any]) -> list[str]:
+    """The most important numbers for people; `--json` has them all."""
+    sampled, differences, captions = found["sampled"], found["differences"], found["captions"]
+    lines = [f"{found['root']}   revision {found['revision'][:12]}"]
+    lines += [f"{name}: {text}" for name, text in found["notes"].items()]
+    if sampled["read"] < sampled["of"]:
+        lines.append(f"sampled: {sampled['read']:,} of {sampled['of']:,} samples were read; records are all counted")
+    lines += _funnel_lines(found["funnel"])
+    for row in found["reasons"]:
+        example = f"   {row['examples'][0]}" if row["examples"] else ""
+        lines.append(f"  {row['count']:>9,}  {row['stage']}/{row['reason']}{example}")
+    lines += [f"  {row['count']:>9,}  windows: {row['label']}" for row in found["window_reasons"]]
+    lines += _count_lines("buckets", found["buckets"])
+    lines += _count_lines("categories", found["categories"])
+    lines += _bin_lines("clips by duration", found["clip_seconds"], "s")
+    for name, rows in found["decisions"].items():
+        lines += _count_lines(name, rows)
+    lines.append(f"{differences['clips_that_differ']:,} of {differences['clips']:,} clips differ from their JSON")
+    lines += [f"  {row['count']:>9,}  {row['label']}" for row in differences["fields"]]
+    lines.append(
+        f"captions: {captions['token_total']:,} tokens, {captions['samples_shortened']:,} samples shortened to the "
+        f"limit, {captions['samples_without_words']:,} without words"
+    )
+    lines += _bin_lines("captions by tokens", captions["tokens"], "tokens")
+    lines += _count_lines("scripts", captions["scripts"])
+    lines += _count_lines("cut", captions["cut"])
+    if rows := found["latents"]["channels"]:
+        means, stds = [row["mean"] for row in rows], [row["std"] for row in rows]
+        lines.append(
+            f"latents: {found['latents']['samples']:,} samples of {len(rows)} channels; channel means {min(means):.3f} "
+            f"to {max(means):.3f} (expected 0), deviations {min(stds):.3f} to {max(stds):.3f} (expected 1)"
+        )
+    lines.append(f"findings: {len(found['findings']) or 'none'}")
+    for item in found["findings"]:
+        where = f"   {', '.join(item['where'][:3])}{' …' if item['num'] > 3 else ''}" if item["where"] else ""
+        lines.append(f"  {item['severity']:<4}  {item['code']}: {item['what']}{where}")
+    return lines
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress("stats", *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("stats", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+def _funnel_lines(funnel: dict[str, Any]) -> list[str]:
+    units = funnel["units"]
+    waiting = f" + {funnel['waiting']:,} waiting" if funnel["waiting"] else ""
+    return [
+        f"records    {funnel['records']:,} = {funnel['candidates']:,} candidates + {funnel['refused_before']:,} "
+        "refused",
+        f"candidates {funnel['candidates']:,} = {funnel['accepted']:,} accepted + {funnel['rejected']:,} rejected"
+        + waiting,
+        f"windows    {funnel['windows']:,}, {funnel['windows_rejected']:,} rejected",
+        f"samples    {funnel['samples']:,} in {units['with_latents']:,} of {units['planned']:,} units; "
+        f"{funnel['samples_with_text']:,} with text",
+    ]
 
-        return dataset_stats(root, progress=advance, **options)
+
+def _count_lines(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [title] if rows else []
+    lines += [f"  {row['count']:>9,}  {row['label']}" for row in rows[:12]]
+    if len(rows) > 12:
+        lines.append(f"  {sum(row['count'] for row in rows[12:]):>9,}  {len(rows) - 12} more kinds")
+    return lines
+
+
+def _bin_lines(title: str, found: dict[str, Any], unit: str) -> list[str]:
+    """A histogram's bins; those that nothing fell into are left out."""
+    bins = zip(found["edges"], found["edges"][1:], found["counts"], strict=False)
+    lines = [f"  {count:>9,}  {low} to {high} {unit}" for low, high, count in bins if count]
+    return [title, *lines] if lines else []

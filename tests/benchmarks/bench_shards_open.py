@@ -17,7 +17,7 @@ from shards_scale import write_commits
 
 RUNS = 5
 OPEN = (
-    "from shards.read.dataset import open_dataset; import sys; d = open_dataset(sys.argv[1]); print(d.samples[-1].key)"
+    "import sys; from shards.read.dataset import open_dataset as read; print(read(sys.argv[1]).samples[-1].key)"
 )
 
 

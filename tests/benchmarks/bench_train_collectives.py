@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from fake_ranks import DIMS, exchange_of, fake_group, planned
+from fake_ranks import DIMS, exchange_of, fake_group, planned, resident_bytes
 
 from train.config.model import TI2V_5B, LoRAConfig
 from train.data.sampler import START, Order
@@ -24,7 +24,7 @@ from train.estimate.memory import step_memory
 from train.geometry import Shape
 from train.lora.lora import inject
 from train.model.dit import build_model
-from train.parallel.fsdp import resident_bytes, shard_base
+from train.parallel.fsdp import shard_base
 from train.parallel.ranks import Layout
 
 LAYOUTS = (

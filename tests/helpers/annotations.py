@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from preprocess.config import SieveConfig
+from preprocess.corpus.records import Record
+from preprocess.plan.filter import caption_texts, filter_captions, filter_metadata
+from preprocess.rejection import Rejection
+
 CAPTION = "상인이 시장에서 과일을 판다."
 
 
@@ -70,3 +75,9 @@ def numbered(count: int, first: int = 0) -> dict[str, Any]:
     """`count` good annotations by name, as they lie in the corpus."""
     names = range(first, first + count)
     return {f"video/batch_{n // 100:04d}/{n:07d}.json": annotation(f"{n:07d}") for n in names}
+
+
+def sieve(record: Record, config: SieveConfig) -> Rejection | None:
+    """All rules on one record."""
+    rejection = filter_metadata(record.media_type, record.declared_seconds, config)
+    return rejection or filter_captions(caption_texts(record.model_dump()), config)

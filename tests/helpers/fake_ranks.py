@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from train.config.model import DiTConfig
 from train.config.train import TrainConfig
 from train.estimate.communication import Exchange, Mesh, count_exchange
 from train.geometry import SAVE_GROUPS, Shape
+from train.parallel.fsdp import local_shard
 from train.parallel.ranks import Layout, make_ranks
 from train.run.trainee import make_trainee
 
@@ -116,3 +117,13 @@ def planned(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> Exch
     saves = [SAVE_GROUPS if policy == "none" else ()] * DIMS.num_layers
     mesh = Mesh(layout.world_size, 1, layout.base_shards, layout.ulysses)
     return count_exchange(config, DIMS, mesh, GPUS["h100"], shape, saves, compute_bytes=2)
+
+
+def resident_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of this rank's parts of the base, and of what is whole on every rank, LoRA included."""
+    parts = whole = 0
+    for weight in model.parameters():
+        local, _ = local_shard(weight)
+        size = local.numel() * local.element_size()
+        parts, whole = (parts + size, whole) if isinstance(weight, DTensor) else (parts, whole + size)
+    return parts, whole

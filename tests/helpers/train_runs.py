@@ -105,3 +105,15 @@ def finish(model: Any, saves: Any, *, compiled: bool = False) -> Any:
             module.lora_B.normal_(0, 0.1, generator=generator)
     keep(model, saves, compiled=compiled)
     return model.train()
+
+
+def merge(model: Any) -> None:
+    """Add scale · B A into every adapted weight; B is zero then."""
+    import torch
+
+    from train.lora.lora import lora_modules
+
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            module.weight.copy_(module.weight.float() + module.scale * (module.lora_B @ module.lora_A))
+            module.lora_B.zero_()

@@ -3,12 +3,14 @@
 import json
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import Counter
 
 import pytest
-from annotations import annotation, encode, numbered, write_tree
+from annotations import annotation, encode, numbered, sieve, write_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +19,7 @@ from preprocess.corpus import corpus as corpus_module
 from preprocess.corpus.corpus import Chunk, Document
 from preprocess.corpus.records import Record, parse_record
 from preprocess.plan import freeze
-from preprocess.plan.filter import sieve
-from preprocess.plan.freeze import ensure_plan, freeze_plan, read_and_sieve
+from preprocess.plan.freeze import ensure_plan, freeze_plan, read_and_filter
 from preprocess.plan.plan import open_plan, plan_commit_name, plan_ledger_name, plan_name
 from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
@@ -385,7 +386,7 @@ def test_the_fast_pass_is_the_plain_one(mixed):
     corpus, _ = mixed
     settings_ = config(corpus).sieve
     for chunk in corpus_module.iter_chunks(str(corpus)):
-        result = read_and_sieve(chunk, settings_)
+        result = read_and_filter(chunk, settings_)
         kept, refused = [], []
         for document in corpus_module.read_chunk(chunk):
             record = parse_record(document.data, document.source)
@@ -394,10 +395,10 @@ def test_the_fast_pass_is_the_plain_one(mixed):
                 kept.append(record)
             else:
                 refused.append((document.source, *reason))
-        assert [Record.model_validate_json(line) for line in result.candidates.lines] == kept
-        rows = [LedgerRow.model_validate_json(line) for line in result.refused.lines]
+        assert [Record.model_validate_json(line) for *_, line in result.candidates] == kept
+        rows = [LedgerRow.model_validate_json(line) for *_, line in result.refused]
         assert [(row.source, row.stage, row.reason, row.detail, row.retryable) for row in rows] == refused
-        assert [canonical_json(row.model_dump(mode="json")) for row in rows] == result.refused.lines
+        assert [canonical_json(row.model_dump(mode="json")) for row in rows] == [row.line for row in result.refused]
 
 
 def test_the_ledger_is_the_contracts(mixed, tmp_path):
@@ -421,9 +422,24 @@ def test_captions_can_be_composed_again_from_the_plan_alone(mixed, tmp_path):
 
 
 def test_counts_that_do_not_add_up_are_a_bug_and_stop(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(freeze, "_new_rows", lambda *arguments: ([], 0, 0))
+    monkeypatch.setattr(freeze, "_new_rows", lambda *arguments: iter(()))
     with pytest.raises(RuntimeError, match="accounted for"):
         frozen(tmp_path / "out", config(mixed[0]))
+
+
+def test_a_full_scratch_disk_is_named_and_leaves_no_plan(mixed, tmp_path):
+    """A real limit on the size of files, in a process of its own."""
+    code = (
+        "import resource, sys; from preprocess.cli.main import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); main(sys.argv[1:])"
+    )
+    path = tmp_path / "prep.yaml"
+    path.write_text(json.dumps({"output": str(tmp_path / "out"), "corpus": {"location": str(mixed[0])}}))
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "scratch database cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert open_plan(open_storage(tmp_path / "out")).generations == ()
 
 
 def test_the_plan_has_no_address_and_no_time(mixed, tmp_path):

@@ -3,13 +3,13 @@
 import re
 
 import pytest
-from annotations import annotation, encode
+from annotations import annotation, encode, sieve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.config import SieveConfig
 from preprocess.corpus.records import Caption, Record, parse_record
-from preprocess.plan.filter import repeated_character, repeated_word, sieve
+from preprocess.plan.filter import repeated_character, repeated_word
 
 
 def record(**changes):

@@ -8,18 +8,47 @@ from hypothesis import strategies as st
 
 from preprocess.corpus.timecode import (
     NTSC,
-    frame_to_timecode,
+    can_drop,
     is_skipped,
+    label_rate,
+    label_to_frame,
     parse_length,
     parse_timecode,
     snap_fps,
     split_label,
-    timecode_to_frame,
 )
 
 DOUBLE_NTSC = Fraction(60000, 1001)
 FRAMES_A_DAY = 2_589_408
 """24 hours of drop-frame labels at 29.97: 144 × 17,982."""
+
+
+def frame_to_timecode(frame: int, fps: Fraction, *, drop: bool) -> str:
+    """The label of a frame counted from 00:00:00:00. Raises ValueError below 0, and for drop where there is none."""
+    if frame < 0:
+        raise ValueError(f"frame {frame} is below 0")
+    nominal = max(1, round(fps))
+    if drop:
+        if not can_drop(fps):
+            raise ValueError(f"no drop-frame counting at {float(fps):.3f} fps")
+        frame += skipped_before(frame, nominal, 2 * int(fps / NTSC))
+    seconds, frames = divmod(frame, nominal)
+    mark = ";" if drop else ":"
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{mark}{frames:02d}"
+
+
+def timecode_to_frame(text: str, fps: Fraction) -> int:
+    """Frame number of a label. Raises ValueError; see `split_label`, `label_to_frame`."""
+    label = split_label(text)
+    return label_to_frame(label, label_rate(label, fps))
+
+
+def skipped_before(frame: int, nominal: int, dropped: int) -> int:
+    """Labels skipped up to a frame: none in the first minute of ten, `dropped` at the start of each other one."""
+    minute = 60 * nominal - dropped
+    tens, rest = divmod(frame, 10 * minute + dropped)
+    later_minutes = max(0, rest - dropped) // minute
+    return dropped * (9 * tens + later_minutes)
 
 
 @given(st.integers(0, FRAMES_A_DAY - 1))

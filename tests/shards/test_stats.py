@@ -17,10 +17,10 @@ from shards.cli import main
 from shards.errors import UserError
 from shards.format.keys import clip_hash
 from shards.read.units import read_units
-from shards.stats import drift as stats_checks
-from shards.stats import passes as stats_passes
+from shards.stats import drift
+from shards.stats import stats as stats_module
 from shards.stats.counter import MAX_LABELS, OTHERS, Histograms
-from shards.stats.drift import ReferenceBuilder
+from shards.stats.drift import find_references
 from shards.stats.duplicates import find_alike, find_equal
 from shards.stats.features import MAX_ELEMENTS, as_float32, latent_features, row_step
 from shards.stats.stats import dataset_stats
@@ -199,7 +199,7 @@ def test_what_was_read_is_not_read_again_and_changes_nothing(tmp_path, monkeypat
     write_latents(root, 4, scratch=tmp_path / "scratch")
     plain = dataset_stats(root)
     read = []
-    once = stats_passes.latent_unit
+    once = stats_module.latent_unit
 
     def counting(storage, commit, wanted=None):
         if len(read) == 2:
@@ -207,7 +207,7 @@ def test_what_was_read_is_not_read_again_and_changes_nothing(tmp_path, monkeypat
         read.append(commit.unit)
         return once(storage, commit, wanted)
 
-    monkeypatch.setattr(stats_passes, "latent_unit", counting)
+    monkeypatch.setattr(stats_module, "latent_unit", counting)
     with pytest.raises(KeyboardInterrupt):
         dataset_stats(root, cache=cache)
     read.clear()
@@ -238,7 +238,7 @@ def test_a_sample_of_none_is_refused(tmp_path):
 
 
 def test_the_reference_is_of_the_same_samples_in_whatever_order_units_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(stats_checks, "REFERENCE_SAMPLES", 10)
+    monkeypatch.setattr(drift, "REFERENCE_SAMPLES", 10)
     write_latents(tmp_path / "root", 4, scratch=tmp_path / "scratch")
     storage = open_storage(tmp_path / "root")
     units = [latent_unit(storage, stored.commit) for stored in read_units(storage, "latents", range(4))]
@@ -246,10 +246,7 @@ def test_the_reference_is_of_the_same_samples_in_whatever_order_units_come(tmp_p
     first = sorted(rows, key=lambda key: clip_hash(key, "stats"))[:10]
     expected = np.median([rows[key] for key in first], axis=0)
     for order in (units, units[::-1]):
-        builder = ReferenceBuilder()
-        for unit in order:
-            builder.add(unit)
-        reference = builder.references()[False]
+        reference = find_references(order)[False]
         assert reference.num_samples == 10
         np.testing.assert_array_equal(reference.median, expected)
 

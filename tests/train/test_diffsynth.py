@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.formats import read_lora
-from train.lora.lora import export_state, inject, lora_modules, lora_state
+from train.lora.formats import name_tensors, raw_pairs, read_lora
+from train.lora.lora import inject, lora_modules, lora_state
 from train.model.dit import build_model
 
 PACKAGES = ("diffsynth==2.1.12", "einops==0.8.1")
@@ -79,7 +79,7 @@ def test_diffsynths_own_loader_fuses_every_module_at_the_right_scale(diffsynth_s
         for place, (name, tensor) in enumerate(lora_state(model).items()):
             if "lora_B" in name:
                 tensor.normal_(0, 0.1, generator=torch.Generator().manual_seed(place))
-    save_file(export_state(lora_state(model), LORA), tmp_path / "lora.safetensors")
+    save_file(name_tensors(raw_pairs(lora_state(model), LORA)), tmp_path / "lora.safetensors")
     generator = torch.Generator().manual_seed(9)
     inputs = {
         "latent": torch.randn(1, 48, 2, 4, 4, generator=generator),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fake_ranks import exchange_of, fake_group, planned
+from fake_ranks import exchange_of, fake_group, planned, resident_bytes
 
 from train.config.model import TI2V_5B, LoRAConfig
 from train.data.sampler import START, Order
@@ -15,7 +15,7 @@ from train.estimate.memory import block_bytes
 from train.geometry import Shape
 from train.lora.lora import inject
 from train.model.dit import build_model
-from train.parallel.fsdp import resident_bytes, shard_base
+from train.parallel.fsdp import shard_base
 from train.parallel.ranks import Layout
 
 

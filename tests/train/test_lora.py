@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from train_runs import merge
 
 from shards.errors import UserError
 from train.config.model import TI2V_5B, LoRAConfig
+from train.lora.formats import name_tensors, raw_pairs, save_lora
 from train.lora.lora import (
     LoRALinear,
-    export_state,
     inject,
     keep_mask,
     load_lora_state,
@@ -25,9 +26,6 @@ from train.lora.lora import (
     lora_parameters,
     lora_state,
     match_targets,
-    merge,
-    save_export,
-    unmerge,
 )
 from train.model.block import DropoutKey
 from train.model.dit import WanDiT, build_model, set_checkpointing
@@ -385,26 +383,6 @@ def test_a_state_that_does_not_fit_is_refused_whole(
     assert all(torch.equal(tensor, before[name]) for name, tensor in lora_state(tiny_dit).items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_equals_unmerged_and_comes_apart_exactly(tiny_dit: WanDiT, dtype: torch.dtype) -> None:
-    """Merged weights give the LoRA's output; unmerge restores every bit; twice is once."""
-    model = build_model(tiny_dit.config, dtype)
-    model.load_state_dict(tiny_dit.state_dict())
-    inject(model, TRUE_SCALE, seed=1)
-    randomise(model)
-    batch = make_batch(model)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    apart = model(*batch)
-    merge(model)
-    merge(model)
-    assert relative(model(*batch), apart) < (1e-5 if dtype == torch.float32 else 0.03)
-    assert not torch.equal(model.blocks[0].self_attn.q.weight, weights["blocks.0.self_attn.q.weight"])
-    unmerge(model)
-    unmerge(model)
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-    assert torch.equal(model(*batch), apart)
-
-
 def test_export_folds_the_scale_once(tiny_dit: WanDiT, tmp_path: Path) -> None:
     """Trap 12: scale in B, .alpha = rank, no lora_adapter_metadata: loaders with and without alpha agree."""
     from safetensors import safe_open
@@ -412,7 +390,7 @@ def test_export_folds_the_scale_once(tiny_dit: WanDiT, tmp_path: Path) -> None:
     names = inject(tiny_dit, TRUE_SCALE, seed=1)
     randomise(tiny_dit)
     path = tmp_path / "lora.safetensors"
-    save_export(path, lora_state(tiny_dit), TRUE_SCALE, {"step": "10"})
+    save_lora(path, name_tensors(raw_pairs(lora_state(tiny_dit), TRUE_SCALE)), {"step": "10"})
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "step": "10"}
         keys = set(opened.keys())
@@ -425,9 +403,10 @@ def test_export_folds_the_scale_once(tiny_dit: WanDiT, tmp_path: Path) -> None:
             assert torch.equal(opened.get_tensor(f"{prefix}.lora_B.weight"), module.lora_B * 2)
             keys -= {f"{prefix}.{part}" for part in ("alpha", "lora_A.weight", "lora_B.weight")}
     assert not keys
-    with pytest.raises(ValueError, match="twice"):
-        save_export(path, lora_state(tiny_dit), TRUE_SCALE, {"lora_adapter_metadata": "{}"})
-    halved = export_state(lora_state(tiny_dit), TRUE_SCALE, torch.bfloat16)
+    save_lora(path, {"x": torch.zeros(1)}, {"lora_adapter_metadata": "{}"})
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    halved = name_tensors(raw_pairs(lora_state(tiny_dit), TRUE_SCALE), dtype=torch.bfloat16)
     assert halved["diffusion_model.blocks.0.self_attn.q.lora_A.weight"].dtype == torch.bfloat16
 
 
@@ -440,7 +419,7 @@ def test_exported_file_loads_in_a_diffusers_pipeline_at_the_right_scale(
     pipeline = _pipeline(diffusers_twin(tiny_dit))
     names = inject(tiny_dit, config, seed=1)
     randomise(tiny_dit)
-    save_export(tmp_path / "lora.safetensors", lora_state(tiny_dit), config, {})
+    save_lora(tmp_path / "lora.safetensors", name_tensors(raw_pairs(lora_state(tiny_dit), config)), {})
     base = _sample(pipeline, tiny_dit)
 
     pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.formats import EXPORT_FORMATS, Pair, name_tensors, read_lora, refuse_other_model, to_raw_state
+from train.lora.formats import EXPORT_FORMATS, name_tensors, raw_pairs, read_lora, refuse_other_model, to_raw_state
 from train.lora.info import describe_lora
-from train.lora.lora import export_state, inject, load_lora_state, lora_state
+from train.lora.lora import inject, load_lora_state, lora_state
 from train.model.dit import build_model
 
 TINY = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=96, in_channels=48, text_dim=16, text_len=8, freq_dim=16)
@@ -81,15 +81,13 @@ def trained():
 @pytest.fixture
 def exported(trained, tmp_path):
     path = tmp_path / "lora.safetensors"
-    save_file(export_state(lora_state(trained), LORA), path)
+    save_file(name_tensors(raw_pairs(lora_state(trained), LORA)), path)
     return path
 
 
 def _pairs(model):
     """The model's own pairs, their scale of 2 not folded in."""
-    state = lora_state(model)
-    modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-    return {m: Pair(state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"], LORA.scale) for m in modules}
+    return raw_pairs(lora_state(model), LORA)
 
 
 def _updates(lora):

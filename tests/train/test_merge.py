@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from shards.errors import UserError
 from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
-from train.lora.formats import read_lora
-from train.lora.lora import export_state, inject, lora_state
+from train.lora.formats import name_tensors, raw_pairs, read_lora
+from train.lora.lora import inject, lora_state
 from train.lora.merge import merge_checkpoint, unmerge_checkpoint
 from train.model.dit import build_model
 from train.model.load import INDEX, load_dit, read_dit_config, save_dit
@@ -46,7 +46,7 @@ def adapted(tiny_dit, base):
 
 @pytest.fixture
 def lora_path(adapted, tmp_path):
-    save_file(export_state(lora_state(adapted), LORA), tmp_path / "lora.safetensors")
+    save_file(name_tensors(raw_pairs(lora_state(adapted), LORA)), tmp_path / "lora.safetensors")
     return tmp_path / "lora.safetensors"
 
 
@@ -217,7 +217,7 @@ def test_merging_holds_a_few_tensors_and_not_the_model(tmp_path):
     model = build_model(config, seed=0)
     save_dit(model, tmp_path / "base.safetensors")
     inject(model, LoRAConfig(rank=2, targets=("ffn",)), seed=0)
-    save_file(export_state(lora_state(model), LoRAConfig(rank=2)), tmp_path / "lora.safetensors")
+    save_file(name_tensors(raw_pairs(lora_state(model), LoRAConfig(rank=2))), tmp_path / "lora.safetensors")
     del model
     size = (tmp_path / "base.safetensors").stat().st_size
     run = subprocess.run(

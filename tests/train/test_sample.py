@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from train_runs import make_config
+from train_runs import make_config, merge
 
 from preprocess.encoders.random_weights import build_random_vae
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
@@ -14,8 +14,8 @@ from shards.read.dataset import open_dataset
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.sampling import Prompt, SampleConfig, SamplerConfig
 from train.loop import fit
-from train.lora.formats import attach_lora, read_lora
-from train.lora.lora import export_state, inject, lora_modules, lora_state, merge
+from train.lora.formats import attach_lora, name_tensors, raw_pairs, read_lora
+from train.lora.lora import inject, lora_modules, lora_state
 from train.lora.merge import merge_checkpoint
 from train.model.dit import build_model
 from train.model.load import load_dit, save_dit
@@ -121,7 +121,7 @@ def test_a_lora_in_diffusers_pipeline_equals_ours_at_three_scales_and_merged(
         for name, tensor in lora_state(adapted).items():
             if "lora_B" in name:
                 tensor.normal_(0, 0.05, generator=torch.Generator().manual_seed(6))
-    save_file(export_state(lora_state(adapted), LORA), tmp_path / "lora.safetensors")
+    save_file(name_tensors(raw_pairs(lora_state(adapted), LORA)), tmp_path / "lora.safetensors")
     pipe = _pipe("WanPipeline", twin, vae)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="mbc")
     adapted.eval()

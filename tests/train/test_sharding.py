@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_ranks import resident_bytes
 from ranks import in_a_group, run_ranks
 from torch import Tensor
 from train_runs import finish, make_config
@@ -17,7 +18,7 @@ from train.estimate.layout import choose_layout
 from train.lora.lora import inject, lora_modules, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, save_dit
-from train.parallel.fsdp import local_shard, resident_bytes, shard_base
+from train.parallel.fsdp import local_shard, shard_base
 from train.parallel.ranks import World
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=100, text_dim=32, text_len=16)

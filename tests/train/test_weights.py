@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from train_runs import merge
 
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.lora import inject, lora_modules, merge
+from train.lora.lora import inject, lora_modules
 from train.model.dit import WanDiT, build_model
 from train.model.load import INDEX, diffusers_key, find_tensors, load_dit, read_dit_config, recognise, save_dit
 

@@ -12,7 +12,7 @@ from shards import __version__
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
-from train.lora.formats import Format, LoRAFile, name_tensors, read_lora
+from train.lora.formats import Format, LoRAFile, name_tensors, read_lora, save_lora
 
 BASE_MODEL = "Wan-AI/Wan2.2-TI2V-5B"
 SOFTWARE = "wan-broadcast-lora"
@@ -48,8 +48,6 @@ def export_lora(
 
     Raises UserError when the source has no LoRA, `out` is there, or a value does not fit the dtype.
     """
-    from safetensors.torch import save_file
-
     file, identity, found_step = locate_lora(source, step)
     if out.exists():
         raise UserError(f"{out} is there already", fix="name another file, or remove that one")
@@ -57,14 +55,14 @@ def export_lora(
     tensors = name_tensors(lora.pairs, written, dtype)
     _refuse_overflow(tensors, lora, dtype)
     metadata = dict(lora.metadata)
-    metadata.pop("lora_adapter_metadata", None)  # its scale is in B now; diffusers would apply it a second time
+    metadata.pop("lora_adapter_metadata", None)  # `save_lora` leaves it out
     if identity is not None and found_step is not None:
         metadata |= export_metadata(identity, found_step, licence)
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+    save_lora(temporary, tensors, metadata)
     temporary.rename(out)
     return metadata
 

@@ -162,7 +162,7 @@ def _refuse_halves(
     for module in sorted({*downs, *ups, *alphas}, key=module_order):
         if module not in downs or module not in ups:
             missing = "A (lora_down)" if module not in downs else "B (lora_up)"
-            raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file anew, or download it again")
+            raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file again, or download it again")
         down, up = downs[module], ups[module]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise UserError(
@@ -191,7 +191,7 @@ def _scales(
 def _adapter_scales(
     config: Mapping[str, object], prefix: str, path: Path, ranks: Mapping[str, int]
 ) -> dict[str, float]:
-    """Scales from peft's own words. Per-module patterns are refused: their matching rules have changed over time."""
+    """Scales from peft's own configuration. Per-module patterns are refused: their rules have changed over time."""
     for key in ("alpha_pattern", "rank_pattern"):
         if config.get(prefix + key):
             raise UserError(
@@ -270,8 +270,28 @@ def to_raw_state(lora: LoRAFile, config: LoRAConfig) -> dict[str, Tensor]:
     return state
 
 
-def name_tensors(pairs: Mapping[str, Pair], written: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pairs under a tool's names. The scale is folded into B in every format, so that readers cannot disagree on it.
+def raw_pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Pair]:
+    """The pairs of a raw state (`lora.lora_state`, a checkpoint's file), the config's scale beside them."""
+    modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    return {m: Pair(state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"], config.scale) for m in modules}
+
+
+def save_lora(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what `name_tensors` gave as safetensors.
+
+    A `lora_adapter_metadata` of the source is left out: its scale is in B now, and diffusers would apply it twice.
+    """
+    from safetensors.torch import save_file
+
+    kept = {name: value for name, value in metadata.items() if name != "lora_adapter_metadata"}
+    save_file(tensors, path, metadata={"format": "pt", **kept})
+
+
+def name_tensors(
+    pairs: Mapping[str, Pair], written: Format = "comfyui", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Pairs under a tool's names, contiguous, on the CPU; the scale is folded into B in every format, so that readers
+    cannot disagree on it.
 
     Raises UserError for a format that is read here and not written.
     """

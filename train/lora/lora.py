@@ -1,9 +1,9 @@
-"""LoRA: inject, freeze, save, load, merge, export.
+"""LoRA: inject, freeze, the raw state and loading it.
 
 Shapes: B slots, L tokens, I input channels, O output channels, r rank.
 
 A and B are float32 parameters beside a frozen weight, cast to the run's dtype for the multiplication. Checkpoints hold
-them raw; only an export folds the scale into B.
+them raw; only an export (`formats.save_lora`) folds the scale into B.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool
@@ -22,9 +21,6 @@ from train.config.model import LoRAConfig
 from train.lora.targets import match_targets
 from train.model.block import DropoutKey, Linear
 from train.model.dit import WanDiT
-
-PREFIX = "diffusion_model."
-"""What diffusers, ComfyUI, DiffSynth-Studio and musubi expect before the official module names."""
 
 
 class LoRALinear(Linear):
@@ -40,7 +36,6 @@ class LoRALinear(Linear):
         self.scale = config.scale
         self.dropout = config.dropout
         self.layer = layer
-        self.merged_from: Tensor | None = None
 
     @property
     def loras(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -48,10 +43,8 @@ class LoRALinear(Linear):
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
-        """Base and update in x's dtype; the scale rides in the multiplication."""
+        """Base and update in x's dtype; the multiplication applies the scale."""
         out = super().forward(x)
-        if self.merged_from is not None:
-            return out
         scale = self.scale
         if self.training and self.dropout:
             if dropout is None:
@@ -63,10 +56,10 @@ class LoRALinear(Linear):
 
 
 def keep_mask(key: DropoutKey, layer: int, num_tokens: int, width: int, rate: float) -> Bool[Tensor, "b l i"]:
-    """Which inputs of a layer's update live: a hash of (slot, layer, global token, channel), so no state and no layout.
+    """Which inputs of a layer's update are kept: a hash of (slot, layer, global token, channel), no state.
 
-    A token's 64-bit hash (splitmix64's finaliser) gives 32 bits, added to a channel's and mixed again; an element lives
-    where the result, uniform over int32, reaches the share `rate`.
+    A token's 64-bit hash (splitmix64's finaliser) gives 32 bits, added to a channel's and mixed again; an element is
+    kept where the result, uniform over int32, reaches the share `rate`.
     """
     device = key.slot_B.device
     token_L = torch.arange(key.token_offset, key.token_offset + num_tokens, dtype=torch.int64, device=device)
@@ -106,7 +99,7 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
     Raises: UserError when a target matches nothing, or when the model has a LoRA already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError("the model has a LoRA already", fix="merge it or build the model anew")
+        raise UserError("the model has a LoRA already", fix="merge it or build a new model")
     names = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, Linear)]
     chosen = match_targets(names, config.targets)
     model.requires_grad_(False)
@@ -123,7 +116,7 @@ def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
 
 @torch.no_grad()
 def reset(model: nn.Module, seed: int) -> None:
-    """Put every LoRA of a model at its beginning: for one that was injected before it had memory."""
+    """Initialise every LoRA of a model: for one that was injected on the meta device."""
     for name, module in lora_modules(model).items():
         _init_a(module.lora_A, name, seed)
         module.lora_B.zero_()
@@ -187,61 +180,3 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], origin: str =
 
 def _first(names: list[str]) -> str:
     return f" ({names[0]}{', …' if len(names) > 1 else ''})" if names else ""
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Add scale · B A into every adapted weight, in place; the sum is rounded once. `unmerge` takes it back exactly.
-
-    Costs a copy of the adapted weights.
-    """
-    for module in lora_modules(model).values():
-        if module.merged_from is None:
-            module.merged_from = module.weight.detach().clone()
-            update_OI = module.scale * (module.lora_B @ module.lora_A)
-            module.weight.copy_(module.weight.float() + update_OI)
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every weight is again what it was, to the bit."""
-    for module in lora_modules(model).values():
-        if module.merged_from is not None:
-            module.weight.copy_(module.merged_from)
-            module.merged_from = None
-
-
-def export_state(
-    state: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """A raw state as other tools load it: scale folded into B and `.alpha` equal to the rank, so that loaders that know
-    alpha and loaders that do not agree.
-
-    Returns: `diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`, contiguous, on the CPU.
-    """
-    exported = {}
-    for name, tensor in state.items():
-        out = tensor.detach().to("cpu", torch.float32, copy=True)
-        if name.endswith(".lora_B.weight"):
-            out *= config.scale
-            exported[PREFIX + name.removesuffix("lora_B.weight") + "alpha"] = torch.tensor(float(config.rank))
-        exported[PREFIX + name] = out.to(dtype).contiguous()
-    return exported
-
-
-def save_export(
-    path: Path,
-    state: Mapping[str, Tensor],
-    config: LoRAConfig,
-    metadata: Mapping[str, str],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write `export_state` as safetensors.
-
-    Raises: ValueError for a `lora_adapter_metadata` entry: diffusers would apply the scale a second time.
-    """
-    from safetensors.torch import save_file
-
-    if "lora_adapter_metadata" in metadata:
-        raise ValueError("lora_adapter_metadata makes diffusers apply the scale twice")
-    save_file(export_state(state, config, dtype), path, metadata={"format": "pt", **metadata})

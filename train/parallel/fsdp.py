@@ -66,13 +66,3 @@ def local_shard(weight: Tensor) -> tuple[Tensor, slice]:
     start = min(rank * rows, weight.shape[0])
     local = weight.to_local()
     return local, slice(start, start + local.shape[0])
-
-
-def resident_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of this rank's parts of the base, and of what is whole on every rank, LoRA included."""
-    parts = whole = 0
-    for weight in model.parameters():
-        local, _ = local_shard(weight)
-        size = local.numel() * local.element_size()
-        parts, whole = (parts + size, whole) if isinstance(weight, DTensor) else (parts, whole + size)
-    return parts, whole

@@ -178,7 +178,7 @@ def _parts(call: _Call) -> BlockParts:
 def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     dtype = call.shared.text_BSD.dtype
     weight, bias = module.weight.to(dtype), module.bias.to(dtype)
-    if not isinstance(module, LoRALinear) or module.merged_from is not None:
+    if not isinstance(module, LoRALinear):
         return LinearParts(weight, bias, None)
     scale, live = module.scale, None
     if module.training and module.dropout:

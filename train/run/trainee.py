@@ -22,8 +22,8 @@ from train.device import device_info
 from train.estimate.saves import make_chooser
 from train.geometry import Shape
 from train.lora.export import locate_lora
-from train.lora.formats import read_lora, to_raw_state
-from train.lora.lora import inject, load_lora_state, reset, save_export
+from train.lora.formats import name_tensors, raw_pairs, read_lora, save_lora, to_raw_state
+from train.lora.lora import inject, load_lora_state, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, read_dit_config, save_dit
 from train.parallel.fsdp import shard_base
@@ -99,7 +99,7 @@ class Trainee:
         """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
         temporary = path.with_name(f".writing-{path.name}")
         if self.config.lora is not None:
-            save_export(temporary, dict(tensors), self.config.lora, metadata, torch.float32)
+            save_lora(temporary, name_tensors(raw_pairs(tensors, self.config.lora)), metadata)
         else:
             with self.holding(tensors):
                 save_dit(self.model, temporary, metadata)
