@@ -324,7 +324,8 @@ def _export(progress: TrainingState) -> Path:
         step = progress.best_step
         folder = progress.folder / checkpoint.checkpoint_name(step)
         tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
-    metadata = export_metadata(progress.session.identity, step, progress.config.checkpoint.licence)
+    config = progress.config
+    metadata = export_metadata(progress.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
     path = progress.session.folder / trainee.file_name
     trainee.export(path, tensors, metadata)
     return path

@@ -89,7 +89,8 @@ def sample_run(config: SampleRun) -> list[Path]:
 def _load_model(config: SampleRun) -> WanDiT:
     from train.device import choose_device, device_info
     from train.lora.export import locate_lora
-    from train.lora.formats import attach_lora, read_lora
+    from train.lora.formats import read_lora
+    from train.lora.lora import attach_lora
     from train.model.dit import build_model
     from train.model.load import load_dit, read_dit_config
     from train.precision import resolve_precision
