@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shards.config import validate_config
+from shards.console import LOG
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
 from train.lora.export import export_lora, locate_lora
@@ -340,7 +341,8 @@ def test_a_models_own_saver_and_pefts_folder_are_read_at_their_scale(saver, trai
     )  # fmt: skip
 
 
-def test_bare_names_are_read_at_scale_one_and_that_is_said(trained, tmp_path, caplog):
+def test_bare_names_are_read_at_scale_one_and_that_is_said(trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(LOG, "propagate", True)  # a command that was called in this process may have set it
     tensors = {key: tensor.clone() for key, tensor in lora_state(trained).items()}
     save_file(tensors, tmp_path / "bare.safetensors")
     with caplog.at_level("WARNING", logger="wan"):
