@@ -105,7 +105,7 @@ def test_without_a_run_or_a_config_it_says_what_to_give(run, tmp_path):
 
 def _held(t2v, i2v, moving):
     levels = (0.5, 0.9)
-    t2v, i2v, moving = torch.tensor(t2v).double(), torch.tensor(i2v).double(), torch.tensor(moving)
+    t2v, i2v, moving = torch.as_tensor(t2v).double(), torch.as_tensor(i2v).double(), torch.tensor(moving)
     return HeldOut(0.0, (), (), len(moving), levels, t2v, i2v, moving)
 
 
