@@ -18,7 +18,7 @@ CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
 
 
 class CorpusConfig(Config):
-    """Where the annotations lie."""
+    """Where the annotations are."""
 
     location: str
     """A folder, an `s3://bucket/prefix`, a `.jsonl` or `.jsonl.zst`, a `.zip` or `.tar` of JSON files."""
@@ -153,7 +153,7 @@ class SigningConfig(Config):
     resource: str | None = None
     """What one `policy` opens, such as `https://HOST/clips/*`; null: the clip alone, with `cookies` the whole host."""
     valid_seconds: Annotated[int, Field(ge=10)] = 3600
-    """How long a signature holds; it is made anew in time, and when it is refused."""
+    """How long a signature holds; a new one is made in time, and when it is refused."""
 
     @model_validator(mode="after")
     def _resource_is_read(self) -> SigningConfig:
@@ -203,7 +203,7 @@ class DecodeConfig(Config):
     max_memory_mib: Positive = 1024
     """ffmpeg's limit for one allocation."""
     sd_display_aspect: Literal["4:3", "16:9"] = "4:3"
-    """Display aspect of an SD raster that nothing else speaks for."""
+    """Display aspect of an SD raster where nothing else decides it."""
     threads: Positive = 1
     """Threads of one ffmpeg."""
 
@@ -267,7 +267,7 @@ class EngineConfig(Config):
 
 
 class PrepConfig(Config):
-    """`wanprep build-shards`: the whole of stage 1."""
+    """`wanprep build-shards`: all of stage 1."""
 
     output: str
     """Folder or `s3://bucket/prefix` of the dataset."""

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,7 +16,7 @@ AHEAD_PER_WORKER = 4
 
 
 class ByteBudget:
-    """Bytes that may wait for the consumer. The result it waits for next may always go on: nothing can deadlock."""
+    """Bytes that may wait for the consumer. The result it waits for next always gets its own: no deadlock."""
 
     def __init__(self, limit: int, stop: threading.Event) -> None:
         self._limit = limit
@@ -25,9 +26,14 @@ class ByteBudget:
         self._changed = threading.Condition()
 
     def reserve(self, number: int, num_bytes: int) -> None:
-        """Wait until item `number` may hold `num_bytes`: there is room, or it is the one that is waited for."""
+        """Wait until item `number` may hold `num_bytes`: there is room, or the consumer waits for it."""
+
+        def may() -> bool:
+            used = sum(self._used.values())
+            return self._stop.is_set() or number == self._head or used + num_bytes <= self._limit
+
         with self._changed:
-            self._changed.wait_for(lambda: self._may(number, num_bytes))
+            self._changed.wait_for(may)
             self._used[number] = self._used.get(number, 0) + num_bytes
 
     def advance(self, number: int) -> None:
@@ -38,17 +44,9 @@ class ByteBudget:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Let everybody look at `stop` again."""
+        """Make every waiting thread check `stop` again."""
         with self._changed:
             self._changed.notify_all()
-
-    @property
-    def used(self) -> int:
-        """Bytes reserved now."""
-        return sum(self._used.values())
-
-    def _may(self, number: int, num_bytes: int) -> bool:
-        return self._stop.is_set() or number == self._head or self.used + num_bytes <= self._limit
 
 
 def in_order(
@@ -68,8 +66,8 @@ def in_order(
         work: must call `reserve(num_bytes)` before it makes something large, at most once.
         num_workers: threads.
         max_bytes: what may be reserved and not yet consumed.
-        stop: set when the iterator is left early (an exception, Ctrl-C): work should look at it.
-        on_stop: called then, to end what cannot look.
+        stop: set when the iterator is left early (an exception, Ctrl-C): work should check it.
+        on_stop: called then, to end what cannot check it.
         name: of the threads.
     """
     budget = ByteBudget(max_bytes, stop)
@@ -81,7 +79,7 @@ def in_order(
         while True:
             while len(waiting) < num_workers * AHEAD_PER_WORKER and (upcoming := next(numbered, None)):
                 number, item = upcoming
-                waiting.append((number, pool.submit(work, item, _reserver(budget, number))))
+                waiting.append((number, pool.submit(work, item, partial(budget.reserve, number))))
             if not waiting:
                 finished = True
                 return
@@ -96,7 +94,3 @@ def in_order(
             budget.wake()
             on_stop()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _reserver(budget: ByteBudget, number: int) -> Callable[[int], None]:
-    return lambda num_bytes: budget.reserve(number, num_bytes)

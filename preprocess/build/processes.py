@@ -1,9 +1,9 @@
-"""Several devices on one machine: a process for each, units dealt as they are asked for.
+"""Several devices on one machine: a process for each, units handed out as they are asked for.
 
-The parent loads no encoder. A child says what it would write (its identity), is told to begin, and then asks for one
+The parent loads no encoder. A child says what it would write (its identity), waits for BEGIN, and then asks for one
 unit after the other; decoders, encoder and writer are those of `worker.py`.
 
-    child → parent   Description, then any of: ASK, LedgerRow, Done, and last END or the exception that ended it
+    child → parent   Description, then any of: ASK, LedgerRow, a committed unit's number; last END or an exception
     parent → child   BEGIN, then a unit's number or None for each ASK
 """
 
@@ -29,12 +29,6 @@ BEGIN, ASK, END = "begin", "ask", "end"
 _END_SECONDS = 60.0
 
 
-class Done(NamedTuple):
-    """A unit is committed."""
-
-    unit: int
-
-
 class _Child(NamedTuple):
     device: str
     process: BaseProcess
@@ -56,7 +50,7 @@ def run_processes(
     Left by an exception it ends the children, which drop their open units; what is committed stays.
     """
     children: list[_Child] = []
-    dealer = WorkQueue(units)
+    queue = WorkQueue(units)
     try:
         children += [_start(config, device, scratch, len(devices)) for device in devices]
         by_pipe = {child.pipe: child for child in children}
@@ -72,10 +66,10 @@ def run_processes(
                     on_description(message)
                     child.pipe.send(BEGIN)
                 elif message == ASK:
-                    child.pipe.send(dealer.next(child.pipe))
-                elif isinstance(message, Done):
-                    dealer.done(child.pipe, message.unit)
-                    on_unit(message.unit)
+                    child.pipe.send(queue.next(child.pipe))
+                elif isinstance(message, int):
+                    queue.done(child.pipe, message)
+                    on_unit(message)
                 else:
                     on_row(message)
     finally:
@@ -105,8 +99,8 @@ def _receive(child: _Child) -> Any:
     if how > 0:  # its traceback is on the terminal
         raise RuntimeError(f"the worker on {child.device} ended with {how}")
     raise UserError(
-        f"the worker on {child.device} was ended by {signal.Signals(-how).name if how else 'nobody knows what'}",
-        fix="see whether memory ran out (dmesg), then run the same command: it goes on from the last unit",
+        f"the worker on {child.device} was ended by {signal.Signals(-how).name if how else 'an unknown cause'}",
+        fix="see whether memory ran out (dmesg), then run the same command: it continues after the last unit",
     )
 
 
@@ -125,7 +119,7 @@ def _end(children: Sequence[_Child]) -> None:
 
 
 def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_workers: int, level: int) -> None:
-    """The child. SIGTERM unwinds it; Ctrl-C is the parent's to pass on; a parent that is gone ends it too."""
+    """The child. SIGTERM unwinds it; the parent passes Ctrl-C on; the end of the parent ends it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     set_up_logging(f"[{device}] ", level)
@@ -149,9 +143,9 @@ def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_
         if pipe.recv() != BEGIN:
             raise RuntimeError("the parent did not say to begin")
         for commit in worker.commits(units(), on_row=send):
-            send(Done(commit.unit))
+            send(commit.unit)
         send(END)
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone, and with it whoever would be told
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended: nobody would read an error
         sys.exit(1)
-    except (UserError, OSError) as error:  # the user's to fix: the parent says so; a bug ends with its traceback
+    except (UserError, OSError) as error:  # the parent reports it; a bug ends with its traceback
         send(error)

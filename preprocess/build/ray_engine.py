@@ -1,11 +1,11 @@
-"""The engine for many machines: the worker of `worker.py` on a Ray actor per GPU, units dealt by one more actor.
+"""The engine for many machines: the worker of `worker.py` on a Ray actor per GPU, units handed out by one more actor.
 
-    driver   freezes the plan, starts the desk and the workers, watches them; holds no frame, no latent, no encoder
-    desk     an actor beside the driver: deals units to workers, and keeps what they tell until the driver reads it
-    worker   an actor per GPU: fetches, decodes, encodes and writes to the storage; frames never leave its machine
+    driver       freezes the plan, starts the others, watches them; holds no frame, no latent, no encoder
+    coordinator  an actor beside the driver: hands out units, and keeps what workers report until the driver reads it
+    worker       an actor per GPU: fetches, decodes, encodes and writes to the storage; frames never leave its machine
 
-Nothing of the build lives in Ray: what has a commit is done. A worker that dies (or its machine) has its units dealt
-again; a driver that dies is started again, and deals what has no commit yet.
+Nothing of the build is stored in Ray: what has a commit is done. The units of a worker that dies (or its machine) are
+handed out again; a driver that dies is started again, and hands out what has no commit yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -65,40 +64,39 @@ def place_workers(config: PrepConfig, resources: dict[str, float]) -> Placement:
 
 
 class Coordinator:
-    """Deals the units and keeps what the workers tell. An actor: one call at a time, from many machines."""
+    """Hands out the units and keeps what the workers report. An actor: one call at a time, from many machines."""
 
     def __init__(self, units: Sequence[int]) -> None:
-        self._dealer = WorkQueue(units)
-        self._told: deque[LedgerRow | int] = deque()
-        self._gone: set[str] = set()
+        self._queue = WorkQueue(units)
+        self._reports: list[LedgerRow | int] = []
+        self._lost: set[str] = set()
 
     def next(self, worker: str) -> int | None:
-        """See Dealer. One that was given up gets nothing more, should it only have been out of reach."""
-        return None if worker in self._gone else self._dealer.next(worker)
+        """See WorkQueue. A worker that was taken for lost and is only out of reach gets nothing more."""
+        return None if worker in self._lost else self._queue.next(worker)
 
     def row(self, row: LedgerRow) -> None:
         """A candidate is written."""
-        self._told.append(row)
+        self._reports.append(row)
 
     def done(self, worker: str, unit: int) -> None:
-        """A unit is committed. Of one that was given up it counts when it is dealt again, and found to be there."""
-        if worker not in self._gone:
-            self._dealer.done(worker, unit)
-            self._told.append(unit)
+        """A unit is committed. A lost worker's counts when it is handed out again, and found to be there."""
+        if worker not in self._lost:
+            self._queue.done(worker, unit)
+            self._reports.append(unit)
 
     def lost(self, worker: str) -> list[int] | UserError:
-        """See Dealer; an error is a value here, since Ray would wrap it."""
-        self._gone.add(worker)
+        """See WorkQueue; an error is a value here, since Ray would wrap it."""
+        self._lost.add(worker)
         try:
-            return self._dealer.lost(worker)
+            return self._queue.lost(worker)
         except UserError as error:
             return error
 
     def read(self) -> tuple[list[LedgerRow | int], int, int]:
-        """What was told since the last call; units that nobody has; units that somebody has."""
-        told = list(self._told)
-        self._told.clear()
-        return told, self._dealer.num_waiting, self._dealer.num_out
+        """Reports since the last call; units that nobody has; units that somebody has."""
+        reports, self._reports = self._reports, []
+        return reports, self._queue.num_waiting, self._queue.num_out
 
 
 class Worker:
@@ -126,20 +124,20 @@ class Worker:
             return error
         return self._worker.description
 
-    def work(self, desk: Any) -> UserError | OSError | None:
-        """Encode what the desk deals until it has no more; an error that the user has to fix."""
+    def work(self, coordinator: Any) -> UserError | OSError | None:
+        """Encode what the coordinator hands out until it has no more; an error that the user has to fix."""
         import ray
 
         if self._worker is None:
             raise RuntimeError("asked to work before describe")
 
         def units() -> Iterator[int]:
-            while (unit := ray.get(desk.next.remote(self._name))) is not None:
+            while (unit := ray.get(coordinator.next.remote(self._name))) is not None:
                 yield unit
 
         try:
-            for commit in self._worker.commits(units(), on_row=desk.row.remote):
-                ray.get(desk.done.remote(self._name, commit.unit))
+            for commit in self._worker.commits(units(), on_row=coordinator.row.remote):
+                ray.get(coordinator.done.remote(self._name, commit.unit))
         except (UserError, OSError) as error:
             return error
         return None
@@ -160,8 +158,8 @@ def run_ray(
 ) -> None:
     """Encode `units` on the workers of a Ray cluster. Raises UserError: no Ray, no cluster, no shared output.
 
-    A worker that dies, alone or with its machine, is replaced as soon as the cluster has room, and its units are dealt
-    again. Left by an exception the workers are ended; what is committed stays.
+    A worker that dies, alone or with its machine, is replaced as soon as the cluster has room, and its units are
+    handed out again. Left by an exception the workers are ended; what is committed stays.
     """
     config = _with_absolute_paths(config)
     with _connected(config) as ray, _marked(storage) as mark:
@@ -179,7 +177,9 @@ def run_on_worker(config: PrepConfig, work: Callable[[PrepConfig], Result]) -> R
     config = _with_absolute_paths(config)
     with _connected(config) as ray:
         where = place_workers(config, ray.cluster_resources())
-        config = _on_device(config, where.device)
+        encoders = config.encoders.model_copy(update={"device": where.device})
+        engine = config.engine.model_copy(update={"devices": ()})
+        config = config.model_copy(update={"encoders": encoders, "engine": engine})
         task = ray.remote(_value_or_error).options(num_gpus=where.num_gpus, num_cpus=where.num_cpus)
         answer = ray.get(task.remote(work, config))
     if isinstance(answer, UserError | OSError):
@@ -195,21 +195,15 @@ def _value_or_error(work: Callable[[PrepConfig], Result], config: PrepConfig) ->
         return error
 
 
-def _on_device(config: PrepConfig, device: str) -> PrepConfig:
-    encoders = config.encoders.model_copy(update={"device": device})
-    engine = config.engine.model_copy(update={"devices": ()})
-    return config.model_copy(update={"encoders": encoders, "engine": engine})
-
-
 class _Driver:
-    """The workers that live, and what each is asked at the moment."""
+    """The living workers, and what each is doing."""
 
     def __init__(self, ray: Any, config: PrepConfig, placement: Placement, mark: str, units: Sequence[int]) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._config, self._placement, self._mark = ray, config, placement, mark
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(list(units))
+        self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(list(units))
         self._workers: dict[str, Any] = {}
         self._asked: dict[Any, tuple[str, str]] = {}
         """By the reference of its answer: the worker, and `describe` or `work`."""
@@ -220,9 +214,9 @@ class _Driver:
     def run(self, on_description: Callable[[Description], None], on_row: OnRow, on_unit: Callable[[int], None]) -> None:
         """Until every unit is done."""
         while True:
-            told, num_waiting, num_out = self._ray.get(self._desk.read.remote())
-            for event in told:
-                self._tell(event, on_row, on_unit)
+            reports, num_waiting, num_out = self._ray.get(self._coordinator.read.remote())
+            for report in reports:
+                self._pass_on(report, on_row, on_unit)
             if not num_waiting and not num_out:
                 return
             self._keep_busy(num_waiting, num_out)
@@ -235,15 +229,15 @@ class _Driver:
         with suppress(self._ray.exceptions.RayError):
             closing = [self._workers[name].close.remote() for name in self._idle]
             self._ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
-        for worker in (*self._workers.values(), self._desk):
+        for worker in (*self._workers.values(), self._coordinator):
             self._ray.kill(worker)
 
-    def _tell(self, event: LedgerRow | int, on_row: OnRow, on_unit: Callable[[int], None]) -> None:
-        if isinstance(event, int):
-            on_unit(event)
-        elif event.candidate not in self._seen:  # a unit that is done again tells its rows again
-            self._seen.add(event.candidate)
-            on_row(event)
+    def _pass_on(self, report: LedgerRow | int, on_row: OnRow, on_unit: Callable[[int], None]) -> None:
+        if isinstance(report, int):
+            on_unit(report)
+        elif report.candidate not in self._seen:  # a unit that is done again reports its rows again
+            self._seen.add(report.candidate)
+            on_row(report)
 
     def _keep_busy(self, num_waiting: int, num_out: int) -> None:
         while num_waiting and self._idle:
@@ -264,7 +258,7 @@ class _Driver:
 
     def _ask(self, name: str, what: str) -> None:
         worker = self._workers[name]
-        reference = worker.describe.remote() if what == "describe" else worker.work.remote(self._desk)
+        reference = worker.describe.remote() if what == "describe" else worker.work.remote(self._coordinator)
         self._asked[reference] = (name, what)
 
     def _answer(self, reference: Any, on_description: Callable[[Description], None]) -> None:
@@ -283,12 +277,12 @@ class _Driver:
             self._idle.append(name)
 
     def _lose(self, name: str, what: str, why: str) -> None:
-        with suppress(self._ray.exceptions.RayError):  # it may only be out of reach: it must not ask for more
+        with suppress(self._ray.exceptions.RayError):  # a worker that is only out of reach must not ask for more
             self._ray.kill(self._workers.pop(name))
-        again = self._ray.get(self._desk.lost.remote(name))
+        again = self._ray.get(self._coordinator.lost.remote(name))
         if isinstance(again, UserError):
             raise again
-        LOG.warning("ray: %s is lost (%s); its units are dealt again: %s", name, why, again or "it had none")
+        LOG.warning("ray: %s is lost (%s); its units are handed out again: %s", name, why, again or "it had none")
         self._num_broken = self._num_broken + 1 if what == "describe" else 0
         if self._num_broken >= _MAX_BROKEN_STARTS:
             raise UserError(
@@ -298,7 +292,7 @@ class _Driver:
 
 
 def _with_absolute_paths(config: PrepConfig) -> PrepConfig:
-    """The config as it reads on another machine: paths do not hang on this process's folder."""
+    """The config as it reads on another machine: no path is relative to this process's folder."""
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else str(Path(value).absolute())
@@ -315,7 +309,7 @@ def _with_absolute_paths(config: PrepConfig) -> PrepConfig:
 
 @contextmanager
 def _marked(storage: Storage) -> Iterator[str]:
-    """A small object for the block, by which other machines see that they look at the same storage."""
+    """A small object for the block, by which other machines see that they read the same storage."""
     name = f"{TEMPORARY}ray-{secrets.token_hex(8)}"
     storage.put(name, b"")
     try:

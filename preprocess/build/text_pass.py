@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,8 +36,8 @@ NEGATIVE_PROMPT = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-_REMEMBERED_BYTES = 256 << 20
-_REMEMBERED_TEXTS = 256
+_REMEMBERED_TEXTS = 64
+"""Embeddings kept for equal captions that follow soon; the longest takes 4 MiB."""
 
 
 class TextCounts(NamedTuple):
@@ -72,16 +72,25 @@ def build_texts(
         LOG.warning("text encoder: %s: the embeddings are for demonstration only", encoder.note)
     provenance = {**library_versions(), **encoder.provenance()}
     kind = text_kind(set_name)
-    embed = _remember(encoder.embed)
+    # A copy: torch allocates its array between what the forward pass frees, and the heap would grow with each text.
+    embed = lru_cache(_REMEMBERED_TEXTS)(lambda text: encoder.embed(text).copy())
     if not is_committed(storage, kind, NULL_UNIT):
-        _write_nulls(storage, set_name, identity, config, encoder, scratch, provenance)
+        negative = negative_prompt(config)
+        num_tokens, most = encoder.tokenizer.count(negative), config.captions.max_tokens
+        if num_tokens > most:
+            raise UserError(f"captions.negative_prompt: {num_tokens} tokens", expected=f"at most {most}")
+        write_null_embeddings(
+            storage, set_name, identity, embed(""), embed(negative),
+            scratch=scratch, provenance=provenance, negative_prompt=negative,
+        )  # fmt: skip
     with cpu_threads(1):
         for unit in units:
             records = {candidate.record.clip_id: candidate.record for candidate in plan.unit(unit)}
             with ShardWriter(storage, kind, unit, identity, scratch, provenance) as writer:
                 counts = TextCounts()
                 for sample in read_commit(storage, LATENTS, unit).commit.samples:
-                    counts = _add(counts, _write_sample(writer, sample, records, config, encoder, embed))
+                    written = _write_sample(writer, sample, records, config, encoder, embed)
+                    counts = TextCounts(*map(sum, zip(counts, written, strict=True)))
                 writer.seal()
             on_unit(unit, counts)
 
@@ -110,27 +119,6 @@ def negative_prompt(config: PrepConfig) -> str:
     """The text of the second null embedding, cleaned."""
     chosen = config.captions.negative_prompt
     return clean_text(NEGATIVE_PROMPT if chosen is None else chosen)
-
-
-def _write_nulls(
-    storage: Storage,
-    set_name: str,
-    identity: dict[str, Any],
-    config: PrepConfig,
-    encoder: TextEncoder,
-    scratch: Path,
-    provenance: dict[str, str],
-) -> None:
-    negative = negative_prompt(config)
-    num_tokens = encoder.tokenizer.count(negative)
-    if num_tokens > config.captions.max_tokens:
-        raise UserError(
-            f"captions.negative_prompt: {num_tokens} tokens", expected=f"at most {config.captions.max_tokens}"
-        )
-    write_null_embeddings(
-        storage, set_name, identity, encoder.embed(""), encoder.embed(negative),
-        scratch=scratch, provenance=provenance, negative_prompt=negative,
-    )  # fmt: skip
 
 
 def _write_sample(
@@ -177,27 +165,3 @@ def _text_json(captions: Captions | Rejection, texts: list[str], arrays: list[np
         "outside": [caption.num_outside for caption in captions.composed],
         "skipped": [skipped.model_dump(mode="json") for skipped in captions.skipped],
     }
-
-
-def _remember(embed: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """Equal captions are embedded once, as long as they come near each other: within so many texts and bytes."""
-    seen: OrderedDict[str, np.ndarray] = OrderedDict()
-    num_bytes = 0
-
-    def remembered(text: str) -> np.ndarray:
-        nonlocal num_bytes
-        if text in seen:
-            seen.move_to_end(text)
-            return seen[text]
-        # A copy: torch's own lies between what its forward pass frees, and the heap grows by it with each text.
-        seen[text] = array = embed(text).copy()
-        num_bytes += array.nbytes
-        while len(seen) > _REMEMBERED_TEXTS or (num_bytes > _REMEMBERED_BYTES and len(seen) > 1):
-            num_bytes -= seen.popitem(last=False)[1].nbytes
-        return array
-
-    return remembered
-
-
-def _add(left: TextCounts, right: TextCounts) -> TextCounts:
-    return TextCounts(*(a + b for a, b in zip(left, right, strict=True)))

@@ -1,4 +1,4 @@
-"""Who does which unit: dealt one at a time to whoever asks, and dealt again when a worker is lost with it."""
+"""Who does which unit: handed out one at a time to whoever asks, and again when a worker is lost with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ MAX_LOSSES = 3
 class WorkQueue:
     """Units that wait, are out with a worker, or are done. Not for several threads at once.
 
-    Any hashable name stands for a worker. Done is what has a commit: the dealer's memory may be lost with its process,
-    and the storage says the rest.
+    Any hashable name may identify a worker. What has a commit is done: this queue may be lost with its process.
     """
 
     def __init__(self, units: Sequence[int]) -> None:
@@ -35,12 +34,12 @@ class WorkQueue:
         self._out[worker].remove(unit)
 
     def lost(self, worker: object) -> list[int]:
-        """`worker` is gone: the units that it had come first again; which they are.
+        """`worker` is lost: the units that it had come first again; which they are.
 
         Raises UserError for a unit whose worker was lost three times: it may well be the unit that kills it.
         """
         units = self._out.pop(worker, [])
-        for unit in units[:1]:  # the one that was under way; what lay decoded behind it is not to blame
+        for unit in units[:1]:  # the one it worked on; those that were decoded ahead are not the cause
             self._losses[unit] += 1
             if self._losses[unit] >= MAX_LOSSES:
                 raise UserError(

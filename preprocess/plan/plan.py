@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
     """One record of the plan."""
 
     ordinal: int
-    """Its place in the whole plan, from 0, over all generations."""
+    """Its place in the plan, from 0, over all generations."""
     record: Record
 
 
@@ -169,7 +169,7 @@ class Plan:
         return tuple(Candidate(ordinal, _read_record(line, file)) for ordinal, line, file in self.unit_lines(number))
 
     def unit_lines(self, number: int) -> Iterator[tuple[int, bytes, str]]:
-        """(ordinal, frozen line, where it lies) of the candidates of `unit`, by one ranged read."""
+        """(ordinal, frozen line, its file) of the candidates of `unit`, by one ranged read."""
         place = self._place(number)
         generation = self.generations[place]
         within = number - generation.first_unit

@@ -1,6 +1,6 @@
 """`wanprep retry`: rejected candidates are tried again, in units of their own behind all others.
 
-A retry is a generation of the plan that lists the candidates which are rejected now and were asked for. It is frozen
+A retry is a generation of the plan that lists the candidates which are rejected now and were selected. It is frozen
 before anything is fetched, so a killed retry is continued like any build, by this command or by `build-shards`.
 What is committed is never written again; of several rows of one candidate the one in the highest unit counts.
 """

@@ -70,7 +70,7 @@ class ScanReport(Config):
     caption_tokens: Lengths | None
     """The same, cleaned, of a sample of the records; None where no tokenizer was given."""
     records_with: dict[str, int]
-    """Records that have words at each level."""
+    """Records that have text at each level."""
     defects: dict[str, int]
     """Records by kind of damage that they survived."""
 
@@ -95,11 +95,11 @@ def scan_corpus(
     progress: Callable[[int], None] | None = None,
     num_workers: int | None = None,
 ) -> ScanReport:
-    """Read the whole corpus and count. Raises UserError where there is none.
+    """Read the complete corpus and count. Raises UserError where there is none.
 
     Args:
-        config: `corpus.location` and `sieve` are read (not `corpus.limit`: a scan looks at everything).
-        count_tokens: the text encoder's count for a cleaned text, end token included; asked for a sample of texts.
+        config: `corpus.location` and `sieve` are read (not `corpus.limit`: a scan reads everything).
+        count_tokens: the text encoder's count for a cleaned text, end token included; called for a sample of texts.
         progress: called with counts of documents as they are read.
         num_workers: processes; None: one a core.
     """

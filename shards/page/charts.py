@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shards.page.html_page import Child, Html, details, join, number, table, tag
+from shards.page.html_page import Child, Html, details, join, table, tag
 
 WIDTH, HEIGHT = 480, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A vertical line at x, with a word, such as where a run was resumed."""
+    """A vertical line at x, with a label, such as where a run was resumed."""
 
     x: float
     label: str
@@ -50,25 +50,6 @@ def bar_list(caption: str, bars: Sequence[Bar], head: tuple[str, str, str] = (""
         share = f"{100 * bar.value / total:.1f} %" if total else None
         rows.append((bar.label, bar.value, _bar(bar.value / largest), share if bar.note is None else bar.note))
     return table((head[0], head[1], tag("span", "bar", class_="unseen"), head[2]), rows, caption, class_="bars")
-
-
-def histogram(caption: str, edges: Sequence[float], counts: Sequence[int], x_label: str) -> Html:
-    """Counts between n + 1 edges."""
-    frame = _Frame((edges[0], edges[-1]), (0, max(counts, default=0) or 1))
-    columns = [
-        tag(
-            "rect",
-            tag("title", f"{number(low)} to {number(high)}: {count:,}"),
-            x=_short(frame.x(low) + 0.5),
-            width=_short(max(0.5, frame.x(high) - frame.x(low) - 1)),
-            y=_short(frame.y(count)),
-            height=_short(frame.y(0) - frame.y(count)),
-            class_="fill0",
-        )
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
-    rows = [(f"{number(a)} – {number(b)}", n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    return _figure(caption, frame.svg(caption, columns, x_label), table((x_label, "count"), rows, caption))
 
 
 def line_chart(
@@ -103,8 +84,9 @@ def line_chart(
     return _figure(caption, svg, table(("series", x_label, y_label), rows, caption), _legend(lines))
 
 
-def spark(values: Sequence[float | None], label: str, *, width: int = 120, height: int = 24) -> Html:
-    """A small line without axes; `label` says in words what it shows."""
+def spark(values: Sequence[float | None], label: str) -> Html:
+    """A small line without axes; `label` says what it shows."""
+    width, height = 120, 24
     known = [value for value in values if _is_number(value) and value is not None]
     if not known:
         return Html("")
@@ -150,12 +132,12 @@ class _Frame:
             tag("text", _tick(t, self.x_ticks), x=_short(self.x(t)), y=self.bottom + 16, text_anchor="middle")
             for t in self.x_ticks
         ]
-        words = [
+        labels = [
             tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="axis"),
             tag("text", y_label, x=4, y=-6, class_="axis") if y_label else None,
         ]
         view = f"0 {-20 if y_label else 0} {WIDTH} {HEIGHT + (20 if y_label else 0)}"
-        return tag("svg", *grid, *feet, *words, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart")
+        return tag("svg", *grid, *feet, *labels, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart")
 
 
 def _figure(caption: str, svg: Html, numbers: Html, legend: Html | None = None) -> Html:

@@ -62,8 +62,8 @@ def table(head: Sequence[Child], rows: Iterable[Sequence[Child]], caption: str, 
     """A table with a caption; it scrolls sideways where the screen is narrow. Numbers are set right."""
     lines = [tag("tr", *(_cell(value, place) for place, value in enumerate(row))) for row in rows]
     top = tag("thead", tag("tr", *(tag("th", value, scope="col") for value in head)))
-    whole = tag("table", tag("caption", caption), top, tag("tbody", *lines), class_=class_)
-    return tag("div", whole, class_="scroll", role="group", aria_label=caption, tabindex=0)
+    body = tag("table", tag("caption", caption), top, tag("tbody", *lines), class_=class_)
+    return tag("div", body, class_="scroll", role="group", aria_label=caption, tabindex=0)
 
 
 def _cell(value: Child, place: int) -> Html:
@@ -75,7 +75,7 @@ def _cell(value: Child, place: int) -> Html:
 
 
 def number(value: float) -> str:
-    """A number for people: whole ones with separators, others with four significant digits."""
+    """A number for people: integers with separators, others with four significant digits."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
@@ -105,17 +105,17 @@ def page(
     sources: Mapping[str, str] | None = None,
     footer: Child = None,
 ) -> str:
-    """A whole page: skip link, header, navigation, sections, footer; it needs nothing but itself.
+    """A complete page: skip link, header, navigation, sections, footer; it needs nothing but itself.
 
     Args:
         title: of the page.
         sections: its parts, in order.
-        lead: what stands under the title.
+        lead: shown under the title.
         data: values for the scripts, by element id (see `json_block`).
         scripts: names of files in `web/` to run after `page.js`.
         styles: names of files in `web/` to apply after `page.css`.
         sources: more of the content security policy, such as {"media-src": "data:"}.
-        footer: what stands at the end.
+        footer: shown at the end.
     """
     style = "\n".join(asset(name) for name in ("page.css", *styles))
     script = "\n".join(asset(name) for name in ("page.js", *scripts))

@@ -1,4 +1,4 @@
-"""The units of a dataset in short: what a pass over all of them keeps, where whole commits would be too much."""
+"""Units in short form: what a pass over all units keeps in memory, where complete commits would be too large."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from shards.errors import ShardDamage, UserError
-from shards.format.commit import Blob, StoredCommit, read_commit
-from shards.format.names import NULL_UNIT
-from shards.read.index import list_root
+from shards.format.commit import Blob, Commit, StoredCommit, committed_units, read_commit
 from shards.storage.base import Storage
 
 _THREADS = 16
 
 
 class UnitRef(NamedTuple):
-    """One committed unit; some hundred bytes a sample less than its commit."""
+    """One committed unit, some hundred bytes a sample smaller than its commit."""
 
     kind: str
     unit: int
@@ -32,10 +30,17 @@ class UnitRef(NamedTuple):
         keys = tuple(sample.key for sample in commit.samples)
         return cls(commit.kind, commit.unit, stored.revision, commit.tar, commit.ledger, keys)
 
+    def commit(self, storage: Storage) -> Commit:
+        """Its commit, read again. Raises ShardDamage when it is missing, damaged, or names another tar now."""
+        commit = read_commit(storage, self.kind, self.unit).commit
+        if commit.tar != self.tar:
+            raise ShardDamage(storage.url(self.tar.name), "its unit was built again meanwhile: run this command again")
+        return commit
+
 
 def unit_numbers(storage: Storage, kind: str) -> list[int]:
     """The units of a kind that have a commit now, ascending; without the null embeddings."""
-    return [unit for _, unit in sorted(list_root(storage, [kind]).commits) if unit != NULL_UNIT]
+    return sorted(committed_units(storage, kind))
 
 
 def read_units(

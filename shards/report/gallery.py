@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from shards.errors import MissingObject, ShardDamage
@@ -53,14 +56,14 @@ class Gallery(NamedTuple):
 
 
 class RefusedKeeper:
-    """Keeps some refused records of every reason: those of smallest hash, so that the choice is no matter of order."""
+    """Keeps some refused records of every reason: those of smallest hash, in whatever order they come."""
 
     def __init__(self) -> None:
         self.num_seen = 0
         self._kept: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
 
     def add(self, row: LedgerRow) -> None:
-        """Look at one refused record."""
+        """Take one refused record."""
         self.num_seen += 1
         kept = self._kept.setdefault(f"{row.stage}/{row.reason}", [])
         item = (-clip_hash(row.clip_id or row.source, "report"), self.num_seen, _refused(row))
@@ -73,16 +76,20 @@ class RefusedKeeper:
         """Kept records within a number of bytes, taken in turn from every reason."""
         queues = [[row for *_, row in sorted(kept, reverse=True)] for kept in self._kept.values()]
         in_turn = [queue[place] for place in range(_REFUSED_PER_REASON) for queue in queues if place < len(queue)]
-        return _within(in_turn, max_bytes)
+        total = accumulate(map(_size, in_turn))
+        return [row for row, num_bytes in zip(in_turn, total, strict=True) if num_bytes <= max_bytes]
+
+
+class _Unit(NamedTuple):
+    """What the gallery needs of one unit: the latents' commit, rows by clip id, and the text sets' commits."""
+
+    commit: Commit
+    rows: dict[str, LedgerRow]
+    texts: dict[str, Commit]
 
 
 def choose_samples(
-    storage: Storage,
-    info: DatasetInfo,
-    findings: Mapping[str, Sequence[str]],
-    max_bytes: int,
-    *,
-    limit: int | None = None,
+    storage: Storage, info: DatasetInfo, findings: Mapping[str, Sequence[str]], max_bytes: int
 ) -> tuple[list[dict[str, Any]], int]:
     """What is said of samples, most with their picture, and how many of them have it.
 
@@ -95,15 +102,16 @@ def choose_samples(
         for key in unit.keys
     ]
     picture_bytes, record_bytes = int(max_bytes * PREVIEW_SHARE), int(max_bytes * RECORD_SHARE)
-    reader, shown, num_pictures = _UnitReader(storage, info), [], 0
-    for _, _, key, unit in heapq.nsmallest(limit or len(places), places):
+    read_unit = lru_cache(maxsize=64)(partial(_read_unit, storage, sorted(info.text_sets)))
+    shown, num_pictures = [], 0
+    for _, _, key, unit in sorted(places):
         if record_bytes <= 0:
             break
         try:
-            item = reader.sample(unit, key, findings.get(key, ()), with_picture=picture_bytes > 0)
+            item = _sample(storage, read_unit(unit), key, findings.get(key, ()), with_picture=picture_bytes > 0)
         except ShardDamage:
             continue
-        picture = len(item.get("preview") or "")
+        picture = len(item["preview"] or "")
         picture_bytes -= picture
         record_bytes -= _size(item) - picture
         num_pictures += bool(picture)
@@ -111,69 +119,29 @@ def choose_samples(
     return shown, num_pictures
 
 
-class _UnitReader:
-    """Commits and ledgers of the units that were asked for last."""
-
-    def __init__(self, storage: Storage, info: DatasetInfo) -> None:
-        self._storage = storage
-        self._sets = sorted(info.text_sets)
-        self._units: dict[int, tuple[Commit, dict[str, LedgerRow], dict[str, Commit]]] = {}
-
-    def sample(self, unit: int, key: str, codes: Sequence[str], *, with_picture: bool) -> dict[str, Any]:
-        """Everything about one sample. Raises ShardDamage."""
-        commit, rows, texts = self._unit(unit)
-        info = _find(commit, key)
-        meta = read_json(self._storage, commit, info)
-        member = info.member("preview.jpg")
-        preview = None
-        if with_picture and member and member.size <= MAX_PREVIEW_BYTES:
-            data = read_member(self._storage, commit.tar.name, f"{key}.preview.jpg", member)
-            preview = base64.b64encode(data).decode()
-        summary = info.summary
-        assert isinstance(summary, LatentSummary)  # noqa: S101 - the commit was parsed as one of latents
-        row = rows.get(summary.clip)
-        return {
-            **_described(meta, summary, key, row),
-            "texts": [self._text(name, commit, key) for name, commit in texts.items()],
-            "findings": list(codes),
-            "preview": preview,
-        }
-
-    def _unit(self, unit: int) -> tuple[Commit, dict[str, LedgerRow], dict[str, Commit]]:
-        if unit not in self._units:
-            if len(self._units) >= 64:
-                self._units.pop(next(iter(self._units)))
-            commit = read_commit(self._storage, LATENTS, unit).commit
-            rows = {row.clip_id: row for row in unit_rows(self._storage, commit.ledger)}
-            self._units[unit] = (commit, rows, dict(self._texts(unit)))
-        return self._units[unit]
-
-    def _texts(self, unit: int) -> Iterable[tuple[str, Commit]]:
-        for name in self._sets:
-            try:
-                yield name, read_commit(self._storage, text_kind(name), unit).commit
-            except MissingObject:
-                continue  # not embedded yet
-
-    def _text(self, name: str, commit: Commit, key: str) -> dict[str, Any]:
-        meta = read_json(self._storage, commit, _find(commit, key))
-        cuts = [cut for of_variant in meta.get("cut") or () for cut in of_variant if isinstance(cut, dict)]
-        return {
-            "set": name,
-            "captions": [str(caption)[:_LONGEST_TEXT] for caption in meta.get("captions") or ()],
-            "tokens": meta.get("tokens") or [],
-            "cut": [
-                [str(cut.get("level")), str(cut.get("why")), str(cut.get("sentence"))[:_LONGEST_TEXT]] for cut in cuts
-            ],
-        }
+def _read_unit(storage: Storage, text_sets: Sequence[str], unit: int) -> _Unit:
+    commit = read_commit(storage, LATENTS, unit).commit
+    texts = {}
+    for name in text_sets:
+        with suppress(MissingObject):  # not embedded yet
+            texts[name] = read_commit(storage, text_kind(name), unit).commit
+    return _Unit(commit, {row.clip_id: row for row in unit_rows(storage, commit.ledger)}, texts)
 
 
-def _described(meta: Mapping[str, Any], summary: LatentSummary, key: str, row: LedgerRow | None) -> dict[str, Any]:
+def _sample(storage: Storage, unit: _Unit, key: str, codes: Sequence[str], *, with_picture: bool) -> dict[str, Any]:
+    """Everything about one sample. Raises ShardDamage."""
+    sample = _find(unit.commit, key)
+    meta = read_json(storage, unit.commit, sample)
+    member, preview = sample.member("preview.jpg"), None
+    if with_picture and member and member.size <= MAX_PREVIEW_BYTES:
+        data = read_member(storage, unit.commit.tar.name, f"{key}.preview.jpg", member)
+        preview = base64.b64encode(data).decode()
+    summary = sample.summary
+    assert isinstance(summary, LatentSummary)  # noqa: S101 - the commit was parsed as one of latents
     window, probed = meta.get("window") or {}, meta.get("probed") or {}
-    fps = window.get("fps") or 24
-    declared = meta.get("declared") or {}
-    facts = {f"declared {name}": value for name, value in declared.items() if value is not None}
+    facts = {f"declared {name}": value for name, value in (meta.get("declared") or {}).items() if value is not None}
     facts |= {f"file: {name}": value for name, value in probed.items() if isinstance(value, str | int | float)}
+    row = unit.rows.get(summary.clip)
     return {
         "key": key,
         "clip": summary.clip,
@@ -181,29 +149,37 @@ def _described(meta: Mapping[str, Any], summary: LatentSummary, key: str, row: L
         "category": summary.category,
         "bucket": f"{summary.frames}×{summary.height}×{summary.width}",
         "start": summary.start_ms / 1000,
-        "length": summary.frames / fps,
+        "length": summary.frames / (window.get("fps") or 24),
         "seconds": probed.get("duration_seconds"),
         "windows": _windows(row) if row else [],
-        "decisions": [*_window_decisions(window), *_decisions(meta.get("decisions") or {})],
+        "decisions": _decisions(window, meta.get("decisions") or {}),
         "facts": facts,
+        "texts": [_text(storage, name, commit, key) for name, commit in unit.texts.items()],
+        "findings": list(codes),
+        "preview": preview,
     }
 
 
-def _window_decisions(window: Mapping[str, Any]) -> list[list[str]]:
-    return [["window", str(window["ground"])]] if "ground" in window else []
+def _text(storage: Storage, name: str, commit: Commit, key: str) -> dict[str, Any]:
+    meta = read_json(storage, commit, _find(commit, key))
+    cuts = [cut for of_variant in meta.get("cut") or () for cut in of_variant if isinstance(cut, dict)]
+    return {
+        "set": name,
+        "captions": [str(caption)[:_LONGEST_TEXT] for caption in meta.get("captions") or ()],
+        "tokens": meta.get("tokens") or [],
+        "cut": [[str(cut.get(field))[:_LONGEST_TEXT] for field in ("level", "why", "sentence")] for cut in cuts],
+    }
 
 
-def _decisions(decisions: Mapping[str, Any]) -> list[list[str]]:
-    rows = []
+def _decisions(window: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["window", str(window["ground"])]] if "ground" in window else []
     for name, decision in decisions.items():
         if name == "differences":
             words = "; ".join(f"{field}: {pair[0]} → {pair[1]}" for field, pair in decision.items())
             rows.append(["JSON → file", words or "no difference"])
         elif isinstance(decision, Mapping):
-            more = {key: value for key, value in decision.items() if key not in ("value", "ground")}
-            words = ", ".join(
-                [_plain(decision.get("value")), *(f"{key} {_plain(value)}" for key, value in more.items())]
-            )
+            more = [f"{key} {_plain(value)}" for key, value in decision.items() if key not in ("value", "ground")]
+            words = ", ".join([_plain(decision.get("value")), *more])
             rows.append([name.replace("_", " "), f"{words} — {decision.get('ground')}"])
     return rows
 
@@ -240,17 +216,7 @@ def _find(commit: Commit, key: str) -> SampleInfo:
     return sample
 
 
-def _within(rows: Iterable[dict[str, Any]], max_bytes: int) -> list[dict[str, Any]]:
-    chosen = []
-    for row in rows:
-        max_bytes -= _size(row)
-        if max_bytes < 0:
-            break
-        chosen.append(row)
-    return chosen
-
-
 def _size(value: Any) -> int:
-    """Bytes in the page; what is escaped there (`html.json_block`) counts six."""
+    """Bytes in the page; what is escaped there (`html_page.json_block`) counts six."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return len(text.encode("utf-8", "surrogatepass")) + 5 * sum(text.count(character) for character in "<>&")

@@ -1,4 +1,4 @@
-"""`wanshards report`: one HTML file of a dataset: what it holds, what fell out and why, samples to look at."""
+"""`wanshards report`: one HTML file of a dataset: what it holds, what was refused and why, and samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_dataset_report(
     cache: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Write the report of `root` to the file `out`, whole or not at all; what it holds, in numbers.
+    """Write the report of `root` to the file `out`, completely or not at all; what it holds, in numbers.
 
     Args:
         root: a folder or `s3://bucket/prefix`; a build may be writing to it.

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from shards.page.charts import Bar, Line, bar_list, histogram, line_chart
+from shards.page.charts import Bar, Line, bar_list, line_chart
 from shards.page.html_page import Child, Html, Section, details, join, number, table, tag
 from shards.report.gallery import Gallery
 from shards.stats.drift import MAX_SHARD_Z
 
 _WORDS = {"bad": "To fix", "warn": "To look at", "info": "To know"}
-_MAX_FINDINGS = 40
+_MAX_FINDINGS, _MAX_BARS = 40, 15
 _TITLES = {"vbi_lines": "VBI lines"}
 
 
@@ -92,9 +92,8 @@ def distributions(stats: Mapping[str, Any]) -> Section:
     if any(clip_seconds["counts"]):
         charts.append(_binned("Clips by duration", clip_seconds, "seconds"))
     if any(captions["tokens"]["counts"]):
-        tokens = _trimmed(captions["tokens"])
         charts += [
-            histogram("Captions by tokens", tokens["edges"], tokens["counts"], "tokens"),
+            _binned("Captions by tokens", captions["tokens"], "tokens"),
             _binned("Captions by length", captions["characters"], "characters"),
             _counts("Captions by script", captions["scripts"], "script"),
         ]
@@ -179,7 +178,7 @@ def _what_was_sampled(sampled: Mapping[str, Any], gallery: Gallery) -> Html | No
 def _findings(stats: Mapping[str, Any]) -> Html:
     found = stats["findings"]
     if not found:
-        return tag("ul", tag("li", "No findings: nothing stands out.", class_="is-good"), class_="findings")
+        return tag("ul", tag("li", "No findings.", class_="is-good"), class_="findings")
     items = [_finding(item) for item in found[:_MAX_FINDINGS]]
     rest = found[_MAX_FINDINGS:]
     more = details(f"{len(rest)} more findings", tag("ul", *map(_finding, rest), class_="findings")) if rest else None
@@ -201,17 +200,13 @@ def _key(key: str, here: set[str] | None = None) -> Html:
     return tag("a", key, href=f"#{quote(key, safe='')}", class_="mono")
 
 
-def _counts(caption: str, rows: Sequence[Mapping[str, Any]], what: str, limit: int = 15) -> Html:
-    bars = [Bar(row["label"], row["count"]) for row in rows]
-    block = bar_list(caption, bars[:limit], (what, "count", "share")) if len(bars) <= limit else None
-    if block is not None:
-        return block
-    total = sum(bar.value for bar in bars)
-    top = [bar._replace(note=f"{100 * bar.value / total:.1f} %") for bar in bars]
-    rest = details(
-        f"{len(bars) - limit:,} more", bar_list(f"{caption}: the others", top[limit:], (what, "count", "share"))
-    )
-    return tag("div", bar_list(caption, top[:limit], (what, "count", "share")), rest)
+def _counts(caption: str, rows: Sequence[Mapping[str, Any]], what: str) -> Html:
+    total, head = sum(row["count"] for row in rows), (what, "count", "share")
+    bars = [Bar(row["label"], row["count"], f"{100 * row['count'] / total:.1f} %") for row in rows]
+    first, rest = bar_list(caption, bars[:_MAX_BARS], head), bars[_MAX_BARS:]
+    if not rest:
+        return first
+    return tag("div", first, details(f"{len(rest):,} more", bar_list(f"{caption}: the others", rest, head)))
 
 
 def _binned(caption: str, found: Mapping[str, Any], unit: str) -> Html:
@@ -219,11 +214,6 @@ def _binned(caption: str, found: Mapping[str, Any], unit: str) -> Html:
     edges, counts = found["edges"], found["counts"]
     bars = [Bar(f"{number(a)} – {number(b)} {unit}", n) for a, b, n in zip(edges, edges[1:], counts, strict=False) if n]
     return bar_list(caption, bars, (unit, "count", "share"))
-
-
-def _trimmed(found: Mapping[str, Any]) -> dict[str, Any]:
-    last = max(place for place, count in enumerate(found["counts"]) if count) + 1
-    return {"edges": found["edges"][: last + 1], "counts": found["counts"][:last]}
 
 
 def _card(block: Html) -> Html:

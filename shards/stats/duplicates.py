@@ -27,7 +27,7 @@ class Alike(NamedTuple):
     members: list[int]
     """Their places, ascending."""
     largest_difference: float
-    """Largest share of differing bits met when they were joined; 0: equal."""
+    """Largest share of differing bits of the pairs that joined them; 0: equal."""
 
 
 def find_duplicates(units: Sequence[UnitStats]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""What a latent's statistics say: per-channel mean, deviation and smoothness, and a fingerprint of its pictures.
+"""A latent's features: per-channel mean, deviation and smoothness, and a fingerprint of its pictures.
 
-    C channels   T frames   H, W of the latent's grid   R rows that are looked at
+    C channels   T frames   H, W of the latent's grid   R rows that are read
 
 Statistics are taken from every k-th row of the grid over all frames, at most 32,768 elements a latent, k such that all
 heights of the picture enter: float16 converts slowly, and thousands of samples leave no doubt about a channel. Whether
-a latent is finite and whether it is constant is asked of all its elements.
+a latent is finite and whether it is constant is decided on all its elements.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LatentFeatures(NamedTuple):
     values: np.ndarray
     """float32 [3, C], in the order of FEATURES."""
     fingerprint: np.ndarray
-    """uint8 [C × 16 / 8]: whether each cell of a channel, over all frames, lies above the mean of the channel's."""
+    """uint8 [C × 16 / 8]: whether each cell of a channel, over all frames, is above the mean of the channel's."""
     is_finite: bool
     is_constant: bool
     """No channel varies: one value everywhere, or one a channel. No picture gives that."""
@@ -42,14 +42,16 @@ def latent_features(latent: np.ndarray) -> LatentFeatures:
     """Features of a C×T×H×W latent in a stored type (uint16: bfloat16's bits)."""
     num_channels, num_frames, height, width = latent.shape
     step = row_step(num_frames * height, height, latent.size)
-    # `take` copies whole rows: four times as fast as a slice with a step made contiguous.
-    rows_CRW = latent.reshape(num_channels, -1, width).take(_places(num_frames * height, step), axis=1)
+    # `take` copies complete rows: four times as fast as a slice with a step made contiguous.
+    rows_CRW = latent.reshape(num_channels, -1, width).take(np.arange(0, num_frames * height, step), axis=1)
     x_CRW = as_float32(rows_CRW)
     is_finite = _is_finite(latent)
     if not is_finite:
         x_CRW[~(np.abs(x_CRW) < _BEYOND_FLOAT16)] = 0
     values = _centre(x_CRW)
-    is_constant = bool(values[1].max() < CONSTANT_STD) and _is_constant(latent)
+    is_constant = bool(values[1].max() < CONSTANT_STD)
+    if is_constant:  # all elements are read only where the chosen rows do not vary
+        is_constant = bool((np.ptp(as_float32(latent).reshape(num_channels, -1), axis=1) < CONSTANT_STD).all())
     cells = _pool(x_CRW, step, height)
     above = cells > np.add.reduce(cells, axis=1, keepdims=True) / np.float32(GRID * GRID)
     # What does not vary has no pictures to be alike in: rounding alone would set its bits.
@@ -58,19 +60,18 @@ def latent_features(latent: np.ndarray) -> LatentFeatures:
 
 @lru_cache(maxsize=256)
 def row_step(num_rows: int, height: int, num_elements: int) -> int:
-    """Every how many of the latent's rows are looked at: enough to stay under MAX_ELEMENTS.
+    """The step over the latent's rows: every so many is read, to stay under MAX_ELEMENTS.
 
-    Of the steps up to half as large again, the one whose rows lie most evenly over the grid's height: one more than the
-    height would walk down it once, a row a frame, and never come to the lower half.
+    Of the steps up to half as large again, the one whose rows are spread most evenly over the grid's height: one more
+    than the height would go down it once, a row a frame, and never reach the lower half.
     """
     least = max(1, math.ceil(num_elements / MAX_ELEMENTS))
-    return min(range(least, least + least // 2 + 4), key=lambda step: _widest_gap(num_rows, height, step))
 
+    def widest_gap(step: int) -> int:
+        seen = sorted({row % height for row in range(0, num_rows, step)})
+        return max(b - a for a, b in zip([-1, *seen], [*seen, height], strict=True))
 
-def _widest_gap(num_rows: int, height: int, step: int) -> int:
-    """Most rows of the grid that lie between two that are looked at, or an edge, whatever the frame."""
-    seen = sorted({row % height for row in range(0, num_rows, step)})
-    return max(b - a for a, b in zip([-1, *seen], [*seen, height], strict=True))
+    return min(range(least, least + least // 2 + 4), key=widest_gap)
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
@@ -87,11 +88,6 @@ def as_float32(values: np.ndarray) -> np.ndarray:
     floats = bits.view(np.float32)
     result: np.ndarray = np.multiply(floats, np.float32(2.0**112), out=floats)
     return result
-
-
-@lru_cache(maxsize=256)
-def _places(num: int, step: int) -> np.ndarray:
-    return np.arange(0, num, step)
 
 
 def _centre(x_CRW: np.ndarray) -> np.ndarray:
@@ -131,7 +127,7 @@ def _cells(num: int, step: int, size: int) -> np.ndarray:
 
 
 def _is_finite(latent: np.ndarray) -> bool:
-    """By the largest bit patterns of either sign: to ask float16 itself takes ten times as long."""
+    """By the largest bit patterns of either sign: comparing float16 takes ten times as long."""
     signed, unsigned, infinity = {
         "float16": (np.int16, np.uint16, 0x7C00),
         "bfloat16": (np.int16, np.uint16, 0x7F80),
@@ -140,8 +136,3 @@ def _is_finite(latent: np.ndarray) -> bool:
     sign = 1 << (8 * latent.itemsize - 1)
     largest_positive, largest_negative = latent.view(signed).max(), latent.view(unsigned).max()
     return bool(largest_positive < infinity and largest_negative < sign + infinity)
-
-
-def _is_constant(latent: np.ndarray) -> bool:
-    values = as_float32(latent).reshape(len(latent), -1)
-    return bool((np.ptp(values, axis=1) < CONSTANT_STD).all())

@@ -16,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from shards_scale import write_commits
 
 RUNS = 5
-OPEN = (
-    "import sys; from shards.read.dataset import open_dataset as read; print(read(sys.argv[1]).samples[-1].key)"
-)
+OPEN = "import sys; from shards.read.dataset import open_dataset as read; print(read(sys.argv[1]).samples[-1].key)"
 
 
 def measure(command: list[str]) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from browser import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.page.charts import Bar, Line, Mark, bar_list, histogram, line_chart, spark
+from shards.page.charts import Bar, Line, Mark, bar_list, line_chart, spark
 from shards.page.html_page import Section, details, join, json_block, number, page, table, tag
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,6 @@ def _demo_page():
     lines = [Line("train", [0, 1, 2, 3], [1.0, 0.8, None, 0.7]), Line("held-out", [0, 2], [1.1, 0.9])]
     charts = [
         bar_list("Reasons", [Bar(EVIL, 3), Bar("too-short", 1)]),
-        histogram("Durations", [0, 1, 2, 5], [3, 0, 9], "seconds"),
         line_chart("Loss", lines, "step", "loss", marks=[Mark(2, "resumed")]),
         details("More", tag("p", spark([1, 2, None, 4], "loss falls"))),
     ]

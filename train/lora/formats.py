@@ -44,8 +44,11 @@ EXPORT_FORMATS: tuple[Format, ...] = ("comfyui", "musubi", "videox", "diffusers"
 _OTHER_LINEARS = (
     "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
 )  # fmt: skip
-_OFFICIAL = {linear: linear for linear in (*BLOCK_LINEARS, *_OTHER_LINEARS)}
-_OFFICIAL |= {linear.replace(".", "_"): linear for linear in _OFFICIAL}
+_BLOCK = "blocks.0."
+_DIFFUSERS = {linear: diffusers_key(f"{_BLOCK}{linear}.").removeprefix(_BLOCK)[:-1] for linear in BLOCK_LINEARS}
+_DIFFUSERS |= {linear: diffusers_key(f"{linear}.")[:-1] for linear in _OTHER_LINEARS}
+_OFFICIAL = {name: linear for linear, theirs in _DIFFUSERS.items() for name in (linear, theirs)}
+_OFFICIAL |= {name.replace(".", "_"): linear for name, linear in _OFFICIAL.items()}
 ADAPTER_CONFIG = "adapter_config.json"
 BLOCK_NAME = re.compile(r"blocks[._](\d+)[._](.+)")
 _PART = re.compile(
@@ -122,13 +125,15 @@ def read_lora(path: str | Path) -> LoRAFile:
 
 def detect_format(keys: list[str], origin: str) -> Format:
     """Which tool's naming the keys follow. Raises UserError when none, or more than one."""
-    found = {_format_of(key) for key in keys}
-    if len(found) == 1 and None not in found:
-        return next(found for found in found if found)
-    if None in found:
-        odd = next(key for key in keys if _format_of(key) is None)
-        raise UserError(f"{origin}: {odd}: no LoRA naming that is known here", expected=", ".join(_NAMINGS))
-    raise UserError(f"{origin}: names of several tools in one file: {', '.join(sorted(str(name) for name in found))}")
+    found: set[Format] = set()
+    for key in keys:
+        name = _format_of(key)
+        if name is None:
+            raise UserError(f"{origin}: {key}: no LoRA naming that is known here", expected=", ".join(_NAMINGS))
+        found.add(name)
+    if len(found) > 1:
+        raise UserError(f"{origin}: names of several tools in one file: {', '.join(sorted(found))}")
+    return found.pop()
 
 
 def _format_of(key: str) -> Format | None:
@@ -157,20 +162,10 @@ def official_name(name: str) -> str | None:
     """The official name of a linear that is called as in the official model, in diffusers, or with underscores."""
     match = BLOCK_NAME.fullmatch(name)
     inner, allowed = (match[2], BLOCK_LINEARS) if match else (name, _OTHER_LINEARS)
-    official = _OFFICIAL.get(inner) or _from_diffusers(inner, allowed)
+    official = _OFFICIAL.get(inner)
     if official not in allowed:
         return None
     return f"blocks.{match[1]}.{official}" if match else official
-
-
-def _from_diffusers(inner: str, linears: tuple[str, ...]) -> str | None:
-    return next((linear for linear in linears if _to_diffusers(linear) == inner), None)
-
-
-def _to_diffusers(linear: str) -> str:
-    if linear in _OTHER_LINEARS:
-        return diffusers_key(linear + ".").removesuffix(".")
-    return diffusers_key(f"blocks.0.{linear}.").removeprefix("blocks.0.").removesuffix(".")
 
 
 def _refuse_halves(
@@ -330,7 +325,7 @@ def _stem(module: str, written: Format) -> tuple[str, str, str]:
         return module, ".lora_A.default.weight", ".lora_B.default.weight"
     if written == "comfyui":
         return f"diffusion_model.{module}", ".lora_A.weight", ".lora_B.weight"
-    theirs = f"blocks.{match[1]}.{_to_diffusers(match[2])}" if match else _to_diffusers(module)
+    theirs = f"blocks.{match[1]}.{_DIFFUSERS[match[2]]}" if match else _DIFFUSERS[module]
     return f"transformer.{theirs}", ".lora_A.weight", ".lora_B.weight"
 
 

@@ -113,36 +113,22 @@ def _rewrite(
 def _changed(
     shards: list[list[TensorSpec]], places: Places, names: Mapping[str, str], pairs: Mapping[str, Pair], scale: float
 ) -> Iterator[tuple[TensorSpec, Tensor]]:
-    for shard in shards:
-        for spec in shard:
-            file = places[names[spec.official]][0]
-            tensor = _read_tensor(file, names[spec.official])
-            pair = pairs.get(spec.official.removesuffix(".weight"))
-            yield spec, _finite(_change(tensor, pair, scale).to(spec.dtype), spec, file)
-
-
-def _change(tensor: Tensor, pair: Pair | None, scale: float) -> Tensor:
-    if pair is None:
-        return tensor
-    return torch.addmm(tensor.float(), pair.up_Or.float(), pair.down_rI.float(), alpha=scale * pair.scale)
-
-
-def _finite(tensor: Tensor, spec: TensorSpec, file: Path) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{file}: {spec.official} is not finite as {spec.dtype}".replace("torch.", ""),
-            fix="--dtype float32 or bfloat16; `wantrain lora info` shows a LoRA's broken modules",
-        )
-    return tensor
-
-
-def _read_tensor(file: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
-    # Opened for each tensor: an open file keeps every page mapped that was read through it.
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
+    for spec in (spec for shard in shards for spec in shard):
+        file, name = places[names[spec.official]][0], names[spec.official]
+        # Opened for each tensor: an open file keeps every page mapped that was read through it.
+        with safe_open(file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        if pair := pairs.get(spec.official.removesuffix(".weight")):
+            tensor = torch.addmm(tensor.float(), pair.up_Or.float(), pair.down_rI.float(), alpha=scale * pair.scale)
+        rounded = tensor.to(spec.dtype)
+        if not torch.isfinite(rounded).all():
+            raise UserError(
+                f"{file}: {spec.official} is not finite as {spec.dtype}".replace("torch.", ""),
+                fix="--dtype float32 or bfloat16; `wantrain lora info` shows a LoRA's broken modules",
+            )
+        yield spec, rounded
 
 
 def merged_loras(checkpoint: Path) -> list[dict]:

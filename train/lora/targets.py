@@ -1,4 +1,4 @@
-"""Which linears a LoRA adapts, by name. Importing it imports no torch, so that a plan can ask too."""
+"""Which linears a LoRA adapts, by name. Importing it imports no torch, so that a plan can use it too."""
 
 from __future__ import annotations
 

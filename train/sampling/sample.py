@@ -61,9 +61,9 @@ def sample_latent(
     Args:
         noise_CTHW: standard normal, float32.
         text_SE: the prompt's embedding, zero-padded to the model's text_len.
-        null_SE: the null text's, likewise; not looked at where guidance is 1.
-        first_CHW: image-to-video: the normalised latent of the image. It stands in the first latent frame throughout,
-            and its tokens are told timestep 0.
+        null_SE: the null text's, likewise; not used where guidance is 1.
+        first_CHW: image-to-video: the normalised latent of the image. It is the first latent frame throughout, and
+            its tokens get timestep 0.
         look_up: called before each step of the solver; it may raise.
     """
     device = next(model.parameters()).device
@@ -104,34 +104,28 @@ def sample_prompts(
     folder: Path | None,
     look_up: Callable[[], None] = lambda: None,
 ) -> list[Path]:
-    """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode while it lasts.
+    """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode meanwhile.
 
-    Ranks that share the base or the tokens all make it; a rank whose folder is None writes nothing.
-
-    `look_up` is called before each step of the solver; where it raises, what is written by then is whole.
+    Ranks that share the base or the tokens all make it; a rank whose folder is None writes nothing. `look_up` is called
+    before each step of the solver; where it raises, what is written by then is complete.
     """
     was_training = model.training
     model.eval()
+    written = []
     try:
-        made = [_sample_one(model, ready, sampler, folder, look_up) for ready in prompts]
-        return [path for path in made if path is not None]
+        for prompt, text_SE, null_SE, shape, first_CHW, facts in prompts:
+            began = time.perf_counter()
+            noise_CTHW = draw_start(prompt.seed, shape)
+            latent_CTHW = sample_latent(model, noise_CTHW, text_SE, null_SE, sampler, first_CHW, look_up)
+            if folder is not None:
+                path = folder / f"{prompt.name}.safetensors"
+                about = {**facts, "sampler": sampler.model_dump_json(), "seed": str(prompt.seed)}
+                write_latent(path, latent_CTHW.cpu().numpy(), about)
+                LOG.info("sampled %s in %.1f s", path, time.perf_counter() - began)
+                written.append(path)
     finally:
         model.train(was_training)
-
-
-def _sample_one(
-    model: WanDiT, ready: Ready, sampler: SamplerConfig, folder: Path | None, look_up: Callable[[], None]
-) -> Path | None:
-    began = time.perf_counter()
-    noise_CTHW = draw_start(ready.prompt.seed, ready.shape)
-    latent_CTHW = sample_latent(model, noise_CTHW, ready.text_SE, ready.null_SE, sampler, ready.first_CHW, look_up)
-    if folder is None:
-        return None
-    path = folder / f"{ready.prompt.name}.safetensors"
-    facts = {**ready.facts, "sampler": sampler.model_dump_json(), "seed": str(ready.prompt.seed)}
-    write_latent(path, latent_CTHW.cpu().numpy(), facts)
-    LOG.info("sampled %s in %.1f s", path, time.perf_counter() - began)
-    return path
+    return written
 
 
 def prepare_prompts(
@@ -150,7 +144,7 @@ def _prepare(prompt: Prompt, sampler: SamplerConfig, dims: DiTConfig, dataset: D
     facts = {"name": prompt.name, "fps": "24"}
     vae = dataset.identity.get("vae") if dataset is not None else None
     if isinstance(vae, dict) and "weights_sha256" in vae:
-        facts["vae"] = str(vae["weights_sha256"])  # whose space the model's latents lie in
+        facts["vae"] = str(vae["weights_sha256"])  # the model's latents are in its space
     source: Dataset | Prompts
     if prompt.key is not None:
         if dataset is None:

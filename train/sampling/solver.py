@@ -30,7 +30,7 @@ class Grid(NamedTuple):
     sigmas: tuple[float, ...]
     """Noise levels, falling, the last one 0."""
     timesteps: tuple[float, ...]
-    """What the model is told at each step: 1000·sigma, cut to a whole number where the reference does so."""
+    """What the model gets at each step: 1000·sigma, cut to a whole number where the reference does so."""
 
 
 def make_grid(solver: SolverName, num_steps: int, shift: float, grid: GridName = "diffusers") -> Grid:
@@ -132,7 +132,7 @@ class UniPC:
         return 1.0 - there, there / here, h, math.expm1(-h)
 
     def _ratio(self, older: int, start: int, h: float) -> float:
-        """Where the older evaluation lies, in units of the step h (negative)."""
+        """Position of the older evaluation in units of the step h (negative)."""
         return (_half_log_snr(self._sigmas[older]) - _half_log_snr(self._sigmas[start])) / h
 
 
