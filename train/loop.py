@@ -41,6 +41,7 @@ from train.run.session import (
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
 from train.run.trainee import Trainee, describe_trainee
+from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
 
@@ -112,6 +113,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             )
         )
         pictures = _prepare_pictures(session, config)
+        preview = Preview(config.sample if ranks.is_first else None, folder)
+        stack.callback(preview.close)
         meter = Throughput(trainee, ranks.layout)
         for line in meter.before(list(session.order.buckets)):
             log.say(line)
@@ -178,6 +181,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             log.say(line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
+        if result.stopped_by is None:
+            preview.finish()
         ranks.barrier()  # nobody calls the run done before its files are there
         return result
 

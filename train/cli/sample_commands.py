@@ -58,47 +58,76 @@ class SampleRun(Config):
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: -o sampler.steps=20")
-def sample(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Without the LoRA and with it, of a run with each of its checkpoints; from the same noise and first frames.",
+)
+def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
     """Make a latent of each prompt of CONFIG, as Wan2.2's own inference does; `wanprep decode` makes videos of them.
 
     \b
     wantrain sample configs/demo/sample.yaml
     wantrain sample configs/demo/sample.yaml -o lora=null -o output=demo/samples-base
+    wantrain sample configs/demo/sample.yaml --compare -o output=demo/compared
     """
     loaded = load_config(SampleRun, config, overrides)
     set_up_logging()
-    for path in sample_run(loaded):
+    for path in sample_run(loaded, compare=compare):
         click.echo(str(path))
+    if compare:
+        click.echo(
+            f"`wanprep decode --watch {loaded.output} --once -c PREP.yaml` makes one sheet and one video of them"
+        )
 
 
-def sample_run(config: SampleRun) -> list[Path]:
-    """Load the model, its LoRA and the prompts, and write the latents. Raises UserError before any step is taken."""
+def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
+    """Load the model, its LoRA and the prompts, and write the latents. Raises UserError before any step is taken.
+
+    Args:
+        compare: into OUTPUT/samples/{base, lora or step-N}/NAME.safetensors, which `wanprep decode --watch` compares.
+    """
     from shards.read.dataset import open_dataset
+    from train.lora.formats import read_lora
+    from train.lora.lora import attach_lora, detach
     from train.model.load import read_dit_config
     from train.run.session import determinism
     from train.sampling.sample import prepare_prompts, sample_prompts
 
+    if compare and config.lora is None:
+        raise UserError(
+            "--compare: lora is null", expected="a LoRA file, a run or a checkpoint to compare the base with"
+        )
     dims = config.model.dims or read_dit_config(str(config.model.checkpoint))
     dataset = None
     if config.data is not None:
         roots = (config.data.root,) if isinstance(config.data.root, str) else config.data.root
         dataset = open_dataset(roots, config.data.text_set)
     ready = prepare_prompts(config.prompts, config.sampler, dims, dataset)
-    with determinism(config.precision.deterministic):
-        return sample_prompts(_load_model(config), ready, config.sampler, Path(config.output))
-
-
-def _load_model(config: SampleRun) -> WanDiT:
-    from train.lora.export import locate_lora
-    from train.lora.formats import read_lora
-    from train.lora.lora import attach_lora
-
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
-    lora = None if config.lora is None else read_lora(locate_lora(Path(config.lora))[0])
-    model = load_base(config.model, config.precision)
-    if lora is not None:
-        attach_lora(model, lora, config.lora_scale)
-    return model
+    files = {} if config.lora is None else _loras(Path(config.lora), compare)
+    loras = {name: read_lora(file) for name, file in files.items()}
+    made, out = [], Path(config.output)
+    with determinism(config.precision.deterministic):
+        model = load_base(config.model, config.precision)
+        if compare:
+            made += sample_prompts(model, ready, config.sampler, out / "samples" / "base")
+        elif not loras:
+            made += sample_prompts(model, ready, config.sampler, out)
+        for name, lora in loras.items():
+            attach_lora(model, lora, config.lora_scale)
+            made += sample_prompts(model, ready, config.sampler, out / "samples" / name if compare else out)
+            detach(model)
+    return made
+
+
+def _loras(source: Path, compare: bool) -> dict[str, Path]:
+    """LoRA files by the folder that their latents go to: of a run that is compared, one a checkpoint."""
+    from train.checkpoint import find_checkpoints
+    from train.lora.export import locate_lora
+
+    checkpoints = find_checkpoints(source / "checkpoints") if compare else []
+    return {folder.name: locate_lora(folder)[0] for folder in checkpoints} or {"lora": locate_lora(source)[0]}
 
 
 def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
