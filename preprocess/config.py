@@ -6,7 +6,7 @@ import difflib
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from shards.config import Config
 
@@ -120,27 +120,20 @@ def check_template(template: str) -> str:
     return template
 
 
+Template = Annotated[str, AfterValidator(check_template)]
+
+
 class CaptionsConfig(Config):
     """How captions are composed."""
 
-    template: str = "{object} {scene} {semantic} {application} {speech}"
+    template: Template = "{object} {scene} {semantic} {application} {speech}"
     """Levels in the order they are joined: `{object}`, `{scene}`, `{semantic}`, `{application}`, `{speech}`."""
-    variants: tuple[str, ...] = ()
+    variants: tuple[Template, ...] = ()
     """Further templates; each makes another caption of the sample with its own embedding."""
     max_tokens: Annotated[int, Field(gt=1, le=512)] = 512
     """Most tokens, end token included."""
     negative_prompt: str | None = None
     """Text of the second null embedding; null: the model's default negative prompt."""
-
-    @field_validator("template")
-    @classmethod
-    def _known_levels(cls, template: str) -> str:
-        return check_template(template)
-
-    @field_validator("variants")
-    @classmethod
-    def _known_levels_of_variants(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_template(template) for template in variants)
 
 
 class SigningConfig(Config):

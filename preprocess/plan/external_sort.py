@@ -23,6 +23,7 @@ from shards.errors import UserError
 
 ZSTD_LEVEL = 3
 _NUM_COMPRESSORS = 2
+_DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _TABLES = """
     PRAGMA journal_mode = OFF;
     PRAGMA synchronous = OFF;
@@ -61,6 +62,8 @@ def scratch_database(path: Path) -> Iterator[sqlite3.Connection]:
             database.executescript(_TABLES)
             yield database
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in _DISK_ERRORS:
+                raise
             raise UserError(
                 f"{path.parent}: the plan's scratch database cannot be written: {error}",
                 fix="free some space there (about the size of the corpus is needed), then run the same command",

@@ -83,19 +83,15 @@ def store_generation(plan: Plan, plan_file: Path, ledger_file: Path, **fields: A
         first_candidate=plan.num_candidates,
         **fields,
     )
-    _check_counts(info)
+    accounted = info.num_new + info.num_refused + info.num_planned_before + info.num_refused_before
+    if accounted + info.num_beyond_limit != info.records_read:
+        raise RuntimeError(f"{info.records_read} documents read, {accounted + info.num_beyond_limit} accounted for")
     storage = plan.storage
     storage.put(plan_name(info.name), plan_file)
     storage.put(plan_ledger_name(info.name), ledger_file)
     if not storage.put(plan_commit_name(number), seal_document(info.model_dump(mode="json")), if_absent=True):
         LOG.info("another process froze generation %d first; its plan counts", number)
     return open_plan(storage)
-
-
-def _check_counts(info: GenerationInfo) -> None:
-    accounted = info.num_new + info.num_refused + info.num_planned_before + info.num_refused_before
-    if accounted + info.num_beyond_limit != info.records_read:
-        raise RuntimeError(f"{info.records_read} documents read, {accounted + info.num_beyond_limit} accounted for")
 
 
 def _sha256(path: Path) -> str:
@@ -217,6 +213,10 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def _text(utf8: bytes) -> str:
+    return utf8.decode("utf-8", "surrogatepass")
+
+
 def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
     """Say what of the config has no effect on what is frozen already."""
     limit = config.corpus.limit
@@ -237,7 +237,8 @@ class _Counts:
     num_beyond_limit: int = 0
     num_refused_beyond_limit: int = 0
     declared_seconds: float = 0.0
-    sizes: Counter[str] = field(default_factory=Counter)
+    declared_sizes: Counter[str] = field(default_factory=Counter)
+    """By tags such as `1920x1080`."""
     refused_by: Counter[str] = field(default_factory=Counter)
 
 
@@ -252,6 +253,8 @@ def _freeze(plan: Plan, config: PrepConfig, num_documents: int, database: sqlite
     write_frame(_new_rows(database, planned, sources, earlier, counts), ledger_file)
     if not counts.num_candidates and not counts.num_refused:
         return plan
+    parts = [(*map(int, tag.split("x")), count) for tag, count in most_frequent(counts.declared_sizes).items()]
+    sizes = tuple(DeclaredSize(width=width, height=height, count=count) for width, height, count in parts)
     return store_generation(
         plan,
         plan_file,
@@ -259,19 +262,10 @@ def _freeze(plan: Plan, config: PrepConfig, num_documents: int, database: sqlite
         unit_size=config.shards.unit_size,
         frame_bytes=frame_bytes,
         records_read=num_documents,
-        num_candidates=counts.num_candidates,
-        num_refused=counts.num_refused,
-        num_planned_before=counts.num_planned_before,
-        # Until such a record is a candidate its row counts: it is not counted as beyond the limit too.
-        num_refused_before=counts.num_refused_before + counts.num_refused_beyond_limit,
-        num_beyond_limit=counts.num_beyond_limit,
-        num_refused_beyond_limit=counts.num_refused_beyond_limit,
-        refused_by=most_frequent(counts.refused_by),
         superseded_by=dict(sorted(earlier.superseded_by.items())),
-        declared_sizes=_sizes(most_frequent(counts.sizes)),
-        declared_seconds=counts.declared_seconds,
         limit=limit,
         sieve=config.sieve,
+        **vars(counts) | {"refused_by": most_frequent(counts.refused_by), "declared_sizes": sizes},
     )
 
 
@@ -289,19 +283,22 @@ def _choose(
         _, source, size, seconds, line = kept
         for other in records:
             if other is not kept:
-                detail = f"another record of this clip id is {short(source.decode('utf-8', 'surrogatepass'), 200)}"
-                names = (name.decode("utf-8", "surrogatepass") for name in other[:2])
-                row = refused_row(*names, Rejection("read", "duplicate-clip", detail))
+                rejection = Rejection(
+                    "read", "duplicate-clip", f"another record of this clip id is {short(_text(source), 200)}"
+                )
+                row = refused_row(_text(clip), _text(other[1]), rejection)
                 database.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
         if clip in planned:
             counts.num_planned_before += 1
         elif counts.num_candidates < room:
             earlier.supersede(source)
             counts.num_candidates += 1
-            counts.sizes[size] += 1
+            counts.declared_sizes[size] += 1
             counts.declared_seconds += seconds
             yield line
         elif earlier.has_source(source):
+            # Until such a record is a candidate its row counts: it is not counted as beyond the limit too.
+            counts.num_refused_before += 1
             counts.num_refused_beyond_limit += 1
         else:
             counts.num_beyond_limit += 1
@@ -328,9 +325,3 @@ def _new_rows(
             counts.num_refused += 1
             counts.refused_by[tag] += 1
             yield line
-
-
-def _sizes(counts: dict[str, int]) -> tuple[DeclaredSize, ...]:
-    """Declared sizes from their tags, `1920x1080`."""
-    parts = ((tag.partition("x"), count) for tag, count in counts.items())
-    return tuple(DeclaredSize(width=int(width), height=int(height), count=count) for (width, _, height), count in parts)

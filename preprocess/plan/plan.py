@@ -114,6 +114,11 @@ class GenerationInfo(Config):
         return len(self.frame_bytes)
 
     @property
+    def units(self) -> range:
+        """Their numbers."""
+        return range(self.first_unit, self.first_unit + self.num_units)
+
+    @property
     def generation(self) -> Generation:
         """The entry of `dataset.json`."""
         return Generation(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from preprocess.config import PrepConfig
 from preprocess.plan.external_sort import write_frame, write_frames
 from preprocess.plan.freeze import store_generation
-from preprocess.plan.plan import GenerationInfo, Plan, most_frequent
+from preprocess.plan.plan import Plan, most_frequent
 from shards.format.ledger import LedgerRow
 from shards.read.outcomes import read_outcomes
 
@@ -55,7 +55,10 @@ def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Ch
     """
     open_units = tuple(unit for unit in retry_units(plan) if unit not in committed)
     under_way = {
-        ordinal for generation in plan.generations if _has_any(generation, open_units) for ordinal in generation.retried
+        ordinal
+        for generation in plan.generations
+        if any(unit in generation.units for unit in open_units)
+        for ordinal in generation.retried
     }
     chosen: list[int] = []
     reasons: Counter[str] = Counter()
@@ -69,11 +72,6 @@ def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Ch
             chosen.append(row.candidate)
             reasons[tag] += 1
     return Choice(tuple(sorted(chosen)), most_frequent(reasons), most_frequent(rejected), open_units)
-
-
-def _has_any(generation: GenerationInfo, units: Collection[int]) -> bool:
-    end = generation.first_unit + generation.num_units
-    return any(generation.first_unit <= unit < end for unit in units)
 
 
 def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) -> Plan:
@@ -108,12 +106,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
 
 def retry_units(plan: Plan) -> list[int]:
     """The units of all retries, in order."""
-    return [
-        unit
-        for generation in plan.generations
-        if generation.retried
-        for unit in range(generation.first_unit, generation.first_unit + generation.num_units)
-    ]
+    return [unit for generation in plan.generations if generation.retried for unit in generation.units]
 
 
 def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:

@@ -121,7 +121,7 @@ def scan_corpus(
 
 
 def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, ScanCounts]:
-    """Count one chunk: how many documents, and their tally."""
+    """How many documents a chunk has, and their counts."""
     tally = ScanCounts(Counter(), [], [], [], [])
     texts: list[tuple[int, str]] = []
     for document in read_chunk(chunk):
@@ -167,6 +167,10 @@ def _report(num_documents: int, total: ScanCounts, count_tokens: CountTokens | N
     unreadable, sieved = _of(counts, "unreadable"), _of(counts, "sieve")
     passed = sieved.pop("passed", 0)
     by_media: dict[str, list[float]] = {}
+    tokens = None
+    if count_tokens is not None:
+        sample = nsmallest(MAX_SAMPLED, total.texts)
+        tokens = _lengths([float(count_tokens(clean_text(text))) for _, text in sample], TOKEN_EDGES)
     for media, characters in total.characters:
         by_media.setdefault(media, []).append(characters)
     return ScanReport(
@@ -184,7 +188,7 @@ def _report(num_documents: int, total: ScanCounts, count_tokens: CountTokens | N
         video_seconds=_lengths(total.seconds, SECONDS_EDGES),
         video_seconds_not_declared=counts["video seconds", NOT_DECLARED],
         caption_characters={media: _lengths(values, CHARACTER_EDGES) for media, values in sorted(by_media.items())},
-        caption_tokens=_token_lengths(total.texts, count_tokens),
+        caption_tokens=tokens,
         records_with=_of(counts, "level"),
         defects=_of(counts, "defect"),
     )
@@ -210,13 +214,6 @@ def _lengths(values: list[float], edges: tuple[int, ...]) -> Lengths:
     mean = sum(values) / len(values) if values else 0.0
     largest = float(max(values, default=0.0))
     return Lengths(count=len(values), mean=mean, largest=largest, edges=edges, histogram=tuple(histogram))
-
-
-def _token_lengths(texts: list[tuple[int, str]], count_tokens: CountTokens | None) -> Lengths | None:
-    if count_tokens is None:
-        return None
-    sample = nsmallest(MAX_SAMPLED, texts)
-    return _lengths([float(count_tokens(clean_text(text))) for _, text in sample], TOKEN_EDGES)
 
 
 # A scan's figures as lines for a terminal, and as a JSON file.

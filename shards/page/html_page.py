@@ -157,17 +157,16 @@ def _section(section: Section) -> Html:
 
 
 def _policy(style: str, script: str, sources: Mapping[str, str]) -> str:
+    def source_hash(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
     rules = {
         "default-src": "'none'",
         "img-src": "data:",
-        "style-src": _source_hash(style),
-        "script-src": _source_hash(script),
+        "style-src": source_hash(style),
+        "script-src": source_hash(script),
         "base-uri": "'none'",
         "form-action": "'none'",
         **sources,
     }
     return "; ".join(f"{name} {value}" for name, value in rules.items())
-
-
-def _source_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

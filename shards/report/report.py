@@ -15,7 +15,6 @@ from shards.stats.stats import dataset_stats
 from shards.storage import open_storage
 
 DEFAULT_SAMPLE = 2000
-MIN_MEGABYTES, MAX_MEGABYTES = 1.0, 20.0
 _OVERHEAD_BYTES = 600_000
 """For the page's own text, tables and charts."""
 
@@ -25,7 +24,7 @@ def write_dataset_report(
     out: Path,
     *,
     sample: int | None = DEFAULT_SAMPLE,
-    max_megabytes: float = MAX_MEGABYTES,
+    max_megabytes: float = 20.0,
     cache: Path | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def report_page(stats: Mapping[str, Any], gallery: Gallery) -> str:
         latents(stats, gallery),
     ]
     return page(
-        f"Dataset {_name(stats['root'])}",
+        f"Dataset {stats['root'].split('?')[0].rstrip('/').rpartition('/')[2] or stats['root']}",
         sections,
         lead=lead,
         data={"gallery-data": gallery.data()},
@@ -96,10 +95,6 @@ def report_page(stats: Mapping[str, Any], gallery: Gallery) -> str:
         styles=("gallery.css",),
         footer=f"Made by `wanshards report`. Text set: {stats['text_set'] or 'none'}.",
     )
-
-
-def _name(root: str) -> str:
-    return root.split("?", maxsplit=1)[0].rstrip("/").rpartition("/")[2] or root
 
 
 def _named(stats: Mapping[str, Any]) -> dict[str, list[str]]:

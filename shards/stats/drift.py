@@ -98,7 +98,7 @@ def judge_shard(stats: UnitStats, references: dict[bool, Reference]) -> dict[str
     `largest_errors` is the largest distance in standard errors, `share_off` the share of its features that drift, `off`
     these, worst first.
     """
-    verdicts = []
+    verdicts: list[dict[str, Any]] = []
     for is_image, reference in references.items():
         chosen = stats.is_image == is_image
         num_clips = len({stats.clips[row] for row in np.flatnonzero(chosen).tolist()})

@@ -41,7 +41,8 @@ def find_duplicates(units: Sequence[UnitStats]) -> list[dict[str, Any]]:
     )
     prints = np.concatenate([stats.prints for stats in units])
     # Constant latents are a finding of their own: they show no pictures that could be the same.
-    digests = [digest if varies else "" for digest, varies in zip(digests, prints.any(axis=1).tolist(), strict=True)]
+    varies: list[bool] = np.any(prints, axis=1).tolist()
+    digests = [digest if it else "" for digest, it in zip(digests, varies, strict=True)]
     found: dict[frozenset[int], dict[str, Any]] = {}
     for what, groups in (
         ("the same latent", find_equal(digests, clips)),

@@ -16,7 +16,7 @@ from shards.errors import UserError
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
 from train.config.model import TI2V_5B
-from train.lora.formats import Format, LoRAFile, name_tensors, read_lora, save_lora
+from train.lora.formats import Format, name_tensors, read_lora, save_lora
 
 BASE_MODEL = "Wan-AI/Wan2.2-TI2V-5B"
 BASE_FILES = {
@@ -88,7 +88,12 @@ def export_lora(
         raise UserError(f"{out} is there already", fix="name another file, or remove that one")
     lora = read_lora(file)
     tensors = name_tensors(lora.pairs, written, dtype)
-    _refuse_overflow(tensors, lora, dtype)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
+                fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
+            )
     metadata = _carried_over(lora.metadata)
     if identity is not None and found_step is not None:
         metadata |= export_metadata(identity, found_step, licence, base_of(file))
@@ -148,12 +153,3 @@ def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, 
             f"{folder}: no {LORA_FILE}: this run trained the whole model", expected="a run with a lora section"
         )
     return folder / name, state.identity, state.step
-
-
-def _refuse_overflow(tensors: Mapping[str, torch.Tensor], lora: LoRAFile, dtype: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
-                fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
-            )

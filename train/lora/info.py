@@ -10,16 +10,7 @@ from train.lora.targets import BLOCK_LINEARS, describe_targets
 
 # Width of the residual stream -> the Wan model that has it.
 _MODELS = {3072: "Wan2.2-TI2V-5B", 1536: "Wan2.1-T2V-1.3B", 5120: "a Wan 14B model (2.1-14B or 2.2-A14B)"}
-_BY_NAMING = {
-    "comfyui": "not said (ComfyUI's naming)",
-    "musubi": "not said (musubi-tuner's naming)",
-    "videox": "not said (VideoX-Fun's naming)",
-    "bare": "not said (module names without a prefix)",
-    "diffusers": "not said (diffusers' naming)",
-    "diffsynth": "not said (DiffSynth-Studio's naming)",
-    "peft": "not said (peft's naming)",
-    "run": "a checkpoint of wantrain",
-}
+_TOOLS = {"comfyui": "ComfyUI", "musubi": "musubi-tuner", "videox": "VideoX-Fun", "diffsynth": "DiffSynth-Studio"}
 
 
 def describe_lora(lora: LoRAFile) -> dict[str, Any]:
@@ -69,7 +60,9 @@ def written_by(lora: LoRAFile) -> str:
         return lora.metadata["software"]
     if "ss_network_module" in lora.metadata:
         return f"musubi-tuner or sd-scripts ({lora.metadata['ss_network_module']})"
-    return _BY_NAMING[lora.format]
+    if lora.format == "run":
+        return "a checkpoint of wantrain"
+    return f"not said (the naming of {_TOOLS.get(lora.format, lora.format)})"
 
 
 def base_model(lora: LoRAFile) -> str:

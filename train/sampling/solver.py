@@ -10,7 +10,7 @@ Sources: UniPC-bh2 of order 2 as in Wan2.2's `wan/utils/fm_solvers_unipc.py` and
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -53,16 +53,8 @@ def make_grid(solver: SolverName, num_steps: int, shift: float, grid: GridName =
     return Grid(tuple(kept), tuple(float(timestep) for timestep in timesteps))
 
 
-class Solver(Protocol):
-    """One trajectory: call `step` once a grid step, in order."""
-
-    def step(self, velocity: Tensor, x: Tensor) -> Tensor:
-        """Advance `x` by one step of the grid, given the model's velocity at it."""
-        ...
-
-
-def make_solver(solver: SolverName, grid: Grid) -> Solver:
-    """A fresh solver for one trajectory over the grid."""
+def make_solver(solver: SolverName, grid: Grid) -> UniPC | Euler:
+    """A new solver for one trajectory over the grid: call `step` once a grid step, in order."""
     return UniPC(grid) if solver == "unipc" else Euler(grid)
 
 
