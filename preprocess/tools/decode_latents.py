@@ -34,8 +34,9 @@ SAMPLES_FOLDER = "samples"
 SHEET_NAME = "contact-sheet.jpg"
 SHEET_HEIGHT = 120
 SIDE_BY_SIDE_NAME = "side-by-side.mp4"
-SIDE_BY_SIDE_HEIGHT = 360
-"""Pixels of one cell, at most."""
+CELL_HEIGHT = 360
+"""Pixels of one cell of the side-by-side video, at most."""
+CELL_PREFIX, CELL_SUFFIX = ".cell-", ".mkv"
 MAX_COLUMNS = 4
 TITLE_HEIGHT = 20
 SUFFIXES = (".mp4", ".png")
@@ -111,7 +112,8 @@ def check_vae(latent: Latent, decoder: VaeDecoder, source: Path) -> None:
 
 
 def write_frames(out: Path, frames_THWC: Iterable[UInt8[np.ndarray, "H W 3"]], fps: Fraction) -> None:
-    """Write frames as H.264 in MP4 (BT.709, CRF 17), or the first one as PNG; the complete file or none."""
+    """Write frames as H.264 in MP4 (BT.709, CRF 17), as lossless FFV1 in .mkv, or the first one as PNG; the complete
+    file or none."""
     import av
     from PIL import Image
 
@@ -123,17 +125,24 @@ def write_frames(out: Path, frames_THWC: Iterable[UInt8[np.ndarray, "H W 3"]], f
         Image.fromarray(first_HWC).save(temporary)
         temporary.rename(out)
         return
-    with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
+    lossless = out.suffix == CELL_SUFFIX
+    target: dict[str, Any] = {"format": "bgr0"}
+    with av.open(str(temporary), "w", format="matroska" if lossless else "mp4") as container:
+        stream: Any = (
+            container.add_stream("ffv1", rate=fps)
+            if lossless
+            else container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
+        )
+        if not lossless:
+            target = {"format": "yuv420p", "dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
+            context = stream.codec_context
+            # 1 is BT.709 for matrix, primaries and transfer alike; players guess at unflagged video.
+            context.colorspace = context.color_primaries = context.color_trc = 1
         stream.height, stream.width = first_HWC.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        # 1 is BT.709 for matrix, primaries and transfer alike; players guess at unflagged video.
-        context.colorspace = context.color_primaries = context.color_trc = 1
+        stream.pix_fmt = target["format"]
         for frame_HWC in itertools.chain([first_HWC], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(frame.reformat(**target)))
         container.mux(stream.encode())
     temporary.rename(out)
 
@@ -156,6 +165,7 @@ def decode_new(decoder: VaeDecoder, run: Path) -> list[Path]:
             continue
         frames_THWC = decode_file(decoder, latent, video)
         _write_still(latent, frames_THWC)
+        _write_cell(latent, frames_THWC)
         LOG.info("decoded %s", video)
         made.append(video)
     if made:
@@ -190,10 +200,10 @@ def watch_run(decoder: VaeDecoder, run: Path, every_seconds: float, *, with_pare
 def write_side_by_side(folder: Path) -> Path | None:
     """One video of all samples: a row a prompt, a column a step, without the LoRA on the left; None for one column.
 
-    Of more than four steps the first, the last and two between are shown. Raises UserError for a video of ours that
-    cannot be read.
+    Of more than four steps the first, the last and two between are shown. It is made of lossless copies of the decoded
+    frames, since x264 does not repeat to the bit: where two latents are equal, so are the two sides.
     """
-    videos = {(path.parent.name, path.stem): path for path in folder.glob("*/[!.]*.mp4")}
+    videos = {(path.parent.name, path.stem.removeprefix(CELL_PREFIX)): path for path in _cells(folder)}
     steps, names = (sorted({key[place] for key in videos}) for place in (0, 1))
     if len(steps) < 2:
         return None
@@ -212,7 +222,8 @@ def composite(grid: list[list[Path | None]], titles: list[str]) -> Iterator[UInt
 
     with contextlib.ExitStack() as stack:
         rows = [[stack.enter_context(av.open(str(path))) if path else None for path in row] for row in grid]
-        sizes = [_cell_size(next(video for video in row if video)) for row in rows]
+        streams = [next(video for video in row if video).streams.video[0] for row in rows]
+        sizes = [(stream.width, stream.height) for stream in streams]
         # Cells of one column are as wide as the widest prompt; the rest is black.
         width = max(width for width, _ in sizes)
         frames = [[one.decode(video=0) if one else iter(()) for one in row] for row in rows]
@@ -227,19 +238,28 @@ def composite(grid: list[list[Path | None]], titles: list[str]) -> Iterator[UInt
                     frame = next(stream, None)
                     if frame is not None:
                         moved = True
-                        size = {"width": cell_width, "height": height}
-                        picture = frame.to_ndarray(format="rgb24", src_colorspace="ITU709", **size)
+                        picture = frame.to_ndarray(format="rgb24", width=cell_width, height=height)
                         cells[row][column][:, :cell_width] = picture
             if not moved:
                 return
             yield np.concatenate([np.asarray(top), *(np.concatenate(row, axis=1) for row in cells)])
 
 
-def _cell_size(video: Any) -> tuple[int, int]:
-    """Width and height of a row's cells, both even: the row's own size, or smaller."""
-    stream = video.streams.video[0]
-    height = min(stream.height, SIDE_BY_SIDE_HEIGHT)
-    return round(stream.width * height / stream.height) // 2 * 2, height // 2 * 2
+def _cells(folder: Path) -> list[Path]:
+    """The lossless copies under a folder of samples, of latents that are still there."""
+    found = folder.glob(f"*/{CELL_PREFIX}*{CELL_SUFFIX}")
+    return [path for path in found if path.with_name(f"{path.stem.removeprefix(CELL_PREFIX)}.safetensors").exists()]
+
+
+def _write_cell(latent: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> None:
+    import av
+
+    height, width = (side for side in frames_THWC.shape[1:3])
+    if height > CELL_HEIGHT:
+        size = {"width": round(width * CELL_HEIGHT / height) // 2 * 2, "height": CELL_HEIGHT}
+        frames = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames_THWC)
+        frames_THWC = np.stack([frame.reformat(**size, interpolation="AREA").to_ndarray() for frame in frames])
+    write_frames(latent.with_name(f"{CELL_PREFIX}{latent.stem}{CELL_SUFFIX}"), frames_THWC, Fraction(24))
 
 
 def _write_still(latent: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> None:

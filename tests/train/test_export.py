@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -189,6 +191,46 @@ def test_sample_by_command_equals_the_sample_of_the_run(run, base, tiny_shards, 
     start = read_latent_file(run / "samples/step-0000000/t2v.safetensors").values
     torch.testing.assert_close(torch.from_numpy(without), torch.from_numpy(start), atol=1e-5, rtol=1e-5)
     assert abs(ours - without).max() > 1e-3
+
+
+def test_compare_samples_the_base_and_every_checkpoint_from_the_same_noise(run, base, tiny_shards, tmp_path):
+    config = _sample_config(tmp_path, base, run, tiny_shards)
+    result = _call("sample", config, "--compare")
+    assert result.exit_code == 0, result.output
+    assert "wanprep decode --watch" in result.output
+    found = {path.parent.name: read_latent_file(path).values for path in sorted((tmp_path / "out").rglob("t2v.*"))}
+    assert list(found) == ["base", "step-0000003", "step-0000006"]
+    plain = tmp_path / "plain"
+    assert _call("sample", config, "-o", "lora=null", "-o", f"output={plain}").exit_code == 0
+    assert np.array_equal(found["base"], read_latent_file(plain / "t2v.safetensors").values)
+    assert abs(found["step-0000006"] - found["step-0000003"]).max() > 1e-4
+    assert _call("sample", config, "-o", f"output={tmp_path}/last").exit_code == 0
+    assert np.array_equal(found["step-0000006"], read_latent_file(tmp_path / "last/t2v.safetensors").values)
+    tensors = load_file(run / "lora.safetensors")
+    zero = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    save_file(zero, tmp_path / "zero.safetensors")
+    arguments = ("--compare", "-o", f"lora={tmp_path}/zero.safetensors", "-o", f"output={tmp_path}/zero")
+    assert _call("sample", config, *arguments).exit_code == 0
+    latents = [read_latent_file(tmp_path / f"zero/samples/{side}/t2v.safetensors").values for side in ("base", "lora")]
+    assert np.array_equal(*latents)
+    result = _call("sample", config, "--compare", "-o", "lora=null")
+    assert result.exit_code == 2
+    assert "--compare: lora is null" in result.output
+
+
+def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
+    """`sample.decode` names the config of stage 1; its process makes the videos, whose VAE is the demo's random one."""
+    key = min(sample.key for sample in open_dataset(tiny_shards).samples if sample.frames > 1)
+    sample = {"every_steps": 1, "prompts": [{"name": "sea", "key": key}], "sampler": {"steps": 1}}
+    prep = tmp_path / "prep.yaml"
+    prep.write_text(Path("configs/demo/prep.yaml").read_text())
+    changes = {"max_steps": 2, "model__checkpoint": str(base), "model__dims": None}
+    with pytest.raises(UserError, match=r"sample\.decode: nowhere\.yaml: no such file"):
+        fit(make_config(tiny_shards, tmp_path / "no", **changes, sample={**sample, "decode": "nowhere.yaml"}))
+    run = tmp_path / "run"
+    fit(make_config(tiny_shards, run, **changes, sample={**sample, "decode": str(prep)}))
+    assert len(list((run / "samples").glob("step-*/sea.mp4"))) == 3, (run / "logs/decode.log").read_text()
+    assert (run / "samples/side-by-side.mp4").is_file()
 
 
 @pytest.mark.parametrize(

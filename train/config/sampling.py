@@ -26,9 +26,9 @@ class SamplerConfig(Config):
     negative: Literal["negative", "empty"] = "negative"
     """The null text of guidance: the model's negative prompt, or the empty text."""
     grid: Literal["diffusers", "official"] = "diffusers"
-    """End points of the noise levels before the shift. `diffusers`: from 1 to 0.001, as diffusers' WanPipeline with its
-    UniPC scheduler; `official`: from 0.999 to 0, as Wan2.2's own generate.py. They differ by at most 0.0043. Under
-    `euler` these are the same two grids: diffusers' own Euler scheduler has a third, from 1 to 0.005 at shift 5."""
+    """Whose noise levels: `diffusers` is the grid of diffusers' scheduler of that solver, so that WanPipeline gives the
+    same picture from the same seed; `official` is that of Wan2.2's own generate.py. With `unipc` they differ by at most
+    0.0043."""
 
 
 class Prompt(Config):
