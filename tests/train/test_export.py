@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -101,6 +103,38 @@ def test_export_of_a_run_is_its_last_average_and_of_a_step_that_ones(run, tmp_pa
     name = "blocks.0.self_attn.q.lora_B.weight"
     assert torch.equal(three["transformer.blocks.0.attn1.to_q.lora_B.weight"], (2 * raw[name]).bfloat16())
     assert _metadata(tmp_path / "three.safetensors")["step"] == "3"
+
+
+def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_shards, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "samples/contact-sheet.jpg").write_bytes(b"picture")
+    out = tmp_path / "shared/lora.safetensors"
+    result = _call("export", copied, out, "--licence", "CC BY-NC 4.0", "--card")
+    assert result.exit_code == 0, result.output
+    assert "hf upload" in result.output
+    text = (tmp_path / "shared/README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "cc-by-nc-4.0"
+    assert "base_model" not in head  # this base is no published one, and the card says so
+    assert "| base | not compared with the published weights |" in text
+    for fact in (open_dataset(tiny_shards).revision, "| rank, alpha | 4, 8.0 |", "| steps | 6 |", "contact-sheet.jpg"):
+        assert fact in text
+    assert str(tmp_path) not in text and str(tiny_shards) not in text
+    assert (tmp_path / "shared/contact-sheet.jpg").read_bytes() == b"picture"
+    held_out = copied / "held_out.jsonl"
+    line = {"sigmas": [0.5, 0.9], "num_clips": 3, "t2v": [2.0, 1.0], "i2v": [4.0, 1.0], "mean": 2.0, "step": 0}
+    better = {**line, "t2v": [1.0, 1.0], "mean": 1.5, "step": 6}
+    held_out.write_text("".join(json.dumps(one) + "\n" for one in (line, better)))
+    assert _call("export", copied, tmp_path / "b/lora.safetensors", "--licence", "ours", "--card").exit_code == 0
+    text = (tmp_path / "b/README.md").read_text()
+    assert "| T2V, σ 0.50 | 2.0000 | 1.0000 | -50.0 % |" in text and "| all | 2.0000 | 1.5000 | -25.0 % |" in text
+    assert yaml.safe_load(text.split("---")[1])["license"] == "other"
+    result = _call("export", run / "lora.safetensors", tmp_path / "c/lora.safetensors", "--card")
+    assert result.exit_code == 2
+    assert "a card is made from a run" in result.output
+    assert not (tmp_path / "c").exists()
+    result = _call("export", copied, tmp_path / "b/other.safetensors", "--card")
+    assert result.exit_code == 2 and "README.md is there already" in result.output
 
 
 def test_export_converts_any_file_and_refuses_nonsense(run, tmp_path):
