@@ -117,9 +117,15 @@ def evaluate(
             counts[mode] += len(group)
     t2v, i2v = (tuple((sums[mode] / counts[mode]).tolist()) if counts[mode] else () for mode in (False, True))
     means = [math.fsum(losses) / len(losses) for losses in (t2v, i2v) if losses]
-    every = (torch.cat(clips[mode]) for mode in (False, True))
     return HeldOut(
-        sum(means) / len(means), t2v, i2v, counts[False], tuple(sigmas.tolist()), *every, torch.tensor(moving)
+        mean=sum(means) / len(means),
+        t2v=t2v,
+        i2v=i2v,
+        num_clips=counts[False],
+        quantiles=tuple(sigmas.tolist()),
+        t2v_clips=torch.cat(clips[False]),
+        i2v_clips=torch.cat(clips[True]),
+        moving=torch.tensor(moving),
     )
 
 
