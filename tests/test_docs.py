@@ -51,9 +51,21 @@ RUN = {
         "wantrain export demo/run lora-16.safetensors --dtype float16 --licence 'CC BY-NC 4.0'"
     ),
     "wantrain export RUN at-500.safetensors --step 500": "wantrain export demo/run at-200.safetensors --step 200",
-    "wantrain export lora.safetensors for-musubi.safetensors --format musubi": (
-        "wantrain export demo/run/lora.safetensors for-musubi.safetensors --format musubi"
+    "wantrain export RUN shared/lora.safetensors --card": "wantrain export demo/run shared/lora.safetensors --card",
+    "wantrain lora convert lora.safetensors for-musubi.safetensors --format musubi": (
+        "wantrain lora convert demo/run/lora.safetensors for-musubi.safetensors --format musubi"
     ),
+    "wantrain evaluate demo/run": None,
+    "wantrain evaluate demo/run demo/shards --against theirs.safetensors": (
+        "wantrain evaluate demo/run demo/shards --against for-musubi.safetensors"
+    ),
+    "wantrain evaluate theirs.safetensors demo/shards -c configs/demo/train.yaml": (
+        "wantrain evaluate for-musubi.safetensors demo/shards -c configs/demo/train.yaml"
+    ),
+    "wantrain sample configs/demo/sample.yaml --compare -o output=demo/compared": (
+        "wantrain sample configs/demo/sample.yaml --compare -o output=demo/compared -o sampler.steps=2"
+    ),
+    "wanprep decode --watch demo/compared --once -c configs/demo/prep.yaml": None,
     "wantrain lora info lora-16.safetensors": None,
     "wantrain merge /models/Wan2.2-TI2V-5B lora.safetensors /models/merged --layout diffusers --dtype bfloat16": (
         "wantrain merge demo/base/model.safetensors demo/run/lora.safetensors merged --layout diffusers"

@@ -45,6 +45,7 @@ from train.run.session import (
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
 from train.run.trainee import Trainee, describe_base, describe_trainee
+from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
 
@@ -93,7 +94,6 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
-        export_metadata(session.identity, 0, config.checkpoint.licence)  # what the end needs fails now, if it does
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
@@ -127,6 +127,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         pictures: list[Ready] = []
         if config.sample is not None:
             pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
+        preview = Preview(config.sample if ranks.is_first else None, folder)
+        stack.callback(preview.close)
         meter = Throughput(trainee, ranks.layout)
         planned, lines = meter.before(list(session.order.buckets))
         for line in lines:
@@ -201,6 +203,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
+        if result.stopped_by is None:
+            preview.finish()
         ranks.barrier()  # no rank ends before the run's files are there
         return result
 
@@ -210,8 +214,8 @@ def _saved_on_error(progress: TrainingState, log: RunLog | None, stop: StopSigna
     """Around the training: an error ends the run with a checkpoint, where weights, step and position are exact.
 
     With several ranks the others learn of the error at their next `stop.sync`, rank 0 saves, and then all end. That
-    needs the failing rank to be at a place where it can pair with a sync of theirs: reading, logging, evaluating, but
-    not within an exchange of its own (the backward pass and the update; the forward pass of a sharded model).
+    needs the failing rank to be where it can pair with that sync: not within an exchange of its own (the backward
+    pass, the update, the forward pass of a sharded model).
     """
     ranks = progress.session.ranks
     try:
@@ -404,7 +408,8 @@ def _export(progress: TrainingState) -> Path:
         step = progress.best_step
         folder = progress.folder / checkpoint.checkpoint_name(step)
         tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
-    metadata = export_metadata(progress.session.identity, step, progress.config.checkpoint.licence)
+    config = progress.config
+    metadata = export_metadata(progress.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
     path = progress.session.folder / trainee.file_name
     trainee.export(path, tensors, metadata)
     return path

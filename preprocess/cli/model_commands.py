@@ -117,13 +117,16 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 @click.option("--watch", "run", type=_PATH, help="Decode what RUN samples, as it comes, and keep a contact sheet.")
 @click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch checks.")
 @click.option("--once", is_flag=True, help="With --watch: decode what is there, then exit.")
+@click.option("--with-parent", is_flag=True, help="With --watch: end when the process that started this one is gone.")
 @_CONFIG
 @OVERRIDES
 def decode(
-    latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool, config: Path,
-    overrides: tuple[str, ...],
+    latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool,
+    with_parent: bool, config: Path, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Decode LATENTS (of `wantrain sample`) to the video OUT (.mp4) or its first frame (.png); or watch a run.
+
+    A watch writes NAME.mp4 beside each latent, and for all of them samples/contact-sheet.jpg and side-by-side.mp4.
 
     \b
     wanprep decode demo/samples/sea.safetensors sea.mp4 -c configs/demo/prep.yaml
@@ -145,7 +148,7 @@ def decode(
         for video in decode_new(decoder, run):
             click.echo(str(video))
     elif run is not None:
-        watch_run(decoder, run, every_seconds)
+        watch_run(decoder, run, every_seconds, with_parent=with_parent)
 
 
 def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:

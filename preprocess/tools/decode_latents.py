@@ -5,7 +5,11 @@ Shape legend: T frames, H height, W width, C latent channels.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import time
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,7 @@ from preprocess.encoders import load as checkpoints
 from preprocess.encoders import random_weights as random_encoders
 from preprocess.encoders.encoders import digest_weights, find_device, quiet_libraries
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD, Z_DIM
+from shards.config import parse_yaml
 from shards.console import LOG
 from shards.errors import UserError
 from shards.files.tensor_files import Latent, read_latent_file
@@ -28,6 +33,12 @@ if TYPE_CHECKING:
 SAMPLES_FOLDER = "samples"
 SHEET_NAME = "contact-sheet.jpg"
 SHEET_HEIGHT = 120
+SIDE_BY_SIDE_NAME = "side-by-side.mp4"
+CELL_HEIGHT = 360
+"""Pixels of one cell of the side-by-side video, at most."""
+CELL_PREFIX, CELL_SUFFIX = ".cell-", ".mkv"
+MAX_COLUMNS = 4
+TITLE_HEIGHT = 20
 SUFFIXES = (".mp4", ".png")
 
 
@@ -100,60 +111,155 @@ def check_vae(latent: Latent, decoder: VaeDecoder, source: Path) -> None:
         )
 
 
-def write_frames(out: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"], fps: Fraction) -> None:
-    """Write frames as H.264 in MP4 (BT.709, CRF 17), or the first one as PNG; complete or not at all."""
+def write_frames(out: Path, frames_THWC: Iterable[UInt8[np.ndarray, "H W 3"]], fps: Fraction) -> None:
+    """Write frames as H.264 in MP4 (BT.709, CRF 17), as lossless FFV1 in .mkv, or the first one as PNG; the complete
+    file or none."""
     import av
     from PIL import Image
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
+    frames = iter(frames_THWC)
+    first_HWC = next(frames)
     if out.suffix.lower() == ".png":
-        Image.fromarray(frames_THWC[0]).save(temporary)
+        Image.fromarray(first_HWC).save(temporary)
         temporary.rename(out)
         return
-    with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
-        stream.height, stream.width = frames_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        # 1 is BT.709 for matrix, primaries and transfer alike; players guess at unflagged video.
-        context.colorspace = context.color_primaries = context.color_trc = 1
-        for frame_HWC in frames_THWC:
+    lossless = out.suffix == CELL_SUFFIX
+    target: dict[str, Any] = {"format": "bgr0"}
+    with av.open(str(temporary), "w", format="matroska" if lossless else "mp4") as container:
+        stream: Any = (
+            container.add_stream("ffv1", rate=fps)
+            if lossless
+            else container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
+        )
+        if not lossless:
+            target = {"format": "yuv420p", "dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
+            context = stream.codec_context
+            # 1 is BT.709 for matrix, primaries and transfer alike; players guess at unflagged video.
+            context.colorspace = context.color_primaries = context.color_trc = 1
+        stream.height, stream.width = first_HWC.shape[:2]
+        stream.pix_fmt = target["format"]
+        for frame_HWC in itertools.chain([first_HWC], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(frame.reformat(**target)))
         container.mux(stream.encode())
     temporary.rename(out)
 
 
 def decode_new(decoder: VaeDecoder, run: Path) -> list[Path]:
-    """Decode every latent under RUN/samples that has no video yet, oldest step first, and bring the sheet up to date.
+    """Decode every latent under RUN/samples that has no video yet, oldest step first, and bring the contact sheet and
+    the side-by-side video up to date.
 
-    Returns the videos made. Raises UserError when there is no run.
+    Returns the videos made. Raises UserError when there is no run, or one that makes no samples.
     """
     folder = run / SAMPLES_FOLDER
     if not run.is_dir():
         raise UserError(f"{run}: no such folder", expected="the output of a run with a `sample` section")
+    _refuse_without_samples(run)
     made = []
-    for latent in sorted(folder.glob("step-*/[!.]*.safetensors")):
+    for latent in sorted(folder.glob("*/[!.]*.safetensors")):
         video = latent.with_suffix(".mp4")
-        # A run that went back to an earlier checkpoint samples a step again.
+        # A run that was resumed from an earlier checkpoint samples a step again.
         if video.exists() and video.stat().st_mtime >= latent.stat().st_mtime:
             continue
         frames_THWC = decode_file(decoder, latent, video)
         _write_still(latent, frames_THWC)
+        _write_cell(latent, frames_THWC)
         LOG.info("decoded %s", video)
         made.append(video)
     if made:
         write_sheet(folder)
+        write_side_by_side(folder)
     return made
 
 
-def watch_run(decoder: VaeDecoder, run: Path, every_seconds: float) -> None:
-    """`decode_new` again and again, until Ctrl-C."""
-    while True:
-        decode_new(decoder, run)
+def _refuse_without_samples(run: Path) -> None:
+    """Raise UserError for a run that was told to make no samples: a watch would wait for nothing."""
+    settings = run / "config.yaml"
+    if (run / SAMPLES_FOLDER).is_dir() or not settings.is_file():
+        return
+    values = parse_yaml(settings.read_text(encoding="utf-8"), str(settings))
+    if isinstance(values, dict) and values.get("sample") is None:
+        raise UserError(
+            f"{run}: this run makes no samples: its config has no `sample` section",
+            fix="add `sample: {every_steps: 500, prompts: [{name: first, key: '*'}]}` to the config of `wantrain fit`",
+        )
+
+
+def watch_run(decoder: VaeDecoder, run: Path, every_seconds: float, *, with_parent: bool = False) -> None:
+    """`decode_new` again and again, until Ctrl-C, or `with_parent` until the process that started this one is gone."""
+    parent = os.getppid()
+    if not decode_new(decoder, run) and not (run / SAMPLES_FOLDER).is_dir():
+        LOG.info("waiting for the first samples under %s", run / SAMPLES_FOLDER)
+    while not with_parent or os.getppid() == parent:
         time.sleep(every_seconds)
+        decode_new(decoder, run)
+
+
+def write_side_by_side(folder: Path) -> Path | None:
+    """One video of all samples: a row a prompt, a column a step, without the LoRA on the left; None for one column.
+
+    Of more than four steps the first, the last and two between are shown. It is made of lossless copies of the decoded
+    frames, since x264 does not repeat to the bit: where two latents are equal, so are the two sides.
+    """
+    videos = {(path.parent.name, path.stem.removeprefix(CELL_PREFIX)): path for path in _cells(folder)}
+    steps, names = (sorted({key[place] for key in videos}) for place in (0, 1))
+    if len(steps) < 2:
+        return None
+    if len(steps) > MAX_COLUMNS:
+        steps = [steps[round(place * (len(steps) - 1) / (MAX_COLUMNS - 1))] for place in range(MAX_COLUMNS)]
+    grid = [[videos.get((step, name)) for step in steps] for name in names]
+    out = folder / SIDE_BY_SIDE_NAME
+    write_frames(out, composite(grid, steps), Fraction(24))
+    return out
+
+
+def composite(grid: list[list[Path | None]], titles: list[str]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Frames of videos side by side, under a line of titles. A shorter video holds its last frame."""
+    import av
+    from PIL import Image, ImageDraw
+
+    with contextlib.ExitStack() as stack:
+        rows = [[stack.enter_context(av.open(str(path))) if path else None for path in row] for row in grid]
+        streams = [next(video for video in row if video).streams.video[0] for row in rows]
+        sizes = [(stream.width, stream.height) for stream in streams]
+        # Cells of one column are as wide as the widest prompt; the rest is black.
+        width = max(width for width, _ in sizes)
+        frames = [[one.decode(video=0) if one else iter(()) for one in row] for row in rows]
+        top = Image.new("RGB", (width * len(titles), TITLE_HEIGHT), "white")
+        for column, title in enumerate(titles):
+            ImageDraw.Draw(top).text((column * width + 4, 4), title, fill="black")
+        cells = [[np.zeros((height, width, 3), np.uint8) for _ in titles] for _, height in sizes]
+        while True:
+            moved = False
+            for row, (cell_width, height) in enumerate(sizes):
+                for column, stream in enumerate(frames[row]):
+                    frame = next(stream, None)
+                    if frame is not None:
+                        moved = True
+                        picture = frame.to_ndarray(format="rgb24", width=cell_width, height=height)
+                        cells[row][column][:, :cell_width] = picture
+            if not moved:
+                return
+            yield np.concatenate([np.asarray(top), *(np.concatenate(row, axis=1) for row in cells)])
+
+
+def _cells(folder: Path) -> list[Path]:
+    """The lossless copies under a folder of samples, of latents that are still there."""
+    found = folder.glob(f"*/{CELL_PREFIX}*{CELL_SUFFIX}")
+    return [path for path in found if path.with_name(f"{path.stem.removeprefix(CELL_PREFIX)}.safetensors").exists()]
+
+
+def _write_cell(latent: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> None:
+    import av
+
+    height, width = (side for side in frames_THWC.shape[1:3])
+    if height > CELL_HEIGHT:
+        size = {"width": round(width * CELL_HEIGHT / height) // 2 * 2, "height": CELL_HEIGHT}
+        frames = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames_THWC)
+        frames_THWC = np.stack([frame.reformat(**size, interpolation="AREA").to_ndarray() for frame in frames])
+    write_frames(latent.with_name(f"{CELL_PREFIX}{latent.stem}{CELL_SUFFIX}"), frames_THWC, Fraction(24))
 
 
 def _write_still(latent: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> None:
@@ -167,7 +273,7 @@ def write_sheet(folder: Path) -> Path:
     """One picture of all samples: a row a step, a column a prompt, the middle frame of each."""
     from PIL import Image, ImageDraw
 
-    stills = {(path.parent.name, path.stem): _read_still(path) for path in folder.glob("step-*/*.jpg")}
+    stills = {(path.parent.name, path.stem): _read_still(path) for path in folder.glob("*/*.jpg")}
     steps, names = (sorted({key[place] for key in stills}) for place in (0, 1))
     widths = [max(still.width for (_, other), still in stills.items() if other == name) + 4 for name in names]
     left, top, row_height = 110, 18, SHEET_HEIGHT + 4

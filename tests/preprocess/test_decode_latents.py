@@ -1,5 +1,10 @@
 """From latents to videos: the VAE's own pictures, files that players read, a watched run, bad input."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from preprocess.config import EncodersConfig
 from preprocess.encoders.encoders import load_vae_encoder
 from preprocess.encoders.random_weights import build_random_vae
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
-from preprocess.tools.decode_latents import decode_file, decode_new, load_decoder
+from preprocess.tools.decode_latents import composite, decode_file, decode_new, load_decoder
 from shards.errors import UserError
 from shards.files.tensor_files import read_latent_file, read_prompts, write_latent
 
@@ -104,6 +109,63 @@ def test_watching_decodes_what_is_new_and_keeps_a_sheet(decoder, latent, tmp_pat
     assert height > first[1]
     result = _call("decode", "--watch", run, "--once", "-c", CONFIG)
     assert result.exit_code == 0, result.output
+
+
+def test_the_two_sides_are_identical_to_the_bit_where_the_latents_are(decoder, latent, tmp_path):
+    """What the encoder is given for a LoRA of zero B, and that another LoRA is seen."""
+    folder = tmp_path / "samples"
+    for step in ("base", "step-0000500"):
+        write_latent(folder / step / "sea.safetensors", latent, {"fps": "24"})
+        write_latent(folder / step / "hills.safetensors", (latent if step == "base" else -latent)[:, :2], {"fps": "24"})
+    decode_new(decoder, tmp_path)
+    videos = [[folder / step / f".cell-{name}.mkv" for step in ("base", "step-0000500")] for name in ("hills", "sea")]
+    frames = np.stack(list(composite(videos, ["base", "step-0000500"])))
+    assert frames.shape == (9, 20 + 2 * 64, 2 * 96, 3)
+    left, right = frames[:, 20:, :96], frames[:, 20:, 96:]
+    assert np.array_equal(left[:, 64:], right[:, 64:])
+    assert not np.array_equal(left[:, :64], right[:, :64])
+    assert np.array_equal(frames[4, 20:84], frames[8, 20:84])  # the shorter prompt holds its last frame
+    assert len(_frames(folder / "side-by-side.mp4")) == 9
+    assert _size(folder / "contact-sheet.jpg")[1] == 18 + 2 * 124
+
+
+def test_of_many_steps_four_are_shown_side_by_side_and_of_one_none(decoder, latent, tmp_path):
+    folder = tmp_path / "samples"
+    write_latent(folder / "step-0000000/sea.safetensors", latent, {"fps": "24"})
+    decode_new(decoder, tmp_path)
+    assert not (folder / "side-by-side.mp4").exists()
+    for step in range(1, 7):
+        write_latent(folder / f"step-{step:07d}/sea.safetensors", latent, {"fps": "24"})
+    decode_new(decoder, tmp_path)
+    assert _frames(folder / "side-by-side.mp4").shape == (9, 20 + 64, 4 * 96, 3)
+
+
+def test_a_watch_says_when_there_is_nothing_to_wait_for(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("output: run\nsample: null\n")
+    result = _call("decode", "--watch", run, "-c", CONFIG)
+    assert result.exit_code == 2
+    assert "this run makes no samples" in result.output and "add `sample:" in result.output
+
+
+def test_a_watch_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'preprocess.cli', 'decode', '--watch', sys.argv[1], '-c',"
+        " sys.argv[2], '--every-seconds', '0.2', '--with-parent'], stderr=subprocess.PIPE, text=True)\n"
+        "print(child.pid, child.stderr.readline(), flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run"), CONFIG],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    pid = int(done.stdout.split()[0])
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline, "the watch goes on without its parent"
+        time.sleep(0.2)
 
 
 def test_bad_input_of_decode_is_one_error_with_the_fix(decoder, latent, tmp_path):

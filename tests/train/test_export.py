@@ -1,9 +1,14 @@
 """From a run to files and pictures: export, continue, sample while training, and the commands around them."""
 
+import hashlib
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,7 +20,8 @@ from shards.read.dataset import open_dataset
 from train.cli.main import main
 from train.config.model import DiTConfig
 from train.loop import fit
-from train.lora.export import export_lora, locate_lora
+from train.lora import export as exporting
+from train.lora.export import export_lora, export_metadata, locate_lora
 from train.lora.formats import read_lora
 from train.model.dit import build_model
 from train.model.load import save_dit
@@ -57,13 +63,28 @@ def _metadata(path):
 def test_the_runs_own_export_says_where_it_comes_from(run, tiny_shards):
     dataset = open_dataset(tiny_shards)
     metadata = _metadata(run / "lora.safetensors")
-    assert metadata["base_model"] == "Wan-AI/Wan2.2-TI2V-5B"
+    assert "base_model" not in metadata  # this base is not the published one
     assert metadata["dataset_identity"] == dataset.identity_digest
     assert metadata["dataset_revision"] == dataset.revision
     assert metadata["licence"] == "CC BY 4.0"
     assert metadata["step"] == "6"
     assert len(metadata["config_digest"]) == len(metadata["base_weights"]) == 64
     assert "lora_adapter_metadata" not in metadata
+
+
+def test_the_base_is_named_only_where_its_files_are_the_published_ones(tmp_path, monkeypatch):
+    """Files of the right sizes, the digests of which are compared; one flipped byte, and nothing is claimed."""
+    files = {f"part-{place}.safetensors": bytes([place]) * (10 + place) for place in range(2)}
+    table = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    monkeypatch.setattr(exporting, "BASE_FILES", table)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert export_metadata({}, 1, None, str(tmp_path))["base_model"] == "Wan-AI/Wan2.2-TI2V-5B"
+    (tmp_path / "part-1.safetensors").write_bytes(bytes(11))
+    assert "base_model" not in export_metadata({}, 1, None, str(tmp_path))
+    (tmp_path / "part-1.safetensors").unlink()
+    assert "base_model" not in export_metadata({}, 1, None, str(tmp_path))
+    assert "base_model" not in export_metadata({}, 1, None, None)
 
 
 def test_export_of_a_run_is_its_last_average_and_of_a_step_that_ones(run, tmp_path):
@@ -82,6 +103,38 @@ def test_export_of_a_run_is_its_last_average_and_of_a_step_that_ones(run, tmp_pa
     name = "blocks.0.self_attn.q.lora_B.weight"
     assert torch.equal(three["transformer.blocks.0.attn1.to_q.lora_B.weight"], (2 * raw[name]).bfloat16())
     assert _metadata(tmp_path / "three.safetensors")["step"] == "3"
+
+
+def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_shards, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "samples/contact-sheet.jpg").write_bytes(b"picture")
+    out = tmp_path / "shared/lora.safetensors"
+    result = _call("export", copied, out, "--licence", "CC BY-NC 4.0", "--card")
+    assert result.exit_code == 0, result.output
+    assert "hf upload" in result.output
+    text = (tmp_path / "shared/README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "cc-by-nc-4.0"
+    assert "base_model" not in head  # this base is no published one, and the card says so
+    assert "| base | not compared with the published weights |" in text
+    for fact in (open_dataset(tiny_shards).revision, "| rank, alpha | 4, 8.0 |", "| steps | 6 |", "contact-sheet.jpg"):
+        assert fact in text
+    assert str(tmp_path) not in text and str(tiny_shards) not in text
+    assert (tmp_path / "shared/contact-sheet.jpg").read_bytes() == b"picture"
+    held_out = copied / "held_out.jsonl"
+    line = {"sigmas": [0.5, 0.9], "num_clips": 3, "t2v": [2.0, 1.0], "i2v": [4.0, 1.0], "mean": 2.0, "step": 0}
+    better = {**line, "t2v": [1.0, 1.0], "mean": 1.5, "step": 6}
+    held_out.write_text("".join(json.dumps(one) + "\n" for one in (line, better)))
+    assert _call("export", copied, tmp_path / "b/lora.safetensors", "--licence", "ours", "--card").exit_code == 0
+    text = (tmp_path / "b/README.md").read_text()
+    assert "| T2V, σ 0.50 | 2.0000 | 1.0000 | -50.0 % |" in text and "| all | 2.0000 | 1.5000 | -25.0 % |" in text
+    assert yaml.safe_load(text.split("---")[1])["license"] == "other"
+    result = _call("export", run / "lora.safetensors", tmp_path / "c/lora.safetensors", "--card")
+    assert result.exit_code == 2
+    assert "a card is made from a run" in result.output
+    assert not (tmp_path / "c").exists()
+    result = _call("export", copied, tmp_path / "b/other.safetensors", "--card")
+    assert result.exit_code == 2 and "README.md is there already" in result.output
 
 
 def test_export_converts_any_file_and_refuses_nonsense(run, tmp_path):
@@ -174,6 +227,46 @@ def test_sample_by_command_equals_the_sample_of_the_run(run, base, tiny_shards, 
     assert abs(ours - without).max() > 1e-3
 
 
+def test_compare_samples_the_base_and_every_checkpoint_from_the_same_noise(run, base, tiny_shards, tmp_path):
+    config = _sample_config(tmp_path, base, run, tiny_shards)
+    result = _call("sample", config, "--compare")
+    assert result.exit_code == 0, result.output
+    assert "wanprep decode --watch" in result.output
+    found = {path.parent.name: read_latent_file(path).values for path in sorted((tmp_path / "out").rglob("t2v.*"))}
+    assert list(found) == ["base", "step-0000003", "step-0000006"]
+    plain = tmp_path / "plain"
+    assert _call("sample", config, "-o", "lora=null", "-o", f"output={plain}").exit_code == 0
+    assert np.array_equal(found["base"], read_latent_file(plain / "t2v.safetensors").values)
+    assert abs(found["step-0000006"] - found["step-0000003"]).max() > 1e-4
+    assert _call("sample", config, "-o", f"output={tmp_path}/last").exit_code == 0
+    assert np.array_equal(found["step-0000006"], read_latent_file(tmp_path / "last/t2v.safetensors").values)
+    tensors = load_file(run / "lora.safetensors")
+    zero = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    save_file(zero, tmp_path / "zero.safetensors")
+    arguments = ("--compare", "-o", f"lora={tmp_path}/zero.safetensors", "-o", f"output={tmp_path}/zero")
+    assert _call("sample", config, *arguments).exit_code == 0
+    latents = [read_latent_file(tmp_path / f"zero/samples/{side}/t2v.safetensors").values for side in ("base", "lora")]
+    assert np.array_equal(*latents)
+    result = _call("sample", config, "--compare", "-o", "lora=null")
+    assert result.exit_code == 2
+    assert "--compare: lora is null" in result.output
+
+
+def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
+    """`sample.decode` names the config of stage 1; its process makes the videos, whose VAE is the demo's random one."""
+    key = min(sample.key for sample in open_dataset(tiny_shards).samples if sample.frames > 1)
+    sample = {"every_steps": 1, "prompts": [{"name": "sea", "key": key}], "sampler": {"steps": 1}}
+    prep = tmp_path / "prep.yaml"
+    prep.write_text(Path("configs/demo/prep.yaml").read_text())
+    changes = {"max_steps": 2, "model__checkpoint": str(base), "model__dims": None}
+    with pytest.raises(UserError, match=r"sample\.decode: nowhere\.yaml: no such file"):
+        fit(make_config(tiny_shards, tmp_path / "no", **changes, sample={**sample, "decode": "nowhere.yaml"}))
+    run = tmp_path / "run"
+    fit(make_config(tiny_shards, run, **changes, sample={**sample, "decode": str(prep)}))
+    assert len(list((run / "samples").glob("step-*/sea.mp4"))) == 3, (run / "logs/decode.log").read_text()
+    assert (run / "samples/side-by-side.mp4").is_file()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -239,7 +332,7 @@ def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, 
                 update={"lora": config.lora.model_copy(update={"rank": 2}), "output": str(tmp_path / "x")}
             )
         )
-    with pytest.raises(UserError, match="16 are unexpected"):
+    with pytest.raises(UserError, match="8 are unexpected"):
         targets = config.lora.model_copy(update={"targets": ("self_attn",)})
         fit(config.model_copy(update={"lora": targets, "output": str(tmp_path / "x")}))
 

@@ -121,7 +121,7 @@ def test_targets_by_part_and_by_pattern(targets: tuple[str, ...], count: int) ->
 
 
 @pytest.mark.parametrize(
-    ("target", "hint"), [("selfattn", "self_attn"), ("attn2", "self_attn"), ("blocks.0.self_attn.x", "blocks.0.self_")]
+    ("target", "hint"), [("selfattn", "self_attn"), ("attn3", "self_attn"), ("blocks.0.self_attn.x", "blocks.0.self_")]
 )
 def test_a_target_that_matches_nothing_is_an_error(target: str, hint: str) -> None:
     """Nothing that was asked for is quietly ignored, even where other targets match."""

@@ -6,11 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shards.config import validate_config
+from shards.console import LOG
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.formats import EXPORT_FORMATS, name_tensors, raw_pairs, read_lora, refuse_other_model, to_raw_state
+from train.lora.export import export_lora, locate_lora
+from train.lora.formats import EXPORT_FORMATS, name_tensors, raw_pairs, read_lora, refuse_other_model
 from train.lora.info import describe_lora
-from train.lora.lora import inject, load_lora_state, lora_state
+from train.lora.lora import attach_lora, inject, load, lora_state
+from train.lora.targets import describe_targets, match_targets
 from train.model.dit import build_model
 
 TINY = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=96, in_channels=48, text_dim=16, text_len=8, freq_dim=16)
@@ -35,6 +39,11 @@ KEY_TABLE = {
         "lora_unet_blocks_1_self_attn_q.lora_up.weight",
         "lora_unet_blocks_1_self_attn_q.alpha",
     ),
+    "videox": (
+        "lora_unet__blocks_1_self_attn_q.lora_down.weight",
+        "lora_unet__blocks_1_self_attn_q.lora_up.weight",
+        "lora_unet__blocks_1_self_attn_q.alpha",
+    ),
     "diffusers": (
         "transformer.blocks.1.attn1.to_q.lora_A.weight",
         "transformer.blocks.1.attn1.to_q.lora_B.weight",
@@ -43,6 +52,21 @@ KEY_TABLE = {
     "diffsynth": (
         "blocks.1.self_attn.q.lora_A.default.weight",
         "blocks.1.self_attn.q.lora_B.default.weight",
+        None,
+    ),
+    "diffsynth, pipe.dit": (
+        "pipe.dit.blocks.1.self_attn.q.lora_A.default.weight",
+        "pipe.dit.blocks.1.self_attn.q.lora_B.default.weight",
+        None,
+    ),
+    "diffusers, save_lora_adapter": (
+        "blocks.1.attn1.to_q.lora_A.weight",
+        "blocks.1.attn1.to_q.lora_B.weight",
+        None,
+    ),
+    "bare": (
+        "blocks.1.self_attn.q.lora_A.weight",
+        "blocks.1.self_attn.q.lora_B.weight",
         None,
     ),
     "peft": (
@@ -110,12 +134,13 @@ def test_one_pair_of_each_tool_means_the_same(tool, tmp_path):
     tensors, metadata = {key_a: down, key_b: up}, {}
     if key_alpha:
         tensors[key_alpha] = torch.tensor(8.0)
-    elif tool == "diffusers":
-        metadata["lora_adapter_metadata"] = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    elif tool.startswith("diffusers"):
+        prefix = "" if "adapter" in tool else "transformer."
+        metadata["lora_adapter_metadata"] = json.dumps({f"{prefix}r": 4, f"{prefix}lora_alpha": 8})
     elif tool == "peft":
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": False}))
     else:
-        tensors[key_b] = 2 * up  # DiffSynth has no alpha: its scale is 1
+        tensors[key_b] = 2 * up  # no alpha: the scale is 1
     save_file(tensors, tmp_path / "lora.safetensors", metadata=metadata)
     lora = read_lora(tmp_path / "lora.safetensors")
     assert lora.format == tool.split(",")[0]
@@ -129,11 +154,12 @@ def test_every_linear_has_the_tools_own_name_and_reads_back(tool, trained, tmp_p
     stems = {
         "comfyui": lambda n, ours: f"diffusion_model.blocks.{n}.{ours}.lora_A.weight",
         "musubi": lambda n, ours: f"lora_unet_blocks_{n}_{ALL_LINEARS[ours][1]}.lora_down.weight",
+        "videox": lambda n, ours: f"lora_unet__blocks_{n}_{ALL_LINEARS[ours][1]}.lora_down.weight",
         "diffusers": lambda n, ours: f"transformer.blocks.{n}.{ALL_LINEARS[ours][0]}.lora_A.weight",
         "diffsynth": lambda n, ours: f"blocks.{n}.{ours}.lora_A.default.weight",
     }[tool]
     assert {stems(n, ours) for n in range(2) for ours in ALL_LINEARS} <= tensors.keys()
-    assert len(tensors) == 20 * (3 if tool in ("comfyui", "musubi") else 2)
+    assert len(tensors) == 20 * (3 if tool in ("comfyui", "musubi", "videox") else 2)
     save_file(tensors, tmp_path / "again.safetensors")
     _assert_same_updates(read_lora(tmp_path / "again.safetensors"), trained)
 
@@ -226,8 +252,123 @@ def test_a_lora_saved_by_diffusers_itself_is_read_at_its_scale(root, trained, tm
     assert {pair.scale for pair in lora.pairs.values()} == {6 / 2 if root else 6 / 4}
     fresh = build_model(TINY, seed=1)
     inject(fresh, LORA, seed=9)
-    load_lora_state(fresh, to_raw_state(lora, LORA))
+    attach_lora(fresh, lora)
     torch.testing.assert_close(_ours(fresh.eval()), _theirs(pipe.transformer), atol=1e-4, rtol=1e-4)
+
+
+def _videox_save_weights(model, alpha, path):
+    """VideoX-Fun's `LoRANetwork.save_weights`: prefix + "." + name of the root ("") + "." + child, dots to underscores;
+    alpha is a buffer beside the two linears, and two hashes go into the header."""
+    tensors = {}
+    for module, pair in _pairs(model).items():
+        name = ".".join(("lora_unet", "", module)).replace(".", "_")
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        tensors[f"{name}.lora_down.weight"] = pair.down_rI.detach().clone()
+        tensors[f"{name}.lora_up.weight"] = pair.up_Or.detach().clone()
+    save_file(tensors, path, metadata={"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8})
+
+
+def test_a_file_by_the_rules_of_videox_funs_saver_is_read_and_its_hashes_stay_behind(trained, tmp_path):
+    _videox_save_weights(trained, 8.0, tmp_path / "videox.safetensors")
+    assert "lora_unet__blocks_0_self_attn_q.alpha" in load_file(tmp_path / "videox.safetensors")
+    lora = read_lora(tmp_path / "videox.safetensors")
+    assert lora.format == "videox"
+    _assert_same_updates(lora, trained)
+    header = export_lora(tmp_path / "videox.safetensors", tmp_path / "out.safetensors", "comfyui", torch.float32)
+    assert header == {}
+    _assert_same_updates(read_lora(tmp_path / "out.safetensors"), trained)
+
+
+@pytest.mark.parametrize("to", ["default", "other"])
+def test_musubis_converter_reads_and_writes_what_we_do(to, trained, tmp_path):
+    """convert_lora.py's two directions, by its rules; `--target other` takes nothing of our file, as its docs say."""
+    prefix, tensors = "lora_unet_", {}
+    if to == "default":  # from ComfyUI's names to musubi's own; alpha becomes the rank
+        for key, weight in name_tensors(_pairs(trained)).items():
+            name = (prefix + key.split(".", 1)[1]).replace(".", "_")
+            name = name.replace("_lora_A_", ".lora_down.").replace("_lora_B_", ".lora_up.")
+            if not name.endswith("_alpha"):
+                tensors[name] = weight
+            if ".lora_down." in name:
+                tensors[name.split(".")[0] + ".alpha"] = torch.tensor(float(weight.shape[0]))
+    else:  # from musubi's own: half of the scale goes into each matrix
+        ours = name_tensors(_pairs(trained), "musubi")
+        for key in [key for key in ours if "lora_down" in key]:
+            module = key.split(".")[0].removeprefix(prefix).replace("_", ".")
+            module = module.replace("cross.attn", "cross_attn").replace("self.attn", "self_attn")
+            half = (ours[key.split(".")[0] + ".alpha"] / ours[key].shape[0]).sqrt()
+            tensors[f"diffusion_model.{module}.lora_A.weight"] = ours[key] * half
+            tensors[f"diffusion_model.{module}.lora_B.weight"] = ours[key.replace("down", "up")] * half
+        assert not [key for key in name_tensors(_pairs(trained)) if key.startswith(prefix)]
+    save_file(tensors, tmp_path / "musubi.safetensors")
+    lora = read_lora(tmp_path / "musubi.safetensors")
+    assert lora.format == ("musubi" if to == "default" else "comfyui")
+    _assert_same_updates(lora, trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saver", ["save_lora_adapter", "peft"])
+def test_a_models_own_saver_and_pefts_folder_are_read_at_their_scale(saver, trained, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from train.model.load import diffusers_key
+
+    transformer = _diffusers_pipe(trained, tmp_path).transformer
+    without = _theirs(transformer)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    if saver == "peft":
+        wrapped = get_peft_model(transformer, config)
+        wrapped.save_pretrained(tmp_path / "adapter")
+    else:
+        transformer.add_adapter(config)
+        transformer.save_lora_adapter(tmp_path / "adapter")
+    file = locate_lora(tmp_path / "adapter")[0]
+    lora = read_lora(file)
+    assert lora.format == ("peft" if saver == "peft" else "diffusers")
+    assert {pair.scale for pair in lora.pairs.values()} == {1.5}
+    theirs = dict(transformer.named_modules())
+    for module, update in _updates(lora).items():
+        layer = theirs[diffusers_key(module + ".").removesuffix(".")]
+        truth = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(update, truth, atol=1e-6, rtol=1e-6)
+    fresh = build_model(TINY, seed=1)
+    load(fresh.eval(), tmp_path / "adapter")
+    assert (_theirs(transformer) - without).abs().max() > 0.01
+    torch.testing.assert_close(
+        fresh(_inputs()[0], torch.tensor([500.0]), torch.tensor([False]), _inputs()[1]),
+        _theirs(transformer), atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+
+
+def test_bare_names_are_read_at_scale_one_and_that_is_said(trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(LOG, "propagate", True)  # a command that was called in this process may have set it
+    tensors = {key: tensor.clone() for key, tensor in lora_state(trained).items()}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    with caplog.at_level("WARNING", logger="wan"):
+        lora = read_lora(tmp_path / "bare.safetensors")
+    assert "scale 1 is assumed" in caplog.text
+    assert lora.scale_from == "assumed: nothing gives an alpha"
+    assert {pair.scale for pair in lora.pairs.values()} == {1.0}
+
+
+NAMES = [f"blocks.{n}.{linear}" for n in range(2) for linear in ALL_LINEARS]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("q,k,v,o,ffn.0,ffn.2", ["self_attn", "cross_attn", "ffn"]),  # DiffSynth-Studio, VideoX-Fun
+        (["to_q", "to_k", "to_v", "to_out.0"], ["self_attn", "cross_attn"]),  # diffusers, peft
+        (["attn1", "net.0.proj"], ["self_attn", "ffn.0"]),
+        (["blocks.1.self_attn.q", "ffn.2"], ["ffn.2", "blocks.1.self_attn.q"]),
+    ],
+)
+def test_targets_as_peers_write_them(theirs, ours):
+    targets = validate_config(LoRAConfig, {"targets": theirs}, origin="test").targets
+    chosen = match_targets(NAMES, targets)
+    assert describe_targets(NAMES, chosen) == ours
+    assert match_targets(NAMES, tuple(ours)) == chosen
 
 
 @pytest.mark.parametrize("alpha", [None, 1.0, 8.0])
@@ -236,7 +377,7 @@ def test_training_continues_from_a_file_at_any_alpha(alpha, trained, exported):
     config = LORA.model_copy(update={"alpha": alpha})
     model = build_model(TINY, seed=1)
     inject(model, config, seed=9)
-    load_lora_state(model, to_raw_state(read_lora(exported), config))
+    load(model, exported)
     latent, text = _inputs()
     with torch.no_grad():
         again = model.eval()(latent, torch.tensor([500.0]), torch.tensor([False]), text)
@@ -295,8 +436,9 @@ def test_bad_files_name_file_and_key(tmp_path):
     text = _bad(tmp_path, {f"{peft}.lora_A.weight": down, f"{peft}.lora_B.weight": up})
     assert "the scale cannot be known" in text
     assert "adapter_config.json" in text
-    text = _bad(tmp_path, {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up})
-    assert "no run around them" in text
+    bare = {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up}
+    assert "not JSON" in _bad(tmp_path, bare, {"lora_adapter_metadata": "{"})
+    assert "no lora_alpha" in _bad(tmp_path, bare, {"lora_adapter_metadata": '{"r": 2}'})
     text = _bad(tmp_path, {}, {"format": "pt"})
     assert "holds no tensors" in text
 
@@ -311,9 +453,17 @@ def test_a_truncated_file_and_a_missing_one(exported, tmp_path):
 
 def test_another_rank_or_model_is_refused_with_the_fix(exported):
     lora = read_lora(exported)
-    with pytest.raises(UserError, match=r"rank 4, lora\.rank is 8") as caught:
-        to_raw_state(lora, LORA.model_copy(update={"rank": 8}))
-    assert caught.value.fix == "lora.rank=4"
+    for change, words in (
+        ({"rank": 8}, r"rank 4, lora\.rank is 8"),
+        ({"targets": ("q",)}, r"0 modules are missing, 16 are unexpected \(blocks\.0\.cross_attn\.k, …\)"),
+    ):
+        model = build_model(TINY, seed=1)
+        inject(model, LORA.model_copy(update=change), seed=9)
+        before = {name: tensor.clone() for name, tensor in lora_state(model).items()}
+        with pytest.raises(UserError, match=words) as caught:
+            attach_lora(model, lora)
+        assert caught.value.fix == "lora.rank=4 'lora.targets=[self_attn, cross_attn, ffn]'"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in lora_state(model).items())
     sizes = {module: (pair.up_Or.shape[0], pair.down_rI.shape[1]) for module, pair in lora.pairs.items()}
     refuse_other_model(lora, sizes, "this model")
     with pytest.raises(UserError, match=r"blocks\.1\.ffn\.2 .*does not exist in this model"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 
 import numpy as np
@@ -240,6 +241,16 @@ def test_pictures_are_inside_within_the_budget_and_linked_beyond(copy, tmp_path)
     assert 'href="../run/samples/step-0000012/sea.mp4"' in (tmp_path / "elsewhere/page.html").read_text()
 
 
+def test_the_samples_side_by_side_are_the_first_thing_of_the_page(copy):
+    (copy / "samples/side-by-side.mp4").write_bytes(MP4 * 10_000)
+    text = _page(copy, open_data=False)
+    assert text.count("data:video/mp4;base64") == 1 and 'class="wide"' in text
+    first = re.search(r'<section[^>]* id="(\w+)"', text)[1]
+    assert first == "pictures"
+    assert "data:video" not in _page(copy, open_data=False, budget_bytes=0)
+    assert 'href="samples/side-by-side.mp4"' in text
+
+
 def test_a_dataset_that_is_gone_is_said_and_hides_nothing_else(copy):
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["data"]["root"] = str(copy / "nowhere")
@@ -277,7 +288,7 @@ def test_in_a_browser_the_page_is_whole_and_foreign_markup_is_text(copy, tmp_pat
         assert console(driver) == []
         assert requests(driver) == []
         heading = driver.find_elements("css selector", "section h2")
-        assert [h.text for h in heading][:3] == ["Overview", "Loss", "By noise level"]
+        assert [h.text for h in heading][:3] == ["Sampled videos", "Overview", "Loss"]
     assert open_dataset(read_run(copy).config.data.root).ordinal(key) >= 0
 
 

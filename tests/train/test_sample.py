@@ -14,8 +14,8 @@ from shards.read.dataset import open_dataset
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.sampling import Prompt, SampleConfig, SamplerConfig
 from train.loop import fit
-from train.lora.formats import attach_lora, name_tensors, raw_pairs, read_lora
-from train.lora.lora import inject, lora_modules, lora_state
+from train.lora.formats import name_tensors, raw_pairs, read_lora
+from train.lora.lora import attach_lora, inject, lora_modules, lora_state
 from train.lora.merge import merge_checkpoint
 from train.model.dit import build_model
 from train.model.load import load_dit, save_dit

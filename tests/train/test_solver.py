@@ -44,6 +44,20 @@ def test_unipc_grid_and_trajectory_equal_diffusers(num_steps, shift):
         torch.testing.assert_close(x, reference, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_the_grid_named_diffusers_is_diffusers_under_euler_too(num_steps, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    grid = make_grid("euler", num_steps, shift)
+    assert list(grid.sigmas) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert list(grid.timesteps) == pytest.approx(scheduler.timesteps.tolist(), abs=1e-3)
+    official = make_grid("euler", num_steps, shift, "official")
+    assert official.sigmas == make_grid("unipc", num_steps, shift, "official").sigmas != grid.sigmas
+
+
 @pytest.mark.parametrize("num_steps", [1, 10, 50])
 def test_euler_equals_diffusers_on_the_same_sigmas(num_steps):
     from diffusers import FlowMatchEulerDiscreteScheduler

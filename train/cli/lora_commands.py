@@ -24,30 +24,43 @@ _DTYPE = click.option(
 @click.argument("source", type=_PATH)
 @click.argument("out", type=_PATH)
 @click.option(
-    "--format", "written", type=click.Choice(["comfyui", "musubi", "diffusers", "diffsynth"]), default="comfyui",
-    show_default=True, help="Whose names; comfyui is read by diffusers, DiffSynth-Studio and musubi's converter too.",
+    "--format", "written", default="comfyui", show_default=True,
+    type=click.Choice(["comfyui", "musubi", "videox", "diffusers", "diffsynth"]),
+    help="Whose names; all of these tools but musubi-tuner read comfyui too.",
 )  # fmt: skip
 @_DTYPE
 @click.option("--step", type=int, help="Checkpoint of a run.  [default: the newest]")
 @click.option("--licence", help="Licence of the LoRA, for its header.")
-def export(source: Path, out: Path, written: Any, dtype: str, step: int | None, licence: str | None) -> None:
-    """Write the LoRA of SOURCE (a run, a checkpoint, or a LoRA file of any tool) to the file OUT.
+@click.option("--card", is_flag=True, help="Of a run: a model card, README.md, beside OUT, ready for `hf upload`.")
+def export(
+    source: Path, out: Path, written: Any, dtype: str, step: int | None, licence: str | None, card: bool
+) -> None:
+    """Write the LoRA of SOURCE to the file OUT: a run, a checkpoint, a LoRA of any tool, a folder of peft or diffusers.
 
-    The scale is folded into B, so that every loader applies it once.
+    `wantrain lora convert` is the same command. The scale is folded into B, so that every loader applies it once.
 
     \b
     wantrain export demo/run lora.safetensors
-    wantrain export demo/run lora-16.safetensors --dtype float16 --licence "CC BY-NC 4.0"
-    wantrain export lora.safetensors for-musubi.safetensors --format musubi
+    wantrain export demo/run shared/lora.safetensors --dtype float16 --licence "CC BY-NC 4.0" --card
+    wantrain lora convert theirs.safetensors ours.safetensors
+    wantrain lora convert lora.safetensors for-musubi.safetensors --format musubi
     """
     import torch
 
+    from train.lora.card import check_card, write_card
     from train.lora.export import export_lora
 
+    set_up_logging()
+    if card:
+        check_card(source, out)
     metadata = export_lora(source, out, written, getattr(torch, dtype), step=step, licence=licence)
     for name, value in sorted(metadata.items()):
         click.echo(f"{name}: {value}")
     click.echo(f"wrote {out} ({written}, {dtype})")
+    if card:
+        click.echo(
+            f"wrote {write_card(source, out, metadata, step)}; `hf upload NAME/REPOSITORY {out.parent}` shares it"
+        )
 
 
 @click.command()
@@ -101,7 +114,10 @@ def unmerge(merged: Path, lora: Path, out: Path, layout: Any, dtype: str, unreco
 
 @click.group()
 def lora() -> None:
-    """Look into LoRA files."""
+    """Look into LoRA files, and convert them."""
+
+
+lora.add_command(export, "convert")
 
 
 @lora.command("info")

@@ -1,19 +1,21 @@
-"""`wantrain sample`: pictures from a checkpoint, with or without a LoRA, as latents."""
+"""What a LoRA learnt: `wantrain sample` makes latents of prompts, `wantrain evaluate` compares held-out losses."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
-from shards.console import set_up_logging
+from shards.console import print_json, set_up_logging
+from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
 from train.config.train import BaseModelConfig, ComputeConfig
 
 if TYPE_CHECKING:
+    from train.evaluate import Evaluation
     from train.model.dit import WanDiT
 
 
@@ -56,54 +58,185 @@ class SampleRun(Config):
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: -o sampler.steps=20")
-def sample(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Without the LoRA and with it, of a run with each of its checkpoints; from the same noise and first frames.",
+)
+def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
     """Make a latent of each prompt of CONFIG, as Wan2.2's own inference does; `wanprep decode` makes videos of them.
 
     \b
     wantrain sample configs/demo/sample.yaml
     wantrain sample configs/demo/sample.yaml -o lora=null -o output=demo/samples-base
+    wantrain sample configs/demo/sample.yaml --compare -o output=demo/compared
     """
     loaded = load_config(SampleRun, config, overrides)
     set_up_logging()
-    for path in sample_run(loaded):
+    for path in sample_run(loaded, compare=compare):
         click.echo(str(path))
+    if compare:
+        click.echo(
+            f"`wanprep decode --watch {loaded.output} --once -c PREP.yaml` makes one sheet and one video of them"
+        )
 
 
-def sample_run(config: SampleRun) -> list[Path]:
-    """Load the model, its LoRA and the prompts, and write the latents. Raises UserError before any step is taken."""
+def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
+    """Load the model, its LoRA and the prompts, and write the latents. Raises UserError before any step is taken.
+
+    Args:
+        compare: into OUTPUT/samples/{base, lora or step-N}/NAME.safetensors, which `wanprep decode --watch` compares.
+    """
     from shards.read.dataset import open_dataset
+    from train.lora.formats import read_lora
+    from train.lora.lora import attach_lora, detach
     from train.model.load import read_dit_config
     from train.run.session import determinism
     from train.sampling.sample import prepare_prompts, sample_prompts
 
+    if compare and config.lora is None:
+        raise UserError(
+            "--compare: lora is null", expected="a LoRA file, a run or a checkpoint to compare the base with"
+        )
     dims = config.model.dims or read_dit_config(str(config.model.checkpoint))
     dataset = None
     if config.data is not None:
         roots = (config.data.root,) if isinstance(config.data.root, str) else config.data.root
         dataset = open_dataset(roots, config.data.text_set)
     ready = prepare_prompts(config.prompts, config.sampler, dims, dataset)
+    # Read first: a wrong file is reported before twenty gigabytes are loaded.
+    files = {} if config.lora is None else _loras(Path(config.lora), compare)
+    loras = {name: read_lora(file) for name, file in files.items()}
+    made, out = [], Path(config.output)
     with determinism(config.precision.deterministic):
-        return sample_prompts(_load_model(config), ready, config.sampler, Path(config.output))
+        model = load_base(config.model, config.precision)
+        if compare:
+            made += sample_prompts(model, ready, config.sampler, out / "samples" / "base")
+        elif not loras:
+            made += sample_prompts(model, ready, config.sampler, out)
+        for name, lora in loras.items():
+            attach_lora(model, lora, config.lora_scale)
+            made += sample_prompts(model, ready, config.sampler, out / "samples" / name if compare else out)
+            detach(model)
+    return made
 
 
-def _load_model(config: SampleRun) -> WanDiT:
-    from train.device import choose_device, device_info
+def _loras(source: Path, compare: bool) -> dict[str, Path]:
+    """LoRA files by the folder that their latents go to: of a run that is compared, one a checkpoint."""
+    from train.checkpoint import find_checkpoints
     from train.lora.export import locate_lora
-    from train.lora.formats import attach_lora, read_lora
+
+    checkpoints = find_checkpoints(source / "checkpoints") if compare else []
+    return {folder.name: locate_lora(folder)[0] for folder in checkpoints} or {"lora": locate_lora(source)[0]}
+
+
+def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
+    """The base model in inference mode, on the configured device."""
+    from train.device import choose_device, device_info
     from train.model.dit import build_model
     from train.model.load import load_dit, read_dit_config
     from train.precision import resolve_precision
 
-    # Read first: a wrong file is refused before twenty gigabytes are loaded.
-    lora = None if config.lora is None else read_lora(locate_lora(Path(config.lora))[0])
-    device = choose_device(config.precision.device)
-    precision = resolve_precision(config.precision.compute, device_info(device))
-    checkpoint = config.model.checkpoint
-    dims = config.model.dims or read_dit_config(str(checkpoint))
-    seed = config.model.random_seed if checkpoint is None else None
-    model = build_model(dims, precision.dtype, device, seed=seed)
-    if checkpoint is not None:
-        load_dit(model, checkpoint)
-    if lora is not None:
-        attach_lora(model, lora, config.lora_scale)
+    device = choose_device(precision.device)
+    dtype = resolve_precision(precision.compute, device_info(device)).dtype
+    dims = config.dims or read_dit_config(str(config.checkpoint))
+    model = build_model(dims, dtype, device, seed=config.random_seed if config.checkpoint is None else None)
+    if config.checkpoint is not None:
+        load_dit(model, config.checkpoint)
     return model.eval()
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dataset", required=False)
+@click.option("--against", type=click.Path(path_type=Path), help="A second LoRA or model, on the same draws.")
+@click.option("-c", "--config", type=click.Path(path_type=Path), help="Config of `wantrain fit`.  [default: the run's]")
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: -o eval.num_clips=64")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def evaluate(
+    source: Path, dataset: str | None, against: Path | None, config: Path | None, overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Held-out loss with and without SOURCE: a run, a LoRA file of any tool, or a model that a LoRA is merged into.
+
+    By noise level, for text-to-video and image-to-video, with 95 % intervals over clips. The base, the precision and
+    which clips are held out are those of the run, or of the config. DATASET takes the place of its data.root.
+
+    \b
+    wantrain evaluate demo/run
+    wantrain evaluate demo/run demo/shards --against theirs.safetensors
+    wantrain evaluate theirs.safetensors demo/shards -c configs/demo/train.yaml -o eval.num_clips=64 --json
+    """
+    set_up_logging()
+    evaluation = evaluate_models(source, dataset, against, config, overrides)
+    if as_json:
+        print_json(evaluation.as_dict())
+    else:
+        click.echo("\n".join(evaluation.lines()))
+
+
+def evaluate_models(
+    source: Path, root: str | None, against: Path | None, config: Path | None, overrides: tuple[str, ...] = ()
+) -> Evaluation:
+    """The held-out loss of the base, of `source` and of `against`, on the same clips and draws."""
+    from train.checkpoint import PIN_FILE, read_pin
+    from train.config.train import EvalConfig, TrainConfig, dataset_roots
+    from train.data.loader import select_samples
+    from train.data.open import open_data
+    from train.evaluate import Evaluation, choose_held_out
+    from train.evaluate import evaluate as held_out_loss
+    from train.lora.export import locate_lora
+    from train.lora.formats import read_lora
+    from train.lora.lora import attach_lora, detach
+    from train.step import sigma_density
+
+    # A run's folder, or that of the run that a checkpoint or its file lies in.
+    around = (source, *source.resolve().parents[:3])
+    run = next((at for at in around if (at / PIN_FILE).is_file() and (at / "config.yaml").is_file()), None)
+    if config is None and run is None:
+        raise UserError(
+            f"{source}: no run around it, so its base and its settings are not known",
+            fix="name them: -c TRAIN.yaml, a config of `wantrain fit`",
+        )
+    loaded = load_config(TrainConfig, config or Path(str(run)) / "config.yaml", overrides)
+    pin = None if run is None or config is not None else read_pin(run)
+    if root is not None and tuple(Path(one).resolve() for one in dataset_roots(loaded.data)) != (Path(root).resolve(),):
+        data = loaded.data.model_copy(update={"root": root, "revision": None})
+        loaded, pin = loaded.model_copy(update={"data": data}), None
+    opened, settings = open_data(loaded, pin), loaded.eval or EvalConfig()
+    held_out = choose_held_out(opened, select_samples(opened, loaded.data)[1], settings)
+    # Read first: a wrong file is reported before twenty gigabytes are loaded.
+    loras = {path: None if _model_in(path) else read_lora(locate_lora(path)[0]) for path in (source, against) if path}
+
+    def take(model: WanDiT) -> Any:
+        device, density = next(model.parameters()).device, sigma_density(loaded.objective)
+        return held_out_loss(model, opened, held_out, settings, density, model.config.text_len, device)
+
+    model = load_base(loaded.model, loaded.precision)
+    results = {"the base": take(model)}
+    for path, lora in loras.items():
+        if lora is not None:
+            attach_lora(model, lora)
+            results[str(path)] = take(model)
+            detach(model)
+    for path, lora in loras.items():
+        if lora is None:
+            merged = loaded.model.model_copy(update={"checkpoint": str(_model_in(path))})
+            del model
+            model = load_base(merged, loaded.precision)
+            results[str(path)] = take(model)
+    return Evaluation(", ".join(dataset_roots(loaded.data)), opened.revision, results)
+
+
+def _model_in(path: Path) -> Path | None:
+    """The checkpoint of a complete model that a path means; None for a LoRA."""
+    from train.checkpoint import MODEL_FILE
+    from train.model.load import find_tensors
+
+    for place in (path, path / MODEL_FILE):
+        try:
+            if "patch_embedding.weight" in find_tensors(place):
+                return place
+        except UserError:  # no checkpoint here; what else it is, `locate_lora` says
+            continue
+    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shards.config import Config
 
@@ -70,13 +70,22 @@ class LoRAConfig(Config):
     rs_lora: bool = False
     """Scale by alpha / √rank in place of alpha / rank (rank-stabilised LoRA, arXiv:2312.03732)."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("self_attn", "cross_attn")
-    """Linears of the blocks to adapt: a part of a module's name (self_attn, cross_attn, ffn, q, k, v, o) or a pattern
-    of full names (blocks.1?.self_attn.*). One that matches nothing is an error."""
+    """Linears of the blocks to adapt: parts of a module's name (self_attn, cross_attn, ffn, q, k, v, o, ffn.0, ffn.2,
+    or diffusers' attn1, to_q, net.0.proj), or a pattern of complete names (blocks.1?.self_attn.*). A list, or a text
+    with commas: q,k,v,o,ffn.0,ffn.2. One that matches nothing is an error."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the update's inputs zeroed in training."""
 
     start_from: str | None = None
-    """A LoRA file of any tool, a run or a checkpoint to start from; its rank must be `rank`, its modules `targets`."""
+    """A LoRA file of any tool, a run or a checkpoint to continue from; its rank must be `rank`, its modules
+    `targets`."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return tuple(value) if isinstance(value, list) else value
 
     @property
     def scale(self) -> float:

@@ -26,7 +26,9 @@ class SamplerConfig(Config):
     negative: Literal["negative", "empty"] = "negative"
     """The null text of guidance: the model's negative prompt, or the empty text."""
     grid: Literal["diffusers", "official"] = "diffusers"
-    """End points of the noise levels; they differ by at most 0.0043."""
+    """Whose noise levels: `diffusers` is the grid of diffusers' scheduler of that solver, so that WanPipeline gives the
+    same picture from the same seed; `official` is that of Wan2.2's own generate.py. With `unipc` they differ by at most
+    0.0043."""
 
 
 class Prompt(Config):
@@ -75,6 +77,11 @@ class SampleConfig(Config):
     """What to make each time."""
     sampler: SamplerConfig = SamplerConfig()
     """How."""
+    decode: str | None = None
+    """The config that the shards were built with (prep.yaml): `fit` then starts `wanprep decode --watch`, a process of
+    stage 1 that makes videos, a contact sheet and a side-by-side video of the samples; null: nobody does."""
+    decode_device: str = "cpu"
+    """Where that process runs the VAE: `cpu`, or a GPU that the run does not use, such as `cuda:7`."""
 
     @model_validator(mode="after")
     def _named(self) -> SampleConfig:

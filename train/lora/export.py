@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,71 @@ from typing import Any
 import torch
 
 from shards import __version__
+from shards.config import parse_yaml
+from shards.console import LOG
 from shards.errors import UserError
 from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
+from train.config.model import TI2V_5B
 from train.lora.formats import Format, name_tensors, read_lora, save_lora
 
 BASE_MODEL = "Wan-AI/Wan2.2-TI2V-5B"
+BASE_FILES = {
+    "diffusion_pytorch_model-00001-of-00003.safetensors": (
+        9_825_014_472, "720b06c4ade5e87c1246bba8ac95b664c638749cd9b102cf84d823bb44c026a1"),
+    "diffusion_pytorch_model-00002-of-00003.safetensors": (
+        9_995_661_736, "09ec5ef720d8396f6cfa51fbdcbdb2327e37722afd6e89fd38f1e7e5e782c283"),
+    "diffusion_pytorch_model-00003-of-00003.safetensors": (
+        178_558_176, "6306f7894c345de9093ad588771c2abfaeb668a81f7a6d9a918bd26ba3568e49"),
+}  # fmt: skip
+"""Bytes and sha256 of the published weights, official layout (revision 921dbaf3)."""
 SOFTWARE = "wan-broadcast-lora"
 NOT_STATED = "not stated"
+PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What peft's and diffusers' savers call the file in the folder that they are given."""
 
 
-def export_metadata(identity: Mapping[str, Any], step: int, licence: str | None) -> dict[str, str]:
+def export_metadata(identity: Mapping[str, Any], step: int, licence: str | None, base: str | None) -> dict[str, str]:
     """What an exported LoRA says of itself: base model, dataset, step, configuration, licence. Values are text.
 
     Args:
         identity: a run's identity, as in its checkpoints' state.json.
         licence: of the LoRA, as its owner states it; it follows from the training material, so nothing is assumed.
+        base: where the run's base is. `base_model` is written only where its files are the published ones.
     """
     dataset = identity.get("dataset", {})
-    return {
+    metadata = {
         "software": f"{SOFTWARE} {__version__}",
-        "base_model": BASE_MODEL,
         "base_weights": str(identity.get("weights")),
         "dataset_identity": str(dataset.get("identity")),
         "dataset_revision": str(dataset.get("revision")),
         "config_digest": canonical_digest(identity.get("config", {})),
         "step": str(step),
         "licence": licence or NOT_STATED,
-        "modelspec.architecture": "wan2.2-ti2v-5b/lora",
         "modelspec.license": licence or NOT_STATED,
     }
+    if identity.get("dims") == TI2V_5B.model_dump(mode="json"):
+        metadata["modelspec.architecture"] = "wan2.2-ti2v-5b/lora"
+    if base is not None and is_published(Path(base)):
+        metadata["base_model"] = BASE_MODEL
+    return metadata
+
+
+def is_published(base: Path) -> bool:
+    """Whether the files of a base are the published weights, by sha256. They are read only if their sizes are right."""
+    if any(
+        not (base / name).is_file() or (base / name).stat().st_size != size for name, (size, _) in BASE_FILES.items()
+    ):
+        return False
+    LOG.info("comparing the digests of %s with the published ones (20 GB are read)", base)
+    return all(digest_file(base / name) == sha256 for name, (_, sha256) in BASE_FILES.items())
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export_lora(
@@ -60,10 +95,9 @@ def export_lora(
                 f"{lora.origin}: {name} is not finite as {str(dtype).removeprefix('torch.')}",
                 fix="--dtype float32, or an earlier checkpoint: `wantrain lora info` shows broken modules",
             )
-    metadata = dict(lora.metadata)
-    metadata.pop("lora_adapter_metadata", None)  # `save_lora` leaves it out
+    metadata = _carried_over(lora.metadata)
     if identity is not None and found_step is not None:
-        metadata |= export_metadata(identity, found_step, licence)
+        metadata |= export_metadata(identity, found_step, licence, base_of(file))
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
     with named_errors(out.parent):
@@ -72,19 +106,41 @@ def export_lora(
     return metadata
 
 
-def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, Any] | None, int | None]:
-    """The LoRA file that a path names, and the identity and step of its run where they are known.
+def _carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A file's header without what the new file would say wrongly: hashes, an alpha that is folded into B now, and a
+    base model that nobody here has compared."""
+    own = metadata.get("software", "").startswith(SOFTWARE)
+    wrong = {"lora_adapter_metadata", "ss_network_alpha"} | (set() if own else {"base_model"})
+    return {name: value for name, value in metadata.items() if name not in wrong and "hash" not in name.lower()}
 
-    A run names its newest checkpoint, or that of `step`; a checkpoint its moving average where it has one.
+
+def base_of(checkpoint_file: Path) -> str | None:
+    """Where the base of a checkpoint's run is, by the run's config; None where none is known."""
+    settings = checkpoint_file.resolve().parents[2] / "config.yaml"
+    if not settings.is_file():
+        return None
+    model = parse_yaml(settings.read_text(encoding="utf-8"), str(settings)).get("model") or {}
+    return model.get("checkpoint")
+
+
+def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, Any] | None, int | None]:
+    """The LoRA file that a path means, and the identity and step of its run where they are known.
+
+    A run means its newest checkpoint, or that of `step`; a checkpoint its moving average where it has one; a folder of
+    peft or diffusers the file in it.
     """
     if source.is_file():
         return source, None, None
+    for name in PEFT_FILES:
+        if (source / name).is_file():
+            return source / name, None, None
     folder = source
     if not (source / STATE_FILE).is_file():
         found = find_checkpoints(source / "checkpoints")
         if not found:
             raise UserError(
-                f"{source}: no LoRA file, no checkpoint and no run", expected="RUN, RUN/checkpoints/step-…, FILE"
+                f"{source}: no LoRA file, no checkpoint and no run",
+                expected="RUN, RUN/checkpoints/step-…, FILE, or a folder of peft or diffusers",
             )
         folder = found[-1] if step is None else source / "checkpoints" / checkpoint_name(step)
         if folder not in found:

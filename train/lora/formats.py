@@ -6,9 +6,13 @@
     musubi      lora_unet_blocks_0_self_attn_q.lora_down.weight              .alpha ÷ rank
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight                lora_adapter_metadata in the header; else 1
     diffsynth   blocks.0.self_attn.q.lora_A.default.weight                   1
+                (or behind pipe.dit.)
+    videox      lora_unet__blocks_0_self_attn_q.lora_down.weight             .alpha ÷ rank; 1 without .alpha
     peft        base_model.model.blocks.0.self_attn.q.lora_A.weight          adapter_config.json beside the file
-    run         blocks.0.self_attn.q.lora_A.weight (a checkpoint's raw       the run's own config
-                tensors)
+    bare        blocks.0.self_attn.q.lora_A.weight, or diffusers' names      lora_adapter_metadata in the header
+                                                                             (diffusers' save_lora_adapter); the run's
+                                                                             config around a checkpoint ("run");
+                                                                             adapter_config.json; else 1, with a warning
 
 `comfyui` with the scale folded into B and .alpha equal to the rank is the one that diffusers, ComfyUI,
 DiffSynth-Studio and musubi's converter all read alike; it is what a run exports.
@@ -28,35 +32,38 @@ import torch
 from torch import Tensor
 
 from shards.config import parse_yaml, validate_config
+from shards.console import LOG
 from shards.errors import UserError
 from train.checkpoint import write_tensors
 from train.config.model import LoRAConfig
-from train.lora.lora import inject, load_lora_state
-from train.model.dit import WanDiT
+from train.lora.targets import BLOCK_LINEARS
 from train.model.load import diffusers_key
 
-Format = Literal["comfyui", "musubi", "diffusers", "diffsynth", "peft", "run"]
-EXPORT_FORMATS: tuple[Format, ...] = ("comfyui", "musubi", "diffusers", "diffsynth")
+Format = Literal["comfyui", "musubi", "videox", "diffusers", "diffsynth", "peft", "run", "bare"]
+EXPORT_FORMATS: tuple[Format, ...] = ("comfyui", "musubi", "videox", "diffusers", "diffsynth")
 
-_BLOCK_LINEARS = (*(f"{kind}.{letter}" for kind in ("self_attn", "cross_attn") for letter in "qkvo"), "ffn.0", "ffn.2")
 _OTHER_LINEARS = (
     "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
 )  # fmt: skip
 _BLOCK = "blocks.0."
-_DIFFUSERS = {linear: diffusers_key(f"{_BLOCK}{linear}.").removeprefix(_BLOCK)[:-1] for linear in _BLOCK_LINEARS}
+_DIFFUSERS = {linear: diffusers_key(f"{_BLOCK}{linear}.").removeprefix(_BLOCK)[:-1] for linear in BLOCK_LINEARS}
 _DIFFUSERS |= {linear: diffusers_key(f"{linear}.")[:-1] for linear in _OTHER_LINEARS}
-_OFFICIAL = {name: linear for linear in _DIFFUSERS for name in (linear, linear.replace(".", "_"), _DIFFUSERS[linear])}
+_OFFICIAL = {name: linear for linear, theirs in _DIFFUSERS.items() for name in (linear, theirs)}
+_OFFICIAL |= {name.replace(".", "_"): linear for name, linear in _OFFICIAL.items()}
+ADAPTER_CONFIG = "adapter_config.json"
 BLOCK_NAME = re.compile(r"blocks[._](\d+)[._](.+)")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:(?P<a>lora_A|lora_down)|(?P<b>lora_B|lora_up))(?:\.default)?\.weight|(?P<owner>.+)\.alpha"
 )
 _PREFIXES: tuple[tuple[str, Format], ...] = (
     ("diffusion_model.", "comfyui"),
+    ("lora_unet__", "videox"),
     ("lora_unet_", "musubi"),
     ("transformer.", "diffusers"),
+    ("pipe.dit.", "diffsynth"),
     ("base_model.model.", "peft"),
 )
-_NAMINGS = (*(prefix + "…" for prefix, _ in _PREFIXES), "blocks.….lora_A.default.weight")
+_NAMINGS = (*(prefix + "…" for prefix, _ in _PREFIXES), "blocks.….lora_A.weight")
 
 
 class Pair(NamedTuple):
@@ -79,6 +86,8 @@ class LoRAFile(NamedTuple):
     format: Format
     pairs: dict[str, Pair]
     metadata: dict[str, str]
+    scale_from: str
+    """Where the scale was found, for people."""
 
 
 def read_lora(path: str | Path) -> LoRAFile:
@@ -109,9 +118,10 @@ def read_lora(path: str | Path) -> LoRAFile:
         else:
             (downs if match["a"] else ups)[module] = tensor
     _refuse_halves(path, downs, ups, alphas)
-    scales = _scales(path, found, metadata, {module: int(down.shape[0]) for module, down in downs.items()}, alphas)
+    ranks = {module: int(down.shape[0]) for module, down in downs.items()}
+    found, scales, scale_from = _scales(path, found, metadata, ranks, alphas)
     pairs = {module: Pair(downs[module], ups[module], scales[module]) for module in sorted(downs, key=module_order)}
-    return LoRAFile(str(path), found, pairs, metadata)
+    return LoRAFile(str(path), found, pairs, metadata, scale_from)
 
 
 def detect_format(keys: list[str], origin: str) -> Format:
@@ -132,23 +142,31 @@ def _format_of(key: str) -> Format | None:
         if key.startswith(prefix):
             return name
     if _PART.fullmatch(key):
-        return "diffsynth" if ".default.weight" in key else "run"
+        return "diffsynth" if ".default.weight" in key else "bare"
     return None
 
 
 def _official_module(name: str, path: Path) -> str:
     for prefix, _ in _PREFIXES:
         name = name.removeprefix(prefix)
-    match = BLOCK_NAME.fullmatch(name)
-    inner, allowed = (match[2], _BLOCK_LINEARS) if match else (name, _OTHER_LINEARS)
-    official = _OFFICIAL.get(inner)
-    if official not in allowed:
+    official = official_name(name)
+    if official is None:
         image = " (an image-to-video module of Wan2.1)" if "img" in name else ""
         raise UserError(
             f"{path}: {name}: Wan2.2-TI2V-5B has no such linear{image}",
-            expected="a LoRA of Wan2.2-TI2V-5B, " + ", ".join(f"blocks.N.{linear}" for linear in _BLOCK_LINEARS),
+            expected="a LoRA of Wan2.2-TI2V-5B, " + ", ".join(f"blocks.N.{linear}" for linear in BLOCK_LINEARS),
         )
-    return f"blocks.{match[1]}.{official}" if match else str(official)
+    return official
+
+
+def official_name(name: str) -> str | None:
+    """The official name of a linear that is called as in the official model, in diffusers, or with underscores."""
+    match = BLOCK_NAME.fullmatch(name)
+    inner, allowed = (match[2], BLOCK_LINEARS) if match else (name, _OTHER_LINEARS)
+    official = _OFFICIAL.get(inner)
+    if official not in allowed:
+        return None
+    return f"blocks.{match[1]}.{official}" if match else official
 
 
 def _refuse_halves(
@@ -168,18 +186,26 @@ def _refuse_halves(
 
 def _scales(
     path: Path, found: Format, metadata: Mapping[str, str], ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> dict[str, float]:
-    if found == "peft":
-        return _adapter_scales(_adapter_config(path), "", path, ranks)
-    if found == "run":
-        return dict.fromkeys(ranks, _run_lora_config(path).scale)
-    if found == "diffusers" and "lora_adapter_metadata" in metadata:
-        try:
-            config_of_adapter = json.loads(metadata["lora_adapter_metadata"])
-        except ValueError as error:
-            raise UserError(f"{path}: lora_adapter_metadata is not JSON: {error}") from None
-        return _adapter_scales(config_of_adapter, "transformer.", path, ranks)
-    return {module: alphas[module] / rank if module in alphas else 1.0 for module, rank in ranks.items()}
+) -> tuple[Format, dict[str, float], str]:
+    """The format as it is now known, each module's scale, and where that was found."""
+    if found in ("diffusers", "bare") and "lora_adapter_metadata" in metadata:
+        config = _read_object(metadata["lora_adapter_metadata"], f"{path}: lora_adapter_metadata")
+        # A pipeline's saver puts "transformer." before the keys, a model's own `save_lora_adapter` does not.
+        prefix = "transformer." if found == "diffusers" else ""
+        return "diffusers", _adapter_scales(config, prefix, path, ranks), "lora_adapter_metadata in the header"
+    if found == "peft" or (found == "bare" and path.with_name(ADAPTER_CONFIG).is_file()):
+        return "peft", _adapter_scales(_adapter_config(path), "", path, ranks), ADAPTER_CONFIG
+    if found == "bare" and (run := _run_lora_config(path)) is not None:
+        return "run", dict.fromkeys(ranks, run.scale), "the run's config"
+    if found == "bare" and not alphas:
+        LOG.warning(
+            "%s: neither the header nor a file beside it gives an alpha: scale 1 is assumed (right for most tools; "
+            "a checkpoint of `wantrain` is read at its scale inside its run folder only)",
+            path,
+        )
+        return found, dict.fromkeys(ranks, 1.0), "assumed: nothing gives an alpha"
+    scales = {module: alphas[module] / rank if module in alphas else 1.0 for module, rank in ranks.items()}
+    return found, scales, ".alpha ÷ rank" if alphas else "the format: always 1"
 
 
 def _adapter_scales(
@@ -203,25 +229,33 @@ def _adapter_scales(
 
 
 def _adapter_config(path: Path) -> dict[str, object]:
-    beside = path.with_name("adapter_config.json")
+    beside = path.with_name(ADAPTER_CONFIG)
     try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
+        text = beside.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: the scale cannot be known: {beside.name}: {error}",
             fix="keep adapter_config.json beside the file",
         ) from None
-    return dict(config)
+    return _read_object(text, str(beside))
 
 
-def _run_lora_config(path: Path) -> LoRAConfig:
-    """The LoRA section of the run that a checkpoint's file belongs to: RUN/checkpoints/step-N/lora.safetensors."""
+def _read_object(text: str, origin: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{origin}: the scale cannot be known: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: the scale cannot be known: {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def _run_lora_config(path: Path) -> LoRAConfig | None:
+    """The LoRA section of the run that a checkpoint's file belongs to, RUN/checkpoints/step-N/lora.safetensors; None
+    for a file elsewhere."""
     place = path.resolve().parent.parent.parent / "config.yaml"
-    if not place.is_file():
-        raise UserError(
-            f"{path}: raw tensors of a run, and no run around them: their scale cannot be known",
-            fix="give the file inside its run folder, or RUN/lora.safetensors",
-        )
+    if path.resolve().parent.parent.name != "checkpoints" or not place.is_file():
+        return None
     values = parse_yaml(place.read_text(encoding="utf-8"), str(place))
     return validate_config(LoRAConfig, values.get("lora") or {}, origin=str(place))
 
@@ -244,24 +278,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def module_order(module: str) -> tuple[int, str]:
     match = BLOCK_NAME.fullmatch(module)
     return (int(match[1]), match[2]) if match else (-1, module)
-
-
-def to_raw_state(lora: LoRAFile, config: LoRAConfig) -> dict[str, Tensor]:
-    """A and B by official name, float32, as `lora.load_lora_state` takes them, so that training continues from a file.
-
-    A stays; B takes up the ratio of the file's scale to the config's, so that scale · B A is what it was.
-    Raises UserError when the file's rank is not the config's.
-    """
-    state: dict[str, Tensor] = {}
-    for module, pair in lora.pairs.items():
-        if pair.rank != config.rank:
-            raise UserError(
-                f"{lora.origin}: {module} has rank {pair.rank}, lora.rank is {config.rank}",
-                fix=f"lora.rank={pair.rank}",
-            )
-        state[f"{module}.lora_A.weight"] = pair.down_rI.float()
-        state[f"{module}.lora_B.weight"] = pair.up_Or.float() * (pair.scale / config.scale)
-    return state
 
 
 def raw_pairs(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Pair]:
@@ -294,15 +310,16 @@ def name_tensors(
         stem, down, up = _stem(module, written)
         tensors[stem + down] = pair.down_rI.to("cpu", dtype).contiguous()
         tensors[stem + up] = (pair.up_Or.float() * pair.scale).to("cpu", dtype).contiguous()
-        if written in ("comfyui", "musubi"):
+        if written in ("comfyui", "musubi", "videox"):
             tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
     return tensors
 
 
 def _stem(module: str, written: Format) -> tuple[str, str, str]:
     match = BLOCK_NAME.fullmatch(module)
-    if written == "musubi":
-        return "lora_unet_" + module.replace(".", "_"), ".lora_down.weight", ".lora_up.weight"
+    if written in ("musubi", "videox"):
+        prefix = "lora_unet_" if written == "musubi" else "lora_unet__"
+        return prefix + module.replace(".", "_"), ".lora_down.weight", ".lora_up.weight"
     if written == "diffsynth":
         return module, ".lora_A.default.weight", ".lora_B.default.weight"
     if written == "comfyui":
@@ -322,22 +339,3 @@ def refuse_other_model(lora: LoRAFile, sizes: Mapping[str, tuple[int, int]], ori
                 f"{lora.origin}: {module} adapts a {theirs[0]} × {theirs[1]} linear, which {there} in {origin}",
                 expected="a LoRA for this model",
             )
-
-
-def attach_lora(model: WanDiT, lora: LoRAFile, strength: float = 1.0) -> None:
-    """Put a file's LoRA beside the model's weights, for inference. Pairs of several ranks are padded with zeros.
-
-    Raises UserError when a module is not there or has another size.
-    """
-    weights = {name.removesuffix(".weight"): w for name, w in model.named_parameters() if w.ndim == 2}
-    refuse_other_model(lora, {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}, "the model")
-    rank = max(pair.rank for pair in lora.pairs.values())
-    config = LoRAConfig(rank=rank, targets=tuple(lora.pairs))
-    inject(model, config, seed=0)
-    state = {}
-    for module, pair in lora.pairs.items():
-        room = rank - pair.rank
-        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(pair.down_rI.float(), (0, 0, 0, room))
-        up_Or = pair.up_Or.float() * (pair.scale * strength)
-        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(up_Or, (0, room))
-    load_lora_state(model, state, lora.origin)

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 from train.lora.formats import BLOCK_NAME, LoRAFile, Pair
+from train.lora.targets import BLOCK_LINEARS, describe_targets
 
 # Width of the residual stream -> the Wan model that has it.
 _MODELS = {3072: "Wan2.2-TI2V-5B", 1536: "Wan2.1-T2V-1.3B", 5120: "a Wan 14B model (2.1-14B or 2.2-A14B)"}
-_TOOLS = {"comfyui": "ComfyUI", "musubi": "musubi-tuner", "diffsynth": "DiffSynth-Studio"}
+_TOOLS = {"comfyui": "ComfyUI", "musubi": "musubi-tuner", "videox": "VideoX-Fun", "diffsynth": "DiffSynth-Studio"}
 
 
 def describe_lora(lora: LoRAFile) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def describe_lora(lora: LoRAFile) -> dict[str, Any]:
         by_target.setdefault(match[2] if match else module, []).append(norm)
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
     blocks = sorted({int(match[1]) for module in lora.pairs if (match := BLOCK_NAME.fullmatch(module))})
+    every = {f"blocks.{n}.{linear}" for n in blocks for linear in BLOCK_LINEARS} | lora.pairs.keys()
     return {
         "file": lora.origin,
         "format": lora.format,
@@ -28,6 +30,8 @@ def describe_lora(lora: LoRAFile) -> dict[str, Any]:
         "model": base_model(lora),
         "ranks": ranks,
         "alphas": sorted({round(pair.scale * pair.rank, 6) for pair in lora.pairs.values()}),
+        "scale_from": lora.scale_from,
+        "targets": describe_targets(every, lora.pairs),
         "scales": sorted({round(pair.scale, 6) for pair in lora.pairs.values()}),
         "num_modules": len(lora.pairs),
         "blocks": f"{blocks[0]}–{blocks[-1]} ({len(blocks)})" if blocks else "none",

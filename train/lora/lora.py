@@ -1,4 +1,7 @@
-"""LoRA: inject, freeze, the raw state and loading it.
+"""LoRA: inject, load, merge, unmerge, and the raw state of training.
+
+`inject`, `load`, `merge` and `unmerge` take any module whose linears are called as in Wan2.2's own `WanModel` or as in
+diffusers' `WanTransformer3DModel`, besides the `WanDiT` of this project: docs/how-to/inference.md shows them.
 
 Shapes: B slots, L tokens, I input channels, O output channels, r rank.
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool
@@ -18,15 +22,18 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from train.config.model import LoRAConfig
-from train.lora.targets import match_targets
+from train.lora.export import locate_lora
+from train.lora.formats import LoRAFile, official_name, read_lora, refuse_other_model
+from train.lora.targets import describe_targets, match_targets
 from train.model.block import DropoutKey, Linear
-from train.model.dit import WanDiT
+
+_MERGED = "_wan_merged_lora"
 
 
 class LoRALinear(Linear):
     """A frozen linear with a low-rank update: W x + b + scale · B A drop(x)."""
 
-    def __init__(self, base: Linear, config: LoRAConfig, layer: int) -> None:
+    def __init__(self, base: nn.Linear, config: LoRAConfig, layer: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -51,8 +58,8 @@ class LoRALinear(Linear):
                 raise ValueError("LoRA dropout in training needs dropout_key_B: one int64 a sample")
             x = x * keep_mask(dropout, self.layer, x.shape[1], x.shape[2], self.dropout)
             scale /= 1 - self.dropout
-        low_Mr = nn.functional.linear(x.flatten(0, 1), self.lora_A.to(x.dtype))
-        return torch.addmm(out.flatten(0, 1), low_Mr, self.lora_B.to(x.dtype).t(), alpha=scale).view(out.shape)
+        low_Mr = nn.functional.linear(x.flatten(0, -2), self.lora_A.to(x.dtype))
+        return torch.addmm(out.flatten(0, -2), low_Mr, self.lora_B.to(x.dtype).t(), alpha=scale).view(out.shape)
 
 
 def keep_mask(key: DropoutKey, layer: int, num_tokens: int, width: int, rate: float) -> Bool[Tensor, "b l i"]:
@@ -89,29 +96,143 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def inject(model: WanDiT, config: LoRAConfig, seed: int) -> list[str]:
+def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
     """Freeze the model and put a LoRA beside every targeted linear of its blocks.
 
     A starts uniform in ±1/√I as in peft, from (seed, module name), so that it does not depend on what else is targeted;
     B starts at zero, so the model's output does not change.
 
-    Returns: names of the adapted modules, in the model's order.
+    Returns: official names of the adapted modules, in the model's order.
     Raises: UserError when a target matches nothing, or when the model has a LoRA already.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError("the model has a LoRA already", fix="merge it or build a new model")
-    names = [f"blocks.{name}" for name, module in model.blocks.named_modules() if isinstance(module, Linear)]
-    chosen = match_targets(names, config.targets)
+    _refuse_second(model)
+    places = {name: path for name, path in linears(model).items() if name.startswith("blocks.")}
+    chosen = match_targets(list(places), config.targets)
     model.requires_grad_(False)
-    for layer, name in enumerate(names):
-        if name not in chosen:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        adapted = LoRALinear(model.get_submodule(name), config, layer)  # type: ignore[arg-type]
-        _init_a(adapted.lora_A, name, seed)
-        adapted.train(model.training)
-        setattr(model.get_submodule(parent), leaf, adapted)
-    return [name for name in names if name in chosen]
+    for layer, (name, path) in enumerate(places.items()):
+        if name in chosen:
+            _init_a(_adapt(model, path, config, layer).lora_A, name, seed)
+    return [name for name in places if name in chosen]
+
+
+def linears(model: nn.Module) -> dict[str, str]:
+    """Every linear that a LoRA may adapt: its official name → its path in the model, in the model's order."""
+    named = ((official_name(path), path) for path, one in model.named_modules() if isinstance(one, nn.Linear))
+    found = {name: path for name, path in named if name is not None}
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no linear that is called as in Wan2.2 or in diffusers",
+            expected="Wan2.2's WanModel (`WanTI2V(…).model`), diffusers' WanTransformer3DModel (`pipe.transformer`)",
+        )
+    return found
+
+
+def _adapt(model: nn.Module, path: str, config: LoRAConfig, layer: int) -> LoRALinear:
+    adapted = LoRALinear(model.get_submodule(path), config, layer)  # type: ignore[arg-type]
+    adapted.train(model.training)
+    model.set_submodule(path, adapted)
+    return adapted
+
+
+def _refuse_second(model: nn.Module) -> None:
+    if lora_modules(model) or hasattr(model, _MERGED):
+        raise UserError("the model has a LoRA already", fix="`detach` it, or build a new model")
+
+
+def load(model: nn.Module, source: str | Path, strength: float = 1.0) -> LoRAFile:
+    """Load a LoRA of any tool into a model: beside its weights, in float32, or into the LoRA that `inject` made.
+
+    Args:
+        source: a file, a folder of peft or diffusers, a run or a checkpoint.
+        strength: on top of the LoRA's own scale.
+
+    Raises: UserError for a LoRA of another model, or of other targets or another rank than what was injected; nothing
+    is changed then.
+    """
+    lora = read_lora(locate_lora(Path(source))[0])
+    attach_lora(model, lora, strength)
+    return lora
+
+
+@torch.no_grad()
+def attach_lora(model: nn.Module, lora: LoRAFile, strength: float = 1.0) -> None:
+    """`load` of a file that is read already."""
+    places, held = linears(model), lora_modules(model)
+    if hasattr(model, _MERGED):
+        _refuse_second(model)
+    modules = {name: model.get_submodule(path) for name, path in places.items()}
+    sizes = {name: (one.out_features, one.in_features) for name, one in modules.items() if isinstance(one, nn.Linear)}
+    refuse_other_model(lora, sizes, "the model")
+    if held:
+        _refuse_other_settings(lora, held, places)
+    else:
+        for name, pair in lora.pairs.items():
+            _adapt(model, places[name], LoRAConfig(rank=pair.rank), 0).requires_grad_(False)
+    for name, module in lora_modules(model).items():
+        pair = lora.pairs[name]
+        module.lora_A.copy_(pair.down_rI.float())
+        module.lora_B.copy_(pair.up_Or.float() * (pair.scale * strength / module.scale))
+
+
+def _refuse_other_settings(lora: LoRAFile, held: Mapping[str, LoRALinear], places: Mapping[str, str]) -> None:
+    """Raise UserError, naming the file's own rank and targets, unless they are those of the injected LoRA."""
+    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+    own = f"lora.rank={ranks[-1]} 'lora.targets=[{', '.join(describe_targets(places, lora.pairs))}]'"
+    rank = next(iter(held.values())).lora_A.shape[0]
+    if len(ranks) > 1:
+        raise UserError(f"{lora.origin}: ranks {', '.join(map(str, ranks))} in one file", expected="one rank")
+    missing, unexpected = sorted(held.keys() - lora.pairs.keys()), sorted(lora.pairs.keys() - held.keys())
+    if missing or unexpected:
+        raise UserError(
+            f"{lora.origin}: {len(missing)} modules are missing{_first(missing)}, {len(unexpected)} are unexpected"
+            f"{_first(unexpected)}",
+            expected=f"the {len(held)} modules of lora.targets",
+            fix=own,
+        )
+    if ranks != [rank]:
+        raise UserError(f"{lora.origin}: rank {ranks[0]}, lora.rank is {rank}", fix=own)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add scale · B A to every adapted weight, rounded once, so that a forward pass costs what it did without a LoRA.
+
+    `unmerge` restores the weights to the bit: the adapted ones are kept on the CPU meanwhile.
+    """
+    paths, kept = linears(model), {}
+    for name, module in lora_modules(model).items():
+        merged = module.weight.float() + module.scale * (module.lora_B @ module.lora_A)
+        plain = _plain(module)
+        plain.weight = nn.Parameter(merged.to(module.weight.dtype), requires_grad=False)
+        if module.bias is not None:  # its own: the adapted module's moves to the CPU
+            plain.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        model.set_submodule(paths[name], plain)
+        kept[paths[name]] = (module.to("cpu"), merged.device)
+    if not kept:
+        raise UserError("the model has no LoRA to merge", fix="`load` one first")
+    setattr(model, _MERGED, kept)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: the LoRA is beside the weights again, and those are what they were, to the bit."""
+    for path, (module, device) in getattr(model, _MERGED, {}).items():
+        model.set_submodule(path, module.to(device))
+    if hasattr(model, _MERGED):
+        delattr(model, _MERGED)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the LoRA out of the model: what is left are the weights that it was put beside."""
+    unmerge(model)
+    paths = linears(model)
+    for name, module in lora_modules(model).items():
+        model.set_submodule(paths[name], _plain(module))
+
+
+def _plain(module: LoRALinear) -> Linear:
+    plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = module.weight, module.bias
+    return plain.train(module.training)
 
 
 @torch.no_grad()
@@ -133,8 +254,9 @@ def _init_a(lora_a_rI: nn.Parameter, name: str, seed: int) -> None:
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
-    """Adapted modules by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """Adapted modules by official name, in the model's order."""
+    named = model.named_modules()
+    return {official_name(path) or path: module for path, module in named if isinstance(module, LoRALinear)}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

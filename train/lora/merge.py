@@ -5,7 +5,6 @@ Every output tensor is one input tensor, read, changed in float32, rounded once,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.files.safetensors_index import CheckpointLayout
+from train.lora.export import digest_file
 from train.lora.formats import LoRAFile, Pair, refuse_other_model
 from train.model.dit import build_model
 from train.model.load import base_parameters, match_tensors, read_dit_config
@@ -142,9 +142,3 @@ def merged_loras(checkpoint: Path) -> list[dict]:
         text = (opened.metadata() or {}).get(MERGED_KEY, "[]")
     records: list[dict] = json.loads(text)
     return records
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

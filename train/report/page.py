@@ -72,13 +72,13 @@ def write_run_report(
     hard = hard_samples(run.steps, levels, num_hard)
     shown = pictures_section(pictures, run.pictures, run.folder)
     made = [
+        shown,
         Section("overview", "Overview", join((_facts(run, summary), _findings(run, summary)))),
         Section("loss", "Loss", loss_charts(run)),
         Section("noise", "By noise level", noise_charts(run, levels)),
         Section("speed", "Speed", speed_charts(run)),
         Section("memory", "Memory and updates", memory_charts(run)),
         Section("hard", "Highest losses", _hard(run, hard, pictures, open_data)),
-        shown,
         Section("resume", "Resume points", _resume(run)),
         Section("config", "Config", tag("div", tag("pre", run.config_text), class_="scroll", tabindex=0, role="region",
                                         aria_label="config.yaml")),

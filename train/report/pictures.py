@@ -10,12 +10,13 @@ from urllib.parse import quote
 
 from shards.errors import UserError
 from shards.files.tensor_files import read_latent_facts
-from shards.page.html_page import Html, Section, join, tag
+from shards.page.html_page import Child, Html, Section, join, tag
 from train.report.read_run import SampledLatent
 
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".mp4": "video/mp4"}
 MAX_STEPS_SHOWN = 12
 SHEET = "samples/contact-sheet.jpg"
+SIDE_BY_SIDE = "samples/side-by-side.mp4"
 
 
 class Pictures:
@@ -52,14 +53,19 @@ def pictures_section(pictures: Pictures, found: Sequence[SampledLatent], run: Pa
     if not found:
         return None
     names = sorted({picture.name for picture in found})
+    words: list[Child] = []
+    if (run / SIDE_BY_SIDE).is_file():  # first in the page's budget, too
+        source = pictures.file(run / SIDE_BY_SIDE)
+        link = pictures.link(run / SIDE_BY_SIDE, "the samples side by side")
+        words.append(tag("p", "From the first step, on the left, to the last: ", link, "."))
+        words.append(source and _video(source, "samples of all prompts, a column a step", class_="wide"))
     blocks = [_prompt(pictures, [one for one in found if one.name == name]) for name in names]
     waiting = sum(one.video is None for one in found)
-    words = []
     if waiting:
         command = tag("code", f"wanprep decode --watch {run} -c CONFIG")
         words.append(tag("p", f"{waiting} of {len(found)} latents have no video yet: ", command, " makes them."))
     if (run / SHEET).is_file():
-        words.append(tag("p", "All at a glance: ", pictures.link(run / SHEET, "the contact sheet"), "."))
+        words.append(tag("p", "All in one picture: ", pictures.link(run / SHEET, "the contact sheet"), "."))
     return Section("pictures", "Sampled videos", join((*words, *blocks)))
 
 
@@ -86,17 +92,14 @@ def _card(pictures: Pictures, picture: SampledLatent, *, playing: bool) -> Html:
     what = f"{picture.name} after step {picture.step:,}"
     media = None
     if playing and picture.video is not None and (source := pictures.file(picture.video)):
-        video = {
-            "src": source,
-            "controls": True,
-            "loop": True,
-            "muted": True,
-            "preload": "metadata",
-            "playsinline": True,
-        }
-        media = tag("video", aria_label=what, **video)  # type: ignore[arg-type]
+        media = _video(source, what)
     elif picture.still is not None and (source := pictures.file(picture.still)):
         media = tag("img", src=source, alt=what)
     links = [pictures.link(path, word) for path, word in ((picture.video, "video"), (picture.latent, "latent")) if path]
     foot = tag("figcaption", f"step {picture.step:,} · ", links[0], *(join((" · ", link)) for link in links[1:]))
     return tag("figure", media, foot)
+
+
+def _video(source: str, label: str, **attributes: str) -> Html:
+    switches = {"controls": True, "loop": True, "muted": True, "preload": "metadata", "playsinline": True}
+    return tag("video", aria_label=label, src=source, **attributes, **switches)  # type: ignore[arg-type]

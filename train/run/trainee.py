@@ -21,9 +21,8 @@ from train.config.train import TrainConfig
 from train.device import available_memory, choose_device, device_info
 from train.estimate.saves import GIB, make_chooser
 from train.geometry import Shape
-from train.lora.export import locate_lora
-from train.lora.formats import name_tensors, raw_pairs, read_lora, save_lora, to_raw_state
-from train.lora.lora import inject, load_lora_state, reset
+from train.lora.formats import name_tensors, raw_pairs, save_lora
+from train.lora.lora import inject, load, load_lora_state, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, read_dit_config, save_dit
 from train.parallel.fsdp import shard_base
@@ -113,8 +112,7 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | 
     dims = resolve_dims(config)
     model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
-        start = read_lora(locate_lora(Path(config.lora.start_from))[0])
-        load_lora_state(model, to_raw_state(start, config.lora), start.origin)
+        load(model, config.lora.start_from)
     policy = choose_policy(config, dims, device_bytes, precision.dtype, ranks.layout)
     if ranks.sequence is not None:
         model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)

@@ -36,13 +36,18 @@ class Grid(NamedTuple):
 def make_grid(solver: SolverName, num_steps: int, shift: float, grid: GridName = "diffusers") -> Grid:
     """The noise levels of `num_steps` steps under a shift: sigma' = shift·sigma / (1 + (shift − 1)·sigma).
 
-    `official` starts at 0.999 before the shift and ends at 0 (Wan2.2's `set_timesteps`), `diffusers` starts at 1 and
-    ends at 0.001: sigmas differ by at most 0.0043. UniPC's timesteps are cut to whole numbers as in both references.
+    `official` starts at 0.999 before the shift and ends at 0 (Wan2.2's `set_timesteps`). `diffusers` is the grid of
+    diffusers' scheduler of that solver: UniPC starts at 1 and ends at 0.001, its sigmas differ from the official ones
+    by at most 0.0043; Euler's last level is the shifted 0.001, which is then shifted again, and the levels up to it
+    include it. UniPC's timesteps are cut to whole numbers as in both references.
     """
     if num_steps < 1:
         raise UserError(f"sampler.steps: {num_steps}", expected="at least 1")
     first, last = (1.0, 1 / NUM_TRAIN_TIMESTEPS) if grid == "diffusers" else (1 - 1 / NUM_TRAIN_TIMESTEPS, 0.0)
-    sigmas = np.linspace(first, last, num_steps + 1)[:-1]
+    if (solver, grid) == ("euler", "diffusers"):
+        sigmas = np.linspace(first, shift * last / (1 + (shift - 1) * last), num_steps)
+    else:
+        sigmas = np.linspace(first, last, num_steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     if abs(sigmas[0] - 1) < 1e-6 and solver == "unipc":
         sigmas[0] -= 1e-6  # log(1 − sigma) must stay finite; the same step aside as in diffusers
