@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -30,6 +30,13 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class StorageConfig(Config):
+    """How a remote storage that fails is treated. Nothing here changes a byte of shards or a number of a run."""
+
+    patience_minutes: Annotated[float, pydantic.Field(ge=0)] = 15.0
+    """Longest that one read or write waits for an S3 server that does not answer; then exit code 75. 0: not at all."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -243,7 +243,7 @@ def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
         if progress.is_exact and progress.step > 0 and not progress.is_saved:
             _save(progress, log, sync=False)
         log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
-    except Exception as another:  # report the first
+    except Exception as another:  # not this one
         LOG.error("after the error below, nothing could be saved of step %d: %s", progress.step, another)
 
 

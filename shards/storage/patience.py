@@ -15,11 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from pydantic import Field
-
-from shards.config import Config
+from shards.config import StorageConfig
 from shards.console import LOG, duration_words
 from shards.errors import StorageOutage
 
@@ -29,13 +27,6 @@ NOTICE_SECONDS = 2.0
 """Waits that are shorter are not reported."""
 REMINDER_SECONDS = 60.0
 Value = TypeVar("Value")
-
-
-class StorageConfig(Config):
-    """How a remote storage that fails is treated. Nothing here changes a byte of shards or a number of a run."""
-
-    patience_minutes: Annotated[float, Field(ge=0)] = 15.0
-    """Longest that one read or write waits for an S3 server that does not answer; then exit code 75. 0: not at all."""
 
 
 class Waiting(NamedTuple):

@@ -17,11 +17,12 @@ from shards_data import write_dataset
 
 import shards.storage.s3
 from shards.cli import main
+from shards.config import StorageConfig
 from shards.errors import ShardDamage, StorageFailure, StorageOutage
 from shards.read.dataset import open_dataset
 from shards.read.index import write_index
 from shards.storage import open_storage, patience
-from shards.storage.patience import StorageConfig, Waiting, abandon_waits, on_wait, result_within, set_patience
+from shards.storage.patience import Waiting, abandon_waits, on_wait, result_within, set_patience
 from shards.storage.s3 import S3Root, S3Storage
 
 Injected = str | int

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shards.config import Config
+from shards.config import Config, StorageConfig
 from shards.errors import UserError
-from shards.storage.patience import StorageConfig
 from train.config.model import DiTConfig, LoRAConfig, Positive
 from train.config.sampling import SampleConfig
 
