@@ -1,5 +1,6 @@
 """The documents say what the program does: generated references, commands that parse, messages, links."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -207,3 +208,38 @@ def test_links_lead_somewhere():
             if target == "docs/performance.md":  # written by the measurements that `make bench` is run for
                 continue
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+ARCHAIC = re.compile(r"\b(mend|mends|mended|mending|anew|gone on with|hush|hushed|dealt|(?<!`)owed)\b", re.IGNORECASE)
+
+
+def test_nothing_that_a_user_reads_uses_archaic_words():
+    """Messages, help and docstrings (every string of the code), the documents, and the comments of configs."""
+    found = []
+    for path in [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and ARCHAIC.search(node.value):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ARCHAIC.search(node.value)[0]}")
+    texts = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "Makefile"]
+    texts += [path for path in (ROOT / "configs").rglob("*.*") if path.is_file()]
+    for path in texts:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if match := ARCHAIC.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert not found
+
+
+def test_the_korean_tutorial_has_the_commands_of_the_english_one():
+    assert _commands(ROOT / "docs/tutorial.ko.md") == _commands(ROOT / "docs/tutorial.md")
+
+
+def test_the_index_of_decisions_lists_every_page_with_its_title_date_and_status():
+    folder = ROOT / "docs/decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    for path in sorted(folder.glob("[0-9]*.md")):
+        text = path.read_text(encoding="utf-8")
+        number, title = re.match(r"# (\d{3})\. (.+)\n", text).groups()
+        date, status = re.search(r"^Date: (\S+)$", text, re.M)[1], re.search(r"^Status: (.+)$", text, re.M)[1]
+        assert path.name.startswith(number)
+        row = f"[{number}]({path.name}) | {title} | {date} | {status} |"
+        assert row in index, row

@@ -83,7 +83,7 @@ class UnitWorker:
         return commit
 
     def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
-        """Encode units as they are dealt, beginning the next ahead: a unit's number is taken when it is needed.
+        """Encode units as they are handed out, beginning the next ahead: a unit's number is taken when it is needed.
 
         Commits come as units are complete, not in order: a clip that takes minutes holds up its own unit alone.
         `on_row` is called with each candidate's row, by the writer's thread. Left by an exception (Ctrl-C too) it
