@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install $(QUIET) --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 STAMP := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo demo-clean test test-fast test-all lint format docs bench clean help
+.PHONY: demo demo-clean test test-fast test-all lint format docs bench gpu clean help
 
 help:
 	@echo "make demo        set up, then the complete job on a small corpus: clips -> shards -> LoRA (demo/)"
@@ -23,6 +23,7 @@ help:
 	@echo "make format      ruff format, and the fixes that ruff can make"
 	@echo "make docs        write the generated pages again: docs/reference and the tables of docs/scaling.md"
 	@echo "make bench       the benchmarks: ratios and counts, in tests/benchmarks/"
+	@echo "make gpu         what is right and how fast it is on this machine's GPU, in eight minutes; ARGS=--tiny: on a CPU"
 	@echo "make clean       remove the environment and the demo's output"
 
 $(BIN)/python:
@@ -76,6 +77,10 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+# No set-up: a machine with a GPU may have no network. The script names what is missing.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/benchmarks/gpu_checks.py $(ARGS)
 
 clean: demo-clean
 	rm -rf $(VENV) build *.egg-info

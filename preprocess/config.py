@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from shards.config import Config
+from shards.storage.patience import StorageConfig
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
 CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
@@ -64,6 +67,11 @@ class WindowConfig(Config):
     """Most windows taken from one clip."""
     max_scene_score: Annotated[float, Field(gt=0, le=1)] | None = None
     """No window across a shot change: ffmpeg's scene score above which a frame is a cut; null: not looked for."""
+    min_motion: Share = 0.0001
+    """Smallest share of the picture that moves in a window; the default refuses what does not move at all, 0 nothing.
+    Samples of one frame are exempt."""
+    max_black_share: Share = 0.999
+    """Largest share of a window's pixels that are black; the default refuses what is black all over, 1 nothing."""
 
     @model_validator(mode="after")
     def _whole_latents(self) -> WindowConfig:
@@ -100,6 +108,8 @@ class BucketsConfig(Config):
     """Sizes to choose from, by nearest display shape."""
     max_upscale: Annotated[float, Field(ge=1)] = 1.0
     """Largest enlargement of the displayed picture; a clip that no bucket can take within it is refused."""
+    min_kept_share: Share = 0.5
+    """Smallest share of the displayed picture that the centre cut may keep; a clip of another shape is refused."""
 
 
 def check_template(template: str) -> str:
@@ -174,6 +184,11 @@ class FetchConfig(Config):
     """Most downloads from one host at a time."""
     attempts: Positive = 4
     """Attempts at one clip before it becomes a ledger row."""
+    outage_minutes: Annotated[float, Field(ge=0)] = 60.0
+    """Longest wait for a host that does not answer any request, before the build stops with exit code 75 (run it again
+    to resume); no row is written meanwhile. 0: no wait, each clip of such a host becomes a row."""
+    user_agent: Annotated[str, Field(pattern=r"^[ -~]*$")] = "wanprep"
+    """The User-Agent header of requests over HTTP(S)."""
     sign: SigningConfig = SigningConfig()
     """Signatures for a private CloudFront distribution."""
     s3_endpoint: str | None = None
@@ -218,8 +233,9 @@ class EncodersConfig(Config):
     """Memory format channels_last_3d, which GPUs' 16-bit kernels need to be fast; null: on a GPU."""
     vae_compile: bool = False
     """torch.compile of the VAE: minutes at the start for each picture size; it is part of the latents' identity."""
-    text_precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of UMT5; never fp16."""
+    text_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of UMT5; `auto`: bf16, or fp32 on a GPU that only emulates bf16 (V100, T4); a set that was begun is
+    continued as it was. Never fp16."""
 
 
 class ShardsConfig(Config):
@@ -276,3 +292,31 @@ class PrepConfig(Config):
     encoders: EncodersConfig = EncodersConfig()
     shards: ShardsConfig = ShardsConfig()
     engine: EngineConfig = EngineConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "window": ("num_frames", "min_motion", "max_black_share"),
+    "buckets": ("min_kept_share",),
+}
+"""Keys that enter no identity: each generation of a plan is built with those that it was frozen with."""
+
+
+def frozen_choices(config: PrepConfig) -> dict[str, int | float]:
+    """The values of the `FROZEN` keys, by their dotted names."""
+    return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in _frozen_names()}
+
+
+def with_choices(config: PrepConfig, choices: Mapping[str, int | float]) -> PrepConfig:
+    """`config` with frozen choices in place of its own; one that is absent counts as its default."""
+    sections: dict[str, Config] = {"window": config.window, "buckets": config.buckets}
+    for section, name in _frozen_names():
+        if choices:
+            default = type(sections[section]).model_fields[name].default
+            value = choices.get(f"{section}.{name}", default)
+            sections[section] = sections[section].model_copy(update={name: value})
+    return config.model_copy(update=sections)
+
+
+def _frozen_names() -> list[tuple[str, str]]:
+    return [(section, name) for section, names in FROZEN.items() for name in names]

@@ -42,6 +42,7 @@ class Inspection(Config):
     pixel_format: str = ""
     stream: int = 0
     """Index of the video stream."""
+    stream_ground: str = "the only video stream"
     width: int = 0
     height: int = 0
     sample_aspect: tuple[int, int] | None = None
@@ -54,13 +55,16 @@ class Inspection(Config):
     """ISO 23091 matrix coefficients; 2: not flagged."""
     range: int = 0
     """0 not flagged, 1 limited, 2 full."""
+    primaries: int = 2
+    """ISO 23091 colour primaries; 2: not flagged."""
     transfer: int = 2
+    """ISO 23091 transfer characteristics; 2: not flagged."""
     num_frames: int = 0
     """Frames shown, counted from the packets."""
     zero_seconds: float = 0.0
     """The clip's zero on the file's own clock: where its earliest stream starts. All other times count from here."""
     start_seconds: float = 0.0
-    """Time of the first frame."""
+    """Time of the first frame that decodes: a clip cut at an open group of pictures begins with some that do not."""
     end_seconds: float = 0.0
     """End of the last frame."""
     period_seconds: float = 0.0
@@ -70,17 +74,18 @@ class Inspection(Config):
     is_constant_rate: bool = True
     key_seconds: tuple[float, ...] = ()
     """Times of key frames where decoding can start, half a second or more apart."""
-    declared_seconds: float | None = None
-    """Duration that the container claims."""
+    picture_seconds: tuple[float, ...] = ()
+    """Times of all frames shown, in order."""
+    corrupt_seconds: tuple[float, ...] = ()
+    """Times of packets that the container itself reports as corrupt."""
     truncated: str | None = None
     """Why the file is thought to be cut, if it is."""
-    damaged: str | None = None
-    """What the container itself reports as corrupt, if anything."""
     is_still: bool = False
     """A picture file."""
     pictures: tuple[MeasuredPicture, ...] = ()
     vbi_lines: int = 0
     """Lines above the picture that carry data or nothing."""
+    vbi_ground: str = "pictures"
     bars: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Black left, top, right, bottom of the raster below the VBI lines, in coded pixels."""
     scan: dict[str, int] | None = None
@@ -130,6 +135,10 @@ class ClipFacts(Config):
     num_frames: int
     key_seconds: tuple[float, ...] = ()
     """Times of key frames where decoding can start, half a second or more apart."""
+    picture_seconds: tuple[float, ...] = ()
+    """Times of all frames shown, in order; what a window needs is looked up here. Not recorded with the sample."""
+    corrupt_seconds: tuple[float, ...] = ()
+    """Times of packets that the container itself reports as corrupt."""
     cuts: tuple[float, ...] = ()
     """Times of shot changes; looked for only where the config asks."""
     decisions: dict[str, JsonValue]

@@ -11,6 +11,8 @@ Stage = Literal["read", "sieve", "fetch", "probe", "window", "bucket", "decode",
 """Where a record can end, in the order it passes them."""
 
 STAGES: tuple[str, ...] = get_args(Stage)
+INTERNAL_ERROR = "internal-error"
+"""The work on a clip raised what it must not: a defect of this program, or of the machine."""
 MAX_DETAIL_CHARACTERS = 400
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,7 +28,8 @@ def main() -> None:
 
     ROOT is a folder or s3://bucket/prefix (append ?endpoint=URL for another server).
 
-    Exit codes: 0 all is well, 1 damage was found, 2 the command could not be carried out.
+    Exit codes: 0 all is well, 1 damage was found, 2 the command could not be carried out, 75 not now: a storage that
+    does not answer, a full disk.
     """
     set_up_logging()
 
@@ -65,19 +67,31 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 
 @main.command()
 @ROOT
-@click.argument("key")
+@click.argument("key", metavar="KEY|CLIP")
 @AS_JSON
 @click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
 def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
-    """One sample: where it lies, its JSON, its captions in every text set.
+    """One sample: its shard, its JSON, its captions in every text set.
 
-    `wantrain show-clip` says which steps of a run used it.
+    For a clip id, or the name of an annotation: every attempt at it, why it was refused, and whether a retry can help.
+    `wantrain show-clip` says which steps of a run used a clip.
 
     \b
     wanshards show demo/shards clip-1@0-49-480x832
     wanshards show demo/shards clip-1@0-49-480x832 --preview strip.jpg
+    wanshards show demo/shards 3338992
     """
+    from shards.show.clip import describe_clip, find_clip
     from shards.show.overview import print_sample, sample_details, write_preview
+    from shards.storage import open_storage
+
+    if not re.fullmatch(r"[a-z0-9_~-]+@\d+-\d+-\d+x\d+", key):
+        history = find_clip(open_storage(root), key)
+        if as_json:
+            print_json(history)
+        else:
+            click.echo("\n".join(describe_clip(history)))
+        return
 
     if preview is not None:
         write_preview(root, key, preview)
@@ -94,7 +108,7 @@ def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
 @AS_JSON
 @click.option("--fast", "level", flag_value="fast", help="Documents, sizes and completeness only.")
 @click.option("--deep", "level", flag_value="deep", help="Also decode every array and check that it is finite.")
-@click.option("--partial", is_flag=True, help="Planned units that are not there yet are no problem.")
+@click.option("--partial", is_flag=True, help="What the build has not come to yet is no problem.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=1, show_default=True, help="Files read at a time.")
 def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int) -> None:
     """Check every byte against the commits. Exit code 1 when damage was found.
@@ -123,14 +137,7 @@ def index(root: str) -> None:
     from shards.read.index import write_index
     from shards.storage import open_storage
 
-    with click.progressbar(length=1, label="index", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        num_units = write_index(open_storage(root), advance)
-    click.echo(f"{num_units} shards indexed")
+    click.echo(f"{write_index(open_storage(root))} shards indexed")
 
 
 @main.command()
@@ -172,9 +179,7 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     if text_set is None and "default" in read_info(open_storage(root)).text_sets:
         text_set = "default"
     dataset = open_dataset(root, text_set)
-    label = f"export to {target}"
-    with click.progressbar(length=len(dataset), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        written = export_plain(dataset, target, lambda: bar.update(1))
+    written = export_plain(dataset, target)
     text = f"text set {text_set}" if text_set else "no text"
     click.echo(f"{len(written)} tars, {len(dataset)} samples, {text} in {target}")
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +21,7 @@ from shards.errors import UserError
 
 MAX_CONFIG_BYTES = 1_000_000
 _MAX_DEPTH = 100
+_MAX_NODES = 100_000
 
 
 class Config(pydantic.BaseModel):
@@ -56,7 +58,15 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, origin: str) -> Any:
     """Parse YAML safely. Raises UserError naming `origin`, line and column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_nodes(node, {}) > _MAX_NODES:
+            raise UserError(
+                f"{origin}: its aliases stand for more than {_MAX_NODES:,} values", expected="a configuration file"
+            )
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the date 2024-13-45, or 1,000 brackets
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -65,6 +75,16 @@ def shipped_configs() -> Path:
     """The folder of the YAML files that ship: inside an installed package, beside the packages in a checkout."""
     installed = Path(__file__).with_name("configs")
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for when every alias in it is written out: a short file can name billions."""
+    if id(node) not in known:
+        known[id(node)] = 1  # while it is counted: a node may hold itself
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        inner = () if isinstance(node, yaml.ScalarNode) else parts
+        known[id(node)] = min(_MAX_NODES + 1, 1 + sum(_num_nodes(part, known) for part in inner))
+    return known[id(node)]
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
@@ -108,7 +128,7 @@ def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) 
 
 
 def _first_that_json_lacks(values: Any) -> str | None:
-    """The first value that JSON has no word for, with its dotted key: a date, bytes, a list that holds itself."""
+    """The first value that JSON cannot hold, with its dotted key: a date, bytes, a list that holds itself."""
     left: list[tuple[Any, tuple[Any, ...], tuple[int, ...]]] = [(values, (), ())]
     while left:
         value, location, above = left.pop()

@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or absent: safetensors and JSON, written aside, synced, renamed.
+"""Checkpoints that are complete or absent: safetensors and JSON, written under a temporary name, synced, renamed.
 
-    checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors when the whole is trained)
+    checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors for a full model)
                              average.safetensors    their moving average, where there is one
                              optimizer.safetensors  moments, or 8-bit codes with their scales
-                             state.json             step, updates, position in the order, loss scale, versions, identity
+                             state.json             step, updates, position in the order, loss scale, identity;
+                                                    versions, sha256 of the other files; sealed as commits of shards are
                              dataset-pin.json       the very commits of the dataset that the run reads
 
 There is no pickle, and no state of a random generator: every draw is a function of the step.
@@ -11,18 +12,21 @@ There is no pickle, and no state of a random generator: every draw is a function
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from shards.config import Config, validate_config
-from shards.errors import UserError
-from shards.storage.local import sync_path
+from shards.console import LOG
+from shards.errors import ShardDamage, UserError
+from shards.files.write_file import TEMPORARY, named_errors, sync_folder, write_file, write_text
+from shards.format.sealed_json import open_document, seal_document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +37,14 @@ AVERAGE_FILE = "average.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 PIN_FILE = "dataset-pin.json"
+OLDER = "resume from an older checkpoint: --resume RUN/checkpoints/step-…; `wantrain verify RUN` says which are good"
+# Names of dtypes in a safetensors header, in the order in which the library writes tensors of them: widest first.
+_DTYPES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32", "int32": "I32",
+    "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 _NAME = re.compile(r"step-(\d{7,})")
+LEFTOVERS = (f"{TEMPORARY}step-*", ".removing-step-*")
 Count = Annotated[int, Field(ge=0)]
 Owed = Literal["evaluation", "pictures"]
 
@@ -65,7 +76,7 @@ class CheckpointState(Config):
     evaluations_since_best: Count = 0
     """Evaluations in a row without improvement."""
     owed: tuple[Owed, ...] = ()
-    """What belongs to the step and a signal cut short; a resume does it first."""
+    """What is still to be done after the step (a signal interrupted it); a resume does it first."""
     seconds: float = 0.0
     """Wall-clock seconds of training so far, held-out loss included."""
     eval_seconds: float = 0.0
@@ -77,13 +88,15 @@ class CheckpointState(Config):
     identity: dict[str, Any]
     """What decides the numbers: configuration, weights, dataset."""
     provenance: dict[str, str] = Field(default_factory=dict)
-    """Versions and hardware; a difference is told, not refused."""
+    """Versions and hardware; a difference is reported, not refused."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of each other file of the checkpoint; empty in checkpoints of earlier versions."""
 
 
 def write_checkpoint(
     folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]], pin: Mapping[str, Any]
 ) -> Path:
-    """Write `checkpoints/step-N` under `folder`, whole or not at all, and return its path.
+    """Write `checkpoints/step-N` under `folder`, complete or not at all, and return its path.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -91,27 +104,27 @@ def write_checkpoint(
         tensors: named tensors by file name; they are written as they are, from the CPU.
         pin: opens the dataset again as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(state.step)
-    temporary = folder / f".writing-{final.name}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    for name, named in tensors.items():
-        save_tensors(temporary / name, named)
-    write_text(temporary / PIN_FILE, json.dumps(pin) + "\n")
-    write_text(temporary / STATE_FILE, state.model_dump_json(indent=1) + "\n")
-    sync_path(temporary)
-    if final.exists():  # left by a run that was then resumed from an earlier checkpoint
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    with named_errors(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            files = {name: write_tensors(temporary / name, named) for name, named in tensors.items()}
+            files[PIN_FILE] = write_text(temporary / PIN_FILE, json.dumps(pin) + "\n")
+            body = state.model_copy(update={"files": files}).model_dump(mode="json")
+            write_file(temporary / STATE_FILE, [seal_document(body, indent=1)])
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         stale = folder / f".stale-{final.name}"
-        if stale.exists():
-            shutil.rmtree(stale)
-        final.rename(stale)
+        if final.exists():  # left by a run that was then resumed from an earlier checkpoint
+            shutil.rmtree(stale, ignore_errors=True)
+            final.rename(stale)
         temporary.rename(final)
-        shutil.rmtree(stale)
-    else:
-        temporary.rename(final)
-    sync_path(folder)
+        shutil.rmtree(stale, ignore_errors=True)
+        sync_folder(folder)
     return final
 
 
@@ -119,29 +132,119 @@ def read_checkpoint(path: Path) -> CheckpointState:
     """The state of a checkpoint. Raises UserError naming what is missing or not as it should be."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", expected="a folder such as RUN/checkpoints/step-0000500")
-    try:
-        text = (path / STATE_FILE).read_text(encoding="utf-8")
-        values = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {STATE_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: {STATE_FILE} holds {type(values).__name__}", expected="an object")
+    values = _read_object(path / STATE_FILE)
+    if values.pop("seal", None) is not None:
+        try:
+            open_document((path / STATE_FILE).read_bytes(), STATE_FILE)
+        except ShardDamage as error:
+            raise UserError(f"{path}: {STATE_FILE} is damaged: {error.what}", fix=OLDER) from None
     return validate_config(CheckpointState, values, origin=str(path / STATE_FILE))
+
+
+def check_files(path: Path, state: CheckpointState) -> list[str]:
+    """What is wrong with the files of a checkpoint against the digests in its state; nothing where it has none."""
+    problems = []
+    for name, expected in state.files.items():
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
+            continue
+        if found != expected:
+            problems.append(f"{name} is damaged: its sha256 is {found}, {STATE_FILE} says {expected}")
+    return problems
+
+
+def examine_checkpoint(path: Path) -> tuple[CheckpointState | None, list[str]]:
+    """The state of a checkpoint, and what is wrong with it; no state where that cannot be read."""
+    try:
+        state = read_checkpoint(path)
+    except UserError as error:
+        return None, [error.problem.removeprefix(f"{path}: ")]
+    return state, check_files(path, state)
+
+
+class Verified(NamedTuple):
+    """What `wantrain verify` found of one checkpoint or one file of a run."""
+
+    path: str
+    state: Literal["good", "unverified", "unfinished", "damaged"]
+    """`unverified`: of an earlier version, without digests. `unfinished`: a kill left it, a resume removes it."""
+    problems: list[str]
+
+
+def verify_run(path: Path) -> list[Verified]:
+    """Check every checkpoint of a run, or one checkpoint, and the lines of a run's JSON files. Raises UserError."""
+    if (path / STATE_FILE).exists() or _NAME.fullmatch(path.name):
+        return [_verify(path)]
+    if not (path / "config.yaml").is_file() and not (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is no run and no checkpoint", expected="the `output` of `wantrain fit`")
+    folder = path / "checkpoints"
+    found = [_verify(one) for one in find_checkpoints(folder)]
+    leftovers = sorted(one for pattern in LEFTOVERS for one in folder.glob(pattern))
+    found += [Verified(str(one), "unfinished", []) for one in leftovers]
+    for file in sorted(path.glob("*.jsonl")):
+        with named_errors(file):
+            lines = file.read_bytes().splitlines(keepends=True)
+        bad = [number for number, line in enumerate(lines, start=1) if line.endswith(b"\n") and not _is_object(line)]
+        problems = [f"line {number} is no JSON object" for number in bad]
+        cut = bool(lines) and not lines[-1].endswith(b"\n")
+        found.append(Verified(str(file), "damaged" if bad else "unfinished" if cut else "good", problems))
+    return found
+
+
+def _verify(path: Path) -> Verified:
+    state, problems = examine_checkpoint(path)
+    good = "good" if state is not None and state.files else "unverified"
+    return Verified(str(path), "damaged" if problems else good, problems)  # type: ignore[arg-type]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def refuse_damage(path: Path, others: list[Path]) -> None:
+    """Raise UserError when a checkpoint is damaged, naming the newest good one of `others`; warn without digests."""
+    state, problems = examine_checkpoint(path)
+    if not problems:
+        if state is not None and not state.files:
+            LOG.warning("%s is of an earlier version, without digests: its bytes cannot be verified", path)
+        return
+    good = (other for other in reversed(others) if other != path and not examine_checkpoint(other)[1])
+    newest = next(good, None)
+    raise UserError(
+        f"{path}: {'; '.join(problems)}",
+        fix=f"--resume {newest}, the newest good one"
+        if newest
+        else "start a new run: no checkpoint of this one is good",
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint or a run. Raises UserError."""
+    try:
+        with named_errors(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path.parent}: {path.name} cannot be read: {error}", expected="a complete checkpoint"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path.parent}: {path.name} holds {type(values).__name__}", expected="an object")
+    return values
 
 
 def read_pin(folder: Path) -> dict[str, Any]:
     """The commits of the dataset that a checkpoint, or a run, was begun with."""
-    try:
-        pin = json.loads((folder / PIN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {PIN_FILE} cannot be read: {error}", expected="a whole checkpoint") from None
-    if not isinstance(pin, dict):
-        raise UserError(f"{folder}: {PIN_FILE} holds {type(pin).__name__}", expected="an object")
-    return pin
+    return _read_object(folder / PIN_FILE)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under a run's `checkpoints` folder, oldest first."""
+    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -157,7 +260,7 @@ def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> li
 
 
 def drop_later(folder: Path, step: int) -> list[Path]:
-    """Remove the checkpoints after `step`, those of a course that was given up; return what was removed.
+    """Remove the checkpoints after `step`, the steps that this resume replaces; return what was removed.
 
     Left in place they would count as the newest: new ones would be pruned for them, and `auto` would resume from them.
     """
@@ -176,14 +279,14 @@ def _remove(paths: list[Path]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Clear what a kill left behind: half-written, half-removed and replaced checkpoints."""
-    for pattern in (".writing-step-*", ".removing-step-*"):
+    for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             shutil.rmtree(path)
     for path in folder.glob(".stale-step-*"):
         final = path.with_name(path.name.removeprefix(".stale-"))
         if final.exists():
             shutil.rmtree(path)
-        else:  # killed between the two renames: the old one is still the whole one
+        else:  # killed between the two renames: the old one is still complete
             path.rename(final)
 
 
@@ -192,14 +295,33 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors beside `path`, sync, rename."""
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors of any device as safetensors; return the file's sha256.
 
-    temporary = path.with_name(f".writing-{path.name}")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-    sync_path(temporary)
-    temporary.rename(path)
+    The same tensors and metadata make the same bytes: the library writes metadata in an order that changes from run to
+    run, here it is sorted. Otherwise the bytes are the library's.
+    """
+    return write_file(path, _safetensors(tensors, metadata or {}))
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    import torch
+
+    names = {getattr(torch, name): place for place, name in enumerate(_DTYPES) if hasattr(torch, name)}
+    order = sorted(tensors, key=lambda name: (names[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -208,29 +330,30 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}", fix="resume from an older checkpoint") from None
+        with named_errors(path):
+            tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file: {error}", fix=OLDER) from None
     return tensors
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file beyond `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
+    """Drop the lines of a JSON-lines file beyond `step`, a last line that a kill cut short, and lines that are none.
+
+    A line in the middle that cannot be read is reported: the disk, or somebody else, wrote it.
+    """
+    with named_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break
-        if json.loads(line)["step"] > step:
-            break
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            LOG.warning("%s, line %d is no record of a step; removed: %.80s", path, number, repr(line)[2:])
+            continue
         kept.append(line)
-    write_text(path, b"".join(kept).decode())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 beside `path`, sync, rename."""
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    sync_path(temporary)
-    temporary.rename(path)
+    if kept != lines:
+        write_file(path, kept)

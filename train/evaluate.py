@@ -1,6 +1,6 @@
-"""The held-out loss: the same clips, noise levels, noise and modes every time, so that only the weights move it.
+"""The held-out loss: the same clips, noise levels, noise and modes every time, so that only the weights change it.
 
-Nine noise levels stand for the density that is trained on: the 10 %, 20 % … 90 % quantiles of it. Each clip is seen at
+Nine noise levels represent the density that is trained on: the 10 %, 20 % … 90 % quantiles of it. Each clip is seen at
 each level as text-to-video and, where it has more than one latent frame, as image-to-video, with its first caption.
 The mean is over clips, then levels, then modes, and carries no loss weight.
 """
@@ -34,7 +34,7 @@ Forward = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
 class HeldOut(NamedTuple):
-    """One evaluation."""
+    """One evaluation, as it goes into held_out.jsonl."""
 
     mean: float
     """Mean of the modes' means."""
@@ -43,7 +43,7 @@ class HeldOut(NamedTuple):
     i2v: tuple[float, ...]
     """The same for image-to-video; empty when every clip is one frame."""
     num_clips: int
-    quantiles: tuple[float, ...]
+    sigmas: tuple[float, ...]
     """Noise levels, shifted."""
     t2v_clips: Tensor
     """Loss of each clip at each level (clips × levels, float64), in an order that only the dataset decides."""
@@ -51,16 +51,6 @@ class HeldOut(NamedTuple):
     """The same for image-to-video; zero for clips of one frame."""
     moving: Tensor
     """Which clips have more than one latent frame."""
-
-    def as_dict(self) -> dict[str, float | int | list[float]]:
-        """JSON values."""
-        return {
-            "mean": self.mean,
-            "t2v": list(self.t2v),
-            "i2v": list(self.i2v),
-            "num_clips": self.num_clips,
-            "sigmas": list(self.quantiles),
-        }
 
 
 def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfig) -> list[int]:
@@ -87,9 +77,9 @@ def evaluate(
     density: SigmaDensity,
     text_len: int,
     device: torch.device,
-    look_up: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> HeldOut:
-    """The held-out loss of `forward` over the samples `ordinals`. `look_up` is called on the way and may raise."""
+    """The held-out loss of `forward` over the samples `ordinals`. `check_stop` is called on the way; it may raise."""
     import torch
 
     from train.objective import sample_sigma
@@ -107,7 +97,7 @@ def evaluate(
         for rows in clips.values():
             rows.append(torch.zeros(len(group), NUM_QUANTILES, dtype=torch.float64))
         for level, sigma in enumerate(sigmas):
-            look_up()
+            check_stop()
             noise = _noise(dataset, group, level, latent.shape[1:])
             for mode in modes:
                 losses = _losses(forward, latent, noise, text, float(sigma), mode, device)
@@ -240,8 +230,8 @@ def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -
     for name, losses in (("T2V", now.t2v), ("I2V", now.i2v)):
         if losses:
             parts.append(
-                f"{name} {sum(losses) / len(losses):.4f} (σ {now.quantiles[0]:.2f}: {losses[0]:.3f}, "
-                f"σ {now.quantiles[-1]:.2f}: {losses[-1]:.3f})"
+                f"{name} {sum(losses) / len(losses):.4f} (σ {now.sigmas[0]:.2f}: {losses[0]:.3f}, "
+                f"σ {now.sigmas[-1]:.2f}: {losses[-1]:.3f})"
             )
     if before and before["mean"] is not None:
         parts.append(f"{100 * (now.mean / before['mean'] - 1):+.1f} % since the start")
@@ -261,7 +251,8 @@ def _read(dataset: Dataset, group: Sequence[int], text_len: int) -> tuple[Tensor
     import torch
 
     samples = [dataset.samples[ordinal] for ordinal in group]
-    latents = [read_latent(dataset, ordinal, sample) for ordinal, sample in zip(group, samples, strict=True)]
+    channels = dataset.latent_shape(group[0])[0]
+    latents = [read_latent(dataset, ordinal, sample, channels) for ordinal, sample in zip(group, samples, strict=True)]
     texts = [check_text(dataset.text(ordinal, 0), text_len, dataset.samples[ordinal].key) for ordinal in group]
     return torch.from_numpy(np.stack(latents)), pad_texts(texts, text_len)
 

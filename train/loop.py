@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.console import LOG
+from shards.errors import UserError
+from shards.storage.patience import on_wait
 from train import checkpoint, evaluate
 from train.config.train import TrainConfig
 from train.data.loader import Loader
-from train.device import choose_device, device_memory
+from train.device import available_memory, choose_device, device_info, explained_out_of_memory
 from train.estimate.layout import choose_layout
+from train.estimate.saves import GIB
+from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
-from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, run_pending, smallest
-from train.run.log import HELD_OUT_FILE, METRICS_FILE, OwnLog, RunLog, StepRecord
+from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
+from train.run.events import write_event
+from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
 from train.run.session import (
-    AgreedStop,
-    Session,
     StoppedBySignal,
+    StopSignal,
     choose_checkpoint,
     describe_data,
     determinism,
@@ -40,7 +44,7 @@ from train.run.session import (
 )
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
-from train.run.trainee import Trainee, describe_trainee
+from train.run.trainee import Trainee, describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
@@ -66,36 +70,47 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
     """Train as configured and leave the run's folder as the design describes it.
 
     Args:
-        resume: `auto` goes on from the run's newest checkpoint, `never` insists on beginning, else a checkpoint's path.
+        resume: `auto` resumes from the run's newest checkpoint, `never` insists on a new run, else a checkpoint's path.
         verify: hash every byte of the dataset first.
 
     Under a launcher every process of the run calls it; rank 0 writes the folder, which all must see.
 
-    Raises UserError for whatever the user can fix, before the first step where it can be known by then.
+    Raises UserError for what the user can fix, before the first step where possible.
     """
     folder, world = Path(config.output), read_world()
     with contextlib.ExitStack() as stack:
+        patience_seconds = config.storage.patience_minutes * 60
         watch = stack.enter_context(HeartbeatWatch(world.rank, world.size, config.parallel))
         if world.rank == 0:
             stack.enter_context(locked(folder))
+            stack.callback(on_wait(lambda waiting: write_event(folder, "waiting", watch.step, **waiting._asdict())))
         stack.enter_context(log_file(folder, world.rank))
         stack.enter_context(determinism(config.precision.deterministic))
         device = choose_device(config.precision.device, world.local_rank if world.size > 1 else None)
-        stack.enter_context(process_group(config.parallel, world, device))
-        ranks = make_ranks(*choose_layout(config, world, smallest(world, device_memory(device))))
+        stack.enter_context(process_group(config.parallel, world, device, patience_seconds))
+        settings = {"checkpointing.policy": config.checkpointing.policy, "data.micro_batch": config.data.micro_batch}
+        stack.enter_context(explained_out_of_memory(device, settings))
+        free = smallest(world, available_memory(device))  # once: every rank's plan must be the same
+        ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
-        session = open_session(config, verify=verify, start=start, ranks=ranks)
+        session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
+        export_metadata(
+            session.identity, 0, config.checkpoint.licence, None
+        )  # what the end needs fails now, if it does
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
-        stop = AgreedStop(stack.enter_context(stop_signals()), ranks, watch.pulse)
+        stop = stack.enter_context(stop_signals(StopSignal(ranks, watch.pulse)))
         log = _open_log(progress, start)
-        stack.callback(log.close)
+        if log is not None:
+            stack.push(log.close_after)
         for line in (*describe_trainee(trainee, session.dataset), *describe_data(session)):
-            log.say(line)
+            LOG.info("%s", line)
         if not ranks.alone:
-            log.say(f"layout: {ranks.layout}{ranks.reason and f' ({ranks.reason})'}")
-        log.say(f"resuming from {start}" if start else f"beginning in {folder}")
+            LOG.info("layout: %s%s", ranks.layout, ranks.reason and f" ({ranks.reason})")
+        LOG.info("%s", f"resuming from {start}" if start else f"beginning in {folder}")
+        if log is not None:
+            _write_start(progress, log, start)
 
         loader = stack.enter_context(
             contextlib.closing(
@@ -112,40 +127,47 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
         )
-        pictures = _prepare_pictures(session, config)
+        pictures: list[Ready] = []
+        if config.sample is not None:
+            pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
         preview = Preview(config.sample if ranks.is_first else None, folder)
         stack.callback(preview.close)
         meter = Throughput(trainee, ranks.layout)
-        for line in meter.before(list(session.order.buckets)):
-            log.say(line)
-        saved, first_step = (progress.step, progress.owed) if start else None, progress.step + 1
-        if start is None:
-            progress.owed = progress.due()
-        # The beginning may stay the best, and what a signal cut short may turn out to be.
-        if _settle(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
-            saved = _save(progress, log)
-
-        while progress.step < config.max_steps and not stop.look() and not _exhausted(progress):
-            began = time.perf_counter()
-            watch.at(progress.step + 1, "reading its batch")
-            batch, position = next(loader)
-            waited = time.perf_counter() - began
-            if progress.telemetry is not None:
-                progress.telemetry.begin_step()
-            watch.at(batch.step, "its micro-batches")
-            own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.look)
-            if own_loss is None:
-                break  # step and position have not moved: the checkpoint below is exact
-            watch.at(batch.step, "the sum of the gradients")
-            rate, norm, overflow = progress.update()
-            loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
-            if batch.step == first_step:
-                run_pending(config.parallel)
-            progress.step, progress.position = batch.step, position
-            seconds = time.perf_counter() - began
-            progress.seconds += seconds
-            log.write_step(
-                StepRecord(
+        planned, lines = meter.before(list(session.order.buckets))
+        for line in lines:
+            LOG.info("%s", line)
+        if log is not None:
+            log.event("plan", progress.step, **planned)
+        first_step = progress.step + 1
+        if start is not None:
+            progress.mark_saved()
+        else:
+            progress.pending = progress.due()
+        with _saved_on_error(progress, log, stop):
+            # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
+            if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
+                _save(progress, log)
+            while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
+                began = time.perf_counter()
+                watch.at(progress.step + 1, "reading its batch")
+                batch, position = next(loader)
+                waited = time.perf_counter() - began
+                if progress.telemetry is not None:
+                    progress.telemetry.begin_step()
+                watch.at(batch.step, "its micro-batches")
+                progress.may_agree = False
+                own_loss = backward(trainee, batch, progress.scaler.scale_loss, stop.sync)
+                if own_loss is None:
+                    break  # step and position have not moved: the checkpoint below is exact
+                watch.at(batch.step, "the sum of the gradients")
+                rate, norm, overflow = progress.update()
+                progress.finish_step(batch.step, position)
+                loss = over_ranks(ranks, batch, own_loss, config.data.global_batch)
+                if batch.step == first_step:
+                    use_step_timeout(config.parallel, patience_seconds)
+                seconds = time.perf_counter() - began
+                progress.seconds += seconds
+                record = StepRecord(
                     step=batch.step,
                     epoch=batch.epoch,
                     bucket=str(batch.bucket),
@@ -166,29 +188,70 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     overflow=overflow,
                     substituted=loss.substituted,
                 )
-            )
-            progress.owed = progress.due()
-            watch.at(batch.step, "what follows a step")
-            is_best = _settle(progress, log, pictures, stop)
-            last = progress.step == config.max_steps
-            if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
-                saved = _save(progress, log)
-                stop.checkpoint = False
-
-        if (progress.step, progress.owed) != saved:
-            _save(progress, log)
+                if record.step % config.log.every_steps == 0 or record.overflow:
+                    LOG.info("%s", describe_step(record))
+                if log is not None:
+                    log.write_step(record)
+                watch.at(batch.step, "what follows a step")
+                is_best = _run_pending(progress, log, pictures, stop)
+                last = progress.step == config.max_steps
+                if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
+                    _save(progress, log)
+                    stop.checkpoint = False
+            if stop.failed is not None:
+                raise RankLost(f"rank {stop.failed} failed")
+            if not progress.is_saved:
+                _save(progress, log)
         for line in meter.after():
-            log.say(line)
+            LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stop.signal)
         if result.stopped_by is None:
             preview.finish()
-        ranks.barrier()  # nobody calls the run done before its files are there
+        ranks.barrier()  # no rank ends before the run's files are there
         return result
 
 
+@contextlib.contextmanager
+def _saved_on_error(progress: TrainingState, log: RunLog | None, stop: StopSignal) -> Iterator[None]:
+    """Around the training: an error ends the run with a checkpoint, where weights, step and position are exact.
+
+    With several ranks the others learn of the error at their next `stop.sync`, rank 0 saves, and then all end. That
+    needs the failing rank to be at a place where it can pair with a sync of theirs: reading, logging, evaluating, but
+    not within an exchange of its own (the backward pass and the update; the forward pass of a sharded model).
+    """
+    ranks = progress.session.ranks
+    try:
+        yield
+    except Exception as error:
+        is_own = stop.failed is None
+        is_split = ranks.layout.base_shards * ranks.layout.ulysses > 1
+        may_agree = progress.may_agree and (isinstance(error, UserError | OSError) or not is_split)
+        agreed = not ranks.alone and (may_agree or not is_own)
+        if agreed and is_own:
+            stop.fail()
+        if log is not None:
+            _save_after(error, progress, log)
+        if agreed:
+            messages = ranks.gather(f"{type(error).__name__}: {error}" if is_own else None)
+            if not is_own:
+                first = next(message for message in messages if message is not None)
+                raise RankLost(f"rank {stop.failed} failed: {first}") from None
+        raise
+
+
+def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
+    """Save what an error leaves exact, and record the error; a step 0 is not worth a checkpoint."""
+    try:
+        if progress.is_exact and progress.step > 0 and not progress.is_saved:
+            _save(progress, log, sync=False)
+        log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
+    except Exception as another:  # the first error is the one to report
+        LOG.error("after the error below, nothing could be saved of step %d: %s", progress.step, another)
+
+
 def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
-    """The checkpoint that all ranks go on from: rank 0 clears up and chooses."""
+    """The checkpoint that all ranks resume from: rank 0 removes leftovers and chooses."""
     chosen = None
     if ranks.is_first:
         checkpoint.remove_leftovers(folder / "checkpoints")
@@ -198,38 +261,58 @@ def _choose_start(folder: Path, resume: str, ranks: Ranks) -> Path | None:
     return None if chosen is None else Path(chosen)
 
 
-def _open_log(progress: TrainingState, start: Path | None) -> RunLog | OwnLog:
-    """On rank 0 cut the run's files back to where it goes on from, write its settings, and open its log."""
+def _open_log(progress: TrainingState, start: Path | None) -> RunLog | None:
+    """On rank 0 cut the run's files back to where it resumes, write its settings, and open its log."""
     if not progress.session.ranks.is_first:
-        return OwnLog()
+        return None
     folder, config = progress.session.folder, progress.config
     if start is not None:
         for path in checkpoint.drop_later(folder / "checkpoints", progress.step):
-            LOG.warning("%s is of the course that is given up; removed", path.name)
+            LOG.warning("%s is after the step that this resume starts from; removed", path.name)
     kept = progress.step if start else -1
     checkpoint.cut_back(folder / METRICS_FILE, kept)
-    checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.owed))
+    checkpoint.cut_back(folder / HELD_OUT_FILE, kept - ("evaluation" in progress.pending))
     settings = write_settings(progress.session, config)
     return RunLog(folder, config.log, first_step=progress.step + 1, max_steps=config.max_steps, settings=settings)
 
 
-def _settle(progress: TrainingState, log: RunLog | OwnLog, pictures: list[Ready], stop: AgreedStop) -> bool:
-    """Do what the step owes beside training, and return whether its held-out loss is the best so far.
+def _write_start(progress: TrainingState, log: RunLog, start: Path | None) -> None:
+    """The first events of a start: of what, on what."""
+    trainee, dataset = progress.trainee, progress.session.dataset
+    facts = {
+        "base": describe_base(trainee.config),
+        "parameters": sum(weight.numel() for weight in trainee.model.parameters()),
+        "trained": sum(weight.numel() for weight in trainee.weights.values()),
+        "revision": dataset.revision,
+        "processes": progress.session.ranks.layout.world_size,
+    }
+    if start is None:
+        log.event("start", progress.step, **facts)
+    else:
+        log.event("resume", progress.step, checkpoint=str(start), **facts)
+    precision = trainee.precision
+    name = device_info(trainee.device).name
+    gib = None if trainee.device_bytes is None else trainee.device_bytes / GIB
+    log.event("device", progress.step, name=name, precision=precision.name, reason=precision.reason, available_gib=gib)
 
-    What a signal cuts short stays owed: it goes into the checkpoint, and a resume does it from its beginning.
+
+def _run_pending(progress: TrainingState, log: RunLog | None, pictures: list[Ready], stop: StopSignal) -> bool:
+    """Do what is pending after the step, and return whether its held-out loss is the best so far.
+
+    What a signal interrupts stays pending: it goes into the checkpoint, and a resume does it from its beginning.
     """
     is_best = False
     with contextlib.suppress(StoppedBySignal):
-        if "evaluation" in progress.owed:
+        if "evaluation" in progress.pending:
             is_best = _evaluate(progress, log, stop.raise_if_asked)
-            progress.owed = tuple(name for name in progress.owed if name != "evaluation")
-        if "pictures" in progress.owed:
+            progress.pending = tuple(name for name in progress.pending if name != "evaluation")
+        if "pictures" in progress.pending:
             _sample(progress, pictures, stop.raise_if_asked)
-            progress.owed = ()
+            progress.pending = ()
     return is_best
 
 
-def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[], None]) -> bool:
+def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
     config, session, trainee = progress.config, progress.session, progress.trainee
     if config.eval is None:
@@ -244,26 +327,21 @@ def _evaluate(progress: TrainingState, log: RunLog | OwnLog, look_up: Callable[[
             sigma_density(config.objective),
             trainee.dims.text_len,
             trainee.device,
-            look_up,
+            check_stop,
         )
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     progress.eval_seconds += seconds
-    before = log.evaluations()
-    log.write_held_out(progress.step, held_out, seconds)
-    share = 100 * progress.eval_seconds / progress.seconds
-    found = evaluate.describe_held_out(held_out, before[0] if before else None)
-    log.say(f"step {progress.step}  {found}; {share:.0f} % of the time")
+    if log is not None:
+        before = log.evaluations()
+        log.write_held_out(progress.step, held_out, seconds)
+        share = 100 * progress.eval_seconds / progress.seconds
+        found = evaluate.describe_held_out(held_out, before[0] if before else None)
+        LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
 
 
-def _prepare_pictures(session: Session, config: TrainConfig) -> list[Ready]:
-    if config.sample is None:
-        return []
-    return prepare_prompts(config.sample.prompts, config.sample.sampler, session.trainee.dims, session.dataset)
-
-
-def _sample(progress: TrainingState, pictures: list[Ready], look_up: Callable[[], None]) -> None:
+def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable[[], None]) -> None:
     """Write latents of the configured prompts; `wanprep decode --watch` shows them, the trainer has no VAE."""
     if progress.config.sample is None:
         return
@@ -271,7 +349,7 @@ def _sample(progress: TrainingState, pictures: list[Ready], look_up: Callable[[]
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
     with trainee.holding(progress.average):
         first = progress.session.ranks.is_first
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, look_up)
+        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
     progress.seconds += time.perf_counter() - began
 
 
@@ -289,35 +367,39 @@ def _exhausted(progress: TrainingState) -> bool:
     return patience is not None and progress.evaluations_since_best >= patience
 
 
-def _save(progress: TrainingState, log: RunLog | OwnLog) -> tuple[int, tuple[checkpoint.Owed, ...]]:
-    """Write a checkpoint, on rank 0; return what tells it from the next one."""
-    if progress.session.ranks.is_first:
-        log.sync()
-        log.say(f"checkpoint {progress.save()}")
-    return progress.step, progress.owed
+def _save(progress: TrainingState, log: RunLog | None, *, sync: bool = True) -> None:
+    """Write a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
+    if log is not None:
+        if sync:
+            log.sync()
+        path = progress.save()
+        LOG.info("checkpoint %s", path)
+        log.event("checkpoint", progress.step, path=str(path))
+    progress.mark_saved()
 
 
-def _finish(progress: TrainingState, log: RunLog | OwnLog, stopped_by: int | None) -> FitResult:
+def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:
+    """Report the end and write the export, on rank 0."""
+    if log is None:
+        return FitResult(progress.step, None, None, None, stopped_by)
     evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)
     if stopped_by is not None:
-        log.say(f"stopped by signal {stopped_by} after step {progress.step}; `wantrain fit` goes on from there")
+        LOG.info("stopped by signal %d after step %d; the same command resumes there", stopped_by, progress.step)
+        log.event("stop", progress.step, reason="signal", signal=stopped_by, error=None, export=None)
         return FitResult(progress.step, before, after, None, stopped_by)
-    if _exhausted(progress):
-        log.say(f"stopped early: {progress.evaluations_since_best} evaluations without improvement")
+    if stopped_early := _exhausted(progress):
+        LOG.info("stopped early: %d evaluations without improvement", progress.evaluations_since_best)
     if before is not None and after is not None:
-        change = 100 * (after / before - 1)
-        log.say(
-            f"held-out loss {before:.4f} before, {after:.4f} after ({change:+.1f} %), best at step {progress.best_step}"
-        )
+        words = f"held-out loss {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.1f} %)"
+        LOG.info("%s, best at step %s", words, progress.best_step)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
-    log.say(
-        f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s, held-out loss {share:.0f} %"
-    )
-    if not progress.session.ranks.is_first:
-        return FitResult(progress.step, None, None, None, None)
+    words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"
+    LOG.info("%s, held-out loss %.0f %%", words, share)
     path = _export(progress)
-    log.say(f"exported {path}")
+    LOG.info("exported %s", path)
+    reason = "patience" if stopped_early else "done"
+    log.event("stop", progress.step, reason=reason, signal=None, error=None, export=str(path))
     return FitResult(progress.step, before, after, path, None)
 
 

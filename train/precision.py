@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shards.console import LOG
 from shards.errors import UserError
 from train.device import DeviceInfo
 
@@ -82,7 +83,7 @@ class LossScaler:
                 gradient.mul_(1 / self.scale)
 
     def update(self, overflow: bool) -> None:
-        """Take note of one optimizer step: applied, or skipped because of an overflow.
+        """Record one optimizer step: applied, or skipped because of an overflow.
 
         Raises: UserError after `max_skips` skipped updates in a row: the run does not learn any more.
         """
@@ -101,7 +102,8 @@ class LossScaler:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row overflowed fp16, down to a loss scale of {self.scale:g}",
                 expected="gradients that fit at some scale",
-                fix="wantrain doctor --ranges names the layer; precision: bf16 or fp32 where the card allows it",
+                fix="wantrain doctor --ranges names the layer: outputs of o and ffn.2 are folded by themselves, others "
+                "need precision.compute=bf16, or fp32",
             )
         self.scale = max(self.scale / 2, 2.0**-14)
 
@@ -134,8 +136,24 @@ def _not_finite(x: Tensor) -> Tensor:
     return ~torch.isfinite(x.sum(dtype=torch.float32))
 
 
+FOLDED = ("self_attn.o", "cross_attn.o", "ffn.2")
+"""Linears of a block whose outputs go into the float32 residual, and nowhere else."""
+FOLD_STEP, FOLD_MOST = 4, 16
+"""Powers of two by which a block's outputs are reduced at each of its forward overflows, and at most."""
+
+
+def fold_outputs(block: nn.Module, exponent: int) -> None:
+    """Let a block's FOLDED linears, their LoRA included, give 2^−exponent of their outputs.
+
+    The factor is in the matrix product, ahead of the rounding to fp16, and the float32 gate divides by it: in float32
+    every number is the same to the bit, and in fp16 what exceeded 65,504 is held. Weights and files are untouched.
+    """
+    for name in FOLDED:
+        block.get_submodule(name).output_scale = 2.0**-exponent  # type: ignore[assignment]
+
+
 class OverflowTelemetry:
-    """Names the block where numbers stopped being finite.
+    """Names the block where numbers stopped being finite, and folds a power of two into one whose outputs were not.
 
     A hook a block notes on the device whether its output is finite (one read, no wait). Only when a step overflowed are
     the notes fetched: the first bad block forward; if all were finite, the last block with bad gradients, since the
@@ -145,6 +163,7 @@ class OverflowTelemetry:
     def __init__(self, model: nn.Module) -> None:
         blocks = model.get_submodule("blocks")
         self.names = [f"blocks.{name}" for name, _ in blocks.named_children()]
+        self._blocks = dict(zip(self.names, blocks.children(), strict=True))
         self.counts: Counter[str] = Counter()
         self._bad: dict[str, Tensor] = {}
         self._handles = [
@@ -178,7 +197,20 @@ class OverflowTelemetry:
         """
         culprit = self._first_bad_output(over_ranks) or self._last_bad_gradient(parameters) or "outside the blocks"
         self.counts[culprit] += 1
+        if culprit.endswith(" forward"):
+            self._fold(culprit.removesuffix(" forward"))
         return culprit
+
+    def exponent(self, name: str) -> int:
+        """What is folded into a block: a function of its forward overflows, so the counts record it."""
+        return min(FOLD_MOST, FOLD_STEP * self.counts[f"{name} forward"])
+
+    def _fold(self, name: str) -> None:
+        exponent = self.exponent(name)
+        fold_outputs(self._blocks[name], exponent)
+        if exponent:
+            linears = ", ".join(FOLDED)
+            LOG.warning("%s: outputs of %s beyond fp16: computed at 2^-%d from here on", name, linears, exponent)
 
     def _first_bad_output(self, over_ranks: Callable[..., list[float]]) -> str | None:
         notes = over_ranks(*(float(name in self._bad and bool(self._bad[name])) for name in self.names))
@@ -199,8 +231,10 @@ class OverflowTelemetry:
         return dict(self.counts)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take the counts back."""
+        """Take the counts back, and with them what was folded."""
         self.counts = Counter(state)
+        for name in self.names:
+            self._fold(name)
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -28,7 +28,7 @@ class StepLoss(NamedTuple):
 
 
 class GlobalLoss(NamedTuple):
-    """Loss of the global batch, and what is told of its slots."""
+    """Loss of the global batch, and what is recorded of its slots."""
 
     mean: float
     slots: list[float]
@@ -44,7 +44,7 @@ def over_ranks(ranks: Ranks, batch: Batch, own: StepLoss, global_batch: int) -> 
     for slot, loss in zip(batch.slots, own.slots, strict=True):
         slots[slot] = loss
     numbers = [own.mean, float(batch.image_first_B.sum()), float(len(substituted)), *slots]
-    if ranks.layout.ulysses_rank:  # the ranks of a sequence have the same slots, and each their whole loss
+    if ranks.layout.ulysses_rank:  # the ranks of a sequence have the same slots, and each the full loss of them
         numbers = [0.0] * len(numbers)
     mean, num_image_to_video, num_substituted, *slots = ranks.all_reduce_sum(*numbers)
     if num_substituted and not ranks.alone:
@@ -104,7 +104,7 @@ def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """Move to the device; to a GPU from pinned memory, so that the host goes on meanwhile."""
+    """Move to the device; to a GPU from pinned memory, so that the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

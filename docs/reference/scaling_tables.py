@@ -108,13 +108,15 @@ def layouts() -> str:
 def assumptions() -> str:
     """What the seconds rest on."""
     lines = [
-        "| GPU | 16-bit peak, TFLOP/s | of it reached | within a machine, GB/s | between machines, GB/s |",
-        "| --- | --- | --- | --- | --- |",
+        "| GPU | 16-bit peak, TFLOP/s | GEMMs | attention, forward | backward | memory traffic, GB/s | within a "
+        "machine | between machines |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(system.gpu for system in SYSTEMS):
         gpu = GPUS[name]
         lines.append(
-            f"| {name} | {gpu.peak_tflops:g} | {gpu.efficiency:.0%} | {gpu.link_gb_per_second:g} | "
+            f"| {name} | {gpu.peak_tflops:g} | {gpu.gemm_tflops:g} | {gpu.attention_tflops:g} | "
+            f"{gpu.attention_backward_tflops:g} | {gpu.traffic_gb:,.0f} | {gpu.link_gb_per_second:g} | "
             f"{gpu.network_gb_per_second:g} |"
         )
     return "\n".join(lines)

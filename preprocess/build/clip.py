@@ -1,16 +1,22 @@
-"""The work on one candidate, in three parts: a decoder thread's, the encoder's, and the writer's behind it.
+"""The work on one candidate, in four parts, one for each pool of `pools.py`.
 
-    prepare   fetch → probe → bucket → windows → captions → decode → preview     any thread, no order
-    encode    VAE                                                  one thread, in the order of candidates
-    write     stored type → compression → shard, ledger row        one thread, in the same order, behind the encoder
+    fetch     HTTP, S3 or a file beside the annotation                  any thread, no order
+    decode    probe → bucket → windows → captions → decode → preview    any thread, no order
+    encode    VAE                                                       one thread, as clips become ready
+    write     stored type → compression → shard, ledger row             one thread, in the plan's order within a unit
 
-A bad clip ends as a ledger row with its stage and reason; anything else that goes wrong is a bug and propagates.
+A bad clip ends as a ledger row with its stage and reason. So does an unexpected exception in the work on one clip: its
+row is `internal-error`, retryable, and the log has the traceback. What the user or the machine got wrong is raised.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,14 +25,18 @@ import numpy as np
 from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts
-from preprocess.fetch.fetcher import Fetcher
+from preprocess.fetch.fetcher import Clip, Fetcher
+from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate
-from preprocess.rejection import ClipRejected, Rejection, short
+from preprocess.rejection import INTERNAL_ERROR, ClipRejected, Rejection, short
 from preprocess.text.captions import compose_all
-from preprocess.video.bucket import choose_bucket
+from preprocess.video.bucket import choose_bucket, kept_share
 from preprocess.video.decode import decode_window, preview_strip, transform_identity
+from preprocess.video.measure import Measured, measure_window
 from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window, choose_windows
+from shards.console import LOG
+from shards.errors import UserError
 from shards.format.arrays import array_facts, encode_array
 from shards.format.keys import sample_key
 from shards.format.ledger import LedgerRow, WindowRow
@@ -39,6 +49,8 @@ if TYPE_CHECKING:
 
 Reserve = Callable[[int], None]
 """Waits until so many bytes of frames may be decoded."""
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+_QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
 
 class Decoded(NamedTuple):
@@ -48,8 +60,22 @@ class Decoded(NamedTuple):
     frames_THWC: np.ndarray | None
     """uint8; None once it is encoded."""
     rejection: Rejection | None
+    measured: Measured | None = None
+    """None where nothing was decoded."""
     preview: bytes | None = None
     """A JPEG strip, where one is wanted."""
+
+
+class Fetched(NamedTuple):
+    """A candidate when its clip is here, or will not come."""
+
+    candidate: Candidate
+    clip: Clip | None
+    stack: ExitStack
+    """Holds the clip's file; whoever decodes it closes it."""
+    rejection: Rejection | None
+    attempts: int
+    seconds: dict[str, float]
 
 
 class Prepared(NamedTuple):
@@ -77,59 +103,135 @@ class Encoded(NamedTuple):
 
 
 class Preparer:
-    """What a decoder thread needs; shared by all of them."""
+    """What the threads that fetch and decode need; shared by all of them."""
 
-    def __init__(self, config: PrepConfig, fetcher: Fetcher, count_tokens: Callable[[str], int]) -> None:
+    def __init__(self, config: PrepConfig, fetcher: Fetcher, count_tokens: Callable[[str], int], scratch: Path) -> None:
         self._config = config
         self._fetcher = fetcher
         self._count_tokens = count_tokens
+        self._scratch = scratch
 
-    def prepare(self, candidate: Candidate, reserve: Reserve) -> Prepared:
-        """Bring one candidate to decoded frames. Never raises for a bad clip; raises `fetch.Stopped`."""
-        seconds: dict[str, float] = {}
-        clock = _Clock(seconds)
-        facts = bucket = None
-        attempts = num_bytes = 0
+    def fetch(self, candidate: Candidate) -> Fetched:
+        """Bring the candidate's clip to this machine. Raises only what `propagates`."""
+        record, began, stack = candidate.record, time.perf_counter(), ExitStack()
+        clip, rejection, attempts = None, None, 0
         try:
-            with self._fetcher.fetched(candidate.record) as clip:
-                attempts, num_bytes = clip.attempts, clip.num_bytes
-                clock.lap("fetch")
-                facts = probe_clip(clip.path, candidate.record, self._config)
+            clip = stack.enter_context(self._fetcher.fetched(record, is_retry=candidate.is_retry))
+            attempts = clip.attempts
+        except ClipRejected as rejected:
+            attempts, rejection = rejected.attempts, rejected.rejection
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            rejection = internal_error("fetch", error, record.clip_id)
+        seconds = {} if rejection else {"fetch": round(time.perf_counter() - began, 3)}
+        return Fetched(candidate, clip, stack, rejection, attempts, seconds)
+
+    def decode(self, fetched: Fetched, reserve: Reserve, config: PrepConfig | None = None) -> Prepared:
+        """Bring a fetched clip to decoded frames, and let its file go. Raises only what `propagates`.
+
+        `config`: with the choices that the candidate's unit was frozen with; None: the build's own.
+        """
+        config = config or self._config
+        candidate, clip, attempts = fetched.candidate, fetched.clip, fetched.attempts
+        record, seconds, rejection = candidate.record, dict(fetched.seconds), fetched.rejection
+        if clip is None:
+            return Prepared(candidate, None, None, (), rejection, attempts, 0, seconds)
+        facts = bucket = None
+        decoded: tuple[Decoded, ...] = ()
+        clock, stage = _Clock(seconds), "probe"
+        try:
+            with fetched.stack:
+                facts = probe_clip(clip.path, record, config)
                 clock.lap("probe")
-                bucket = _bucket(facts, self._config)
-                windows = choose_windows(facts, candidate.record, self._config)
+                stage = "bucket"
+                bucket = _bucket(facts, config)
+                stage = "window"
+                windows = choose_windows(facts, record, config)
                 reserve(sum(3 * bucket.width * bucket.height * window.num_frames for window in windows))
-                decoded = tuple(self._decode(clip.path, candidate.record, facts, window, bucket) for window in windows)
+                stage = "decode"
+                decoded = tuple(self._decode(clip.path, record, facts, window, bucket, config) for window in windows)
+                decoded = tuple(each._replace(rejection=clip.judged(each.rejection)) for each in decoded)
                 clock.lap("decode")
         except ClipRejected as rejected:
-            attempts = attempts or rejected.attempts
-            return Prepared(candidate, facts, bucket, (), rejected.rejection, attempts, num_bytes, seconds)
-        return Prepared(candidate, facts, bucket, decoded, None, attempts, num_bytes, seconds)
+            rejection = rejected.rejection
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            rejection = internal_error(stage, error, record.clip_id)
+        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, clip.num_bytes, seconds)
 
-    def _decode(self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize) -> Decoded:
+    def _decode(
+        self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
+    ) -> Decoded:
         """Frames of one window, unless no caption of the record speaks of it."""
-        end_seconds = window_end(window, self._config)
-        captions = compose_all(record, window.start_seconds, end_seconds, self._config.captions, self._count_tokens)
-        if isinstance(captions, Rejection):
-            return Decoded(window, None, captions)
+        stage = "caption"
         try:
-            frames_THWC = decode_window(path, facts, window, bucket, self._config)
+            end_seconds = window.start_seconds + window.num_frames / config.window.fps
+            captions = compose_all(record, window.start_seconds, end_seconds, config.captions, self._count_tokens)
+            if isinstance(captions, Rejection):
+                return Decoded(window, None, captions)
+            stage = "decode"
+            frames_THWC = decode_window(path, facts, window, bucket, config)
+            measured = measure_window(frames_THWC, kept_share(facts.display_width, facts.display_height, bucket))
+            if (refused := _refused_by_measure(measured, window, config)) is not None:
+                return Decoded(window, None, refused, measured)
+            num_previewed = config.shards.preview_frames
+            preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
         except ClipRejected as rejected:
             return Decoded(window, None, rejected.rejection)
-        num_previewed = self._config.shards.preview_frames
-        preview = preview_strip(frames_THWC, num_previewed) if num_previewed else None
-        return Decoded(window, frames_THWC, None, preview)
+        except Exception as error:
+            if propagates(error, self._scratch):
+                raise
+            return Decoded(window, None, internal_error(stage, error, record.clip_id))
+        return Decoded(window, frames_THWC, None, measured, preview)
+
+
+def _refused_by_measure(measured: Measured, window: Window, config: PrepConfig) -> Rejection | None:
+    if measured.black_share > config.window.max_black_share:
+        detail = f"{measured.black_share:g} of it is black, window.max_black_share {config.window.max_black_share:g}"
+        return Rejection("window", "black", detail)
+    if measured.motion < config.window.min_motion and window.num_frames > 1:
+        detail = f"{measured.motion:g} of the picture moves, window.min_motion {config.window.min_motion:g}"
+        return Rejection("window", "no-motion", detail)
+    return None
+
+
+def propagates(error: Exception, scratch: Path) -> bool:
+    """Whether an error is the user's or the machine's to fix (or the build is stopping), not of one clip."""
+    is_disk = isinstance(error, OSError) and (error.errno in _OF_THE_DISK or not scratch.exists())
+    return is_disk or isinstance(error, UserError | TransferStopped)
+
+
+def internal_error(stage: str, error: Exception, clip_id: str) -> Rejection:
+    """The row of a clip whose work raised what it must not; the traceback goes to the log, without any URL's query."""
+    LOG.error(
+        "clip %s: internal error in stage %s; the build continues\n%s",
+        clip_id, stage, _QUERY.sub("?…", "".join(traceback.format_exception(error)).rstrip()),
+    )  # fmt: skip
+    # The message may hold paths of a scratch folder, and a ledger's bytes must repeat: the type and the place do.
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {Path(place[0].filename).name}:{place[0].lineno}" if place else ""
+    return Rejection(stage, INTERNAL_ERROR, f"{type(error).__name__}{where}; the log has the traceback", True)
 
 
 def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
-    """Encode a prepared candidate's windows, each alone. The frames are let go."""
+    """Encode a prepared candidate's windows, each alone. The frames are let go. Raises UserError: out of memory."""
     start = time.perf_counter()
-    latents = tuple(
-        None if decoded.frames_THWC is None else vae.encode(decoded.frames_THWC) for decoded in prepared.windows
-    )
+    windows, latents = [], []
+    for decoded in prepared.windows:
+        latent_CTHW, rejection = None, decoded.rejection
+        try:
+            if decoded.frames_THWC is not None:
+                latent_CTHW = vae.encode(decoded.frames_THWC)
+        except UserError:
+            raise
+        except Exception as error:  # a broken device fails on every clip, and ten in a row stop the build
+            rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
+        windows.append(decoded._replace(frames_THWC=None, rejection=rejection))
+        latents.append(latent_CTHW)
     seconds = time.perf_counter() - start if prepared.windows else 0.0
-    windows = tuple(decoded._replace(frames_THWC=None) for decoded in prepared.windows)
-    return Encoded(prepared._replace(windows=windows), latents, seconds)
+    return Encoded(prepared._replace(windows=tuple(windows)), tuple(latents), seconds)
 
 
 def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> LedgerRow:
@@ -140,11 +242,17 @@ def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> Led
     for decoded, latent_CTHW in zip(prepared.windows, encoded.latents, strict=False):
         key, rejection = None, decoded.rejection
         if latent_CTHW is not None:
-            key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
+            try:
+                key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
+            except OSError:
+                raise
+            except Exception as error:  # a UserError too: the writer refuses a sample before it writes any of it
+                rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
         if rejection:
             rejections.append(rejection)
-        rows.append(_window_row(decoded.window, key, rejection))
+        rows.append(_window_row(decoded, key, rejection))
     seconds = {**prepared.seconds, "encode": round(encoded.seconds, 3)}
+    rejections.sort(key=lambda each: each.reason != INTERNAL_ERROR)  # what must be looked at names the row
     return _row(prepared, rows, rejections[0] if rejections else None, seconds)
 
 
@@ -156,11 +264,6 @@ def latent_identity(config: PrepConfig, vae: VaeEncoder) -> dict[str, Any]:
         "transform": transform_identity(config),
         "latent_dtype": config.shards.latent_dtype,
     }
-
-
-def window_end(window: Window, config: PrepConfig) -> float:
-    """Where a window ends, in seconds of the clip."""
-    return window.start_seconds + window.num_frames / config.window.fps
 
 
 def store_latent(latent_CTHW: np.ndarray, dtype: str) -> np.ndarray | Rejection:
@@ -191,7 +294,7 @@ def _write_window(
     start_ms = round(window.start_seconds * 1000)
     key = sample_key(record.clip_id, start_ms, window.num_frames, bucket.height, bucket.width)
     members = {
-        "json": canonical_json(_sample_json(prepared, window, latent, config)),
+        "json": canonical_json(_sample_json(prepared, decoded, latent, config)),
         LATENT_MEMBER: encode_array(latent),
     }
     if decoded.preview is not None:
@@ -209,10 +312,11 @@ def _write_window(
     return key, None
 
 
-def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config: PrepConfig) -> dict[str, Any]:
+def _sample_json(prepared: Prepared, decoded: Decoded, latent: np.ndarray, config: PrepConfig) -> dict[str, Any]:
     """What a sample says of itself: where it comes from and what was decided, and why; no URL, no path, no time."""
     record, facts, bucket = prepared.candidate.record, prepared.facts, prepared.bucket
-    if facts is None or bucket is None:
+    window, measured = decoded.window, decoded.measured
+    if facts is None or bucket is None or measured is None:
         raise ValueError("a sample without facts or bucket")
     return {
         "clip": record.clip_id,
@@ -231,8 +335,9 @@ def _sample_json(prepared: Prepared, window: Window, latent: np.ndarray, config:
             "fps": record.declared_fps,
             "seconds": record.declared_seconds,
         },
-        "probed": facts.model_dump(mode="json", exclude={"decisions"}),
+        "probed": facts.model_dump(mode="json", exclude={"decisions", "picture_seconds"}),
         "decisions": facts.decisions,
+        "measured": measured.model_dump(),
         "defects": list(record.defects),
         "latent": array_facts(latent),
     }
@@ -251,13 +356,14 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-def _window_row(window: Window, key: str | None, rejection: Rejection | None) -> WindowRow:
+def _window_row(decoded: Decoded, key: str | None, rejection: Rejection | None) -> WindowRow:
     return WindowRow(
         key=key,
-        start_seconds=window.start_seconds,
+        start_seconds=decoded.window.start_seconds,
         status="rejected" if rejection else "accepted",
         reason=rejection.reason if rejection else None,
         detail=short(rejection.detail) if rejection else None,
+        measured=decoded.measured.model_dump() if decoded.measured else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""dataset.json as the build keeps it: it grows by generations, text sets and totals, and never changes what it said."""
+"""How the build updates dataset.json: it adds generations, text sets and totals, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grow_info(
 
 
 def add_text_set(storage: Storage, name: str, identity: Mapping[str, Any], note: str | None) -> DatasetInfo:
-    """Write a text set's identity. Raises IdentityMismatch when the set is there with another."""
+    """Write a text set's identity. Raises IdentityMismatch when the set already has another."""
     old = read_info(storage)
     text_set = TextSetInfo(identity=dict(identity), notes={ENCODERS_NOTE: note} if note else {})
     info = old.model_copy(update={"text_sets": {**old.text_sets, name: text_set}})
@@ -51,14 +51,14 @@ def add_text_set(storage: Storage, name: str, identity: Mapping[str, Any], note:
 
 
 def set_totals(storage: Storage, plan: Plan, totals: Mapping[str, Any]) -> None:
-    """Write what the last build counted; and the generations, should another process have written over them."""
+    """Write the last build's counts, and the generations in case another process overwrote them."""
     old = read_info(storage)
     info = old.model_copy(update={"totals": dict(totals), "generations": _generations(old, plan)})
     _write_if_changed(storage, old, info)
 
 
 def _generations(old: DatasetInfo | None, plan: Plan) -> tuple[Generation, ...]:
-    """The plan's generations, or those that are there where another process has frozen more since."""
+    """The plan's generations, or those already written when another process has frozen more since."""
     ours = tuple(generation.generation for generation in plan.generations)
     theirs = old.generations if old else ()
     return theirs if theirs[: len(ours)] == ours else ours

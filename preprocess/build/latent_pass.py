@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def chosen_units(plan: Plan, chosen: Collection[int] | None) -> Sequence[int]:
 def build_latents(
     storage: Storage,
     plan: Plan,
-    units: Sequence[int],
+    units: Iterable[int],
     config: PrepConfig,
     scratch: Path,
     *,
@@ -71,7 +71,7 @@ def build_latents(
         from preprocess.build.ray_engine import run_ray
 
         run_ray(
-            storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+            storage, config, list(units), on_description=on_description, on_row=progress.row, on_unit=progress.unit
         )  # fmt: skip
         return
     devices = devices_of(config)
@@ -79,7 +79,8 @@ def build_latents(
         from preprocess.build.processes import run_processes
 
         run_processes(
-            config, devices, units, scratch, on_description=on_description, on_row=progress.row, on_unit=progress.unit
+            config, devices, units, scratch, UnitWorker,
+            on_description=on_description, on_row=progress.row, on_unit=progress.unit,
         )  # fmt: skip
         return
     worker = UnitWorker(config, scratch, device=devices[0])
@@ -119,8 +120,22 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
 
     The weights' digest is taken from the dataset: with nothing left to encode, no other weights can get in.
     """
-    from preprocess.video.decode import transform_identity
+    from preprocess.video.decode import TRANSFORM_VERSION, transform_identity
 
+    there = info.identity.get("transform", {})
+    if there.get("version") != TRANSFORM_VERSION:
+        # Only the version is named: which keys the transform's identity holds has changed with it.
+        newer = {**info.identity, "transform": {**there, "version": TRANSFORM_VERSION}}
+        fix = (
+            "build into another output; what is there can be read, trained and recaptioned, and the release that made "
+            "it can finish it"
+        )
+        refuse_mismatch(newer, info.identity, where, fix)
+    frames = {bucket.frames for bucket in info.buckets}
+    if frames and config.window.num_frames not in frames:
+        refuse_mismatch(
+            {"window": {"num_frames": config.window.num_frames}}, {"window": {"num_frames": min(frames)}}, where
+        )
     ours: dict[str, Any] = {
         **info.identity,
         "transform": transform_identity(config),

@@ -13,14 +13,14 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.build.work_queue import WorkQueue
-from preprocess.build.worker import Description, OnRow, UnitWorker
+from preprocess.build.worker import Description
 from preprocess.config import PrepConfig
 from shards.console import LOG, set_up_logging
 from shards.errors import UserError
@@ -38,21 +38,23 @@ class _Child(NamedTuple):
 def run_processes(
     config: PrepConfig,
     devices: Sequence[str],
-    units: Sequence[int],
+    units: Iterable[int],
     scratch: Path,
+    make_worker: Callable[..., Any],
     *,
     on_description: Callable[[Description], None],
-    on_row: OnRow,
+    on_row: Callable[[Any], None],
     on_unit: Callable[[int], None],
 ) -> None:
     """Encode `units` on `devices`, a process each. Raises what a child raised, or UserError where one was killed.
 
-    Left by an exception it ends the children, which drop their open units; what is committed stays.
+    `make_worker`, which can be pickled, makes a `UnitWorker` or what has its `description` and its `commits`. Left by
+    an exception it ends the children, which drop their open units; what is committed stays.
     """
     children: list[_Child] = []
     queue = WorkQueue(units)
     try:
-        children += [_start(config, device, scratch, len(devices)) for device in devices]
+        children += [_start(config, device, scratch, len(devices), make_worker) for device in devices]
         by_pipe = {child.pipe: child for child in children}
         while by_pipe:
             for pipe in wait(list(by_pipe)):
@@ -76,12 +78,12 @@ def run_processes(
         _end(children)
 
 
-def _start(config: PrepConfig, device: str, scratch: Path, num_workers: int) -> _Child:
+def _start(config: PrepConfig, device: str, scratch: Path, num_workers: int, make_worker: Callable[..., Any]) -> _Child:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_work,
-        args=(theirs, config, device, scratch, num_workers, LOG.level),
+        args=(theirs, config, device, scratch, num_workers, make_worker, LOG.level),
         name=f"encoder-{device}",
         daemon=True,
     )
@@ -118,7 +120,15 @@ def _end(children: Sequence[_Child]) -> None:
         child.process.close()
 
 
-def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_workers: int, level: int) -> None:
+def _work(
+    pipe: Connection,
+    config: PrepConfig,
+    device: str,
+    scratch: Path,
+    num_workers: int,
+    make_worker: Callable[..., Any],
+    level: int,
+) -> None:
     """The child. SIGTERM unwinds it; the parent passes Ctrl-C on; the end of the parent ends it too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -138,7 +148,7 @@ def _work(pipe: Connection, config: PrepConfig, device: str, scratch: Path, num_
             yield unit
 
     try:
-        worker = UnitWorker(config, scratch, device=device, num_workers=num_workers)
+        worker = make_worker(config, scratch, device=device, num_workers=num_workers)
         send(worker.description)
         if pipe.recv() != BEGIN:
             raise RuntimeError("the parent did not say to begin")

@@ -1,4 +1,4 @@
-"""Progress of a pass: a live bar on a terminal, elsewhere a line now and then, JSON lines for programs, or nothing."""
+"""Progress of a pass: a live bar on a terminal, log lines elsewhere, JSON lines for programs, or nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SECONDS_A_DOCUMENT = 1.0
 
 
 class PassProgress:
-    """What a pass has done so far; the base class counts and says nothing.
+    """What a pass has done so far; the base class counts and prints nothing.
 
     Args:
         title: of the pass.
-        num_units: units that it has to do.
-        num_clips: clips in these, where it is counted by clips.
+        num_units: units to do.
+        num_clips: clips in them, where the pass is counted by clips.
     """
 
     def __init__(self, title: str, num_units: int, num_clips: int | None) -> None:
@@ -37,13 +37,13 @@ class PassProgress:
         self._start = time.monotonic()
 
     def worker(self) -> None:
-        """One more encoder is loaded; the clock of the rates starts with the first."""
+        """Count one more loaded encoder; rates are measured from the first one on."""
         if not self.num_workers:
             self._start = time.monotonic()
         self.num_workers += 1
 
     def row(self, row: LedgerRow) -> None:
-        """One candidate is done."""
+        """Count one finished candidate."""
         self.accepted += row.status == "accepted"
         self.rejected += row.status == "rejected"
         self.num_bytes += row.bytes
@@ -51,12 +51,12 @@ class PassProgress:
         self._changed(False)
 
     def unit(self, unit: int) -> None:
-        """One unit is committed."""
+        """Count one committed unit."""
         self.units += 1
         self._changed(self.units == self.num_units)
 
     def facts(self) -> dict[str, Any]:
-        """Everything that is shown, as plain JSON: rates are since the first encoder was loaded."""
+        """All figures as plain JSON; rates are measured from the first loaded encoder on."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         clips = self.accepted + self.rejected
         done, total = (self.units, self.num_units) if self.num_clips is None else (clips, self.num_clips)
@@ -77,31 +77,31 @@ class PassProgress:
         }
 
     def _changed(self, is_last: bool) -> None:
-        """Show it, where it is shown."""
+        """Print the figures; `is_last`: all units are done."""
 
 
-class _Now(PassProgress):
-    """Shown when it has not been for some seconds, and at the end."""
+class _Lines(PassProgress):
+    """A log line every `seconds_between` seconds, and one at the end."""
 
     seconds_between = _SECONDS_A_LINE
 
     def __init__(self, title: str, num_units: int, num_clips: int | None) -> None:
         super().__init__(title, num_units, num_clips)
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
 
     def _changed(self, is_last: bool) -> None:
-        if is_last or time.monotonic() - self._told >= self.seconds_between:
-            self._told = time.monotonic()
-            self._tell(self.facts())
+        if is_last or time.monotonic() - self._printed >= self.seconds_between:
+            self._printed = time.monotonic()
+            self._print(self.facts())
 
-    def _tell(self, facts: dict[str, Any]) -> None:
+    def _print(self, facts: dict[str, Any]) -> None:
         LOG.info("%s: %d of %d units%s", self.title, self.units, self.num_units, describe_facts(facts))
 
 
-class _Documents(_Now):
+class _Documents(_Lines):
     seconds_between = _SECONDS_A_DOCUMENT
 
-    def _tell(self, facts: dict[str, Any]) -> None:
+    def _print(self, facts: dict[str, Any]) -> None:
         sys.stderr.write(json.dumps({"event": "progress", **facts}, ensure_ascii=False) + "\n")
         sys.stderr.flush()
 
@@ -119,7 +119,7 @@ class _Bar(PassProgress):
 
 
 def describe_facts(facts: dict[str, Any]) -> str:
-    """The figures in words, behind a comma; of a pass over clips its clips too."""
+    """The figures as text behind a comma; with clips, rate and bytes for a pass over clips."""
     left = "" if facts["seconds_left"] is None else f", {duration_words(facts['seconds_left'])} left"
     if not facts["clips"]:
         return left
@@ -151,13 +151,12 @@ def show_progress(title: str, *, num_units: int, num_clips: int | None, style: S
         with RichProgress(*columns, console=Console(stderr=True)) as bar:
             yield _Bar(title, num_units, num_clips, bar)
     else:
-        shown = {"none": PassProgress, "lines": _Now, "json": _Documents}[style]
-        yield shown(title, num_units, num_clips)
+        yield {"none": PassProgress, "lines": _Lines, "json": _Documents}[style](title, num_units, num_clips)
 
 
 @contextmanager
 def count_documents(title: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """How many documents of a corpus have been read, told by calls with further ones; None where nothing is shown."""
+    """A function that adds to the number of documents read and shows it; None when `quiet`."""
     if quiet:
         yield None
     elif not sys.stderr.isatty():
@@ -174,13 +173,13 @@ def count_documents(title: str, *, quiet: bool) -> Iterator[Callable[[int], None
 
 
 def _counted_lines(title: str) -> Callable[[int], None]:
-    num_read, told = 0, time.monotonic()
+    num_read, printed = 0, time.monotonic()
 
-    def tell(number: int) -> None:
-        nonlocal num_read, told
+    def add(number: int) -> None:
+        nonlocal num_read, printed
         num_read += number
-        if time.monotonic() - told >= _SECONDS_A_LINE:
-            told = time.monotonic()
+        if time.monotonic() - printed >= _SECONDS_A_LINE:
+            printed = time.monotonic()
             LOG.info("%s %d", title, num_read)
 
-    return tell
+    return add

@@ -1,24 +1,33 @@
-"""What a dataset holds and what became of every record, counted from the plan, the commits and their ledgers."""
+"""What a dataset holds and how every record ended, counted from the plan, the commits and their ledgers."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from preprocess.build.dataset_info import find_info
+from preprocess.build.progress import describe_facts
+from preprocess.build.scratch import builds_at_work, describe_note
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
+from preprocess.rejection import INTERNAL_ERROR
+from shards.console import duration_words
 from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
 from shards.format.dataset_info import BucketInfo
-from shards.format.names import LATENTS, text_kind
+from shards.format.names import LATENTS, commit_name, text_kind
 from shards.read.outcomes import Outcome, read_outcomes
 from shards.storage.base import Storage
 
+NUM_PACE_UNITS = 20
+"""Units whose commits give the pace of a build that nobody is at work on."""
+
 
 def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]:
-    """Everything that `build-shards`, `retry` and `status` say, as plain JSON. Raises ShardDamage.
+    """All figures of `build-shards`, `retry` and `status` as plain JSON. Raises ShardDamage.
 
-    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out comes on top of these.
+    `accepted` + `rejected` + `waiting` is always `records`; what `corpus.limit` leaves out is not in `records`.
     Of several attempts at one candidate the latest counts.
     """
     info = find_info(storage)
@@ -43,6 +52,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
         "waiting": plan.num_candidates - totals["accepted"] - totals["rejected"],
         "beyond_limit": last.num_beyond_limit if last else 0,
         "rejected_by": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "internal_errors": totals["internal_errors"],
         "retryable": totals["retryable"],
         "retried": totals["retried"],
         "retries_waiting": sum(plan.unit_length(unit) for unit in retries if unit not in units),
@@ -57,8 +67,8 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
 
 
 def describe_build(counts: dict[str, Any]) -> list[str]:
-    """The counts as lines for people."""
-    units, text = counts["units"], counts["text"]
+    """The counts as lines of text."""
+    units, text, is_done = counts["units"], counts["text"], not counts["waiting"]
     beyond = counts["beyond_limit"]
     lines = [
         f"records  {counts['records'] + beyond:,} read = {counts['accepted']:,} accepted + "
@@ -70,16 +80,61 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         f"{_mib(counts['bytes']['latents'])} of latents"
         + (f"; {counts['windows_rejected']:,} windows rejected" if counts["windows_rejected"] else ""),
         *(f"  {count:>7,}  {name}" for name, count in counts["buckets"].items() if count),
-        *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"]),
+        # What an unfinished build has not filled yet is no finding.
+        *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"] if is_done),
         f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
     if counts["retried"] or counts["retries_waiting"]:
-        waiting = f", {counts['retries_waiting']:,} wait for theirs" if counts["retries_waiting"] else ""
-        lines.append(f"retries  {counts['retried']:,} earlier attempts count no longer{waiting}")
+        waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
+        lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")
+    if counts["internal_errors"]:
+        lines.append(f"errors   {counts['internal_errors']:,} clips met an internal error, a defect of this program:")
+        lines.append("         the log has the tracebacks; `wanprep retry CONFIG --reason internal-error`")
     if counts["retryable"]:
         lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
         lines.append("         `wanprep retry CONFIG --retryable`")
+    return lines
+
+
+def count_work(storage: Storage, output: str, counts: dict[str, Any]) -> dict[str, Any]:
+    """Who is at work, how fast, and how long the rest will take, as plain JSON.
+
+    While nobody is at work, the pace is that of the last units: the middle of the times between their commits.
+    """
+    notes = builds_at_work(output)
+    num_left = counts["units"]["planned"] - counts["units"]["latents"]
+    last = sorted(committed_units(storage, LATENTS))[-NUM_PACE_UNITS:] if num_left and not notes else []
+    times = sorted(storage.modified(commit_name(LATENTS, unit)) for unit in last)
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    seconds = median(gaps) if gaps else None
+    return {
+        "builds": notes,
+        "units_left": num_left,
+        "seconds_a_unit": round(seconds, 3) if seconds is not None else None,
+        "seconds_left": round(seconds * num_left) if seconds is not None else None,
+    }
+
+
+def describe_work(work: dict[str, Any]) -> list[str]:
+    """Who is at work, as lines of text."""
+    lines = []
+    for note in work["builds"]:
+        progress = note["progress"]
+        what = (
+            "loading" if progress is None else f"{progress['pass']}: {progress['units']:,} of {progress['of_units']:,}"
+        )
+        lines.append(f"at work  {describe_note(note)}")
+        lines.append(f"         {what}{'' if progress is None else ' units' + describe_facts(progress)}")
+        lines += [
+            f"         {outage['host']} has not answered since {outage['since']} ({outage['reason']}): it is waited for"
+            for outage in note["outages"]
+        ]
+    if not work["builds"] and work["units_left"]:
+        seconds = work["seconds_left"]
+        pace = "" if seconds is None else f"; at the pace of the last units {duration_words(seconds)} are left"
+        lines.append(f"at work  nobody: {work['units_left']:,} units of latents are left{pace}")
+        lines.append("         `wanprep build-shards CONFIG` resumes")
     return lines
 
 
@@ -91,6 +146,8 @@ def _count_row(outcome: Outcome, totals: Counter[str], reasons: Counter[str]) ->
         return
     totals[row.status] += 1
     totals["retryable"] += row.retryable
+    is_internal = row.reason == INTERNAL_ERROR or any(window.reason == INTERNAL_ERROR for window in row.windows)
+    totals["internal_errors"] += is_internal
     totals["samples"] += sum(window.status == "accepted" for window in row.windows)
     totals["windows_rejected"] += sum(window.status == "rejected" for window in row.windows)
     if row.status == "rejected":

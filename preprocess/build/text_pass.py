@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from preprocess.build.dataset_info import add_text_set
-from preprocess.build.worker import library_versions
+from preprocess.build.dataset_info import add_text_set, find_info
+from preprocess.build.latent_pass import devices_of
+from preprocess.build.processes import run_processes
+from preprocess.build.worker import Description, library_versions
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
-from preprocess.plan.plan import Plan
+from preprocess.plan.plan import open_plan
 from preprocess.rejection import Rejection
 from preprocess.text.captions import Captions, compose_all
 from preprocess.text.clean import clean_text
 from shards.console import LOG
 from shards.errors import UserError
 from shards.format.arrays import array_facts, encode_array
-from shards.format.commit import LatentSummary, SampleInfo, is_committed, read_commit
+from shards.format.commit import Commit, LatentSummary, SampleInfo, is_committed, read_commit
 from shards.format.identity import refuse_mismatch
 from shards.format.names import LATENTS, NULL_UNIT, text_kind, text_member
 from shards.format.sealed_json import canonical_json
+from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.write.shard_writer import ShardWriter, write_null_embeddings
 
@@ -52,47 +56,113 @@ class TextCounts(NamedTuple):
     """Samples for which the template found nothing: they hold the empty caption's embedding."""
 
 
+class UnitTexts(NamedTuple):
+    """A unit that was embedded."""
+
+    unit: int
+    counts: TextCounts
+
+
 def build_texts(
     storage: Storage,
-    plan: Plan,
     set_name: str,
-    units: Sequence[int],
+    units: Iterable[int],
     config: PrepConfig,
     scratch: Path,
     *,
     on_unit: Callable[[int, TextCounts], None],
 ) -> None:
-    """Embed the captions of `units` (their latents are committed) into text set `set_name`. Raises UserError."""
-    from preprocess.encoders.encoders import cpu_threads, load_text_encoder, load_tokenizer
+    """Embed the captions of `units`, whose latents are committed, into text set `set_name`, on every GPU here.
 
-    encoder = load_text_encoder(config.encoders, load_tokenizer(config.encoders))
-    identity = text_identity(config, encoder)
-    add_text_set(storage, set_name, identity, encoder.note)
-    if encoder.note:
-        LOG.warning("text encoder: %s: the embeddings are for demonstration only", encoder.note)
-    provenance = {**library_versions(), **encoder.provenance()}
-    kind = text_kind(set_name)
-    # A copy: torch allocates its array between what the forward pass frees, and the heap would grow with each text.
-    embed = lru_cache(_REMEMBERED_TEXTS)(lambda text: encoder.embed(text).copy())
-    if not is_committed(storage, kind, NULL_UNIT):
-        negative = negative_prompt(config)
-        num_tokens, most = encoder.tokenizer.count(negative), config.captions.max_tokens
+    Raises UserError.
+    """
+    config = _settle_precision(storage, set_name, config)
+    if not is_committed(storage, text_kind(set_name), NULL_UNIT):
+        units = chain([NULL_UNIT], units)  # not a list: units may be claimed as they are taken
+    first: list[Description] = []
+
+    def on_description(about: Description) -> None:
+        if first:
+            refuse_mismatch(about.identity, first[0].identity, "another worker of this pass")
+            return
+        first.append(about)
+        add_text_set(storage, set_name, about.identity, about.note)
+        if about.note:
+            LOG.warning("text encoder: %s: the embeddings are for demonstration only", about.note)
+
+    make_worker = partial(TextWorker, set_name=set_name)
+    devices = devices_of(config)
+    if len(devices) > 1:
+        run_processes(
+            config, devices, units, scratch, make_worker,
+            on_description=on_description, on_row=lambda row: on_unit(*row), on_unit=lambda unit: None,
+        )  # fmt: skip
+        return
+    worker = make_worker(config, scratch, device=devices[0])
+    on_description(worker.description)
+    for _ in worker.commits(units, lambda row: on_unit(*row)):
+        pass
+
+
+class TextWorker:
+    """The loaded text encoder of one device, and what goes with it; as `UnitWorker` is for latents."""
+
+    def __init__(self, config: PrepConfig, scratch: Path, *, set_name: str, device: str, num_workers: int = 1) -> None:
+        from preprocess.encoders.encoders import load_text_encoder, load_tokenizer
+
+        encoders = config.encoders.model_copy(update={"device": device})
+        self._config, self._scratch, self._set_name, self._num_workers = config, scratch, set_name, num_workers
+        self._storage = open_storage(config.output)
+        self._plan = open_plan(self._storage)
+        self._encoder = encoder = load_text_encoder(encoders, load_tokenizer(encoders))
+        identity = text_identity(config, encoder)
+        self.description = Description(identity, encoder.note, {**library_versions(), **encoder.provenance()})
+        # A copy: torch allocates its array between what the forward pass frees, and the heap would grow with each text.
+        self._embed = lru_cache(_REMEMBERED_TEXTS)(lambda text: encoder.embed(text).copy())
+
+    def commits(self, units: Iterable[int], on_row: Callable[[UnitTexts], None]) -> Iterator[Commit | UnitTexts]:
+        """Embed units as they are handed out; `on_row` is given the counts of each. Raises UserError."""
+        from preprocess.encoders.encoders import cpu_threads
+
+        with cpu_threads(1, self._num_workers):
+            for unit in units:
+                if unit == NULL_UNIT:
+                    self._write_null()
+                    yield UnitTexts(unit, TextCounts())
+                    continue
+                commit, counts = self._write_unit(unit)
+                on_row(UnitTexts(unit, counts))
+                yield commit
+
+    def _write_null(self) -> None:
+        negative = negative_prompt(self._config)
+        num_tokens, most = self._encoder.tokenizer.count(negative), self._config.captions.max_tokens
         if num_tokens > most:
             raise UserError(f"captions.negative_prompt: {num_tokens} tokens", expected=f"at most {most}")
+        about = self.description
         write_null_embeddings(
-            storage, set_name, identity, embed(""), embed(negative),
-            scratch=scratch, provenance=provenance, negative_prompt=negative,
+            self._storage, self._set_name, about.identity, self._embed(""), self._embed(negative),
+            scratch=self._scratch, provenance=about.provenance, negative_prompt=negative,
         )  # fmt: skip
-    with cpu_threads(1):
-        for unit in units:
-            records = {candidate.record.clip_id: candidate.record for candidate in plan.unit(unit)}
-            with ShardWriter(storage, kind, unit, identity, scratch, provenance) as writer:
-                counts = TextCounts()
-                for sample in read_commit(storage, LATENTS, unit).commit.samples:
-                    written = _write_sample(writer, sample, records, config, encoder, embed)
-                    counts = TextCounts(*map(sum, zip(counts, written, strict=True)))
-                writer.seal()
-            on_unit(unit, counts)
+
+    def _write_unit(self, unit: int) -> tuple[Commit, TextCounts]:
+        about, kind = self.description, text_kind(self._set_name)
+        records = {candidate.record.clip_id: candidate.record for candidate in self._plan.unit(unit)}
+        with ShardWriter(self._storage, kind, unit, about.identity, self._scratch, about.provenance) as writer:
+            counts = TextCounts()
+            for sample in read_commit(self._storage, LATENTS, unit).commit.samples:
+                written = _write_sample(writer, sample, records, self._config, self._encoder, self._embed)
+                counts = TextCounts(*map(sum, zip(counts, written, strict=True)))
+            return writer.seal(), counts
+
+
+def _settle_precision(storage: Storage, set_name: str, config: PrepConfig) -> PrepConfig:
+    """The config with `text_precision: auto` replaced by what the set was begun in, if it was."""
+    info = find_info(storage)
+    if config.encoders.text_precision != "auto" or info is None or set_name not in info.text_sets:
+        return config
+    begun_in = info.text_sets[set_name].identity["text_encoder"]["precision"]
+    return config.model_copy(update={"encoders": config.encoders.model_copy(update={"text_precision": begun_in})})
 
 
 def text_identity(config: PrepConfig, encoder: TextEncoder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `encoders.vae_precision: auto` means: measured on clips of the plan, settled once, and kept beside the plan.
+"""What `encoders.vae_precision: auto` means: measured on clips of the plan, resolved once, and kept beside the plan.
 
     plan/vae.json     sealed: the mode, why, on which device, and for every mode tried its error and its seconds
 
@@ -9,7 +9,6 @@ gate and at every bucket size, and where it is faster. Some cards have had 3-D c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -58,7 +57,7 @@ class ModeFigures(Config):
 
 
 class VaePrecision(Config):
-    """The settled mode."""
+    """The resolved mode."""
 
     gate_version: int = GATE_VERSION
     mode: Mode
@@ -90,10 +89,10 @@ def choose_mode(figures: Sequence[ModeFigures], tolerance: float) -> tuple[Mode,
     if gains:
         best = min(gains, key=lambda each: (each.error, each.seconds))
         return best.mode, f"{_describe(best)} against fp32's {full.seconds:.3g} s; the tolerance is {tolerance:g}"
-    told = "; ".join(_describe(each) for each in fast)
+    tried = "; ".join(_describe(each) for each in fast)
     if fit:
-        return "fp32", f"nothing is {MIN_GAIN:g} times as fast as its {full.seconds:.3g} s: {told}"
-    return "fp32", f"no 16-bit mode is within the tolerance {tolerance:g}: {told}"
+        return "fp32", f"nothing is {MIN_GAIN:g} times as fast as its {full.seconds:.3g} s: {tried}"
+    return "fp32", f"no 16-bit mode is within the tolerance {tolerance:g}: {tried}"
 
 
 def _describe(figures: ModeFigures) -> str:
@@ -130,7 +129,7 @@ def relative_error(latent: np.ndarray, reference: np.ndarray) -> float | None:
 def measure_modes(
     device: EncoderDevice, clips: Sequence[np.ndarray], load: Callable[[Mode], VaeEncoder], tolerance: float
 ) -> VaePrecision:
-    """Choose the mode for a device. `load` gives the encoder in a mode; each is let go before the next is loaded."""
+    """Choose the mode for a device. `load` gives the encoder in a mode; each is freed before the next is loaded."""
     modes, why_none = fast_modes(device)
     figures: list[ModeFigures] = []
     mode: Mode = "fp32"
@@ -195,30 +194,23 @@ def gate_clips(config: PrepConfig) -> Iterator[np.ndarray]:
     import threading
 
     from preprocess.build.clip import Preparer
-    from preprocess.build.ordered_pool import in_order
     from preprocess.build.scratch import scratch_folder
     from preprocess.encoders.encoders import load_tokenizer
     from preprocess.fetch.fetcher import Fetcher
     from preprocess.plan.plan import open_plan
-    from preprocess.video.ffmpeg import runs_that_end
     from shards.storage import open_storage
 
-    candidates = islice(open_plan(open_storage(config.output)).candidates(), GATE_CANDIDATES)
-    stop, decoders = threading.Event(), config.engine.decoders
     found: list[np.ndarray] = []
     with (
         scratch_folder(config.output, on_this_machine=True) as scratch,
-        runs_that_end() as end_runs,
-        Fetcher(config.fetch, config.corpus, scratch, stop, decoders) as fetcher,
+        Fetcher(config.fetch, config.corpus, scratch, threading.Event()) as fetcher,
     ):
-        prepare = Preparer(config, fetcher, load_tokenizer(config.encoders).count).prepare
-        limit = config.engine.max_queue_mib << 20
-        results = in_order(candidates, prepare, num_workers=decoders, max_bytes=limit, stop=stop, on_stop=end_runs)
-        with closing(results):
-            for prepared in results:
-                found += [each.frames_THWC for each in prepared.windows if each.frames_THWC is not None]
-                if len(found) >= GATE_CLIPS:
-                    break
+        preparer = Preparer(config, fetcher, load_tokenizer(config.encoders).count, scratch)
+        for candidate in islice(open_plan(open_storage(config.output)).candidates(), GATE_CANDIDATES):
+            prepared = preparer.decode(preparer.fetch(candidate), lambda num_bytes: None)
+            found += [each.frames_THWC for each in prepared.windows if each.frames_THWC is not None]
+            if len(found) >= GATE_CLIPS:
+                break
     yield from found[:GATE_CLIPS]
     seen = {frames.shape[1:3] for frames in found[:GATE_CLIPS]}
     for size in config.buckets.sizes:
@@ -234,7 +226,7 @@ def resized(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def find_precision(storage: Storage) -> VaePrecision | None:
-    """What was settled; None where nothing was. Raises ShardDamage."""
+    """What was resolved; None where nothing was. Raises ShardDamage."""
     if not storage.exists(DOCUMENT):
         return None
     file = storage.url(DOCUMENT)
@@ -248,9 +240,9 @@ def find_precision(storage: Storage) -> VaePrecision | None:
 
 
 def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[PrepConfig], VaePrecision]) -> PrepConfig:
-    """The config with `auto` replaced by what is settled, or by what `measure` finds now, which is settled then.
+    """The config with `auto` replaced by what was resolved, or by what `measure` finds now, which is recorded.
 
-    Latents that are there already settle it too: what was begun in a mode goes on in it.
+    Latents that are there already decide it too: what was begun in a mode is continued in it.
     """
     if config.encoders.vae_precision != "auto":
         return config
@@ -259,7 +251,7 @@ def settle_precision(storage: Storage, config: PrepConfig, measure: Callable[[Pr
         settled = find_precision(storage)
         if settled is None:
             storage.put(DOCUMENT, seal_document(measure(config).model_dump(mode="json"), indent=1), if_absent=True)
-            settled = find_precision(storage)  # another process may have been first: its word counts
+            settled = find_precision(storage)  # another process may have been first: its result counts
         if settled is None:
             raise RuntimeError(f"{storage.url(DOCUMENT)} is not there after it was written")
         mode = settled.mode

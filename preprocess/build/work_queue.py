@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shards.errors import UserError
 
@@ -16,16 +16,18 @@ class WorkQueue:
     Any hashable name may identify a worker. What has a commit is done: this queue may be lost with its process.
     """
 
-    def __init__(self, units: Sequence[int]) -> None:
-        self._waiting = deque(units)
+    def __init__(self, units: Iterable[int]) -> None:
+        """`units`: a sequence, or an iterator that is asked for a unit when a worker is."""
+        self._waiting = deque(units if isinstance(units, Sequence) else ())
+        self._more = iter(() if isinstance(units, Sequence) else units)
         self._out: defaultdict[object, list[int]] = defaultdict(list)
         self._losses: Counter[int] = Counter()
 
     def next(self, worker: object) -> int | None:
         """The unit that `worker` should begin; None: there is none for it now."""
-        if not self._waiting:
+        unit = self._waiting.popleft() if self._waiting else next(self._more, None)
+        if unit is None:
             return None
-        unit = self._waiting.popleft()
         self._out[worker].append(unit)
         return unit
 

@@ -1,9 +1,9 @@
-"""A worker: the encoder on one device, decoders ahead of it, a writer behind. Every engine runs this and nothing else.
+"""A worker: the encoder on one device, with pools that fetch, decode and write around it. Every engine runs this alone.
 
-    units ─▶ candidates ─▶ decoders (threads) ─▶ encoder (the caller's thread) ─▶ writer (a thread) ─▶ commits
+    units ─▶ candidates ─▶ fetch (threads) ─▶ decode (threads) ─▶ encode (the caller's) ─▶ write (a thread) ─▶ commits
 
 A unit's commit is a function of the unit and the config alone: not of the engine, the device's number, the units that
-this worker did before, or how often the unit was begun. So an engine only deals units, and may deal one again.
+this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand one out again.
 """
 
 from __future__ import annotations
@@ -11,23 +11,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
-from preprocess.build.clip import Encoded, Prepared, Preparer, encode_clip, latent_identity, write_clip
-from preprocess.build.ordered_pool import in_order
-from preprocess.config import PrepConfig
+from preprocess.build.clip import (
+    Encoded,
+    Fetched,
+    Prepared,
+    Preparer,
+    encode_clip,
+    latent_identity,
+    write_clip,
+)
+from preprocess.build.pools import Pools
+from preprocess.config import PrepConfig, with_choices
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.plan import Candidate, Plan, open_plan
+from preprocess.rejection import INTERNAL_ERROR
 from preprocess.video.ffmpeg import ffmpeg_version, runs_that_end
+from shards.errors import UserError
 from shards.format.commit import Commit
 from shards.format.ledger import LedgerRow
 from shards.format.names import LATENTS
 from shards.storage import open_storage
+from shards.storage.patience import set_patience
 from shards.write.shard_writer import ShardWriter
 
 OnRow = Callable[[LedgerRow], None]
+MAX_ERRORS_IN_A_ROW = 10
 
 
 class Description(NamedTuple):
@@ -56,13 +68,14 @@ class UnitWorker:
 
         if device is not None:
             config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"device": device})})
-        self._config, self._scratch, self._num_workers = config, scratch, num_workers
+        self.config, self.scratch, self._num_workers = config, scratch, num_workers
+        set_patience(config.storage)
         self._storage = open_storage(config.output)
         self._plan = open_plan(self._storage)
-        self._tokenizer = load_tokenizer(config.encoders)
-        self._vae = load_vae_encoder(config.encoders)
-        identity = latent_identity(config, self._vae)
-        self.description = Description(identity, self._vae.note, {**library_versions(), **self._vae.provenance()})
+        self.tokenizer = load_tokenizer(config.encoders)
+        self.vae = load_vae_encoder(config.encoders)
+        identity = latent_identity(config, self.vae)
+        self.description = Description(identity, self.vae.note, {**library_versions(), **self.vae.provenance()})
 
     def __call__(self, unit: int) -> Commit:
         """Encode one unit, and return the commit that is in the storage then. Raises UserError."""
@@ -70,57 +83,49 @@ class UnitWorker:
         return commit
 
     def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
-        """Encode units as they are dealt, decoding ahead into the next: a unit's number is taken when it is needed.
+        """Encode units as they are dealt, beginning the next ahead: a unit's number is taken when it is needed.
 
-        `on_row` is told each candidate's row, by the writer's thread. Left by an exception (Ctrl-C among them) the
-        open units are dropped; what is committed stays. Raises UserError; a bad clip is a ledger row.
+        Commits come as units are complete, not in order: a clip that takes minutes holds up its own unit alone.
+        `on_row` is called with each candidate's row, by the writer's thread. Left by an exception (Ctrl-C too) it
+        drops the open units; what is committed stays. Raises UserError; a bad clip is a ledger row.
         """
         from preprocess.encoders.encoders import cpu_threads
 
-        config, stop = self._config, threading.Event()
+        config, stop = self.config, threading.Event()
+        num_fetchers = max(config.fetch.per_host, config.engine.decoders)
         with (
             runs_that_end() as end_runs,
-            Fetcher(config.fetch, config.corpus, self._scratch, stop, config.engine.decoders) as fetcher,
-            _UnitWriter(self, on_row) as writer,
+            Fetcher(config.fetch, config.corpus, self.scratch, stop, num_fetchers) as fetcher,
+            closing(_ClipStages(self, fetcher, on_row)) as stages,
             cpu_threads(config.engine.decoders, self._num_workers),
         ):
-            preparer = Preparer(config, fetcher, self._tokenizer.count)
-            prepared = in_order(
-                _tasks(self._plan, units),
-                lambda task, reserve: (task, task.candidate and preparer.prepare(task.candidate, reserve)),
-                num_workers=config.engine.decoders,
+            self.pools = Pools(
+                stages,
+                num_fetchers=num_fetchers,
+                num_decoders=config.engine.decoders,
                 max_bytes=config.engine.max_queue_mib << 20,
                 stop=stop,
                 on_stop=end_runs,
             )
-            with closing(prepared), closing(self._written(prepared, writer)) as written:
-                yield from (commit for commit in written if commit is not None)
+            with closing(self.pools.run(_tasks(self._plan, units))) as commits:
+                yield from commits
 
-    def _written(
-        self, prepared: Iterator[tuple[_Task, Prepared | None]], writer: _UnitWriter
-    ) -> Generator[Commit | None]:
-        """Encode in this thread, write in another, a few clips behind."""
-        encoded = ((task, clip and encode_clip(clip, self._vae)) for task, clip in prepared)
-        return in_order(
-            encoded, lambda item, _: writer.write(*item), num_workers=1, max_bytes=0, stop=threading.Event(),
-            name="writer",
-        )  # fmt: skip
+    def config_of(self, unit: int) -> PrepConfig:
+        """The config with the choices that the unit's generation was frozen with."""
+        return with_choices(self.config, self._plan.choices(unit))
 
     def open_writer(self, unit: int) -> ShardWriter:
         """A writer of one unit of latents, with this worker's identity."""
         about = self.description
-        return ShardWriter(self._storage, LATENTS, unit, about.identity, self._scratch, about.provenance)
-
-    @property
-    def config(self) -> PrepConfig:
-        """The config it works by."""
-        return self._config
+        return ShardWriter(self._storage, LATENTS, unit, about.identity, self.scratch, about.provenance)
 
 
 class _Task(NamedTuple):
     unit: int
+    place: int
+    """In the unit."""
     candidate: Candidate | None
-    """None: of the unit made anew, later generations have taken up every candidate; its tar is empty."""
+    """None: the unit is made again and later generations have taken over every candidate; its tar is empty."""
     is_last: bool
     """Of its unit."""
 
@@ -128,43 +133,91 @@ class _Task(NamedTuple):
 def _tasks(plan: Plan, units: Iterable[int]) -> Iterator[_Task]:
     for unit in units:
         candidates = plan.unit(unit) or (None,)
-        for place, candidate in enumerate(candidates, 1):
-            yield _Task(unit, candidate, place == len(candidates))
+        for place, candidate in enumerate(candidates):
+            yield _Task(unit, place, candidate, place == len(candidates) - 1)
 
 
-class _UnitWriter:
-    """The shard that is being written; one thread calls it, clip by clip in order."""
+@dataclass
+class _OpenUnit:
+    """A shard that is being written: clips in the plan's order, and those that came before their turn."""
 
-    def __init__(self, worker: UnitWorker, on_row: OnRow | None) -> None:
+    shard: ShardWriter
+    rows: list[LedgerRow] = field(default_factory=list)
+    num_written: int = 0
+    early: dict[int, tuple[_Task, Encoded | None]] = field(default_factory=dict)
+
+
+class _ClipStages:
+    """The stages of `pools.py` for clips. Several units may be open; each is written in the plan's order."""
+
+    def __init__(self, worker: UnitWorker, fetcher: Fetcher, on_row: OnRow | None) -> None:
         self._worker, self._on_row = worker, on_row
-        self._shard: ShardWriter | None = None
-        self._rows: list[LedgerRow] = []
+        self._preparer = Preparer(worker.config, fetcher, worker.tokenizer.count, worker.scratch)
+        self._open: dict[int, _OpenUnit] = {}
+        self._num_errors_in_a_row = 0
+        self.held_bytes = 0
 
-    def __enter__(self) -> _UnitWriter:
-        return self
+    def fetch(self, task: _Task) -> Fetched | None:
+        """The clip's file."""
+        return self._preparer.fetch(task.candidate) if task.candidate else None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
+    def decode(self, task: _Task, fetched: Fetched | None, reserve: Callable[[int], None]) -> Prepared | None:
+        """Its windows' frames."""
+        if fetched is None:
+            return None
+        return self._preparer.decode(fetched, reserve, self._worker.config_of(task.unit))
 
-    def write(self, task: _Task, encoded: Encoded | None) -> Commit | None:
-        """Write one clip; the unit's commit after its last."""
-        if self._shard is None:
-            self._shard = self._worker.open_writer(task.unit)
-        row = write_clip(encoded, self._shard, self._worker.config) if encoded else None
-        self._rows += [row] if row else []
-        commit = self._shard.seal(self._rows) if task.is_last else None
-        if task.is_last:
-            self._close()
-        if self._on_row is not None and row:
-            self._on_row(row)
-        return commit
+    def encode(self, task: _Task, prepared: Prepared | None) -> Encoded | None:
+        """Their latents."""
+        return encode_clip(prepared, self._worker.vae) if prepared else None
 
-    def _close(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-        self._shard, self._rows = None, []
+    def write(self, task: _Task, encoded: Encoded | None) -> Iterator[Commit]:
+        """Write what its turn has come for; the unit's commit after its last clip.
+
+        Raises UserError: too many internal errors in a row.
+        """
+        unit = self._open.get(task.unit)
+        if unit is None:
+            unit = self._open[task.unit] = _OpenUnit(self._worker.open_writer(task.unit))
+        unit.early[task.place] = task, encoded
+        self.held_bytes += _num_bytes(encoded)
+        while upcoming := unit.early.pop(unit.num_written, None):
+            written, clip = upcoming
+            self.held_bytes -= _num_bytes(clip)
+            unit.num_written += 1
+            row = write_clip(clip, unit.shard, self._worker.config) if clip else None
+            if row:
+                unit.rows.append(row)
+                self._count_errors(row)
+            if written.is_last:
+                commit = unit.shard.seal(unit.rows)
+                self._open.pop(task.unit).shard.close()
+                yield commit
+            if self._on_row is not None and row:
+                self._on_row(row)
+
+    def _count_errors(self, row: LedgerRow) -> None:
+        self._num_errors_in_a_row = self._num_errors_in_a_row + 1 if row.reason == INTERNAL_ERROR else 0
+        if self._num_errors_in_a_row == MAX_ERRORS_IN_A_ROW:
+            raise UserError(
+                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {row.clip_id} in stage "
+                f"{row.stage}: {row.detail}",
+                expected="an internal error now and then at most: this is the machine, or a defect of this program",
+                fix="read the tracebacks above, then run the same command: it resumes at the open unit",
+            )
+
+    def close(self) -> None:
+        """Drop the open units."""
+        for unit in self._open.values():
+            unit.shard.close()
+        self._open.clear()
+
+
+def _num_bytes(encoded: Encoded | None) -> int:
+    if encoded is None:
+        return 0
+    previews = sum(len(window.preview or b"") for window in encoded.prepared.windows)
+    return previews + sum(latent.nbytes for latent in encoded.latents if latent is not None)
 
 
 def library_versions() -> dict[str, str]:

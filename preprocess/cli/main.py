@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,22 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import decode, embed, encode_image, fetch_model
+from preprocess.cli.model_commands import OVERRIDES, decode, doctor, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.why_command import why
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
+    from preprocess.build.scratch import IfBusy
     from preprocess.config import PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_FILE = click.Path(path_type=Path, dir_okay=False)
+POSITIVE = click.FloatRange(min=0, min_open=True)
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
-_OVERRIDES = click.option(
-    "-o",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the config, such as corpus.limit=100.",
-)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 _PROGRESS = click.option(
     "--progress",
@@ -33,7 +31,7 @@ _PROGRESS = click.option(
     type=click.Choice(STYLES),
     default="auto",
     show_default=True,
-    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line now and then.",
+    help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line every 10 s.",
 )
 _QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
 
@@ -58,12 +56,13 @@ def main() -> None:
 
     \b
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
-    wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
-    wanprep plan CONFIG                              freeze what is to be done, and say how much it is
-    wanprep build-shards CONFIG                      download, decode, encode; run it again to go on
+    wanprep scan CONFIG                              count the annotations: lengths, captions, defects
+    wanprep plan CONFIG                              freeze the list of clips, and print how many they are
+    wanprep build-shards CONFIG                      download, decode, encode; run it again to resume
     wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
-    wanprep status CONFIG                            how far a build is
+    wanprep status CONFIG                            progress of a build
+    wanprep why CLIP CONFIG                          what became of one clip, and why
     """
 
 
@@ -90,7 +89,7 @@ def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free one.")
 def serve_corpus(folder: Path, port: int) -> None:
-    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C: the CDN's stand-in.
+    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C, in place of the CDN.
 
     \b
     wanprep serve-corpus demo/corpus --port 8765
@@ -104,18 +103,12 @@ def serve_corpus(folder: Path, port: int) -> None:
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_QUIET
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default="scan.json",
-    show_default=True,
-    help="The figures as a JSON file.",
-)
+@click.option("--out", type=_FILE, default="scan.json", show_default=True, help="The figures as a JSON file.")
 def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, out: Path) -> None:
-    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the sieve would keep.
+    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the filter would keep.
 
     Nothing is planned. Caption tokens are counted by the text encoder's tokenizer, for a sample of the records.
 
@@ -128,7 +121,7 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     from preprocess.plan.scan import describe_scan, scan_corpus, write_scan
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     tokenizer = load_tokenizer(loaded.encoders)
     with count_documents("annotations read", quiet=quiet) as progress:
         report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
@@ -139,7 +132,7 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_QUIET
 @click.option(
@@ -147,12 +140,15 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
     "num_probed",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Fetch and look at N clips: buckets and bytes by the files themselves.",
+    help="Fetch and probe N clips: buckets and bytes by the files themselves.",
 )
-@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, a100-80gb, h100.")
+@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, h100, or auto.")
+@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
+@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
+@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
 @click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores that decode.  [default: 4 a GPU]")
-@click.option("--mbit", type=click.FloatRange(min=0, min_open=True), default=1000.0, show_default=True, help="Network.")
+@click.option("--mbit", type=POSITIVE, default=1000.0, show_default=True, help="Network.")
 def plan(
     config: Path,
     overrides: tuple[str, ...],
@@ -160,14 +156,17 @@ def plan(
     quiet: bool,
     num_probed: int | None,
     gpu: str | None,
+    memory_gib: float | None,
+    tflops: float | None,
+    bandwidth: float | None,
     num_gpus: int,
     cores: int | None,
     mbit: float,
 ) -> None:
-    """Read the corpus, refuse what the sieve refuses, and freeze the rest as units of work.
+    """Read the corpus, filter the records, and freeze those that are kept as units of work.
 
-    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu it says
-    how long the build will take there, what bounds it, and what would make it shorter.
+    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu the
+    command prints how long the build will take there, what limits it, and what would make it shorter.
 
     \b
     wanprep plan configs/mbc_832x480.yaml
@@ -179,22 +178,17 @@ def plan(
     from preprocess.build.scratch import scratch_folder
     from preprocess.build.vae_precision import find_precision
     from preprocess.encoders.encoders import load_tokenizer
-    from preprocess.forecast.forecast import (
-        Hardware,
-        count_plan,
-        describe_forecast,
-        describe_plan,
-        find_speed,
-        forecast,
-    )
-    from preprocess.forecast.probe_some import describe_look, look_at_clips
+    from preprocess.forecast.forecast import Hardware, count_plan, describe_forecast, describe_plan, forecast
+    from preprocess.forecast.probe_some import describe_probe, probe_clips
     from preprocess.plan.freeze import freeze_plan
+    from shards.gpus import find_gpu
     from shards.storage import open_storage
 
     _start(quiet)
-    if gpu is not None:
-        find_speed(gpu)  # before the corpus is read for minutes
-    loaded = _load(config, overrides)
+    by_hand = (memory_gib, tflops, bandwidth)
+    # Before the corpus is read for minutes.
+    card = find_gpu(gpu or "auto", *by_hand) if gpu is not None or any(by_hand) else None
+    loaded = load_prep(config, overrides)
     storage = open_storage(loaded.output)
     with scratch_folder(loaded.output) as scratch:
         with count_documents("annotations read", quiet=quiet) as progress:
@@ -202,10 +196,10 @@ def plan(
         counts = count_plan(frozen, loaded)
         lines = describe_plan(counts)
         if num_probed is not None:
-            counts["probed"] = look_at_clips(frozen, loaded, num_probed, scratch)
-            lines += describe_look(counts["probed"])
-    if gpu is not None:
-        hardware = Hardware(gpu, num_gpus, mbit, cores or 4 * num_gpus)
+            counts["probed"] = probe_clips(frozen, loaded, num_probed, scratch)
+            lines += describe_probe(counts["probed"])
+    if card is not None:
+        hardware = Hardware(card, num_gpus, mbit, cores or 4 * num_gpus)
         settled = find_precision(storage)
         count_tokens = load_tokenizer(loaded.encoders).count
         mode = settled.mode if settled else None
@@ -216,14 +210,21 @@ def plan(
 
 @main.command("build-shards")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @click.option(
     "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing, download nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing, download nothing.")
 @click.option("--only", type=click.Choice(["latents", "text"]), help="One of the two passes alone.")
 @click.option(
     "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
+)
+@click.option(
+    "--if-busy",
+    type=click.Choice(["wait", "share", "refuse"]),
+    default="wait",
+    show_default=True,
+    help="Where another build is at work on the same units: wait until it ends, work beside it, or exit.",
 )
 @_JSON
 @_PROGRESS
@@ -235,11 +236,12 @@ def build_shards(
     dry_run: bool,
     only: Literal["latents", "text"] | None,
     unit_range: range | None,
+    if_busy: IfBusy,
     as_json: bool,
     style: Style,
     quiet: bool,
 ) -> None:
-    """Build the dataset that CONFIG describes, or go on with it: finished units are never done again.
+    """Build the dataset that CONFIG describes, or resume it: finished units are never done again.
 
     \b
     wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
@@ -253,25 +255,33 @@ def build_shards(
     from preprocess.pipeline import build_shards as build
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     if dry_run:
         _dry_run(loaded, as_json)
         return
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style)
+        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style, if_busy=if_busy)
     _show(counts, describe_build(counts), as_json)
+    sys.exit(1 if counts["internal_errors"] else 0)
 
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
-@click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Try again what ended so; may be repeated.")
-@click.option("--retryable", is_flag=True, help="Try again all whose reason a retry may fix.")
+@OVERRIDES
+@click.option(
+    "--reason",
+    "reasons",
+    multiple=True,
+    metavar="CODE",
+    help="Try again what was rejected for this reason; may be repeated.",
+)
+@click.option("--retryable", is_flag=True, help="Try again everything that a retry may fix.")
 @click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
-@click.option("--dry-run", is_flag=True, help="Say what would be tried again; write nothing, download nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be tried again; write nothing, download nothing.")
 @_JSON
+@_PROGRESS
 @_QUIET
 def retry(
     config: Path,
@@ -281,11 +291,12 @@ def retry(
     serve: Path | None,
     dry_run: bool,
     as_json: bool,
+    style: Style,
     quiet: bool,
 ) -> None:
-    """Try rejected candidates again, in shards of their own; what is there is never written again.
+    """Try rejected candidates again, in new shards; finished shards are never rewritten.
 
-    The latest attempt counts, everywhere. A retry that was stopped is gone on with by the same command, and by
+    The latest attempt counts, everywhere. A retry that was stopped is resumed by the same command, and by
     `build-shards`. Candidates of which a window was accepted are not rejected, and are left as they are.
 
     \b
@@ -298,27 +309,28 @@ def retry(
     from shards.errors import UserError
 
     _start(quiet)
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     if not (reasons or retryable):
         fix = "`wanprep status CONFIG` lists the reasons"
-        raise UserError("what to try again is not said", expected="--reason CODE, or --retryable", fix=fix)
+        raise UserError("neither --reason nor --retryable is given", expected="--reason CODE, or --retryable", fix=fix)
     wanted = Wanted(frozenset(reasons), retryable)
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet)
+        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet, style=style)
     chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
     lines = [
         *describe_choice(choice, wanted),
         *(["dry run: nothing was written"] if dry_run else describe_build(counts)),
     ]
     _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
+    sys.exit(1 if counts["internal_errors"] else 0)
 
 
 @main.command()
 @click.argument("text_set", metavar="SET")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 @_PROGRESS
 @_QUIET
@@ -334,40 +346,34 @@ def recaption(
     from preprocess.pipeline import recaption as write
 
     _start(quiet)
-    counts = write(_load(config, overrides), text_set, quiet=quiet, style=style)
+    counts = write(load_prep(config, overrides), text_set, quiet=quiet, style=style)
     _show(counts, describe_build(counts), as_json)
 
 
 @main.command()
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 @_JSON
 def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say how far the build of CONFIG's output is, and what was rejected so far and why.
+    """Print how far the build of CONFIG's output is, and what was rejected so far and why.
 
     \b
     wanprep status configs/mbc_832x480.yaml
     """
-    from preprocess.build.summary import count_dataset, describe_build
+    from preprocess.build.summary import count_dataset, count_work, describe_build, describe_work
     from preprocess.plan.plan import open_plan
     from shards.errors import UserError
     from shards.storage import open_storage
 
-    loaded = _load(config, overrides)
+    loaded = load_prep(config, overrides)
     storage = open_storage(loaded.output)
     frozen = open_plan(storage)
     if not frozen.generations:
         fix = "`wanprep plan CONFIG` or `wanprep build-shards CONFIG`"
         raise UserError(f"output: {loaded.output!r}: nothing has been planned there", fix=fix)
     counts = count_dataset(storage, frozen, "default")
-    _show(counts, describe_build(counts), as_json)
-
-
-def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
-    from preprocess.config import PrepConfig
-    from shards.config import load_config
-
-    return load_config(PrepConfig, path, overrides)
+    counts["work"] = count_work(storage, loaded.output, counts)
+    _show(counts, [*describe_build(counts), *describe_work(counts["work"])], as_json)
 
 
 def _start(quiet: bool) -> None:
@@ -384,7 +390,7 @@ def _show(counts: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
-    """Serve `folder` on a free port, and ask there for what the demo corpus's fixed URLs name."""
+    """Serve `folder` on a free port, with a mirror that redirects the demo corpus's fixed URLs to it."""
     from preprocess.demo.corpus import BASE_URL
     from preprocess.demo.server import served
 
@@ -393,7 +399,7 @@ def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:
 
 
 def _dry_run(config: PrepConfig, as_json: bool) -> None:
-    """Count on a plan that is thrown away, or on the one that is frozen already."""
+    """Count on the frozen plan if there is one, else on a temporary one."""
     from preprocess.forecast.forecast import count_plan, describe_plan
     from preprocess.plan.freeze import freeze_plan
     from preprocess.plan.plan import open_plan
@@ -408,7 +414,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (fetch_model, embed, encode_image, decode):
+for command in (why, fetch_model, doctor, embed, encode_image, decode):
     main.add_command(command)
 
 

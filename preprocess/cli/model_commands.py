@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import set_up_logging
+from shards.console import print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 _CONFIG = click.option(
     "-c", "--config", type=_PATH, required=True, help="Config of the shards: its encoders and its sizes are used."
 )
-_OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
+OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
 
 
 @click.command("fetch-model")
@@ -27,7 +27,7 @@ _OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE",
 @click.option("--repo", "repository", help="Repository on the hub.  [default: the published one of the layout]")
 @click.option("--revision", help="Commit, branch or tag.  [default: the commit this project was written against]")
 def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, revision: str | None) -> None:
-    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, go on where an earlier call stopped.
+    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, resume where an earlier call stopped.
 
     \b
     wanprep fetch-model /models/Wan2.2-TI2V-5B
@@ -38,16 +38,42 @@ def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, re
     set_up_logging()
     done = fetch(folder, layout, part=part or "all", repository=repository, revision=revision)
     click.echo(f"revision {done.revision}: {len(done.downloaded)} files downloaded ({done.num_bytes / 1e9:.2f} GB)")
-    click.echo(
-        f"{len(done.present)} were there with the right digest; all {len(done.downloaded + done.present)} are checked"
-    )
+    num_files = len(done.downloaded + done.present)
+    click.echo(f"{len(done.present)} were already there; the digests of all {num_files} are right")
+
+
+@click.command()
+@click.argument("config", type=_PATH, required=False)
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Look for what is wrong with this machine for encoding and, given CONFIG, with a build on it.
+
+    Exits with 1 when something is.
+
+    \b
+    wanprep doctor
+    wanprep doctor configs/demo/prep.yaml
+    """
+    from preprocess.tools.doctor import examine
+    from shards.machine import is_healthy, print_findings
+
+    if config is None and overrides:
+        raise UserError("-o needs a CONFIG", fix="wanprep doctor CONFIG -o …")
+    findings = list(examine(None if config is None else load_prep(config, overrides)))
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_findings(findings)
+    if not is_healthy(findings):
+        raise SystemExit(1)
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--out", type=_PATH, required=True, help="File to write, for `embeddings:` of a sample config.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[str, ...]) -> None:
     """Embed PROMPTS for `wantrain sample`, with the empty text and the negative prompt beside them.
 
@@ -57,7 +83,7 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
     from preprocess.tools.embed import embed_prompts
 
     set_up_logging()
-    written = embed_prompts(prompts, _load(config, overrides), out)
+    written = embed_prompts(prompts, load_prep(config, overrides), out)
     for place, (text, array) in enumerate(zip(written.texts, written.embeddings, strict=True)):
         click.echo(f"{place}: {len(array)} tokens: {text}")
 
@@ -68,7 +94,7 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
 @click.option("--width", type=int, required=True, help="Pixels, a multiple of 32.")
 @click.option("--height", type=int, required=True, help="Pixels, a multiple of 32.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def encode_image(image: Path, out: Path, width: int, height: int, config: Path, overrides: tuple[str, ...]) -> None:
     """Encode IMAGE as the first frame of image-to-video, as a training frame is: over the size, then cut.
 
@@ -81,7 +107,7 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 
     set_up_logging()
     size = validate_config(PictureSize, {"width": width, "height": height}, origin="--width, --height")
-    encode(image, size, _load(config, overrides), out)
+    encode(image, size, load_prep(config, overrides), out)
     click.echo(f"wrote {out}")
 
 
@@ -89,11 +115,11 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 @click.argument("latents", type=_PATH, required=False)
 @click.argument("out", type=_PATH, required=False)
 @click.option("--watch", "run", type=_PATH, help="Decode what RUN samples, as it comes, and keep a contact sheet.")
-@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch looks.")
-@click.option("--once", is_flag=True, help="With --watch: decode what is there and end.")
+@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch checks.")
+@click.option("--once", is_flag=True, help="With --watch: decode what is there, then exit.")
 @click.option("--with-parent", is_flag=True, help="With --watch: end when the process that started this one is gone.")
 @_CONFIG
-@_OVERRIDES
+@OVERRIDES
 def decode(
     latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool,
     with_parent: bool, config: Path, overrides: tuple[str, ...],
@@ -113,7 +139,7 @@ def decode(
         raise UserError("neither LATENTS with OUT nor --watch RUN alone", expected="one of the two")
     if out is not None:
         check_suffix(out)
-    decoder = load_decoder(_load(config, overrides).encoders)
+    decoder = load_decoder(load_prep(config, overrides).encoders)
     if decoder.note:
         click.echo(f"VAE: {decoder.note}: the pictures are for demonstration only", err=True)
     if latents is not None and out is not None:
@@ -125,8 +151,11 @@ def decode(
         watch_run(decoder, run, every_seconds, with_parent=with_parent)
 
 
-def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
+def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
     from shards.config import load_config
+    from shards.storage.patience import set_patience
 
-    return load_config(PrepConfig, path, overrides)
+    config = load_config(PrepConfig, path, overrides)
+    set_patience(config.storage)
+    return config

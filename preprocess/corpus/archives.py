@@ -1,8 +1,8 @@
 """One file that holds many annotations: `.jsonl`, `.jsonl.zst`, `.zip`, `.tar`, streamed.
 
-Damage of one document is its row. Damage of the file itself (cut short, not what its name says) is a UserError: a
-corpus read half would freeze half a plan. A member is read up to the limit of a document whatever size it claims, so
-that a bomb costs no memory; names are names, never paths.
+A damaged document becomes a ledger row. A damaged file (cut short, not what its name says) is a UserError: half a
+corpus would freeze half a plan. A member is read up to the limit of a document whatever size it claims, so that a
+decompression bomb costs no memory. A member's name is never used as a path.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ ARCHIVE_SUFFIXES = (".jsonl", ".jsonl.zst", ".zip", ".tar", ".tar.gz", ".tgz")
 
 MAX_WINDOW_BYTES = 2**27
 """Memory that a zstd frame may ask for."""
+MAX_TAR_HEADER_BYTES = 2**20
+"""Most bytes of a long name or of extended attributes in a tar."""
+_LONG_HEADERS = {
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+}  # fmt: skip
 _BLOCK_BYTES = 2**16
 _ZSTD_INPUT_BYTES = 2**10
 
 
 class Document(NamedTuple):
-    """One annotation as it lies in the corpus."""
+    """One annotation as the corpus holds it."""
 
     source: str
     """Where: a path relative to the corpus, a member's name, `file.jsonl:LINE`."""
@@ -53,15 +58,16 @@ def iter_archive(location: str) -> Iterator[Document]:
                 yield from _iter_lines(file, path.name)
     except FileNotFoundError:
         raise UserError(f"corpus.location: {location}: no such file") from None
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+    # RecursionError: tarfile reads a header before a header before a header … in a call each.
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, RecursionError) as error:
         raise _damaged(location, error) from None
 
 
 def _damaged(location: str, error: Exception) -> UserError:
     return UserError(
         f"corpus.location: {location}: damaged: {short(str(error), 200)}",
-        expected="a whole archive: half a corpus would freeze half a plan",
-        fix="get the file again, and compare its size and digest with the original's",
+        expected="a complete archive: half a corpus would freeze half a plan",
+        fix="copy the file again, and compare its size and digest with the original's",
     )
 
 
@@ -75,9 +81,9 @@ def _iter_zst_lines(file: IO[bytes], name: str) -> Iterator[Document]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Zstd frames, one behind the other, as a raw file; EOFError where the file ends within a frame.
+    """Consecutive zstd frames as a raw file; EOFError where the file ends within a frame.
 
-    The library's own stream reader ends quietly there.
+    The library's own stream reader reports nothing there.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -95,9 +101,9 @@ class _ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer` with what the next input gives; 0 at the end."""
+        """Fill `buffer` with decompressed bytes; 0 at the end."""
         while not self._plain:
-            # So little input at a time gives at most tens of megabytes, whatever the frame's ratio.
+            # 1 KiB of input gives at most tens of megabytes at zstd's highest ratio.
             self._packed = self._packed or self._file.read(_ZSTD_INPUT_BYTES)
             if not self._packed:
                 if self._is_within_frame:
@@ -146,7 +152,7 @@ def _zip_document(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Document:
     try:
         with archive.open(info) as member:
             data = member.read(MAX_DOCUMENT_BYTES + 1)
-    # Encrypted (RuntimeError), an unknown method (NotImplementedError), damaged: all are this member's own trouble.
+    # Encrypted (RuntimeError), an unknown method (NotImplementedError), damaged: each concerns this member alone.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         return Document(info.filename, b"", Rejection("read", "unreadable", short(str(error))))
     return Document(info.filename, data) if len(data) <= MAX_DOCUMENT_BYTES else _too_large(info.filename, len(data))
@@ -156,7 +162,8 @@ def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
     # "r|*" streams and finds the compression.
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=_TarInfo) as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or all members stay in memory
+            # tarfile keeps every member and every global header in memory otherwise.
+            archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
             if _is_annotation(member.name) and not member.isdir():
                 yield _tar_document(archive, member)
         if not getattr(archive, "saw_end", False):
@@ -164,7 +171,20 @@ def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Notes on its archive that the end mark was read: tarfile ends quietly where a header is cut off."""
+    """Records on its archive that the end mark was read: tarfile reports nothing where a header is cut off."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See tarfile, which reads a header of any length that comes before a member's own into memory."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _LONG_HEADERS and info.size > MAX_TAR_HEADER_BYTES:
+            raise _too_long(f"a header of {info.size:,} bytes")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise _too_long("a sparse member, whose header has no bound")
+        return info
+
+    def _proc_gnusparse_10(self, *arguments: object) -> None:
+        raise _too_long("a sparse member, whose header has no bound")
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -174,6 +194,14 @@ class _TarInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             archive.saw_end = True  # type: ignore[attr-defined]
             raise
+
+
+def _too_long(what: str) -> UserError:
+    return UserError(
+        f"corpus.location: a tar archive with {what}",
+        expected=f"headers of at most {MAX_TAR_HEADER_BYTES:,} bytes and no sparse members",
+        fix="pack the annotations again: tar --format=ustar -czf NEW.tar.gz FOLDER",
+    )
 
 
 def _tar_document(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Document:
@@ -194,7 +222,7 @@ def _is_annotation(name: str) -> bool:
 
 
 def _refuse_member(name: str, num_bytes: int) -> Document | None:
-    """A row for a member whose name would lead out of a folder, or that is too large; None for a good one."""
+    """A row for a member whose name leads out of the archive, or that is too large; None for a good one."""
     if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or not _is_plain(name):
         return Document(
             short(name), b"", Rejection("read", "bad-file-name", "leads out of the archive, or is not UTF-8")

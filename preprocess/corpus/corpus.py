@@ -1,8 +1,8 @@
 """The annotation corpus as a stream of documents: a folder tree, an S3 prefix, or one file that holds many.
 
-Every document found is yielded, those that cannot be read with their rejection, so that whoever counts them counts
-all. Documents come in a fixed order, in bounded memory. Nothing outside the corpus is opened: a symbolic link is
-followed only to a file within the tree, a member's name is never made into a path.
+Every document is yielded, an unreadable one with its rejection, so that all are counted. Documents come in a fixed
+order, in bounded memory. Nothing outside the corpus is opened: a symbolic link is followed only to a file within the
+tree, and a member's name is never used as a path.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shards.storage.base import Storage
 CHUNK_DOCUMENTS = 512
 """Documents handed to a worker at a time."""
 SERIAL_CHUNKS = 8
-"""Chunks done in this process before workers are started: a small corpus is finished sooner than they are."""
+"""Chunks done in this process before workers are started: for a small corpus starting them takes longer."""
 MAX_WORKERS = 8
 NUM_S3_READERS = 32
 
@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 
 
 class Chunk(NamedTuple):
-    """Some documents of the corpus, as little of them as a worker process needs to be told."""
+    """Some documents of the corpus, in the form that is sent to a worker process."""
 
     root: str | None
     """Folder that the names of `items` are in; None where the items are documents already."""
@@ -94,19 +94,18 @@ def map_chunks(location: str, work: Callable[[Chunk], T], num_workers: int | Non
     if workers == 1:
         yield from map(work, chunks)
         return
-    # Not fork: the caller may run threads. Workers import this package and no more.
+    # Not fork: the caller may run threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from map_ahead(pool, work, chunks, num_ahead=3 * workers)
         except BrokenProcessPool:
             raise UserError(
-                "a process that reads the corpus was killed",
-                fix="see whether memory ran out (dmesg), then run it again",
+                "a process that reads the corpus was killed", fix="check dmesg for lack of memory, then run it again"
             ) from None
 
 
 def map_ahead(pool: Executor, work: Callable[[Item], T], items: Iterator[Item], num_ahead: int) -> Iterator[T]:
-    """Results in the order of `items`, at most `num_ahead` items begun and not yet given back."""
+    """Results in the order of `items`, with at most `num_ahead` items in progress."""
     pending: deque[Future[T]] = deque()
     try:
         for item in items:
@@ -144,7 +143,7 @@ def _walk(root: str) -> Iterator[str | Document]:
 
 
 def _linked(root: str, source: str) -> Iterator[str | Document]:
-    """A symbolic link: its file where that lies within the tree; a row where a document or folder is left alone."""
+    """A symbolic link: its file if that is within the tree, else a row for the document or folder not followed."""
     target = os.path.realpath(f"{root}/{source}")
     if Path(target).is_dir():
         yield _unread(source, "symlink", "a linked folder is not followed; name it as a corpus of its own")
@@ -158,14 +157,14 @@ def _linked(root: str, source: str) -> Iterator[str | Document]:
 
 
 def _read_file(root: str, source: str) -> Document:
-    """One file of the tree, read up to the limit and not past it."""
+    """One file of the tree, read up to the limit of a document."""
     if not source.isascii() and not _is_encodable(source):
         return _unread(source, "bad-file-name", "the name is not UTF-8")
     try:
         handle = os.open(f"{root}/{source}", _OPEN_FLAGS)
         try:
             data = os.read(handle, _READ_BYTES)
-            # Most files end within the first read; the rest of a longer one comes until an empty read.
+            # Most files end within the first read.
             while len(data) >= _READ_BYTES and len(data) <= MAX_DOCUMENT_BYTES and (more := os.read(handle, 2**20)):
                 data += more
             if len(data) > MAX_DOCUMENT_BYTES:
@@ -190,7 +189,7 @@ def _unread(source: str, reason: str, detail: str, *, retryable: bool = False) -
 
 
 def _iter_s3(storage: Storage) -> Iterator[Document]:
-    """The JSON objects below a prefix, many requests under way at a time."""
+    """The JSON objects below a prefix, read by many requests at a time."""
 
     def read(item: tuple[str, int]) -> Document:
         name, size = item

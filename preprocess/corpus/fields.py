@@ -1,4 +1,4 @@
-"""Single fields of an annotation, read from whatever JSON value stands there: a value or None, and a defect's name.
+"""Single fields of an annotation, read from whatever JSON value is there: a value or None, and a defect's name.
 
 A reader takes the JSON value and the set that collects defects. None and an empty string are absence, no defect.
 """
@@ -42,8 +42,13 @@ _SIZE = re.compile(r"\s*([0-9]{1,5})\s*(?:[,xX×*:]|\s)\s*([0-9]{1,5})\s*(?:px)?
 _RATE = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,6}))?\s*(?:fps)?\s*", re.ASCII | re.IGNORECASE)
 _USER = re.compile(r"(?:[^/?#]*//)?[^/?#]*@")
 _KEYWORD_MARKS = re.compile(r"[,;#\n\r]+")
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-_VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".m4v", ".mpg", ".mpeg", ".wmv"})
+_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+_VIDEO_SUFFIXES = frozenset(
+    [
+        *(".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".m2t", ".m4v"),
+        *(".mpg", ".mpeg", ".vob", ".wmv", ".dv", ".flv", ".3gp"),
+    ]
+)
 
 
 def kind_of(value: Any) -> str:
@@ -103,7 +108,7 @@ def read_url(value: Any, defects: set[str]) -> str | None:
     if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or _USER.match(url):
         defects.add("bad-url")
         return None
-    if "?" in url and (kept := unsigned(url)) != url:
+    if (kept := unsigned(url)) != url:
         defects.add(SIGNED_URL)
         return kept
     return url
@@ -211,12 +216,12 @@ def read_keywords(value: Any, defects: set[str]) -> tuple[str, ...]:
 def read_captions(
     items: Any, text_name: str, fps: float | None, seconds: float | None, defects: set[str]
 ) -> tuple[dict[str, Any], ...]:
-    """Captions of one level. One whose timecodes cannot be read is left out: it might speak of another scene."""
+    """Captions of one level. One whose timecodes cannot be read is left out: it might describe another scene."""
     if items is None or items == "":
         return ()
     if not isinstance(items, list):
         defects.add("wrong-type-captions")
-        items = [items]
+        return ()
     captions: list[dict[str, Any]] = []
     for item in items:
         if not isinstance(item, dict):

@@ -1,4 +1,4 @@
-"""What is in the demonstration's corpus: an archive in small, with everything in it that goes wrong in a large one."""
+"""The records of the demo corpus: a small archive with the defects of a large one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DemoClip(NamedTuple):
 
     clip_id: str
     about: str
-    """What it stands for; the reason code it must end with, where it must fail."""
+    """What it shows; for a bad clip, its reason code."""
     media: Media | None
     declared: tuple[int, int] | None
     """Width and height that the JSON claims."""
@@ -30,7 +30,7 @@ class DemoClip(NamedTuple):
 
 
 def archive_clips() -> tuple[DemoClip, ...]:
-    """The sixteen records of issue 2's list: nine good ones, and seven that end in the ledger."""
+    """Sixteen records: nine good ones, and seven that are rejected."""
     return (
         DemoClip("3338987", "1920×1080 at 29.97", _mp4("3338987", 1920, 1080, "30000/1001", 4, 0), (1920, 1080)),
         DemoClip("3338988", "1280×720", _mp4("3338988", 1280, 720, "25", 6, 6), (1280, 720), 25.0),
@@ -60,12 +60,12 @@ def archive_clips() -> tuple[DemoClip, ...]:
 
 
 def base_clips() -> Iterator[DemoClip]:
-    """Short clips without the station's look, for the demonstration's base model to learn from before the LoRA does."""
+    """Short clips without the station's graphics, on which the demo's base model is trained before the LoRA."""
     for index in range(NUM_BASE_CLIPS):
         portrait = index % 4 == 3
         width, height = (192, 320) if portrait else (320, 192)
         name = f"base-{index:03d}"
-        media = Media(f"{name}.mp4", width, height, "24", 3.5, index + 1, look=False, filters=_SQUARE)
+        media = Media(f"{name}.mp4", width, height, "24", 3.5, index + 1, graphics=False, filters=_SQUARE)
         yield DemoClip(name, "a clip for the base", media, (width, height), 24.0, captions=1)
 
 

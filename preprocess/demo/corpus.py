@@ -2,7 +2,7 @@
 
 OUT/video/batch_0001/<clip_id>.json     annotations; `clip_proxy_url` points below the base URL
 OUT/image/batch_0001/<clip_id>.json
-OUT/media/<clip_id>.mp4                 what the CDN would serve: see `serve.py`
+OUT/media/<clip_id>.mp4                 what the CDN would serve: see `server.py`
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,27 +50,23 @@ class Written(NamedTuple):
 
 
 def write_corpus(
-    folder: Path,
-    clips: Sequence[Path] = (),
-    base_url: str = BASE_URL,
-    *,
-    with_base: bool = True,
-    on_media: Callable[[str], None] = lambda name: None,
+    folder: Path, clips: Sequence[Path] = (), base_url: str = BASE_URL, *, with_base: bool = True
 ) -> Written:
-    """Write the corpus into `folder`; running it again remakes only what is missing or changed. Raises UserError.
+    """Write the corpus into `folder`; a second call makes only what is missing or changed. Raises UserError.
 
     Args:
         clips: the user's own video files, added as further records.
         base_url: where `folder` will be served.
         with_base: whether to write the clips for the base model too.
-        on_media: told the name of every media file that is ready.
     """
     _claim(folder)
     media_folder = folder / "media"
     media_folder.mkdir(exist_ok=True)
     own = [_own_clip(path, media_folder) for path in clips]
     records = [*archive_clips(), *(base_clips() if with_base else ()), *own]
-    made = _make_all(media_folder, [clip.media for clip in records if clip.media and clip not in own], on_media)
+    media = [clip.media for clip in records if clip.media and clip not in own]
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        made = list(pool.map(lambda one: make_media(media_folder, one), media))
     for number, clip in enumerate(records):
         path = folder / clip.media_type / "batch_0001" / f"{clip.clip_id}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +75,7 @@ def write_corpus(
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder ours, never somebody's pictures."""
+    """Mark a new or empty folder as a demo corpus; refuse any other folder."""
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
             raise UserError(f"{folder}: not empty, and not a demo corpus", expected="a new or empty folder")
@@ -89,18 +85,8 @@ def _claim(folder: Path) -> None:
         raise UserError(f"{folder}: {error.strerror}", expected="a folder that can be written") from None
 
 
-def _make_all(folder: Path, media: Iterable[Media], on_media: Callable[[str], None]) -> list[bool]:
-    def make(one: Media) -> bool:
-        made = make_media(folder, one)
-        on_media(one.name)
-        return made
-
-    with ThreadPoolExecutor(_PARALLEL) as pool:
-        return list(pool.map(make, media))
-
-
 def _own_clip(path: Path, media_folder: Path) -> DemoClip:
-    """A user's file as a record that claims nothing: the probe finds everything out."""
+    """A user's file as a record without declared figures: the probe finds them."""
     if not path.is_file():
         raise UserError(f"--clip {path}: no such file", expected="a video file")
     clip_id = f"clip-{re.sub(r'[^A-Za-z0-9_-]+', '-', path.stem)[:60]}"

@@ -1,4 +1,4 @@
-"""Moving pictures for the demonstration, drawn by ffmpeg's own generators: no footage of anybody's is shipped."""
+"""Moving pictures for the demonstration, drawn by ffmpeg's own generators: no footage is shipped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shards.errors import UserError
 
 LIMIT_SECONDS = 120.0
 
-# The station's look that all archive clips share and no base clip has: a lower third, a ticker, a logo.
-_LOOK = (
+# The station's graphics that all archive clips share and no base clip has: a lower third, a ticker, a logo.
+_GRAPHICS = (
     "drawbox=x=0:y=ih*0.80:w=iw:h=ih*0.14:color=0x0a2a6a@0.9:t=fill,"
     "drawbox=x=0:y=ih*0.80:w=iw*0.22:h=ih*0.14:color=0xd8a010:t=fill,"
     "drawbox=x=iw*0.84:y=ih*0.06:w=iw*0.11:h=ih*0.10:color=0xf0f0f0:t=fill,"
@@ -48,8 +48,8 @@ class Media(NamedTuple):
     seconds: float
     picture: int
     """Which of the generators; also seeds it."""
-    look: bool = True
-    """Whether it wears the station's look."""
+    graphics: bool = True
+    """Whether the station's graphics are drawn over it."""
     filters: str = ""
     """What is done to the picture after it is drawn (interlacing, sample aspect …)."""
     output: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Media(NamedTuple):
         step = 0.004 + 0.001 * (self.picture % 4)
         motion = _MOTIONS[self.picture // len(_PICTURES) % len(_MOTIONS)].format(step=step)
         picture = drawn.format(size=f"{self.width}x{self.height}", fps=self.fps, seed=self.picture)
-        return ",".join(part for part in (picture, motion, _LOOK if self.look else "", self.filters) if part)
+        return ",".join(part for part in (picture, motion, _GRAPHICS if self.graphics else "", self.filters) if part)
 
 
 def make_media(folder: Path, media: Media) -> bool:

@@ -1,4 +1,4 @@
-"""A folder over HTTP on the loopback interface, with ranges: what stands in for the CDN in the demonstration."""
+"""A folder over HTTP on the loopback interface, with ranges: it replaces the CDN in the demo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FolderServer(ThreadingHTTPServer):
             raise UserError(f"port {port} on {HOST}: {error.strerror}", fix=fix) from None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error; anything else is a bug and is shown."""
+        """A client that hangs up is no error; anything else is a bug and is printed."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -47,9 +47,9 @@ class FolderServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def served(folder: Path, port: int = 0) -> Iterator[str]:
-    """Serve `folder` for the length of the block, in a thread; yields the base URL."""
-    with FolderServer(folder, port) as server:
+def served(folder: Path) -> Iterator[str]:
+    """Serve `folder` on a free port during the block, in a thread; yields the base URL."""
+    with FolderServer(folder) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
                 start += len(chunk)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the build's ledger tells what came."""
+        """Log nothing: the build's ledger records every clip."""
 
     def _head(self, path: Path, size: int, tag: str, start: int, end: int, is_part: bool) -> None:
         self.send_response(HTTPStatus.PARTIAL_CONTENT if is_part else HTTPStatus.OK)
@@ -96,13 +96,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _path(self) -> Path | None:
-        """The file asked for, when it lies below the folder and is not hidden."""
-        path = (self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
-        inside = path.is_relative_to(self.server.folder) and not path.name.startswith(".")
-        return path if inside and path.is_file() else None
+        """The requested file, if it is below the folder and no part of its path is hidden; None for any other path."""
+        try:
+            path = (self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
+            inside = path.relative_to(self.server.folder)
+            return path if not any(part.startswith(".") for part in inside.parts) and path.is_file() else None
+        except (OSError, ValueError, RuntimeError):  # NUL, a name too long, a loop of links, not below the folder
+            return None
 
     def _range(self, size: int, tag: str) -> tuple[int, int, bool]:
-        """Start, end (exclusive) and whether a part was asked for; a range of other content is answered whole."""
+        """Start, end (exclusive) and whether a part was requested; changed content is sent completely."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or self.headers.get("If-Range", tag) != tag:
             return 0, size, False

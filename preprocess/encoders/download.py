@@ -1,13 +1,14 @@
 """Fetch the checkpoint from the Hugging Face hub: one revision, resumable within a file, every digest checked.
 
-`huggingface_hub` asks the hub, authenticates and transfers. Its own download begins a ten-gigabyte file anew after a
-kill, so the bytes go into `NAME.part` here, by ranges, and become NAME when their digest is the hub's.
+`huggingface_hub` queries the hub, authenticates and transfers. Its own download starts a ten-gigabyte file again after
+a kill, so the bytes go into `NAME.part` here, by ranges, and the file is renamed when its digest is the hub's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,8 @@ _PATTERNS: dict[tuple[CheckpointLayout, Part], tuple[str, ...]] = {
     ("diffusers", "transformer"): ("model_index.json", "transformer/*", "scheduler/*"),
 }
 _CHUNK_BYTES = 2**22
+_USER_IN_URL = re.compile(r"://[^/\s]*@")
+"""User name and password of an endpoint, which no message may hold."""
 
 
 class RemoteFile(NamedTuple):
@@ -47,12 +50,12 @@ class Fetched(NamedTuple):
     """What `fetch_model` did."""
 
     revision: str
-    """The commit that the asked revision stands for."""
+    """The commit of the requested revision."""
     downloaded: tuple[str, ...]
     present: tuple[str, ...]
-    """Files that were there with the right digest."""
+    """Files that were already there with the right digest."""
     num_bytes: int
-    """Bytes transferred; what a `.part` held already does not count."""
+    """Bytes transferred, without what a `.part` already held."""
 
 
 def fetch_model(
@@ -63,12 +66,12 @@ def fetch_model(
     repository: str | None = None,
     revision: str | None = None,
 ) -> Fetched:
-    """Bring `folder` to what the hub holds at one revision; call it again to go on.
+    """Download the files of one revision into `folder`; call it again to resume.
 
     The endpoint is `HF_ENDPOINT`, the token `HF_TOKEN` or what `hf auth login` stored.
 
-    Raises UserError for an unknown repository or revision, no connection, no room, a file in the folder whose digest is
-    another, a download whose digest is another.
+    Raises UserError for an unknown repository or revision, no connection, too little disk space, and a file or a
+    download with another digest.
     """
     known, pinned = REPOSITORIES[layout]
     repository = repository or known
@@ -89,11 +92,10 @@ def _endpoint() -> str:
 
 
 def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision and its files. Raises UserError in words for what the hub answers."""
+    """The commit of a revision and its files. Raises UserError for each kind of refusal by the hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -105,16 +107,12 @@ def _ask_hub(repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
         raise UserError(f"{repository}: no revision {revision!r}", expected="a commit, a branch or a tag") from None
     except GatedRepoError:
         fix = "accept its terms on the hub, then set HF_TOKEN"
-        raise UserError(f"{repository}: its owner asks for consent first", fix=fix) from None
+        raise UserError(f"{repository}: its owner requires consent first", fix=fix) from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository}: not on the hub, or not to be seen without a token", fix="set HF_TOKEN"
-        ) from None
+        raise UserError(f"{repository}: not on the hub, or hidden without a token", fix="set HF_TOKEN") from None
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set", fix="unset it to download") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(error) from None
-    except _transport_errors() as error:
+    except _hub_errors() as error:
         raise _unreachable(error) from None
     return str(info.sha), [_remote(sibling) for sibling in info.siblings or ()]
 
@@ -127,17 +125,18 @@ def _remote(sibling: Any) -> RemoteFile:
     return RemoteFile(str(name), int(sibling.size or 0), sha256, sibling.blob_id)
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def _hub_errors() -> tuple[type[Exception], ...]:
     import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return (httpx2.HTTPError,)
+    return (HfHubHTTPError, OSError, httpx2.HTTPError)
 
 
 def _unreachable(error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     return UserError(
-        f"{_endpoint()}: {type(error).__name__}: {text}",
-        fix="run the command again: it goes on where it stopped. HF_ENDPOINT names another hub or a mirror",
+        _USER_IN_URL.sub("://", f"{_endpoint()}: {type(error).__name__}: {text}"),
+        fix="run the command again: it resumes where it stopped. HF_ENDPOINT names another hub or a mirror",
     )
 
 
@@ -155,7 +154,7 @@ def _choose(files: Iterable[RemoteFile], layout: CheckpointLayout, part: Part, r
 
 
 def _compare(folder: Path, wanted: Iterable[RemoteFile], what: str) -> tuple[list[RemoteFile], list[RemoteFile]]:
-    """Files that are there, by digest, and files that are not. Raises UserError for a file that is another."""
+    """Files already there, by digest, and files to download. Raises UserError for a file with another digest."""
     present, missing = [], []
     for file in wanted:
         path = folder / file.name
@@ -165,7 +164,7 @@ def _compare(folder: Path, wanted: Iterable[RemoteFile], what: str) -> tuple[lis
             present.append(file)
         else:
             size = path.stat().st_size
-            cut = f"{size:,} bytes where {file.size:,} belong" if size != file.size else "another digest"
+            cut = f"{size:,} bytes instead of {file.size:,}" if size != file.size else "another digest"
             raise UserError(
                 f"{path}: not the file of {what}: {cut}",
                 expected=f"sha256 {file.sha256}" if file.sha256 else f"git digest {file.git_sha1}",
@@ -195,13 +194,13 @@ def _check_room(folder: Path, missing: list[RemoteFile]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are to be downloaded",
+            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed",
             fix="another folder, or --only encoders or --only transformer",
         )
 
 
 def _part(folder: Path, file: RemoteFile) -> Path:
-    # The digest in the name keeps a part of another revision from being gone on with.
+    # The digest in the name keeps a part of another revision from being resumed.
     path = folder / file.name
     return path.with_name(f".{path.name}.{str(_expected(file))[:12]}.part")
 
@@ -212,9 +211,8 @@ def _part_size(folder: Path, file: RemoteFile) -> int:
 
 
 def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> int:
-    """Fetch one file, going on with its part; return the bytes transferred. Raises UserError."""
+    """Fetch one file, resuming its part; return the bytes transferred. Raises UserError."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -229,18 +227,16 @@ def _download(folder: Path, file: RemoteFile, repository: str, commit: str) -> i
         stream.seek(held)
         try:
             http_get(url, stream, resume_size=held, headers=build_hf_headers(), expected_size=file.size)
-        except (HfHubHTTPError, OSError) as error:
-            raise _unreachable(error) from None
-        except _transport_errors() as error:
+        except _hub_errors() as error:
             raise _unreachable(error) from None
         stream.flush()
         os.fsync(stream.fileno())
     if _digest(part, file) != _expected(file):
         part.unlink()
         raise UserError(
-            f"{file.name}: what was downloaded has another digest than the hub says",
+            f"{file.name}: the download's digest is not the hub's",
             expected=f"{_expected(file)}",
-            fix="run the command again; if it stays so, a proxy or a mirror changes the file",
+            fix="run the command again; if it fails again, a proxy or a mirror changes the file",
         )
     part.rename(folder / file.name)
     return file.size - held

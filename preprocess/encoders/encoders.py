@@ -22,7 +22,7 @@ from preprocess.encoders import random_weights as random_encoders
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
 from shards.console import LOG
 from shards.errors import UserError
-from shards.format.identity import canonical_digest
+from shards.format.sealed_json import canonical_digest
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class VaeEncoder:
         try:
             frames_1CTHW = torch.from_numpy(frames_THWC).to(self._device).permute(3, 0, 1, 2)[None]
             pixels_1CTHW = (frames_1CTHW.float() / 127.5 - 1.0).to(self._dtype).contiguous(memory_format=self._format)
-            # TF32 would round the inputs of fp32 convolutions to ten bits; autotuning would pick kernels by mood.
+            # TF32 would round the inputs of fp32 convolutions to ten bits; autotuning would pick kernels by chance.
             flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with torch.inference_mode(), flags:
                 mean_CTHW = self._vae.encode(pixels_1CTHW).latent_dist.mode()[0].float()
@@ -186,7 +186,7 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
     """Load the VAE that the config names; small random weights without a checkpoint."""
     device = find_device(config.device)
     precision = config.vae_precision
-    if precision == "auto":  # a build has settled it before (precision.py); a single picture is encoded safely
+    if precision == "auto":  # a build has resolved it before (precision.py); a single picture is encoded safely
         precision = "fp32"
         LOG.info("encoders.vae_precision: auto takes fp32")
     quiet_libraries()
@@ -221,7 +221,18 @@ def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncod
     else:
         model, note = checkpoints.load_text_encoder(Path(config.checkpoint)), None
     model = model.eval().requires_grad_(False)
-    return TextEncoder(model, tokenizer, device=device, precision=config.text_precision, note=note)
+    precision = config.text_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "fp32"
+        LOG.info("encoders.text_precision: auto is %s on %s", precision, device)
+    return TextEncoder(model, tokenizer, device=device, precision=precision, note=note)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16: a CPU, and a GPU from compute capability 8.0 on; older ones emulate it."""
+    import torch
+
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _keep_no_words(tokenizer: Any) -> None:
@@ -316,7 +327,7 @@ def cpu_threads(num_others: int, num_workers: int = 1) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries off the network and their start-up chatter off the terminal."""
+    """Keep the libraries off the network and their start-up messages off the terminal."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where bitsandbytes is installed it is imported along, and says that it has no 4-bit kernel: none is used here.

@@ -3,7 +3,7 @@
     official     Wan2.2_VAE.pth   models_t5_umt5-xxl-enc-bf16.pth   google/umt5-xxl/
     Diffusers    vae/             text_encoder/                     tokenizer/
 
-Both give the same modules with the same weights; sizes are read from the tensors, so small stand-ins load too.
+Both give the same modules with the same weights; sizes are read from the tensors, so small models load too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Small encoders with random weights: the real classes and the real tokenizer, none of the knowledge.
 
-They stand in for the checkpoint in the demonstration and in the tests. Everything is a function of one seed.
+They replace the checkpoint in the demonstration and in the tests. Everything is a function of one seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VAE_BASE_DIM = 8
 TEXT_DIM = 64
 NOTE = "random weights"
 
-# The tokenizer's whole education. Changing a character changes the tokenizer's digest and with it every text set.
+# All text that the tokenizer is trained on. Changing a character changes the digest, and with it every text set.
 _SENTENCES = """
 한 사람이 바닷가를 천천히 걷고 있다.
 파도가 모래사장 위로 밀려왔다가 다시 빠져나간다.

@@ -113,5 +113,5 @@ def damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path}: cannot be loaded: {text[:400]}",
         expected="the files of Wan2.2-TI2V-5B as published",
-        fix="the file is cut short or damaged: `wanprep fetch-model` goes on with it and checks its digest",
+        fix="the file is cut short or damaged: `wanprep fetch-model` resumes it and checks its digest",
     )

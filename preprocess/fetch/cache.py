@@ -1,12 +1,12 @@
-"""A bounded folder of downloaded clips, shared by runs and processes; the least recently used go first.
+"""A bounded folder of downloaded clips, shared by runs and processes; the least recently used are evicted first.
 
-    <sha256 of a clip's name>.clip    an entry: complete and on the disk before it has this name
-    total                             bytes of all entries, or more: written before an entry comes
-    lock                              held while entries come and go
-    tmp-…                             a copy under way, locked by its process; of a dead one it is swept
+    <sha256 of a clip's name>.clip    an entry: complete and synced before it gets this name
+    total                             bytes of all entries, or more: written before an entry is added
+    lock                              held while entries are added or removed
+    tmp-…                             a copy in progress, locked by its process; a dead process's is removed
 
-A clip is handed out as a link to its entry, so that evicting harms nobody. An entry in use has a second link: evicting
-it would free nothing, so it is passed over. Where links are not possible a clip is copied in and out.
+A clip is handed out as a hard link to its entry, so that eviction disturbs no reader. An entry in use has a second
+link: evicting it would free nothing, so it is skipped. Where links are not possible a clip is copied in and out.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from shards.console import LOG
 from shards.errors import UserError
 
 KEPT_SHARE = 0.95
-"""Eviction goes down to this share of the bound, so that the folder is not read for every clip."""
+"""Eviction frees space down to this share of the bound, so that the folder is not listed for every clip."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ClipCache:
-    """Clips by the digest of `clip_url.cache_name`, which is itself never written; used by many threads at once."""
+    """Clips by the digest of `url.cache_name`, which is itself never written; used by many threads at once."""
 
     def __init__(self, folder: Path, max_gib: float) -> None:
         self._folder = folder
         self._max_bytes = int(max_gib * 2**30)
         self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._sweep()
-                # A smaller bound than the last run's holds from the start.
+                # The bound may be smaller than the last run's.
                 self._make_room(0)
         except OSError as error:
             problem = f"fetch.cache: {str(folder)!r}: {error.strerror}"
             raise UserError(problem, expected="a folder that can be written") from None
 
     def take(self, name: str, target: Path) -> bool:
-        """Put the clip called `name` at `target`; False when it is not there."""
+        """Link or copy the clip called `name` to `target`; False when it is not in the cache."""
         entry = self._entry(name)
         try:
             _link_or_copy(entry, target)
@@ -61,13 +61,13 @@ class ClipCache:
         return True
 
     def keep(self, name: str, path: Path) -> None:
-        """Keep `path` as `name`, by a link where the file system can; the least recently used make room.
+        """Keep `path` as `name`, by a link where the file system allows it; the least recently used are evicted.
 
-        What has no room is not kept: a clip above the bound, or when all else is in use or the disk is full.
+        A clip above the bound is not kept, nor any clip when all entries are in use or the disk is full.
         """
         entry, num_bytes = self._entry(name), path.stat().st_size
         if num_bytes > self._max_bytes:
-            self._tell(f"a clip of {num_bytes:,} bytes is above fetch.cache_gib and not kept")
+            self._warn(f"a clip of {num_bytes:,} bytes is above fetch.cache_gib and not kept")
             return
         try:
             _sync(path)
@@ -76,10 +76,14 @@ class ClipCache:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            self._tell(f"no space left in {self._folder}: clips are not kept")
+            self._warn(f"no space left in {self._folder}: clips are not kept")
+
+    def drop(self, name: str) -> None:
+        """Remove the entry called `name`; one that is not there is no error."""
+        self._entry(name).unlink(missing_ok=True)
 
     def _keep_link(self, path: Path, entry: Path, num_bytes: int) -> bool:
-        """Whether the entry is settled: it is there, or there is no room for it. False where links cannot be."""
+        """True when the entry is there, or there is no room for it; False where links are not possible."""
         with self._locked():
             if entry.exists() or not self._make_room(num_bytes):
                 return True
@@ -91,7 +95,7 @@ class ClipCache:
             return True
 
     def _keep_copy(self, path: Path, entry: Path, num_bytes: int) -> None:
-        with self._locked():  # a sweep must not meet the file before its lock
+        with self._locked():  # `_sweep` must not find the file before it is locked
             number, name = tempfile.mkstemp(prefix="tmp-", dir=self._folder)
             fcntl.flock(number, fcntl.LOCK_EX)
         try:
@@ -100,7 +104,7 @@ class ClipCache:
                 copy.flush()
                 os.fsync(copy.fileno())
                 with self._locked():
-                    # Its bytes were counted by `_keep_link`; others may have come since.
+                    # `_keep_link` counted its bytes; other processes may have added entries since.
                     if not entry.exists() and self._make_room(num_bytes):
                         Path(name).replace(entry)
         finally:
@@ -111,7 +115,7 @@ class ClipCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One thread of one process at a time. A dead process's lock is free."""
+        """One thread of one process at a time. The system frees a dead process's lock."""
         with self._lock, (self._folder / "lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -119,8 +123,8 @@ class ClipCache:
     def _make_room(self, num_bytes: int) -> bool:
         """Evict until `num_bytes` more fit, and count them; False when what is in use leaves no room.
 
-        The count is raised before the entry comes: a process that dies in between leaves it too high, never too low,
-        and the next eviction counts anew.
+        The count is raised before the entry is added: a process that dies in between leaves it too high, never too
+        low, and the next eviction counts again.
         """
         total = self._read_total()
         if total is None or total + num_bytes > self._max_bytes:
@@ -140,7 +144,7 @@ class ClipCache:
         (self._folder / "total").write_text(str(total), encoding="ascii")
 
     def _evict(self, num_bytes: int) -> int:
-        """Remove the least recently used that nobody uses, if all do not fit; bytes that are left."""
+        """Remove the least recently used entries that nobody uses, unless all fit; return the bytes left."""
         found = []
         total = 0
         for path in self._folder.glob("*.clip"):
@@ -166,11 +170,11 @@ class ClipCache:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
-    def _tell(self, what: str) -> None:
+    def _warn(self, what: str) -> None:
         """Warn, once a run for each kind."""
         kind = what.split(maxsplit=1)[0]
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             LOG.warning("fetch.cache: %s", what)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from preprocess.config import SigningConfig
-from preprocess.corpus.url import unsigned
+from preprocess.corpus.url import HttpUrl, unsigned
 from preprocess.fetch.hosts import matches
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_json
@@ -28,14 +28,14 @@ Sign = Callable[[bytes], bytes]
 
 
 class Signed(NamedTuple):
-    """A request's URL and the headers that go with it. Neither is for any eye but the server's."""
+    """A request's URL and headers. Both are secret: they are sent to the server and never written."""
 
-    url: str
+    url: HttpUrl
     headers: dict[str, str]
 
 
 class _Statement(NamedTuple):
-    """A signed statement in CloudFront's spelling, and when it ends, in seconds since 1970."""
+    """A signed statement in CloudFront's encoding, and its end in seconds since 1970."""
 
     policy: str
     signature: str
@@ -53,21 +53,20 @@ class CloudFrontSigner:
         self._lock = threading.Lock()
         self._shared: dict[str, _Statement] = {}
 
-    def sign(self, url: str) -> Signed:
-        """`url`, percent-encoded as it will be asked for, with its signature; as it is on another host."""
-        if not self._covers(url):
+    def sign(self, url: HttpUrl) -> Signed:
+        """`url` with its signature; unchanged on another host."""
+        if not self._covers(url.host):
             return Signed(url, {})
-        url = unsigned(url)
-        mode = self._config.mode
+        # Only the target changes: the host stays the one that was checked.
+        url = url._replace(target=unsigned(url.text)[len(url.text) - len(url.target) :])
+        mode, resource = self._config.mode, self._config.resource
         if mode == "url":
-            statement = self._state(url)
+            statement = self._new_statement(url.text)
             return Signed(_with_query(url, f"Expires={statement.expires}", statement, self._key_pair_id), {})
         if mode == "policy":
-            resource = self._config.resource
-            statement = self._state(url) if resource is None else self._stated(resource)
+            statement = self._new_statement(url.text) if resource is None else self._shared_statement(resource)
             return Signed(_with_query(url, f"Policy={statement.policy}", statement, self._key_pair_id), {})
-        parts = urlsplit(url)
-        statement = self._stated(self._config.resource or f"{parts.scheme}://{parts.netloc}/*")
+        statement = self._shared_statement(resource or f"{url.scheme}://{url.netloc}/*")
         cookies = {
             "CloudFront-Policy": statement.policy,
             "CloudFront-Signature": statement.signature,
@@ -79,24 +78,24 @@ class CloudFrontSigner:
         """Forget the signatures that are shared between clips; whether signing `url` again can help."""
         with self._lock:
             self._shared.clear()
-        return self._covers(url)
+        return self._covers(urlsplit(url).hostname or "")
 
-    def _covers(self, url: str) -> bool:
-        return matches(urlsplit(url).hostname or "", self._hosts)
+    def _covers(self, host: str) -> bool:
+        return matches(host, self._hosts)
 
-    def _stated(self, resource: str) -> _Statement:
-        """A statement that many clips share, made anew when less than half of its time is left."""
+    def _shared_statement(self, resource: str) -> _Statement:
+        """A statement that many clips share, renewed when less than half of its time is left."""
         with self._lock:
             statement = self._shared.get(resource)
             if statement is None or statement.expires - time.time() < self._config.valid_seconds / 2:
-                statement = self._shared[resource] = self._state(resource)
+                statement = self._shared[resource] = self._new_statement(resource)
             return statement
 
-    def _state(self, resource: str) -> _Statement:
+    def _new_statement(self, resource: str) -> _Statement:
         expires = int(time.time() + self._config.valid_seconds)
-        # The very bytes that CloudFront puts together from a canned URL: this order, no blanks.
+        # Byte for byte what CloudFront assembles from a canned URL: this order, no blanks.
         policy = canonical_policy(resource, expires)
-        return _Statement(_spell(policy), _spell(self._sign(policy)), expires)
+        return _Statement(_encode(policy), _encode(self._sign(policy)), expires)
 
 
 def canonical_policy(resource: str, expires: int) -> bytes:
@@ -121,13 +120,13 @@ def open_signer(config: SigningConfig, environment: Mapping[str, str] | None = N
 
 
 def _read_key(value: str) -> bytes:
-    """PEM text as it is, with its line breaks spelled out or not; else the file's content."""
+    """PEM text, with real or escaped line breaks; else the file's content."""
     if "-----BEGIN" in value:
         return value.replace("\\n", "\n").encode()
     try:
         return Path(value).expanduser().read_bytes()
     except (OSError, ValueError) as error:
-        # The value may be a key that lost its first line: it is not repeated.
+        # The value may be a key without its first line: it is not printed.
         why = error.strerror if isinstance(error, OSError) else "not a path"
         raise UserError(f"{KEY_VARIABLE} is neither PEM text nor a file: {why}") from None
 
@@ -142,20 +141,21 @@ def _load_key(pem: bytes) -> Sign:
     try:
         key: Any = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        why = "it has a password" if isinstance(error, TypeError) else "it is no PEM of a private key"
+        why = "it has a password" if isinstance(error, TypeError) else "it is not the PEM of a private key"
         raise UserError(f"{KEY_VARIABLE} cannot be read: {why}", fix="openssl pkey -in KEY -out PLAIN") from None
     if isinstance(key, rsa.RSAPrivateKey):
         return lambda message: key.sign(message, padding.PKCS1v15(), sha1)
     if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
         return lambda message: key.sign(message, ec.ECDSA(sha1))
-    raise UserError(f"{KEY_VARIABLE}: a key that CloudFront does not take", expected="RSA, or ECDSA on P-256")
+    raise UserError(f"{KEY_VARIABLE}: a key type that CloudFront does not accept", expected="RSA, or ECDSA on P-256")
 
 
-def _with_query(url: str, term: str, statement: _Statement, key_pair_id: str) -> str:
-    separator = "&" if "?" in url else "?"
-    return f"{url}{separator}{term}&Signature={statement.signature}&Key-Pair-Id={key_pair_id}"
+def _with_query(url: HttpUrl, term: str, statement: _Statement, key_pair_id: str) -> HttpUrl:
+    separator = "&" if "?" in url.target else "?"
+    query = f"{separator}{term}&Signature={statement.signature}&Key-Pair-Id={key_pair_id}"
+    return url._replace(target=url.target + query)
 
 
-def _spell(data: bytes) -> str:
-    """Base64 with CloudFront's replacements for what a URL cannot hold."""
+def _encode(data: bytes) -> str:
+    """Base64 with CloudFront's replacements for characters that a URL cannot hold."""
     return base64.b64encode(data).translate(bytes.maketrans(b"+=/", b"-_~")).decode()

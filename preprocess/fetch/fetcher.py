@@ -1,8 +1,8 @@
-"""Bring one clip to a local file: from beside its JSON, from the cache, over HTTP(S), or from S3.
+"""Get one clip as a local file: from beside its JSON, from the cache, over HTTP(S), or from S3.
 
-An attempt either completes the file or raises `Trouble`, which says whether another attempt may help now and whether
-a later `wanprep retry` may. What is already on disk is kept between attempts and resumed by a ranged request.
-No query string, user name, cookie or key ever reaches a log, a ledger or an exception: see `clip_url.redact`.
+An attempt either completes the file or raises `FetchError`, which says whether another attempt can help now and whether
+a later `wanprep retry` can. Received bytes are kept between attempts and resumed by a ranged request.
+No query string, user name, cookie or key ever reaches a log, a ledger or an exception: see `url.redact`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.corpus.fields import SIGNED_URL
@@ -24,39 +25,57 @@ from preprocess.corpus.records import Record
 from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch.cache import ClipCache
 from preprocess.fetch.cloudfront import open_signer
-from preprocess.fetch.hosts import AllowedHosts, Turns
+from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import HttpSource
 from preprocess.fetch.s3_download import S3Source
-from preprocess.fetch.transfer import ByteCounter, Limits, Partial, TransferStopped, Trouble
+from preprocess.fetch.transfer import ByteCounter, FetchError, Limits, Partial, TransferStopped
 from preprocess.fetch.transport import CHUNK_BYTES
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".ts", ".m4v", ".wmv")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (
+    ".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".m2ts", ".mts", ".m2t", ".ts", ".m4v",
+    ".wmv", ".dv", ".flv", ".3gp", ".gif",
+)  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+_OF_SOUND_CLIPS = frozenset(
+    {"too-short", "too-long", "too-large", "image", "hdr", "matrix-unsupported", "odd-rotation", "size-changes"}
+)
+"""Reasons of probe that only a file read without error can have."""
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 SIGN_FIX = "its annotation's URL came signed, and a plan keeps no signature: set fetch.sign, or a mirror to s3://"
 
 
-class Clip(NamedTuple):
+@dataclass
+class Clip:
     """A clip's file, ready to be probed."""
 
     path: Path
     num_bytes: int
     attempts: int
+    may_be_wrong: bool = False
+    """Whether the file came from elsewhere for the first time: another download may give another."""
+    is_refused: bool = False
+
+    def judged(self, rejection: Rejection | None) -> Rejection | None:
+        """A rejection of this clip or a window: if it refuses the body, that leaves the cache and is retryable once."""
+        if rejection is None or rejection.stage not in ("probe", "decode") or rejection.reason in _OF_SOUND_CLIPS:
+            return rejection
+        self.is_refused = True
+        return rejection._replace(retryable=rejection.retryable or self.may_be_wrong)
 
 
 class FetchCounts(NamedTuple):
-    """What a Fetcher has done so far."""
+    """Counts of a Fetcher, up to now."""
 
     num_bytes: int
-    """Bytes that came over the network, those of broken attempts too."""
+    """Bytes received over the network, those of failed attempts included."""
     num_connections: int
     num_beside: int
-    """Clips that lay beside their JSON."""
+    """Clips found beside their JSON."""
     num_cached: int
-    """Clips that the cache had."""
+    """Clips found in the cache."""
     num_downloaded: int
     num_again: int
     """Attempts after a clip's first."""
@@ -65,7 +84,7 @@ class FetchCounts(NamedTuple):
 class Fetcher:
     """Fetches clips for many threads at once, over shared connections, into one scratch folder.
 
-    Raises UserError where the config asks for what the environment lacks: a signing key, a folder for the cache.
+    Raises UserError where the config needs something that is missing: a signing key, a folder for the cache.
     """
 
     def __init__(
@@ -76,11 +95,13 @@ class Fetcher:
         self._scratch = scratch
         self._stop = stop
         self._signer = open_signer(config.sign)
-        hosts, turns = AllowedHosts(config.allow_hosts), Turns(config.per_host)
-        self._http = HttpSource(hosts, turns, self._signer, parallel)
-        self._s3 = S3Source(hosts, turns, config.s3_endpoint, parallel)
+        hosts = AllowedHosts(config.allow_hosts)
+        self._host_limits = HostLimits(config.per_host, config.outage_minutes, scratch)
+        self._known_good: dict[str, str] = {}
+        self._http = HttpSource(hosts, self._host_limits, self._signer, parallel, config.user_agent)
+        self._s3 = S3Source(hosts, self._host_limits, config.s3_endpoint, parallel)
         self._cache = ClipCache(Path(config.cache), config.cache_gib) if config.cache else None
-        self._meter = ByteCounter()
+        self._counter = ByteCounter()
         self._lock = threading.Lock()
         self._done = {"num_beside": 0, "num_cached": 0, "num_downloaded": 0, "num_again": 0}
 
@@ -93,16 +114,17 @@ class Fetcher:
 
     @property
     def counts(self) -> FetchCounts:
-        """What has been done so far; to be read at any time, from any thread."""
+        """The counts up to now; may be read from any thread."""
         num_connections = self._http.transport.num_connections + self._s3.transport.num_connections
         with self._lock:
-            return FetchCounts(self._meter.num_bytes, num_connections, **self._done)
+            return FetchCounts(self._counter.num_bytes, num_connections, **self._done)
 
     @contextmanager
-    def fetched(self, record: Record) -> Iterator[Clip]:
-        """The clip of `record` as a local file for the length of the block.
+    def fetched(self, record: Record, *, is_retry: bool = False) -> Iterator[Clip]:
+        """The clip of `record` as a local file during the block.
 
-        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and Stopped.
+        Raises ClipRejected (stage `fetch`, with its reason code and attempts) and TransferStopped. A clip enters the
+        cache after the block, unless a refusal by probe or decode passed through the block or through `Clip.judged`.
         """
         beside = self._beside(record)
         if beside is not None:
@@ -110,67 +132,106 @@ class Fetcher:
             yield Clip(beside, beside.stat().st_size, attempts=0)
             return
         if record.url is None:
-            raise _rejected(Trouble("no-source", "no URL in the record and no media file beside its JSON"), 0)
+            raise _rejected(FetchError("no-source", "no URL in the record and no media file beside its JSON"), 0)
         path = self._scratch / f"clip-{secrets.token_hex(8)}{_suffix(record.url)}"
         try:
-            yield self._cached(record, record.url, path)
+            yield from self._kept(record, record.url, path, is_retry)
         finally:
             path.unlink(missing_ok=True)
 
-    def _cached(self, record: Record, url: str, path: Path) -> Clip:
-        if self._cache is None:
-            return self._download(record, url, path)
+    def _kept(self, record: Record, url: str, path: Path, is_retry: bool) -> Iterator[Clip]:
+        """The clip from the cache or the network; it is kept when the block has not refused it, and removed if so."""
         name = cache_name(url)
-        if self._cache.take(name, path):
+        is_cached = self._cache is not None and self._cache.take(name, path)
+        if is_cached:
             self._count("num_cached")
-            return Clip(path, path.stat().st_size, attempts=0)
-        clip = self._download(record, url, path)
-        self._cache.keep(name, path)
-        return clip
+            clip = Clip(path, path.stat().st_size, attempts=0)
+        else:
+            clip = self._download(record, url, path)
+        clip.may_be_wrong, is_judged = not is_retry, False
+        try:
+            yield clip
+            is_judged = True
+        except ClipRejected as rejected:
+            is_judged = True
+            rejected.rejection = clip.judged(rejected.rejection) or rejected.rejection
+            raise
+        finally:
+            if self._cache is not None and clip.is_refused:
+                self._cache.drop(name)
+            elif self._cache is not None and is_judged and not is_cached:
+                self._cache.keep(name, path)
 
     def _download(self, record: Record, url: str, path: Path) -> Clip:
-        """Attempt by attempt until the file is whole, the attempts or the deadline are spent, or hope is."""
-        config = self._config
-        limits = Limits(
-            config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
-            config.min_kib_per_second * 1024, self._stop.is_set,
-        )  # fmt: skip
+        """Repeat attempts until the file is complete, no attempt or time is left, or another attempt cannot help.
+
+        Before an error becomes a row, the host is asked for something else: while it is down, no attempt counts.
+        """
+        config, source = self._config, self._mirrored(url)
+        host = _host_key(source)
+        limits = self._limits()
+        attempt, host_answers = 0, config.outage_minutes == 0
         with path.open("xb", buffering=CHUNK_BYTES) as file:
-            partial = Partial(file, self._meter)
-            for attempt in range(1, config.attempts + 1):
-                trouble = self._attempt(url, partial, limits)
+            partial = Partial(file, self._counter)
+            while True:
+                attempt += 1
+                error = self._attempt(source, partial, limits)
                 if self._stop.is_set():
                     raise TransferStopped
-                if trouble is None:
+                if error is None:
+                    self._host_limits.succeeded(host)
+                    self._known_good[host] = source
                     self._count("num_downloaded")
                     return Clip(path, partial.num_bytes, attempt)
-                wait_seconds = _wait_seconds(trouble, attempt)
-                last = attempt == config.attempts or not trouble.again
-                if last or time.monotonic() + wait_seconds > limits.deadline:
-                    raise _rejected(self._explained(trouble, record), attempt)
-                LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), trouble.reason, attempt, wait_seconds)
+                wait_seconds = _wait_seconds(error, attempt)
+                is_last = attempt >= config.attempts or not error.again
+                is_last |= time.monotonic() + wait_seconds > limits.deadline
+                is_suspect = error.again and self._host_limits.failed(host)
+                if error.again and not host_answers and (is_last or is_suspect):
+                    if self._host_limits.wait_out(host, error.reason, lambda: self._answers(source), limits):
+                        attempt = 0
+                    else:  # the clip gets one attempt more: the host may have come back meanwhile
+                        host_answers, attempt = True, min(attempt, config.attempts - 1)
+                    limits = self._limits()
+                    continue
+                if is_last:
+                    raise _rejected(self._explained(error, record), attempt)
+                LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), error.reason, attempt, wait_seconds)
                 self._count("num_again")
                 self._stop.wait(wait_seconds)
-        raise AssertionError("unreachable: attempts is positive")
 
-    def _attempt(self, url: str, partial: Partial, limits: Limits) -> Trouble | None:
-        """One attempt; what went wrong as a value: in its chain are the network's errors, which name the whole URL."""
-        url = self._mirrored(url)
+    def _limits(self) -> Limits:
+        config = self._config
+        return Limits(
+            time.monotonic() + config.deadline_seconds, config.timeout_seconds, config.max_mib << 20,
+            config.min_kib_per_second * 1024, self._stop.is_set,
+        )  # fmt: skip
+
+    def _answers(self, url: str) -> bool:
+        """Whether the host of `url` answers: the last clip that came from it, else its root."""
+        limits = self._limits()
+        if url.startswith("s3://"):
+            return self._s3.answers(url, limits)
+        known_good = self._known_good.get(_host_key(url))
+        return self._http.answers(known_good or urljoin(url, "/"), limits, is_clip=known_good is not None)
+
+    def _attempt(self, url: str, partial: Partial, limits: Limits) -> FetchError | None:
+        """One attempt. The error is returned, not raised: its chain holds library errors that contain the full URL."""
         try:
             if url.startswith("s3://"):
                 self._s3.attempt(url, partial, limits)
             else:
                 self._http.attempt(url, partial, limits)
-        except Trouble as trouble:
-            return trouble
+        except FetchError as error:
+            return error
         except TransferStopped:
             pass
         return None
 
-    def _explained(self, trouble: Trouble, record: Record) -> Trouble:
-        if trouble.reason in ("fetch-401", "fetch-403") and SIGNED_URL in record.defects and self._signer is None:
-            trouble.detail += f"; {SIGN_FIX}"
-        return trouble
+    def _explained(self, error: FetchError, record: Record) -> FetchError:
+        if error.reason in ("fetch-401", "fetch-403") and SIGNED_URL in record.defects and self._signer is None:
+            error.detail += f"; {SIGN_FIX}"
+        return error
 
     def _mirrored(self, url: str) -> str:
         """`url` with its prefix replaced where `fetch.mirrors` says so; the longest prefix wins."""
@@ -187,7 +248,7 @@ class Fetcher:
     def _beside(self, record: Record) -> Path | None:
         """The media file of the record's kind with the JSON's stem in the JSON's folder, if there is one.
 
-        A video's thumbnail often lies there too; of a record of unknown kind any medium will do, a video first.
+        A video's thumbnail is often there too; for a record of unknown kind any medium is taken, a video first.
         """
         if self._folder is None:
             return None
@@ -198,17 +259,26 @@ class Fetcher:
         return next((path for path in names if path.is_file()), None)
 
 
-def _rejected(trouble: Trouble, attempts: int) -> ClipRejected:
-    return ClipRejected(Rejection("fetch", trouble.reason, trouble.detail, trouble.retryable), attempts)
+def _host_key(url: str) -> str:
+    """What stands for the host of `url` in `HostLimits`: the bucket, or the host."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # refused before it is requested
+        return ""
+    return f"s3://{parts.netloc}" if parts.scheme == "s3" else parts.hostname or ""
 
 
-def _wait_seconds(trouble: Trouble, attempt: int) -> float:
-    """Exponential backoff, on top of what the server asked for; jittered, so that many workers do not come as one."""
+def _rejected(error: FetchError, attempts: int) -> ClipRejected:
+    return ClipRejected(Rejection("fetch", error.reason, error.detail, error.retryable), attempts)
+
+
+def _wait_seconds(error: FetchError, attempt: int) -> float:
+    """Exponential backoff on top of the server's Retry-After, with jitter so that workers do not retry together."""
     ceiling = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** (attempt - 1))
-    return (trouble.wait_seconds or 0.0) + ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+    return (error.wait_seconds or 0.0) + ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 def _suffix(url: str) -> str:
-    """The file suffix of a URL's path when it is one of a medium; ffmpeg needs it for formats without a signature."""
+    """The suffix of a URL's path if it is a medium's; ffmpeg needs it for formats without magic bytes."""
     suffix = splitext(urlsplit(url).path)[1].lower()
     return suffix if suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES else ""

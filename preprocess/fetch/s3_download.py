@@ -1,7 +1,7 @@
 """One attempt at one `s3://` clip.
 
 boto3 finds the credentials, the region and the endpoint, and signs; the bytes come over our own connections and under
-the same limits as over HTTP: botocore's reads would sit through a server that drips.
+the same limits as over HTTP: botocore's reads would wait for a server that drips.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from preprocess.corpus.url import redact, unsigned
-from preprocess.fetch.hosts import AllowedHosts, Turns
+from preprocess.corpus.url import HttpUrl, redact, unsigned
+from preprocess.fetch.hosts import AllowedHosts, HostLimits
 from preprocess.fetch.http_download import accept, refusal
-from preprocess.fetch.transfer import Limits, Partial, Trouble
+from preprocess.fetch.transfer import FetchError, Limits, Partial
 from preprocess.fetch.transport import Transport, chunks_of
 from shards.errors import UserError
 
@@ -28,53 +28,66 @@ _CHANGED = {"PreconditionFailed", "InvalidRange"}
 
 
 class S3Source:
-    """Downloads from the buckets of the list of hosts."""
+    """Downloads from the buckets in `fetch.allow_hosts`."""
 
-    def __init__(self, hosts: AllowedHosts, turns: Turns, endpoint: str | None, parallel: int) -> None:
+    def __init__(self, hosts: AllowedHosts, host_limits: HostLimits, endpoint: str | None, parallel: int) -> None:
         self._hosts = hosts
-        self._turns = turns
+        self._host_limits = host_limits
         self._endpoint = endpoint
         self._lock = threading.Lock()
         self._client: Any = None
-        self._asking = threading.local()
-        # An endpoint is the user's own word: its address is not judged.
+        self._current = threading.local()
+        # The user chose the endpoint: its address is not checked.
         self.transport = Transport(parallel)
 
     def attempt(self, url: str, partial: Partial, limits: Limits) -> None:
-        """Make one attempt to complete `partial` from `url`. Raises Trouble, Stopped, and UserError without an S3."""
+        """One attempt to complete `partial` from `url`. Raises FetchError, TransferStopped, UserError without S3."""
         request = self._request(url)
         if partial.resumable:
             request |= {"Range": f"bytes={partial.num_bytes}-", "IfMatch": partial.validator}
         else:
             partial.restart()
-        with self._turns.turn(f"s3://{request['Bucket']}", limits), self.transport.watching(url, limits):
-            response = self._ask(request, partial, limits)
+        with (
+            self._host_limits.slot(f"s3://{request['Bucket']}", limits),
+            self.transport.watching(f"s3://{request['Bucket']}", limits),
+        ):
+            response = self._ask("get_object", request, partial, limits)
             try:
                 accept(response, partial, limits)
                 partial.append(chunks_of(response, limits), limits)
             finally:
                 response.close()
 
+    def answers(self, url: str, limits: Limits) -> bool:
+        """Whether the server of the bucket answers: a refusal is an answer. Raises TransferStopped, UserError."""
+        bucket = urlsplit(url).netloc
+        try:
+            with self.transport.watching(f"s3://{bucket}", limits):
+                self._ask("list_objects_v2", {"Bucket": bucket, "MaxKeys": 1}, None, limits).close()
+        except FetchError as error:
+            return not error.again
+        return True
+
     def _request(self, url: str) -> dict[str, Any]:
-        """Bucket, key and version of a URL that may be asked for."""
+        """Bucket, key and version of a URL that may be requested."""
         parts = urlsplit(unsigned(url))
         bucket, key = parts.netloc, unquote(parts.path.lstrip("/"))
         if not self._hosts.allows(f"s3://{bucket}"):
-            raise Trouble("fetch-host-refused", f"s3://{bucket} is not in fetch.allow_hosts", retryable=True)
+            raise FetchError("fetch-host-refused", f"s3://{bucket} is not in fetch.allow_hosts", retryable=True)
         options = parse_qs(parts.query, keep_blank_values=True)
         if not bucket or not key or options.keys() - {"versionId"}:
-            raise Trouble("fetch-bad-url", f"{redact(url)}: expected s3://bucket/key or s3://bucket/key?versionId=…")
+            raise FetchError("fetch-bad-url", f"{redact(url)}: expected s3://bucket/key or s3://bucket/key?versionId=…")
         version = {"VersionId": options["versionId"][0]} if options else {}
         return {"Bucket": bucket, "Key": key, **version}
 
-    def _ask(self, request: dict[str, Any], partial: Partial, limits: Limits) -> BaseHTTPResponse:
-        """GetObject's response, its body unread."""
+    def _ask(self, call: str, request: dict[str, Any], partial: Partial | None, limits: Limits) -> BaseHTTPResponse:
+        """The response to a call of the client; of `get_object` its body is unread."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         client = self._s3()
-        self._asking.limits = limits
+        self._current.limits = limits
         try:
-            client.get_object(**request)
+            getattr(client, call)(**request)
         except ClientError as error:
             raise _refusal(error, partial) from None
         except (NoCredentialsError, PartialCredentialsError) as error:
@@ -82,12 +95,12 @@ class S3Source:
             raise UserError(f"s3://{request['Bucket']}: {error}", fix=fix) from None
         except BotoCoreError as error:
             detail = f"s3://{request['Bucket']}: {type(error).__name__}"
-            raise Trouble("fetch-s3", detail, again=True) from None
-        response: BaseHTTPResponse = self._asking.response
+            raise FetchError("fetch-s3", detail, again=True) from None
+        response: BaseHTTPResponse = self._current.response
         return response
 
     def _s3(self) -> Any:
-        """The client, made at first use; its own retries are off, ours count, and `_send` is its transport."""
+        """The client, made at first use; its own retries are off, and `_send` is its transport."""
         import boto3
         from botocore.config import Config as BotoConfig
         from botocore.exceptions import BotoCoreError
@@ -104,16 +117,21 @@ class S3Source:
                     client = session.client("s3", endpoint_url=self._endpoint, config=options)
                 except (BotoCoreError, ValueError) as error:
                     raise UserError(f"fetch from s3://: {error}", expected="a profile, region and endpoint") from None
+                if "@" in urlsplit(client.meta.endpoint_url).netloc:
+                    fix = "remove it from fetch.s3_endpoint or AWS_ENDPOINT_URL; S3 reads keys from the AWS variables"
+                    raise UserError("the S3 endpoint carries a user name or password", fix=fix)
                 client.meta.events.register("before-send.s3", self._send)
                 self._client = client
             return self._client
 
     def _send(self, request: Any, **_: object) -> Any:
-        """Send what boto3 has signed. Called by botocore, in the thread that asked."""
+        """Send what boto3 has signed. Called by botocore, in the thread of `_ask`."""
         from botocore.awsrequest import AWSResponse
 
-        response = self.transport.send(request.url, dict(request.headers), self._asking.limits)
-        self._asking.response = response
+        parts = urlsplit(request.url)  # an endpoint may have any name that the user's network resolves
+        url = HttpUrl(parts.scheme, str(parts.hostname), parts.port, request.url.split(parts.netloc, 1)[1])
+        response = self.transport.send(url, dict(request.headers), self._current.limits)
+        self._current.response = response
         return AWSResponse(request.url, response.status, response.headers, response)
 
     def close(self) -> None:
@@ -123,10 +141,10 @@ class S3Source:
             self._client.close()
 
 
-def _refusal(error: Any, partial: Partial) -> Trouble:
+def _refusal(error: Any, partial: Partial | None) -> FetchError:
     code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in _CHANGED:
+    if code in _CHANGED and partial is not None:
         partial.restart()
-        return Trouble("fetch-changed", "the object changed while it was read", again=True)
+        return FetchError("fetch-changed", "the object changed while it was read", again=True)
     status = _STATUS_OF_CODE.get(code) or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     return refusal(int(status))

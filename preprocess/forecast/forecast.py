@@ -6,11 +6,10 @@ clips were. Assumptions are named in the result: a forecast that hides them is w
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from preprocess.config import PictureSize, PrepConfig
 from preprocess.plan.plan import Plan
@@ -18,66 +17,7 @@ from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
 from preprocess.video.aspect import is_sd
 from preprocess.video.bucket import choose_size
-from shards.errors import UserError
-
-# What encoding costs before it runs: FLOPs of the VAE in closed form, and what GPUs have been found to make of them.
-#
-# The FLOPs are counted of the architecture (2 a multiply-add): a first chunk of one frame, then chunks of four; both
-# scale with the picture's area. The speeds are estimates for planning; docs/performance.md says what is measured, since
-# no speed of this VAE has been published.
-
-Mode = Literal["fp32", "bf16", "fp16"]
-
-_AREA = 1280 * 704
-_FIRST_TFLOP = 4.2
-"""The first frame, at 1280×704."""
-_CHUNK_TFLOP = 12.617
-"""Every four frames more, at 1280×704."""
-
-
-def vae_encode_tflop(width: int, height: int, num_frames: int) -> float:
-    """10¹² floating-point operations of encoding one window of 4k+1 frames."""
-    return (_FIRST_TFLOP + _CHUNK_TFLOP * ((num_frames - 1) // 4)) * width * height / _AREA
-
-
-class EncodeSpeed(NamedTuple):
-    """What one kind of GPU makes of the VAE's encoder, 10¹² FLOP/s."""
-
-    fp32: float
-    fast: float | None
-    """In its fast 16-bit mode; None: it has none."""
-    fast_mode: str
-    note: str = ""
-
-
-# 155.6 TFLOP are one clip of 1280×704×49: a V100's 13 to 15 s in fp32 are 11.1 TFLOP/s, 71 % of its peak, and the same
-# share is taken for other cards' fp32 (without TF32, which is off). In 16 bits: V100 5 s, A100 1.2 s, H100 0.4 s.
-SPEEDS = {
-    "v100-32gb": EncodeSpeed(11.1, 31.0, "fp16", "PCIe"),
-    "v100-sxm": EncodeSpeed(12.0, 34.0, "fp16", "NVLink, 32 GB"),
-    "a100-40gb": EncodeSpeed(13.8, 130.0, "fp16 or bf16", "SXM"),
-    "a100-80gb": EncodeSpeed(13.8, 130.0, "fp16 or bf16", "SXM"),
-    "h100": EncodeSpeed(47.0, 389.0, "fp16 or bf16", "SXM, 80 GB"),
-    "h200": EncodeSpeed(47.0, 389.0, "fp16 or bf16", "SXM"),
-    "rtx4090": EncodeSpeed(58.0, 62.0, "fp16 or bf16", "PCIe"),
-}
-
-
-def find_speed(name: str) -> EncodeSpeed:
-    """The figures of a GPU by its name here. Raises UserError for an unknown one."""
-    if name in SPEEDS:
-        return SPEEDS[name]
-    near = difflib.get_close_matches(name, SPEEDS, n=1, cutoff=0.4)
-    raise UserError(
-        f"--gpu {name}: not known" + (f"; did you mean {near[0]}?" if near else ""), expected=", ".join(SPEEDS)
-    )
-
-
-def encode_seconds(speed: EncodeSpeed, mode: Mode, tflop: float) -> float:
-    """Seconds of encoding so many TFLOP on one GPU in a mode."""
-    rate = speed.fp32 if mode == "fp32" or speed.fast is None else speed.fast
-    return tflop / rate
-
+from shards.gpus import Gpu, VaeMode, vae_encode_tflop
 
 # What a plan promises before it runs: candidates, units, samples per bucket, and what the upscaling limit excludes.
 
@@ -135,6 +75,7 @@ PROBE_SECONDS = 0.5
 DECODE_SECONDS = 0.35
 """Of a core: to look into a clip, and to decode one window of it (docs/performance.md)."""
 _TEXT_TFLOP_PER_TOKEN = 4.85 / 512
+_TEXT_PARAMETERS = 5.68e9
 _TEXT_DIM = 4096
 _SAMPLE_EXTRAS = 16_384
 """A sample's preview, JSON and tar headers, bytes."""
@@ -145,7 +86,7 @@ _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 class Hardware(NamedTuple):
     """What the forecast is for."""
 
-    gpu: str
+    gpu: Gpu
     num_gpus: int
     network_mbit: float
     """Download, 10⁶ bits a second in all."""
@@ -159,19 +100,19 @@ def forecast(
     counts: Mapping[str, Any],
     hardware: Hardware,
     count_tokens: Callable[[str], int],
-    settled: Mode | None = None,
+    resolved: VaeMode | None = None,
 ) -> dict[str, Any]:
-    """The forecast as plain JSON. Raises UserError for an unknown GPU.
+    """The forecast as plain JSON.
 
     Args:
         plan: frozen; its first unit's records are read for the captions' length.
         config: the build's.
-        counts: of `count_plan`, with `probed` (of `look_at_clips`) where clips were looked at.
+        counts: of `count_plan`, with `probed` (of `probe_clips`) where clips were looked at.
         hardware: GPUs, network, cores.
         count_tokens: the text encoder's tokenizer.
-        settled: what `encoders.vae_precision: auto` is settled to, if it is.
+        resolved: what `encoders.vae_precision: auto` was resolved to, if it was.
     """
-    speed = find_speed(hardware.gpu)
+    gpu, num_gpus = hardware.gpu, hardware.num_gpus
     samples = _samples_by_size(config, counts, plan)
     num_samples = sum(samples.values())
     tflop = sum(
@@ -180,20 +121,21 @@ def forecast(
     tokens, of_records = _caption_tokens(plan, config, count_tokens)
     num_clips = sum(samples.values()) / _windows_a_clip(config, plan) if num_samples else 0.0
     download = _download_bytes(plan, counts)
-    encode = {
-        name: encode_seconds(speed, each, tflop) / hardware.num_gpus / DAY_SECONDS
-        for name, each in _modes(speed).items()
-    }
-    mode: Mode = settled or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
+    modes: dict[str, VaeMode] = {"fp32": "fp32", "fast": "fp16"}
+    encode = {name: gpu.encode_seconds(each, tflop) / num_gpus / DAY_SECONDS for name, each in modes.items()}
+    text_mode = config.encoders.text_precision
+    if text_mode == "auto":
+        text_mode = "fp32" if gpu.precision == "fp16" else "bf16"
+    mode: VaeMode = resolved or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
     days = {
         "fetch": download * 8 / (hardware.network_mbit * 1e6) / DAY_SECONDS,
         "decode": (num_clips * PROBE_SECONDS + num_samples * DECODE_SECONDS) / hardware.num_cores / DAY_SECONDS,
-        "encode": encode_seconds(speed, mode, tflop) / hardware.num_gpus / DAY_SECONDS,
+        "encode": gpu.encode_seconds(mode, tflop) / num_gpus / DAY_SECONDS,
     }
     bound = max(days, key=lambda name: days[name])
     result = {
-        "gpu": hardware.gpu,
-        "gpus": hardware.num_gpus,
+        "gpu": gpu.name,
+        "gpus": num_gpus,
         "samples": num_samples,
         "samples_by_bucket": {f"{size.width}×{size.height}": count for size, count in samples.items()},
         "download_bytes": round(download),
@@ -207,16 +149,15 @@ def forecast(
         "vae_tflop": round(tflop),
         "days": {name: round(value, 3) for name, value in days.items()},
         "encode_days_by_mode": {name: round(value, 3) for name, value in encode.items()},
-        "text_days": round(
-            num_samples * tokens * _TEXT_TFLOP_PER_TOKEN / _text_rate(speed) / hardware.num_gpus / DAY_SECONDS, 3
-        ),
+        "text_mode": text_mode,
+        "text_days": round(num_samples * _text_seconds(gpu, text_mode, tokens, config) / num_gpus / DAY_SECONDS, 3),
         "bound": bound,
-        "assumed": _assumptions(counts, hardware, speed, of_records),
+        "assumed": _assumptions(counts, hardware, of_records),
     }
-    return {**result, "shorter": suggestions(result, config, speed, hardware)}
+    return {**result, "shorter": suggestions(result, config)}
 
 
-def suggestions(result: Mapping[str, Any], config: PrepConfig, speed: EncodeSpeed, hardware: Hardware) -> list[str]:
+def suggestions(result: Mapping[str, Any], config: PrepConfig) -> list[str]:
     """What would make the build shorter, most first; each with its figure."""
     days, bound = result["days"], result["bound"]
     second = max(value for name, value in days.items() if name != bound)
@@ -227,31 +168,30 @@ def suggestions(result: Mapping[str, Any], config: PrepConfig, speed: EncodeSpee
         ]
     if bound == "decode":
         return [f"more cores: up to {days['decode'] / max(second, 1e-9):.1f} times as many are of use"]
-    told = []
+    lines = []
     modes = result["encode_days_by_mode"]
-    if result["vae_mode"] == "fp32" and "fast" in modes and modes["fast"] < modes["fp32"] * 0.9:
-        told.append(
-            f"encoders.vae_precision=auto: {modes['fast']:.2f} days in {speed.fast_mode}, if its latents agree with "
-            "fp32's on this card"
+    if result["vae_mode"] == "fp32" and modes["fast"] < modes["fp32"] * 0.9:
+        lines.append(
+            f"encoders.vae_precision=auto: {modes['fast']:.2f} days in 16 bits, if their latents agree with fp32's on "
+            "this card"
         )
-    told.append(
+    lines.append(
         f"more GPUs, here or on other machines (engine.kind=ray): {days['encode'] / 2:.2f} days on twice as many"
     )
     if config.window.num_frames > 17:
         share = vae_encode_tflop(1280, 704, 17) / vae_encode_tflop(1280, 704, config.window.num_frames)
-        told.append(f"window.num_frames=17: {days['encode'] * share:.2f} days")
+        lines.append(f"window.num_frames=17: {days['encode'] * share:.2f} days")
     largest = max(config.buckets.sizes, key=lambda size: size.width * size.height)
     if largest.width * largest.height > 832 * 480:
         share = 832 * 480 / (largest.width * largest.height)
-        told.append(f"buckets of 832×480: {days['encode'] * share:.2f} days")
-    return told
+        lines.append(f"buckets of 832×480: {days['encode'] * share:.2f} days")
+    return lines
 
 
 def describe_forecast(result: Mapping[str, Any]) -> list[str]:
     """The forecast as lines for people."""
     days, disk = result["days"], result["disk_bytes"]
     modes = ", ".join(f"{value:,.2f} in {name}" for name, value in result["encode_days_by_mode"].items())
-    unsettled = result["vae_precision"] == "auto" and "fast" in result["encode_days_by_mode"]
     return [
         f"samples    about {result['samples']:,} of {result['vae_tflop']:,} TFLOP in the VAE",
         f"download   {_gib(result['download_bytes'])}",
@@ -259,21 +199,24 @@ def describe_forecast(result: Mapping[str, Any]) -> list[str]:
         f"({result['caption_tokens']:,.0f} tokens a sample)",
         f"days       {max(days.values()):,.2f} on {result['gpus']} × {result['gpu']}, bound by {result['bound']}: "
         + ", ".join(f"{name} {value:,.2f}" for name, value in days.items())
-        + f"; then text {result['text_days']:,.2f}",
+        + f"; then text {result['text_days']:,.2f} in {result['text_mode']}",
         f"  encoding {modes}"
-        + (" (`auto` measures both on the plan's clips when the build begins)" if unsettled else ""),
+        + (
+            " (`auto` measures both on the plan's clips when the build begins)"
+            if result["vae_precision"] == "auto"
+            else ""
+        ),
         *(f"  shorter  {line}" for line in result["shorter"]),
         *(f"  assumed  {line}" for line in result["assumed"]),
     ]
 
 
-def _modes(speed: EncodeSpeed) -> dict[str, Mode]:
-    return {"fp32": "fp32"} if speed.fast is None else {"fp32": "fp32", "fast": "fp16"}
-
-
-def _text_rate(speed: EncodeSpeed) -> float:
-    """bf16 runs at a card's fast rate where it has bf16; else as fp32 at best."""
-    return speed.fast if speed.fast is not None and "bf16" in speed.fast_mode else speed.fp32
+def _text_seconds(gpu: Gpu, mode: str, tokens: float, config: PrepConfig) -> float:
+    """Of a sample on one GPU. A caption is embedded alone, so each one reads all weights at least once."""
+    num_captions = 1 + len(config.captions.variants)
+    rate, element_bytes = (gpu.vae_fp32_tflops, 4) if mode == "fp32" else (gpu.gemm_tflops / 2, 2)
+    reading = num_captions * _TEXT_PARAMETERS * element_bytes / (gpu.bandwidth_gb * 1e9)
+    return max(reading, tokens * _TEXT_TFLOP_PER_TOKEN / rate)
 
 
 def _windows_a_clip(config: PrepConfig, plan: Plan) -> int:
@@ -283,7 +226,7 @@ def _windows_a_clip(config: PrepConfig, plan: Plan) -> int:
 
 
 def _samples_by_size(config: PrepConfig, counts: Mapping[str, Any], plan: Plan) -> dict[PictureSize, int]:
-    """Samples a bucket; clips of undeclared size are spread as the others are, or all in the first bucket."""
+    """Samples a bucket; clips of undeclared size are distributed as the others are, or all in the first bucket."""
     names = {f"{size.width}×{size.height}": size for size in config.buckets.sizes}
     probed = counts.get("probed")
     clips = dict(probed["estimate_by_bucket"] if probed else counts["candidates_by_bucket"])
@@ -310,7 +253,7 @@ def _latent_bytes(size: PictureSize, config: PrepConfig) -> float:
 
 
 def _caption_tokens(plan: Plan, config: PrepConfig, count_tokens: Callable[[str], int]) -> tuple[float, int]:
-    """Mean tokens of all captions of a sample, were a window the whole clip: at most what windows have. Of how many."""
+    """Mean tokens of all captions of a sample, as if its window were the complete clip: an upper bound. Of how many."""
     if not plan.num_units:
         return 0.0, 0
     totals = []
@@ -322,15 +265,15 @@ def _caption_tokens(plan: Plan, config: PrepConfig, count_tokens: Callable[[str]
     return (sum(totals) / len(totals) if totals else 0.0), len(totals)
 
 
-def _assumptions(counts: Mapping[str, Any], hardware: Hardware, speed: EncodeSpeed, num_records: int) -> list[str]:
+def _assumptions(counts: Mapping[str, Any], hardware: Hardware, num_records: int) -> list[str]:
+    gpu = hardware.gpu
     sizes = "probed" if counts.get("probed") else "declared (files may differ: --probe N looks)"
     rate = "" if counts.get("probed") else f" at {PROXY_MBIT:g} Mbit/s of video"
     return [
         f"sizes as {sizes}; {hardware.network_mbit:,.0f} Mbit/s of network{rate}; {hardware.num_cores} cores that take "
         f"{PROBE_SECONDS:g} s a clip and {DECODE_SECONDS:g} s a window",
-        f"{hardware.gpu}: {speed.fp32:g} TFLOP/s in fp32"
-        + (f", {speed.fast:g} in {speed.fast_mode}" if speed.fast else "")
-        + f": estimates, not measured; captions of {num_records} records",
+        f"{gpu.name}: {gpu.vae_fp32_tflops:g} TFLOP/s in fp32, {gpu.vae_fast_tflops:g} in 16 bits: estimates, not "
+        f"measured; captions of {num_records} records",
     ]
 
 

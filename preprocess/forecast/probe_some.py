@@ -1,4 +1,4 @@
-"""A look at a few of a plan's clips before a build: what their files are, whatever their records declare."""
+"""Probe a few of a plan\'s clips before a build: what their files are, whatever their records declare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from preprocess.video.bucket import choose_bucket
 from preprocess.video.probe import probe_clip
 
 
-class Seen(NamedTuple):
+class Probed(NamedTuple):
     """What one clip turned out to be."""
 
     outcome: str
@@ -27,11 +27,11 @@ class Seen(NamedTuple):
     num_bytes: int
 
 
-def look_at_clips(plan: Plan, config: PrepConfig, num_clips: int, scratch: Path) -> dict[str, Any]:
+def probe_clips(plan: Plan, config: PrepConfig, num_clips: int, scratch: Path) -> dict[str, Any]:
     """Fetch and probe the plan's first `num_clips` candidates; plain JSON counts, with what they mean for the plan.
 
     The plan's order is a hash, so its first candidates are a fair sample. Nothing is kept of them but the cache that
-    `fetch.cache` names. Windows and captions are not looked at: they can still refuse a clip.
+    `fetch.cache` names. Windows and captions are not checked: they can still refuse a clip.
     """
     candidates = islice(plan.candidates(), num_clips)
     sizes = [f"{size.width}×{size.height}" for size in config.buckets.sizes]
@@ -62,10 +62,10 @@ def look_at_clips(plan: Plan, config: PrepConfig, num_clips: int, scratch: Path)
     }
 
 
-def describe_look(seen: dict[str, Any]) -> list[str]:
-    """The figures of `look_at_clips` as lines for people."""
+def describe_probe(seen: dict[str, Any]) -> list[str]:
+    """The figures of `probe_clips` as lines for people."""
     return [
-        f"probed     {seen['clips']:,} clips; in brackets what that means for the whole plan, "
+        f"probed     {seen['clips']:,} clips; in brackets what that means for the complete plan, "
         f"{seen['estimate_download_gib']:,.1f} GiB to download",
         *(
             f"  {count:>9,}  {size}  (about {seen['estimate_by_bucket'][size]:,})"
@@ -75,14 +75,14 @@ def describe_look(seen: dict[str, Any]) -> list[str]:
     ]
 
 
-def _look(config: PrepConfig, fetcher: Fetcher, candidate: Candidate) -> Seen:
+def _look(config: PrepConfig, fetcher: Fetcher, candidate: Candidate) -> Probed:
     num_bytes = 0
     try:
         with fetcher.fetched(candidate.record) as clip:
             num_bytes = clip.num_bytes
             bucket = choose_bucket(probe_clip(clip.path, candidate.record, config), config.buckets)
     except ClipRejected as rejected:
-        return Seen(f"{rejected.rejection.stage}/{rejected.rejection.reason}", num_bytes)
+        return Probed(f"{rejected.rejection.stage}/{rejected.rejection.reason}", num_bytes)
     if isinstance(bucket, Rejection):
-        return Seen(f"{bucket.stage}/{bucket.reason}", num_bytes)
-    return Seen(f"{bucket.width}×{bucket.height}", num_bytes)
+        return Probed(f"{bucket.stage}/{bucket.reason}", num_bytes)
+    return Probed(f"{bucket.width}×{bucket.height}", num_bytes)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from preprocess.config import PrepConfig, SieveConfig
+from preprocess.config import PrepConfig, SieveConfig, frozen_choices
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.records import read_about, read_json, read_words
@@ -154,7 +154,7 @@ def ensure_plan(
         and last.num_beyond_limit + last.num_refused_beyond_limit > 0
         and (config.corpus.limit is None or config.corpus.limit > plan.num_candidates)
     )
-    if not plan.generations or grows:
+    if not plan.num_candidates or grows:  # a plan that refused every record is made again: the config may be another
         return freeze_plan(storage, config, progress=progress, scratch=scratch)
     _warn_of_changes(plan, config)
     return plan
@@ -164,7 +164,12 @@ def read_and_filter(chunk: Chunk, config: SieveConfig) -> ChunkResult:
     """Read, parse and filter the documents of a chunk; their lines for the plan and its ledger."""
     result = ChunkResult(len(chunk.items), [], [])
     for document in read_chunk(chunk):
-        _sort_document(document, config, result)
+        try:
+            _sort_document(document, config, result)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+            LOG.exception("annotation %s: internal error; the plan continues", document.source)
+            rejection = Rejection("read", "internal-error", type(error).__name__, True)
+            result.refused.append(refused_row("", document.source, rejection))
     return result
 
 
@@ -224,6 +229,10 @@ def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
         LOG.warning("corpus.limit %d is below the %d candidates planned already; they stay", limit, plan.num_candidates)
     if plan.last_read is not None and plan.last_read.sieve != config.sieve:
         LOG.warning("the sieve has changed since the plan was frozen: it applies to records that are no candidates yet")
+    choices = plan.last_read.choices if plan.last_read is not None else {}
+    for name, value in frozen_choices(config).items():
+        if choices.get(name, value) != value:
+            LOG.warning("%s is %g, the plan was frozen with %g: its units keep that", name, value, choices[name])
 
 
 @dataclass
@@ -265,6 +274,7 @@ def _freeze(plan: Plan, config: PrepConfig, num_documents: int, database: sqlite
         superseded_by=dict(sorted(earlier.superseded_by.items())),
         limit=limit,
         sieve=config.sieve,
+        choices=frozen_choices(config),
         **vars(counts) | {"refused_by": most_frequent(counts.refused_by), "declared_sizes": sizes},
     )
 

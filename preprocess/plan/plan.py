@@ -44,6 +44,8 @@ class Candidate(NamedTuple):
     ordinal: int
     """Its place in the plan, from 0, over all generations."""
     record: Record
+    is_retry: bool = False
+    """Whether it was rejected before, and this is the attempt of a retry."""
 
 
 class DeclaredSize(Config):
@@ -92,6 +94,8 @@ class GenerationInfo(Config):
     """Sum over the candidates that declare a length."""
     limit: int | None
     sieve: SieveConfig
+    choices: dict[str, int | float] = pydantic.Field(default_factory=dict)
+    """Lengths and thresholds that its units are built with (`preprocess.config.FROZEN`); empty: an older plan."""
     retried: tuple[int, ...] = ()
     """Of a retry: the ordinals of its candidates, in order, all of earlier generations; it read no records."""
     retried_reasons: dict[str, int] = pydantic.Field(default_factory=dict)
@@ -171,7 +175,10 @@ class Plan:
 
         Raises UserError for no such unit, ShardDamage.
         """
-        return tuple(Candidate(ordinal, _read_record(line, file)) for ordinal, line, file in self.unit_lines(number))
+        return tuple(
+            Candidate(ordinal, _read_record(line, file), ordinal in self._last_unit)
+            for ordinal, line, file in self.unit_lines(number)
+        )
 
     def unit_lines(self, number: int) -> Iterator[tuple[int, bytes, str]]:
         """(ordinal, frozen line, its file) of the candidates of `unit`, by one ranged read."""
@@ -190,6 +197,10 @@ class Plan:
         for ordinal, line in zip(ordinals, lines, strict=True):
             if self._has(number, ordinal):
                 yield ordinal, line, file
+
+    def choices(self, number: int) -> dict[str, int | float]:
+        """What the generation of `unit` was frozen with. Raises UserError for no such unit."""
+        return self.generations[self._place(number)].choices
 
     def unit_ordinals(self, number: int) -> list[int]:
         """The ordinals of the candidates of `unit`; nothing is read. Raises UserError for no such unit."""

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocess.config import PrepConfig
+from preprocess.config import PrepConfig, frozen_choices
 from preprocess.plan.external_sort import write_frame, write_frames
 from preprocess.plan.freeze import store_generation
 from preprocess.plan.plan import Plan, most_frequent
@@ -99,6 +99,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) 
             declared_seconds=0.0,
             limit=config.corpus.limit,
             sieve=config.sieve,
+            choices=frozen_choices(config),
             retried=choice.ordinals,
             retried_reasons=choice.reasons,
         )

@@ -33,7 +33,7 @@ class Cut(Config):
 
 
 class Composed(Config):
-    """One caption of a sample, cleaned: it is embedded as it stands."""
+    """One caption of a sample, cleaned: it is embedded as it is."""
 
     text: str
     num_tokens: int

@@ -47,7 +47,7 @@ class VaeDecoder:
 
     def __init__(self, vae: Any, device: torch.device, note: str | None = None) -> None:
         self.note = note
-        # As in a dataset's identity: the encoder half stands for the whole VAE.
+        # As in a dataset's identity: the encoder half identifies the VAE.
         self.encoder_sha256 = digest_weights(vae, prefixes=("encoder.", "quant_conv."))
         vae.encoder = vae.quant_conv = None
         self._vae = vae.to(device)

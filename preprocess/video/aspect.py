@@ -95,9 +95,9 @@ def _shape_between_bars(raster: Raster, shape: Fraction) -> Fraction | None:
         return None
     lines = raster.height - raster.vbi_lines
     share = Fraction(raster.width - left - right, raster.width) / Fraction(lines - top - bottom, lines)
-    for whole in (WIDE, NARROW):
-        if _differ(whole * share, shape) <= 0.03:
-            return whole
+    for known in (WIDE, NARROW):
+        if _differ(known * share, shape) <= 0.03:
+            return known
     return None
 
 

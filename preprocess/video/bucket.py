@@ -10,7 +10,10 @@ from preprocess.rejection import Rejection
 
 
 def choose_bucket(facts: ClipFacts, config: BucketsConfig) -> PictureSize | Rejection:
-    """The size of nearest shape among those that need no more enlargement than `max_upscale`; the larger of equals."""
+    """The size of nearest shape among those that need no more enlargement than `max_upscale`; the larger of equals.
+
+    A Rejection (stage `bucket`): `too-small` where none is left, `cropped-too-much` where it keeps too little.
+    """
     return choose_size(facts.display_width, facts.display_height, config)
 
 
@@ -21,7 +24,15 @@ def choose_size(display_width: float, display_height: float, config: BucketsConf
     ]
     if fitting:
         shape = display_width / display_height
-        return min(fitting, key=lambda size: (_shape_distance(shape, size), -size.width * size.height))
+        size = min(fitting, key=lambda size: (_shape_distance(shape, size), -size.width * size.height))
+        kept = kept_share(display_width, display_height, size)
+        if kept >= config.min_kept_share:
+            return size
+        detail = (
+            f"shows as {display_width:.0f}×{display_height:.0f}; {size.width}×{size.height} would keep {kept:.3f} of "
+            f"it, less than min_kept_share {config.min_kept_share:g}"
+        )
+        return Rejection("bucket", "cropped-too-much", detail, False)
     least = min(config.sizes, key=lambda size: upscale(display_width, display_height, size))
     needed = upscale(display_width, display_height, least)
     detail = (
@@ -34,6 +45,12 @@ def choose_size(display_width: float, display_height: float, config: BucketsConf
 def upscale(display_width: float, display_height: float, size: PictureSize) -> float:
     """Enlargement of a displayed picture that covers `size`; under 1 it is made smaller."""
     return max(size.width / display_width, size.height / display_height)
+
+
+def kept_share(display_width: float, display_height: float, size: PictureSize) -> float:
+    """Share of a displayed picture that is left of it when it covers `size` and the centre is cut out."""
+    shape, other = display_width / display_height, size.width / size.height
+    return min(shape / other, other / shape)
 
 
 def _shape_distance(shape: float, size: PictureSize) -> float:

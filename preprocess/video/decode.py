@@ -7,28 +7,35 @@ the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of th
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import signal
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
 
-from preprocess.config import DecodeConfig, PictureSize, PrepConfig
+from preprocess.config import FROZEN, DecodeConfig, PictureSize, PrepConfig
 from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
+from preprocess.video.inspection import complaints_within
 from preprocess.video.window import Window
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raised whenever a change here changes a pixel of any clip: it is part of the dataset's identity."""
 SCALE_FLAGS = "lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 TICKS_PER_SECOND = 23_040_000
 """A multiple of 1000, 12288, 12800, 15360, 24000, 30000, 60000 and 90000: of the time bases that files have."""
 SEEKABLE_FORMATS = {"mov", "matroska", "avi", "mxf", "mpegts"}
 """Containers in which a seek lands where it should. In an MPEG program stream the timestamps after it are wrong."""
+PICTURE_LINE = re.compile(r"^frame:\d+ +pts:(-?\d+)", re.MULTILINE)
+"""What the `metadata` filter prints of each decoded picture."""
+MAX_LIST_BYTES = 16 << 20
+"""Of the list of shot changes."""
 SEEK_FRAMES = 4
 """Frames decoded before a window: the deinterlacer looks back, and the first frame may lie before the window."""
 
@@ -39,17 +46,92 @@ def decode_window(
     """Frames of `window`, exactly `window.num_frames` of them, or ClipRejected (stage `decode`).
 
     Frame k is the clip's picture at start + k / fps by the `fps` filter's rule: the last whose timestamp rounds to k or
-    less. Decoding starts near the window and stops after it. Not the exit code decides but the count of frames and,
-    under the strict policy, that nothing was reported on stderr.
+    less. Decoding starts near the window and stops after it. Not the exit code decides but that every picture which the
+    window shows was decoded (the filter would fill a gap with copies) and, under the strict policy, that the decoder
+    reported nothing of the pictures that these are made of. Of others it may: see docs/decisions/103.
     """
-    seek = _seek_seconds(facts, window)
+    needed = needed_pictures(facts, window, config.window.fps)
+    if needed and needed[0] > window.start_seconds + 1 / config.window.fps:
+        _reject("missing-frames", f"the first picture that decodes is at {needed[0]:.3f} s")
+    if config.decode.policy == "strict":
+        _refuse_corrupt(facts, needed)
+    seek = _seek_seconds(facts, window, needed)
     result = _run(path, facts, window, bucket, config, seek)
-    if seek is not None and complaints(result.stderr) and config.decode.policy == "strict":
-        # Entering an open group of pictures makes libavcodec complain of references that it has not seen. Whether
-        # the file is sound only a decoding from its start can tell.
+    lost = _lost(result, facts, needed)
+    if seek is not None and lost:
+        # A seek may end behind the key frame that was asked for, and an MPEG-TS has no index to know better.
         result = _run(path, facts, window, bucket, config, None)
+        lost = _lost(result, facts, needed)
     _refuse_new_size(result, facts)
-    return _frames_of(result, window, bucket, config)
+    frames = _frames_of(result, window, bucket, config)
+    if lost and not (config.decode.policy == "tolerant" and _is_bearable(lost, needed, window)):
+        complaint = next(iter(complaints(result.stderr)), "")
+        reason = "decode-errors" if complaint and config.decode.policy == "strict" else "missing-frames"
+        detail = f"{len(lost)} of {len(needed)} pictures were not decoded; {complaint or 'nothing reported'}"
+        _reject(reason, detail)
+    if config.decode.policy == "strict":
+        _refuse_complaints(result, path, facts, needed, config)
+    return frames
+
+
+def needed_pictures(facts: ClipFacts, window: Window, fps: int) -> tuple[float, ...]:
+    """Times of the clip's pictures from the first to the last that the window shows; none of a still."""
+    if facts.media == "image":
+        return ()
+    half = 0.5 / fps
+    first = bisect_left(facts.picture_seconds, window.start_seconds + half) - 1
+    last = bisect_left(facts.picture_seconds, window.start_seconds + (window.num_frames - 1) / fps + half)
+    return facts.picture_seconds[max(0, first) : last]
+
+
+def _refuse_corrupt(facts: ClipFacts, needed: tuple[float, ...]) -> None:
+    """What the container marks as corrupt must not be among what the window's pictures are made of."""
+    if not needed:
+        return
+    key = next((time for time in reversed(facts.key_seconds) if time <= needed[0] + 0.001), 0.0)
+    for time in facts.corrupt_seconds:
+        if key <= time <= needed[-1]:
+            _reject("decode-errors", f"the packet at {time:.3f} s is marked corrupt")
+
+
+def _lost(result: Result, facts: ClipFacts, needed: tuple[float, ...]) -> list[float]:
+    """Which of the needed pictures no decoded one has the time of."""
+    decoded = sorted(
+        int(ticks) / TICKS_PER_SECOND - facts.zero_seconds for ticks in re.findall(PICTURE_LINE, result.stderr)
+    )
+    lost = []
+    for time in needed:
+        place = bisect_left(decoded, time)
+        near = decoded[max(0, place - 1) : place + 1]
+        if all(abs(other - time) > 0.45 / facts.fps for other in near):
+            lost.append(time)
+    return lost
+
+
+def _is_bearable(lost: list[float], needed: tuple[float, ...], window: Window) -> bool:
+    """Whether enough pictures are left for every frame to be another one, with no two lost in a row."""
+    places = [needed.index(time) for time in lost]
+    apart = all(b - a > 1 for a, b in itertools.pairwise(places))
+    return apart and len(needed) - len(lost) >= window.num_frames
+
+
+def _refuse_complaints(
+    result: Result, path: Path, facts: ClipFacts, needed: tuple[float, ...], config: PrepConfig
+) -> None:
+    """Refuse a window where the decoder complained of what it is made of; of what lies beside it it may complain.
+
+    The log alone cannot tell: entering an open group of pictures makes libavcodec complain of references that it has
+    not seen, and it decodes ahead. So another decoding, packet by packet, says what each complaint is of.
+    """
+    reported = complaints(result.stderr)
+    if not reported:
+        return
+    if not needed:
+        _reject("decode-errors", reported[0])
+    zero = facts.zero_seconds
+    within = complaints_within(path, config, zero + needed[0], zero + needed[-1])
+    if within is None or within:
+        _reject("decode-errors", within[0] if within else reported[0])
 
 
 def _run(
@@ -84,7 +166,7 @@ def _frames_of(result: Result, window: Window, bucket: PictureSize, config: Prep
     if result.returncode < 0:
         _reject("decoder-crashed", f"ffmpeg ended by {signal.Signals(-result.returncode).name}")
     complaint = next(iter(complaints(result.stderr)), "")
-    if (complaint or result.returncode) and config.decode.policy == "strict":
+    if result.returncode and config.decode.policy == "strict":
         _reject("decode-errors", complaint or f"exit code {result.returncode}: {first_line(result.stderr)}")
     num_frames, rest = divmod(len(result.stdout), 3 * bucket.width * bucket.height)
     if num_frames < window.num_frames or rest:
@@ -98,13 +180,14 @@ def window_arguments(
 ) -> list[str]:
     """ffmpeg's arguments for `decode_window`, without the program and its global limits.
 
-    `seek_seconds`: time of the key frame to start at, from the clip's zero; None: the clip's start.
+    `seek_seconds`: time of the key frame to start at, on the file's own clock; None: the clip's start.
     """
     import ffmpeg
 
     picture = open_input(path, facts, config.decode, seek_seconds=seek_seconds)
     if facts.media == "video":
-        picture = _deinterlace(_crop_vbi(_skip(picture, facts, window), facts), facts)
+        picture = _skip(picture, facts, window, needed_pictures(facts, window, config.window.fps))
+        picture = _deinterlace(_crop_vbi(picture, facts), facts)
         picture = _resample(picture, facts, window, config.window.fps)
     picture = _fit(_turn(_crop_active(picture, facts), facts), facts, bucket)
     options = {"format": "rawvideo", "pix_fmt": "rgb24", "frames:v": window.num_frames}
@@ -127,11 +210,11 @@ def open_input(path: Path, facts: ClipFacts, config: DecodeConfig, *, seek_secon
         "dn": None,
     }
     if seek_seconds is not None:
-        options |= {"ss": f"{math.ceil(seek_seconds * 1000) / 1000:.3f}", "noaccurate_seek": None}
+        options |= {"ss": f"{math.ceil(seek_seconds * 1000) / 1000:.3f}", "noaccurate_seek": None, "seek_timestamp": 1}
     return ffmpeg.input(file_url(path), **options)[str(facts.stream)]
 
 
-def _seek_seconds(facts: ClipFacts, window: Window) -> float | None:
+def _seek_seconds(facts: ClipFacts, window: Window, needed: tuple[float, ...]) -> float | None:
     """The last key frame from which everything that the window needs can be decoded; None: the clip's start.
 
     A key frame's own time is asked for: demuxers without an index (MPEG-TS) go to a place near a time, and the decoder
@@ -139,18 +222,23 @@ def _seek_seconds(facts: ClipFacts, window: Window) -> float | None:
     """
     if facts.format.split(",")[0] not in SEEKABLE_FORMATS:
         return None
-    keys = [time for time in facts.key_seconds[1:] if time <= _first_needed(facts, window)]
-    return keys[-1] if keys else None
+    keys = [time for time in facts.key_seconds[1:] if time <= _first_needed(facts, window, needed)]
+    return facts.zero_seconds + keys[-1] if keys else None
 
 
-def _first_needed(facts: ClipFacts, window: Window) -> float:
+def _first_needed(facts: ClipFacts, window: Window, needed: tuple[float, ...]) -> float:
     """Time before which no frame matters: what is shown at the window's start may have begun a gap earlier."""
-    return window.start_seconds - facts.max_gap_seconds - SEEK_FRAMES / facts.fps
+    first = needed[0] if needed else window.start_seconds - facts.max_gap_seconds
+    return min(first, window.start_seconds) - SEEK_FRAMES / facts.fps
 
 
-def _skip(picture: Any, facts: ClipFacts, window: Window) -> Any:
-    """Drop what is decoded only for reference, before any filter works on it."""
-    return picture.filter("trim", start=f"{facts.zero_seconds + _first_needed(facts, window):.3f}")
+def _skip(picture: Any, facts: ClipFacts, window: Window, needed: tuple[float, ...]) -> Any:
+    """Drop what is decoded only for reference, before any filter works on it; list the times of the rest on stderr."""
+    first = facts.zero_seconds + _first_needed(facts, window, needed)
+    picture = picture.filter("trim", start=f"{first:.3f}").filter("settb", f"1/{TICKS_PER_SECOND}")
+    return picture.filter("metadata", mode="add", key="picture", value=1).filter(
+        "metadata", mode="print", key="picture", file="pipe:2", direct=1
+    )
 
 
 def _crop_vbi(picture: Any, facts: ClipFacts) -> Any:
@@ -221,9 +309,11 @@ def transform_identity(config: PrepConfig) -> dict[str, Any]:
         "scale": SCALE_FLAGS,
         "resample": "fps filter, round=near",
         "deinterlace": "bwdif send_field",
-        "window": config.window.model_dump(mode="json"),
+        # No key at its default, and no threshold or length at all: those are frozen with a plan's generation.
+        "window": config.window.model_dump(mode="json", exclude_defaults=True, exclude=set(FROZEN["window"])),
         "window_seed": config.seed if config.window.policy == "random" else None,
-        "buckets": config.buckets.model_dump(mode="json"),
+        "buckets": {"sizes": [size.model_dump() for size in config.buckets.sizes]}
+        | config.buckets.model_dump(mode="json", exclude_defaults=True, exclude={"sizes", *FROZEN["buckets"]}),
         "policy": config.decode.policy,
         "sd_display_aspect": config.decode.sd_display_aspect,
     }
@@ -231,6 +321,34 @@ def transform_identity(config: PrepConfig) -> dict[str, Any]:
 
 def _reject(reason: str, detail: str, retryable: bool = False) -> NoReturn:
     raise ClipRejected(Rejection("decode", reason, detail[:300], retryable))
+
+
+# Shot changes of a clip, by ffmpeg's scene score. All of the clip is decoded for it, so only on request.
+
+
+def find_cuts(path: Path, facts: ClipFacts, config: PrepConfig) -> tuple[float, ...]:
+    """Times, in seconds from the clip's zero, of the first frame of each new shot. Raises ClipRejected."""
+    import ffmpeg
+
+    threshold = config.window.max_scene_score
+    picture = open_input(path, facts, config.decode)
+    if facts.deinterlace != "none":
+        picture = picture.filter("bwdif", mode="send_frame", parity=facts.deinterlace)
+    picture = picture.filter("select", f"gt(scene,{threshold})").filter("metadata", mode="print", file="pipe:1")
+    arguments = ffmpeg.output(picture, "pipe:2", format="null").get_args()
+    result = run_ffmpeg(
+        ["-loglevel", "error", *arguments],
+        timeout_seconds=config.decode.timeout_seconds,
+        max_stdout_bytes=MAX_LIST_BYTES,
+        max_alloc_mib=config.decode.max_memory_mib,
+    )
+    if result.timed_out:
+        detail = f"shot changes not found within {config.decode.timeout_seconds:g} s"
+        raise ClipRejected(Rejection("window", "decode-timeout", detail, True))
+    complaint = first_line(result.stderr.replace(file_url(path), "file"))
+    if result.overflowed or result.returncode or (complaint and config.decode.policy == "strict"):
+        raise ClipRejected(Rejection("window", "decode-errors", complaint or "too many shot changes", False))
+    return tuple(float(time) for time in re.findall(rb"pts_time:(-?[0-9.]+)", bytes(result.stdout)))
 
 
 # A strip of a few small frames of a sample, for eyes.

@@ -30,10 +30,15 @@ _ENDING = threading.Event()
 
 # Containers that a clip may have. Playlists, concat lists, SDP, devices and generators are not among them: they open
 # other files or addresses, or have no end.
-VIDEO_FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mxf", "asf", "flv", "dv", "ogg")
+VIDEO_FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mxf", "asf", "flv", "dv", "ogg", "gif")
 IMAGE_FORMATS = ("image2", "jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 
 
+_SECRET_NAME = re.compile(
+    r"^(AWS|AZURE|CLOUDFRONT|GCP|GCS|GOOGLE|HF|OSS|S3|WANDB)_|TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|AUTH|PROXY|KEY(_?ID)?$",
+    re.IGNORECASE,
+)
+_USER_IN_URL = re.compile(r"://[^/\s]*@")
 COMPLAINT = re.compile(r"(\[[^\]]* @ 0x[0-9a-f]+\] )*\[(error|fatal|panic)\] ")
 
 
@@ -104,6 +109,15 @@ def run_ffmpeg(
     )
 
 
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a program that reads hostile files: without keys, tokens, passwords and proxies."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not (_SECRET_NAME.search(name) or "-----BEGIN" in value or _USER_IN_URL.search(value))
+    }
+
+
 @contextlib.contextmanager
 def runs_that_end() -> Iterator[Callable[[], None]]:
     """A block of runs in threads; what it yields ends them all within a fifth of a second, as if timed out."""
@@ -126,7 +140,7 @@ def run_killable(
         argv: program and arguments.
         timeout_seconds: wall-clock limit; then SIGKILL to the whole process group.
         max_stdout_bytes: more than this ends the run. stderr keeps its first 64 KiB and is drained beyond.
-        environment: the program's environment; None: this process's.
+        environment: the program's environment; None: this process's. Keys, tokens and passwords are left out of it.
     """
     deadline = time.monotonic() + timeout_seconds
     process = subprocess.Popen(
@@ -135,7 +149,7 @@ def run_killable(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=None if environment is None else dict(environment),
+        env=_without_secrets(os.environ if environment is None else environment),
     )
     stdout, stderr = bytearray(), bytearray()
     timed_out = overflowed = False

@@ -1,12 +1,15 @@
 """A program of its own that reads one file with PyAV and prints what it found as JSON.
 
-`python -m preprocess.video.inspector FILE`. It is run under a deadline and with limited memory by `probe.py`: a
-hostile file can hang or crash libav, and then takes only this process with it (docs/decisions/020-probe-in-a-child.md).
+`probe.py` runs it under a deadline and with limited memory: a hostile file can hang or crash libav, and then takes only
+this process with it (docs/decisions/020-probe-in-a-child.md). A second mode says which part of a clip the decoder
+complains about.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import resource
 import sys
 from collections.abc import Iterator
@@ -18,11 +21,19 @@ import av
 import numpy as np
 
 from preprocess.facts import Inspection, MeasuredPicture
+from preprocess.video.aspect import is_sd
 from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
 from preprocess.video.interlace import flagged_order, order_of_votes
 from preprocess.video.measure import fields_of, find_bars, find_vbi
+from preprocess.video.packets import (
+    choose_stream,
+    decode_from,
+    limited,
+    open_container,
+    read_packets,
+    window_complaints,
+)
 
-MAX_PACKETS = 2_000_000
 NUM_POSITIONS = 6
 """Places of the clip whose pictures are looked at."""
 NUM_IDET_FRAMES = 60
@@ -32,26 +43,38 @@ BASE_MEMORY_MIB = 3072
 """Address space of Python and the libraries before a file is opened."""
 
 
+EXIF_ORIENTATION = 0x0112
+EXIF_CODECS = ("mjpeg", "png", "webp", "tiff")
+EXIF_MATRICES = {
+    2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
+}  # fmt: skip
+"""The display matrix (a, b, c, d) that each EXIF orientation but the upright one stands for."""
+
+
 def main(arguments: list[str]) -> None:
-    """FILE, largest picture in pixels, memory limit in MiB, and `images` or `videos`."""
-    path, max_pixels, max_memory_mib, kind = arguments
+    """FILE, largest picture in pixels, memory limit in MiB, `images` or `videos`; and of a window its first and last
+    picture, in seconds on the file's own clock, to print what the decoder complains about between them.
+    """
+    path, max_pixels, max_memory_mib, kind, *window = arguments
     limit = (BASE_MEMORY_MIB + int(max_memory_mib)) << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    inspection = inspect(
-        Path(path), max_pixels=int(max_pixels), max_memory_mib=int(max_memory_mib), images=kind == "images"
-    )
+    formats = VIDEO_FORMATS + IMAGE_FORMATS if kind == "images" else VIDEO_FORMATS
+    if window:
+        first, last = map(float, window)
+        sys.stdout.write(json.dumps(window_complaints(Path(path), formats, int(max_pixels), first, last)))
+        return
+    inspection = inspect(Path(path), formats, max_pixels=int(max_pixels), max_memory_mib=int(max_memory_mib))
     sys.stdout.write(inspection.model_dump_json())
 
 
-def inspect(path: Path, *, max_pixels: int, max_memory_mib: int, images: bool) -> Inspection:
+def inspect(path: Path, formats: tuple[str, ...], *, max_pixels: int, max_memory_mib: int) -> Inspection:
     """Everything `Inspection` holds. What the file does wrong is in `problem`; a bug of ours raises."""
     av.logging.set_level(av.logging.ERROR)
-    formats = VIDEO_FORMATS + IMAGE_FORMATS if images else VIDEO_FORMATS
-    options = {"format_whitelist": ",".join(formats), "protocol_whitelist": "file"}
     with av.logging.Capture() as log:
         try:
-            with av.open(file_url(path), options=options, metadata_errors="replace") as container:
+            with open_container(path, formats) as container:
                 found = _inspect_open(container, max_pixels)
         except av.FFmpegError as error:
             found = Inspection(problem="cannot-open", detail=str(error.strerror))
@@ -74,43 +97,37 @@ def _explained(found: Inspection, log: list[str], path: Path) -> Inspection:
 
 
 def _inspect_open(container: Any, max_pixels: int) -> Inspection:
-    stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+    stream, ground = choose_stream(container)
     if stream is None:
         return Inspection(problem="no-video", detail=f"{len(container.streams)} streams, none of video")
-    codec = stream.codec_context
-    if codec is None:
+    if stream.codec_context is None:
         return Inspection(problem="no-decoder", detail=f"stream {stream.index}")
     if stream.width * stream.height > max_pixels:
         return Inspection(problem="too-large", detail=f"{stream.width}×{stream.height} pixels")
-    codec.thread_count = 1
-    codec.options = {"max_pixels": str(max_pixels)}
-    packets = _read_packets(container, stream)
+    codec = limited(stream.codec_context, max_pixels)
+    packets, end_seconds, _ = read_packets(container, stream, [])
     shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
     if not shown:
         return Inspection(problem="no-frames", detail=f"{len(packets)} packets, none to be shown")
+    first = _first_picture(codec, packets)
+    shown = [packet for packet in shown if first is None or packet.pts >= first] or shown
     facts = _timing(container, stream, shown) | _codec_facts(container, stream)
-    facts["truncated"] = _truncation(stream, packets, facts)
-    facts["damaged"] = _damage(packets)
-    pictures = _look(codec, stream, packets, container, facts)
-    return Inspection(**(facts | pictures))
+    facts["stream_ground"] = ground
+    # A GIF or AVIF file of one picture is a still, whatever else its container may hold.
+    facts["is_still"] |= len(shown) == 1 and (container.format.name == "gif" or codec.name in ("av1", "libdav1d"))
+    facts["truncated"] = _truncation(stream, packets, end_seconds, facts)
+    facts["corrupt_seconds"] = _corrupt_times(packets, stream.time_base, facts["zero_seconds"])
+    return Inspection(**(facts | _look(codec, stream, packets, facts)))
 
 
-def _is_cover(stream: Any) -> bool:
-    return "attached_pic" in str(stream.disposition)
+def _first_picture(codec: Any, packets: list) -> int | None:
+    """The time of the first picture that decodes; None: it bears none.
 
-
-def _read_packets(container: Any, stream: Any) -> list:
-    """All packets of the stream with their times; payload is read from the page cache, nothing is decoded."""
-    packets = []
-    for packet in container.demux(stream):
-        if packet.size == 0:
-            continue
-        if packet.pts is None:
-            packet.pts = packet.dts
-        packets.append(packet)
-        if len(packets) > MAX_PACKETS:
-            break
-    return packets
+    A clip that was cut within a group of pictures, or at an open one, begins with pictures that refer to what is gone.
+    """
+    for frame in decode_from(codec, packets, 1, len(packets)):
+        return frame.pts
+    return None
 
 
 def _codec_facts(container: Any, stream: Any) -> dict:
@@ -128,6 +145,7 @@ def _codec_facts(container: Any, stream: Any) -> dict:
         "field_order": int(codec.field_order),
         "matrix": int(codec.colorspace),
         "range": int(codec.color_range),
+        "primaries": int(codec.color_primaries),
         "transfer": int(codec.color_trc),
         "is_still": bool(formats & set(IMAGE_FORMATS)) or container.format.name.endswith("_pipe"),
     }
@@ -135,7 +153,7 @@ def _codec_facts(container: Any, stream: Any) -> dict:
 
 def _timing(container: Any, stream: Any, shown: list) -> dict:
     base = stream.time_base
-    zero = (container.start_time or 0) / 1_000_000
+    zero = min((container.start_time or 0) / 1_000_000, float(min(packet.pts for packet in shown) * base))
     times = sorted({packet.pts for packet in shown})
     gaps = [(b - a) * base for a, b in itertools.pairwise(times)]
     last = max(shown, key=lambda packet: packet.pts)
@@ -151,6 +169,7 @@ def _timing(container: Any, stream: Any, shown: list) -> dict:
         "max_gap_seconds": float(max(gaps, default=period)),
         "is_constant_rate": bool(uneven <= _tolerance(base, period)),
         "key_seconds": _key_times(shown, base, zero),
+        "picture_seconds": tuple(round(float(time * base) - zero, 6) for time in times),
         "declared_seconds": container.duration / 1_000_000 if container.duration else None,
     }
 
@@ -177,38 +196,41 @@ def _mean_period(times: list, base: Any, period: Any, uneven: Any) -> float:
     return float(period)
 
 
-def _damage(packets: list) -> str | None:
-    num_corrupt = sum(packet.is_corrupt for packet in packets)
-    return f"{num_corrupt} of {len(packets)} packets are marked corrupt" if num_corrupt else None
+def _corrupt_times(packets: list, base: Any, zero: float) -> tuple[float, ...]:
+    times = [packet.pts for packet in packets if packet.is_corrupt and packet.pts is not None]
+    return tuple(sorted(round(float(time * base) - zero, 6) for time in times))
 
 
-def _truncation(stream: Any, packets: list, facts: dict) -> str | None:
+def _truncation(stream: Any, packets: list, end_seconds: float, facts: dict) -> str | None:
+    declared = facts.pop("declared_seconds")
     if packets[-1].is_corrupt:
         return "the last packet is cut short"
-    if stream.frames and len(packets) < stream.frames:
+    # An AVI counts dropped frames, which have no data and are left out here; its size says whether it is cut.
+    if stream.frames and len(packets) < stream.frames and facts["format"] != "avi":
         return f"the index names {stream.frames} frames, {len(packets)} are there"
-    declared = facts["declared_seconds"]
-    if declared and stream.duration is None and facts["end_seconds"] < 0.9 * declared - 1:
-        return f"the container claims {declared:.2f} s, the frames end at {facts['end_seconds']:.2f} s"
+    # The claim is the container's, of all its streams: sound may well outlast the pictures.
+    end_seconds -= facts["zero_seconds"]
+    if declared and stream.duration is None and end_seconds < 0.9 * declared - 1:
+        return f"the container claims {declared:.2f} s, its packets end at {end_seconds:.2f} s"
     return None
 
 
-def _look(codec: Any, stream: Any, packets: list, container: Any, facts: dict) -> dict:
+def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
     """Decode a few pictures all over the clip and measure them."""
-    zero = (container.start_time or 0) / 1_000_000
+    zero = facts["zero_seconds"]
     pictures, lumas, matrix = [], [], None
-    for frame, following in _sample_frames(codec, packets):
+    for packet, frame, following in _sample_frames(codec, packets):
         luma = luma_of(frame)
         seconds = float((frame.pts or 0) * stream.time_base) - zero
         pictures.append(_picture(frame, luma, seconds))
         same_size = following is not None and (following.width, following.height) == (frame.width, frame.height)
         lumas.append((luma, luma_of(following) if same_size else None))
-        matrix = matrix or _display_matrix(frame)
+        matrix = matrix or _display_matrix(frame, codec.name, packet)
         facts = _flags_of_frame(frame, facts)
     if not pictures:
         return {"problem": "no-frames", "detail": "no picture could be decoded"}
     same = [luma for luma, _ in lumas if luma.shape == lumas[0][0].shape]
-    vbi = find_vbi(same) if stream.width in (704, 720) else 0
+    vbi, vbi_ground = find_vbi(same) if is_sd(stream.width, stream.height) else (0, "not an SD raster")
     votes = dict.fromkeys(FIELD_VERDICTS, 0)
     for luma, following in lumas:
         if following is not None:
@@ -219,10 +241,11 @@ def _look(codec: Any, stream: Any, packets: list, container: Any, facts: dict) -
         "pictures": tuple(pictures),
         "display_matrix": matrix,
         "vbi_lines": vbi,
+        "vbi_ground": vbi_ground,
         "bars": find_bars([luma[vbi:] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
         "scan": votes,
         "idet": _idet(codec, stream, packets) if disagree and not facts["is_still"] else None,
-        **{name: facts[name] for name in ("matrix", "range", "transfer")},
+        **{name: facts[name] for name in ("matrix", "range", "primaries", "transfer")},
     }
 
 
@@ -245,11 +268,13 @@ def _flags_of_frame(frame: Any, facts: dict) -> dict:
         facts["range"] = int(frame.color_range)
     if facts["transfer"] == 2:
         facts["transfer"] = int(frame.color_trc)
+    if facts["primaries"] == 2:
+        facts["primaries"] = int(frame.color_primaries)
     return facts
 
 
-def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any]]:
-    """Frames with the one that follows, at key frames spread over the clip, first and last included.
+def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any, Any]]:
+    """The packet decoded first, a frame, and the frame that follows, at key frames spread over the clip.
 
     Where key frames are few, more frames are taken after each: a clip of one long group is looked at too.
     """
@@ -258,28 +283,9 @@ def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any]]:
     num_frames, step = (2, 2) if len(chosen) >= 4 else (26, 6)
     for place, start in enumerate(chosen):
         stop = chosen[place + 1] if place + 1 < len(chosen) else len(packets)
-        frames = list(_decode_from(codec, packets[start:stop], num_frames))
+        frames = list(decode_from(codec, packets[start:stop], num_frames))
         for n in range(0, len(frames), step):
-            yield frames[n], frames[n + 1] if n + 1 < len(frames) else None
-
-
-def _decode_from(codec: Any, packets: list, num_frames: int) -> Iterator[Any]:
-    """First frames of a run of packets that starts at a key frame; damage in them is decode's business, not ours."""
-    num_out = 0
-    for packet in [*packets[: num_frames + 8], None]:
-        try:
-            frames = codec.decode(packet)
-        except av.error.EOFError:
-            frames = []
-        except av.error.InvalidDataError:
-            continue
-        for frame in frames:
-            if num_out < num_frames:
-                yield frame
-            num_out += 1
-        if num_out >= num_frames:
-            break
-    codec.flush_buffers()
+            yield packets[start], frames[n], frames[n + 1] if n + 1 < len(frames) else None
 
 
 def luma_of(frame: Any) -> np.ndarray:
@@ -293,12 +299,30 @@ def luma_of(frame: Any) -> np.ndarray:
     return (row >> (component.bits - 8)).astype(np.uint8) if wide else row.copy()
 
 
-def _display_matrix(frame: Any) -> tuple[float, float, float, float] | None:
-    for entry in frame.side_data.keys():  # noqa: SIM118 - PyAV's container iterates over values
-        if getattr(entry.type, "name", "") == "DISPLAYMATRIX":
-            values = np.frombuffer(entry, "<i4")[:9] / 65536
-            return (float(values[0]), float(values[1]), float(values[3]), float(values[4]))
+def _display_matrix(frame: Any, codec: str, packet: Any) -> tuple[float, float, float, float] | None:
+    """How the frame asks to be turned. PyAV raises on side data of a kind that it does not know, EXIF among them."""
+    try:
+        for entry in frame.side_data.keys():  # noqa: SIM118 - PyAV's container iterates over values
+            if getattr(entry.type, "name", "") == "DISPLAYMATRIX":
+                values = np.frombuffer(entry, "<i4")[:9] / 65536
+                return (float(values[0]), float(values[1]), float(values[3]), float(values[4]))
+    except Exception:
+        if codec in EXIF_CODECS:
+            return EXIF_MATRICES.get(_exif_orientation(bytes(packet)))
+        # Beside unknown side data PyAV still tells the angle of the display matrix, though not whether it mirrors.
+        return {-90: (0, 1, -1, 0), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -180: (-1, 0, 0, -1)}.get(frame.rotation)
     return None
+
+
+def _exif_orientation(picture: bytes) -> int:
+    """EXIF orientation 1 to 8 of a picture file; 1, upright, where it says nothing that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture), formats=("JPEG", "PNG", "WEBP", "TIFF")) as image:
+            return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # metadata is optional, and Pillow raises errors of many types on damaged EXIF
+        return 1
 
 
 def _idet(codec: Any, stream: Any, packets: list) -> dict[str, int]:
@@ -306,7 +330,7 @@ def _idet(codec: Any, stream: Any, packets: list) -> dict[str, int]:
     keys = [n for n, packet in enumerate(packets) if packet.is_keyframe and n <= len(packets) // 2] or [0]
     names = {"tff": 0, "bff": 0, "progressive": 0, "undetermined": 0}
     graph = None
-    for frame in _decode_from(codec, packets[keys[-1] :], NUM_IDET_FRAMES):
+    for frame in decode_from(codec, packets[keys[-1] :], NUM_IDET_FRAMES):
         if graph is None:
             graph = av.filter.Graph()
             source = graph.add_buffer(

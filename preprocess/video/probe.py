@@ -7,28 +7,26 @@ this process: see docs/decisions/020-probe-in-a-child.md.
 from __future__ import annotations
 
 import math
-import os
-import signal
 import stat
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.facts import ClipFacts, Crop, Inspection
-from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.aspect import Raster, decide_aspect
 from preprocess.video.container import sniff_cut, sniff_playlist
-from preprocess.video.ffmpeg import first_line, run_killable
+from preprocess.video.inspection import inspect_file, reject_clip
 from preprocess.video.interlace import Scan, decide_interlace
 
-MAX_INSPECTION_BYTES = 4 << 20
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
+WIDE_PRIMARIES = {8: "film", 9: "BT.2020", 10: "SMPTE ST 428-1 (XYZ)", 11: "DCI-P3", 12: "Display P3"}
+"""Primaries that show other colours when they are read as BT.709's; those of SD differ from these by little."""
+JPEG_CODECS = ("mjpeg", "jpeg2000", "jpegls", "mjpegb")
 MATRICES: dict[int, Literal["bt601", "bt709", "fcc", "smpte240m", "bt2020", "rgb"]] = {
     0: "rgb",
     1: "bt709",
@@ -49,7 +47,7 @@ def probe_clip(path: Path, record: Record, config: PrepConfig) -> ClipFacts:
     _refuse_odd_file(path)
     cut = _sniff(sniff_cut, path)
     if cut and config.decode.policy == "strict":
-        _reject("truncated", cut)
+        reject_clip("truncated", cut)
     inspection = inspect_file(path, config)
     if cut and not inspection.truncated:
         inspection = inspection.model_copy(update={"truncated": cut})
@@ -58,36 +56,9 @@ def probe_clip(path: Path, record: Record, config: PrepConfig) -> ClipFacts:
     facts = weigh(inspection, record, config)
     if config.window.max_scene_score is None or facts.media == "image":
         return facts
-    from preprocess.video.shots import find_cuts
+    from preprocess.video.decode import find_cuts
 
     return facts.model_copy(update={"cuts": find_cuts(path, facts, config)})
-
-
-def inspect_file(path: Path, config: PrepConfig) -> Inspection:
-    """Run the inspector on `path` under the decode limits. Raises ClipRejected where it hangs, crashes or fails."""
-    limits = config.decode
-    kind = "images" if config.sieve.images else "videos"
-    pixels = str(int(limits.max_megapixels * 1_000_000))
-    result = run_killable(
-        [sys.executable, "-m", "preprocess.video.inspector", str(path), pixels, str(limits.max_memory_mib), kind],
-        timeout_seconds=limits.timeout_seconds,
-        max_stdout_bytes=MAX_INSPECTION_BYTES,
-        environment=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-    )
-    if result.timed_out:
-        _reject("probe-timeout", f"no answer within {limits.timeout_seconds:g} s", retryable=True)
-    if result.returncode < 0:
-        name = signal.Signals(-result.returncode).name
-        _reject("decoder-crashed", f"the inspector ended by {name}: {first_line(result.stderr)}")
-    if result.overflowed or result.returncode:
-        lines = result.stderr.strip().splitlines()
-        reason = "too-large" if lines and "MemoryError" in lines[-1] else "inspector-failed"
-        # It answers for every file it can read or not; that it failed itself says nothing of the file for good.
-        _reject(reason, lines[-1] if lines else f"exit code {result.returncode}", retryable=reason != "too-large")
-    try:
-        return Inspection.model_validate_json(bytes(result.stdout))
-    except ValidationError as error:
-        _reject("inspector-failed", f"its answer is not readable: {error.error_count()} errors", retryable=True)
 
 
 def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFacts:
@@ -104,7 +75,8 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
     left, top, right, bottom = inspection.bars
     decisions: dict[str, JsonValue] = {
         "aspect": {"value": f"{float(geometry.aspect):.4f}", "ground": geometry.ground},
-        "vbi_lines": {"value": inspection.vbi_lines, "ground": "pictures"},
+        "stream": {"value": inspection.stream, "ground": inspection.stream_ground},
+        "vbi_lines": {"value": inspection.vbi_lines, "ground": inspection.vbi_ground},
         "bars": {"value": [left, top, right, bottom], "ground": f"{len(inspection.pictures)} pictures"},
         "interlace": {"value": scan.parity, "frames": scan.frames, "ground": scan.ground},
         "rotation": {"value": rotation, "mirrored": mirrored, "ground": rotation_ground},
@@ -114,9 +86,11 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
         "duration_seconds": {"value": round(duration, 6), "ground": "packet timestamps"},
         "differences": _differences(inspection, record, fps, duration),
     }
-    for name, ground in (("truncated", inspection.truncated), ("damaged", inspection.damaged)):
-        if ground:
-            decisions[name] = {"value": True, "ground": ground}
+    if inspection.truncated:
+        decisions["truncated"] = {"value": True, "ground": inspection.truncated}
+    if inspection.corrupt_seconds:
+        ground = f"{len(inspection.corrupt_seconds)} packets are marked corrupt"
+        decisions["damaged"] = {"value": True, "ground": ground}
     return ClipFacts(
         media="image" if inspection.is_still else "video",
         format=inspection.format,
@@ -144,6 +118,8 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
         max_gap_seconds=inspection.max_gap_seconds,
         num_frames=inspection.num_frames,
         key_seconds=inspection.key_seconds,
+        picture_seconds=inspection.picture_seconds,
+        corrupt_seconds=inspection.corrupt_seconds,
         decisions=decisions,
     )
 
@@ -193,7 +169,7 @@ def _orientation(inspection: Inspection) -> tuple[Literal[0, 90, 180, 270], bool
     a, b, c, d = inspection.display_matrix
     scale = max(abs(value) for value in (a, b, c, d))
     if not scale or not math.isfinite(scale):
-        _reject("odd-rotation", f"display matrix {inspection.display_matrix}")
+        reject_clip("odd-rotation", f"display matrix {inspection.display_matrix}")
     signs = tuple(round(value / scale) for value in (a, b, c, d))
     turns: dict[tuple[int, ...], tuple[Literal[0, 90, 180, 270], bool]] = {
         (1, 0, 0, 1): (0, False),
@@ -207,7 +183,7 @@ def _orientation(inspection: Inspection) -> tuple[Literal[0, 90, 180, 270], bool
     }
     off_axis = max(abs(value / scale - sign) for value, sign in zip((a, b, c, d), signs, strict=True))
     if signs not in turns or off_axis > 0.02:
-        _reject("odd-rotation", f"display matrix {a:.3f} {b:.3f} {c:.3f} {d:.3f} is no multiple of 90°")
+        reject_clip("odd-rotation", f"display matrix {a:.3f} {b:.3f} {c:.3f} {d:.3f} is no multiple of 90°")
     return *turns[signs], "display matrix"
 
 
@@ -218,8 +194,8 @@ def _matrix(inspection: Inspection) -> tuple[Literal["bt601", "bt709", "fcc", "s
     if inspection.matrix in MATRICES and inspection.matrix != 0:
         return MATRICES[inspection.matrix], "flagged"
     if inspection.matrix not in (0, 2):
-        _reject("matrix-unsupported", f"matrix coefficients {inspection.matrix} (ISO 23091-2)")
-    if inspection.is_still or name.startswith("yuvj"):
+        reject_clip("matrix-unsupported", f"matrix coefficients {inspection.matrix} (ISO 23091-2)")
+    if inspection.is_still or inspection.codec in JPEG_CODECS:
         return "bt601", "not flagged: JPEG's"
     # Consumer and broadcast practice: BT.709 belongs to HD rasters, BT.601 to the smaller ones.
     if inspection.width >= 1280 or inspection.height > 608:
@@ -256,14 +232,14 @@ def _refuse_odd_file(path: Path) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        _reject("cannot-open", error.strerror or "stat failed", retryable=True)
+        reject_clip("cannot-open", error.strerror or "stat failed", retryable=True)
     if not stat.S_ISREG(status.st_mode):
-        _reject("not-a-file", stat.filemode(status.st_mode))
+        reject_clip("not-a-file", stat.filemode(status.st_mode))
     if status.st_size == 0:
-        _reject("empty-file", "0 bytes", retryable=True)
+        reject_clip("empty-file", "0 bytes", retryable=True)
     kind = _sniff(sniff_playlist, path)
     if kind is not None:
-        _reject("playlist", kind)
+        reject_clip("playlist", kind)
 
 
 def _sniff(sniffer: Callable[[Path], str | None], path: Path) -> str | None:
@@ -271,21 +247,25 @@ def _sniff(sniffer: Callable[[Path], str | None], path: Path) -> str | None:
     try:
         return sniffer(path)
     except OSError as error:
-        _reject("cannot-open", error.strerror or type(error).__name__, retryable=True)
+        reject_clip("cannot-open", error.strerror or type(error).__name__, retryable=True)
 
 
 def _refuse_unusable(inspection: Inspection, config: PrepConfig) -> None:
     if inspection.problem:
-        _reject(inspection.problem, inspection.detail)
+        reject_clip(inspection.problem, inspection.detail)
     if inspection.is_still != config.sieve.images and inspection.is_still:
-        _reject("image", inspection.format)
+        reject_clip("image", inspection.format)
     sizes = sorted({(picture.width, picture.height) for picture in inspection.pictures})
     if len(sizes) > 1:
-        _reject("size-changes", ", ".join(f"{width}×{height}" for width, height in sizes))
-    if config.decode.policy == "strict" and (inspection.truncated or inspection.damaged):
-        _reject("truncated" if inspection.truncated else "damaged", inspection.truncated or inspection.damaged or "")
+        reject_clip("size-changes", ", ".join(f"{width}×{height}" for width, height in sizes))
+    if config.decode.policy == "strict" and inspection.truncated:
+        reject_clip("truncated", inspection.truncated)
     if inspection.transfer in HDR_TRANSFERS:
-        _reject("hdr", HDR_TRANSFERS[inspection.transfer])
+        reject_clip("hdr", HDR_TRANSFERS[inspection.transfer])
+    if inspection.primaries in WIDE_PRIMARIES:
+        reject_clip(
+            "primaries-unsupported", f"{WIDE_PRIMARIES[inspection.primaries]} (ISO 23091-2 {inspection.primaries})"
+        )
 
 
 def _refuse_length(inspection: Inspection, config: PrepConfig) -> None:
@@ -295,10 +275,6 @@ def _refuse_length(inspection: Inspection, config: PrepConfig) -> None:
     duration = inspection.end_seconds - inspection.start_seconds
     grace = inspection.period_seconds / 2
     if duration < config.sieve.min_seconds - grace:
-        _reject("too-short", f"{duration:.3f} s, sieve.min_seconds {config.sieve.min_seconds:g}")
+        reject_clip("too-short", f"{duration:.3f} s, sieve.min_seconds {config.sieve.min_seconds:g}")
     if duration > config.sieve.max_seconds + grace:
-        _reject("too-long", f"{duration:.3f} s, sieve.max_seconds {config.sieve.max_seconds:g}")
-
-
-def _reject(reason: str, detail: str, retryable: bool = False) -> NoReturn:
-    raise ClipRejected(Rejection("probe", reason, detail[:300], retryable))
+        reject_clip("too-long", f"{duration:.3f} s, sieve.max_seconds {config.sieve.max_seconds:g}")

@@ -1,9 +1,8 @@
-"""Orphans: what killed or beaten writers left behind. No reader looks at them; the sweep removes them."""
+"""Orphans: objects that no commit names, left by killed or slower writers. `sweep` removes them."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from shards.format.dataset_info import read_info
 from shards.format.names import LATENTS, parse_name, text_kind
 from shards.read.index import list_root, text_sets
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage
+from shards.storage.local import LocalStorage, lock_file
 from shards.storage.s3 import S3Storage
 
 
@@ -56,7 +55,7 @@ def find_orphans(storage: Storage, older_than_seconds: float) -> Iterator[Orphan
         try:
             if storage.modified(name) <= newest:
                 yield Orphan(name, size)
-        except MissingObject:  # gone meanwhile
+        except MissingObject:  # removed meanwhile
             continue
 
 
@@ -77,8 +76,8 @@ def sweep(storage: Storage, older_than_seconds: float, *, delete: bool) -> list[
 def sweep_committed(storage: LocalStorage) -> list[Orphan]:
     """Remove, at any age, the objects of committed units that their commits do not name; a damaged unit keeps all.
 
-    A commit in a folder is never replaced, so what a killed or beaten writer of its unit put beside it stays dead. In
-    a bucket it may be, by a server that ignores `If-None-Match`: there age alone tells, by `sweep`.
+    A commit in a folder is never replaced, so other objects of its unit are never used again. In a bucket it may be
+    replaced, by a server that ignores `If-None-Match`: there only the age decides, in `sweep`.
     """
     listing = list_root(storage, [LATENTS, *(text_kind(name) for name in text_sets(storage))])
     objects: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
@@ -99,7 +98,7 @@ def sweep_committed(storage: LocalStorage) -> list[Orphan]:
 
 
 def _sweep_uploads(storage: S3Storage, newest: float, delete: bool) -> Iterator[Orphan]:
-    for upload in list(storage.uploads(newest)):  # all pages first: what is aborted moves them
+    for upload in list(storage.uploads(newest)):  # all pages first: aborting changes them
         if delete:
             storage.abort_upload(upload)
         yield Orphan(f"{upload.name} (unfinished upload)", 0)
@@ -109,7 +108,7 @@ def _sweep_temporaries(storage: LocalStorage, newest: float, delete: bool) -> It
     for path in storage.temporaries():
         try:
             orphan = _sweep_folder(path, newest, delete) if path.is_dir() else _sweep_file(path, newest, delete)
-        except FileNotFoundError:  # gone meanwhile
+        except FileNotFoundError:  # removed meanwhile
             continue
         if orphan:
             yield orphan
@@ -125,17 +124,16 @@ def _sweep_file(path: Path, newest: float, delete: bool) -> Orphan | None:
 
 
 def _sweep_folder(folder: Path, newest: float, delete: bool) -> Orphan | None:
-    """A scratch folder, whole. The process that works in one holds an exclusive lock on it (`flock`) for its life."""
+    """A complete scratch folder. The process that uses one holds an exclusive lock on it (`flock`) while it runs."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_file(lock, folder, wait=False):  # its process still runs, or nobody can know
+            return None
         stats = [folder.stat(), *(path.stat() for path in folder.rglob("*"))]
         if max(stat.st_mtime for stat in stats) > newest:
             return None
         if delete:
             shutil.rmtree(folder)
         return Orphan(f"{folder.name}/", sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode)))
-    except BlockingIOError:  # its process lives
-        return None
     finally:
         os.close(lock)

@@ -12,13 +12,13 @@ from shards.format.ledger import read_ledger
 from shards.format.names import FOOTER_MEMBER, FORMAT_VERSION, HEADER_MEMBER, LATENTS
 from shards.format.sealed_json import canonical_digest, canonical_json, parse_json
 from shards.format.tar import Member, scan_tar
+from shards.read.outcomes import MAX_LEDGER_BYTES
 from shards.storage.base import Storage
 
 ReportBytes = Callable[[int], None]
-"""Told the bytes done since the last call."""
+"""Called with the number of bytes read since the last call."""
 _CHUNK = 2**20
 _MAX_HEADER_BYTES = 2**26
-_MAX_LEDGER_BYTES = 2**30
 
 
 class HashingReader:
@@ -53,7 +53,7 @@ class HashingReader:
     def _advance(self) -> None:
         got = self._storage.read_into(self._name, self._end, self._buffer[: min(_CHUNK, self._size - self._end)])
         if not got:
-            raise ShardDamage(self._storage.url(self._name), "cut short while it was read", offset=self._end)
+            raise ShardDamage(self._storage.url(self._name), "it became shorter while it was read", offset=self._end)
         self._digest.update(self._buffer[:got])
         self._progress(got)
         self._start, self._end = self._end, self._end + got
@@ -126,7 +126,7 @@ def _locate(storage: Storage, tar: Blob, url: str, members: list[Member], digest
 
 def check_ledger(storage: Storage, commit: Commit, ledger: Blob) -> None:
     """Raises ShardDamage unless the ledger is the commit's, and accepts exactly the samples of the tar."""
-    data = storage.get(ledger.name, _MAX_LEDGER_BYTES)
+    data = storage.get(ledger.name, MAX_LEDGER_BYTES)
     url = storage.url(ledger.name)
     found = hashlib.sha256(data).hexdigest()
     if found != ledger.sha256:

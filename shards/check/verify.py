@@ -1,22 +1,27 @@
-"""`verify`: does a root hold what its commits say? By sizes (fast), by every byte (hash), or by every array (deep)."""
+"""`verify`: does a root hold what its commits say? By sizes (fast), every byte (hash), or every array (deep)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
 
 from shards.check.tar_check import HashingReader, ReportBytes, check_ledger, check_tar
 from shards.errors import FutureFormat, MissingObject, ShardDamage, UserError
 from shards.format.commit import MAX_COMMIT_BYTES, Blob, StoredCommit, read_commit
 from shards.format.dataset_info import DatasetInfo, read_info
-from shards.format.names import LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.format.names import INDEX_NAME, LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest, open_document
-from shards.read.index import Listing, list_root, text_sets
+from shards.read.index import Listing, is_current, list_root, read_index, text_sets, unit_of
+from shards.read.table import unit_columns
 from shards.storage.base import Storage
+from shards.storage.patience import reader_pool
 
 _PLAN_COMMIT = re.compile(r"plan/gen-\d{3,}\.json")
+_PRECISION = "plan/vae.json"
+_MAX_MISSING = 1000
+"""Units that are named one by one."""
 _PLANNED = re.compile(r"gen-\d{3,}-[0-9a-f]{8}")
 """A generation with a commit. A plan of one object alone is named without a digest, such as gen-000, and has none."""
 Level = Literal["fast", "hash", "deep"]
@@ -29,6 +34,8 @@ class Problem(NamedTuple):
     member: str | None
     offset: int | None
     what: str
+    kind: Literal["damaged", "unfinished"] = "damaged"
+    """Whether something was lost or changed, or the build has not come to it yet."""
 
 
 class Report(NamedTuple):
@@ -48,15 +55,15 @@ def verify(
     partial: bool = False,
     progress: ReportBytes | None = None,
 ) -> Report:
-    """Check a whole root: all latents, all text sets, all null embeddings, plans and ledgers.
+    """Check a complete root: all latents, all text sets, all null embeddings, plans and ledgers.
 
     Args:
         storage: the root.
         level: 'fast' checks documents, sizes and completeness; 'hash' reads every byte; 'deep' also decodes every
             array and checks that it is finite and what its JSON says.
         jobs: threads (hashing and decompression run outside the interpreter's lock).
-        partial: units of the plan that are not there are no problem (a build that goes on).
-        progress: told the bytes that were read.
+        partial: what the build has not come to yet is no problem.
+        progress: called with the number of bytes read since the last call.
     """
     info = read_info(storage)
     kinds = [LATENTS, *(text_kind(name) for name in sorted({*info.text_sets, *text_sets(storage)}))]
@@ -64,9 +71,10 @@ def verify(
     problems: list[Problem] = []
     commits = list(_commits(storage, info, listing, problems))
     problems += _completeness(storage, info, kinds, commits, listing, partial)
+    problems += _index(storage, commits, listing)
     problems += _plans(storage, info)
     problems += _plan_commits(storage, info)
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with reader_pool(max(1, jobs)) as pool:
         for found in pool.map(lambda item: _unit(storage, item, listing, level, progress or (lambda _: None)), commits):
             problems += found
     num_samples = sum(len(item.commit.samples) for item in commits if item.commit.kind == LATENTS)
@@ -105,18 +113,17 @@ def _commits(storage: Storage, info: DatasetInfo, listing: Listing, problems: li
 def _completeness(
     storage: Storage, info: DatasetInfo, kinds: list[str], commits: list[StoredCommit], listing: Listing, partial: bool
 ) -> Iterator[Problem]:
-    planned = info.planned_units()
-    latents = {unit for kind, unit in listing.commits if kind == LATENTS}
-    keys: dict[tuple[str, str], str] = {}
+    there = {kind: {unit for of_kind, unit in listing.commits if of_kind == kind} - {NULL_UNIT} for kind in kinds}
     for kind in kinds:
-        there = {unit for of_kind, unit in listing.commits if of_kind == kind} - {NULL_UNIT}
-        for unit in sorted(there - planned):
+        for unit in sorted(unit for unit in there[kind] if unit not in info.planned_units()):
             yield Problem(storage.url(commit_name(kind, unit)), None, None, "this unit is in no generation's plan")
-        for unit in sorted((planned if kind == LATENTS else planned | latents) - there) if not partial else ():
-            what = f"unit {unit} is missing: not built yet, or lost"
-            yield Problem(storage.url(commit_name(kind, unit)), None, None, what)
+        for problem in _missing(storage, info, kind, there):
+            if not (partial and problem.kind == "unfinished"):
+                yield problem
         if kind != LATENTS and (kind, NULL_UNIT) not in listing.commits and not partial:
-            yield Problem(storage.url(commit_name(kind, NULL_UNIT)), None, None, "the null embeddings are missing")
+            what = "the null embeddings are missing"
+            yield Problem(storage.url(commit_name(kind, NULL_UNIT)), None, None, what, "unfinished")
+    keys: dict[tuple[str, str], str] = {}
     for stored in commits:
         where = storage.url(commit_name(stored.commit.kind, stored.commit.unit))
         for sample in stored.commit.samples:
@@ -124,6 +131,26 @@ def _completeness(
             if first != where:
                 yield Problem(where, None, None, f"sample {sample.key} is in {first} too")
     yield from _text_keys(storage, commits)
+
+
+def _missing(storage: Storage, info: DatasetInfo, kind: str, there: dict[str, set[int]]) -> Iterator[Problem]:
+    """The units of a kind that are planned and have no commit. Two things show that a unit was built and is lost: its
+    text, which is made from the latents, and the counts of a finished build."""
+    planned, latents = info.planned_units(), there[LATENTS]
+    counts = info.totals.get("units")
+    built = [counts.get(name) if isinstance(counts, dict) else None for name in ("planned", "latents")]
+    num_planned, num_built = [count if isinstance(count, int) else 0 for count in built]
+    some_lost = sum(unit < num_planned for unit in latents) < num_built
+    with_text = set().union(*(units for name, units in there.items() if name != LATENTS))
+    beyond = sorted(unit for unit in latents if unit not in planned) if kind != LATENTS else []
+    missing = (unit for unit in chain(planned, beyond) if unit not in there[kind])
+    for number, unit in enumerate(islice(missing, _MAX_MISSING + 1)):
+        is_lost = kind == LATENTS and (unit in with_text or (some_lost and unit < num_planned))
+        what = f"unit {unit} is missing: {'lost, for it was built' if is_lost else 'not built yet'}"
+        if number == _MAX_MISSING:
+            what = f"unit {unit} and others are missing: {len(there[kind]):,} of {len(planned):,} are there"
+        file = storage.url(commit_name(kind, unit))
+        yield Problem(file, None, None, what, "damaged" if is_lost else "unfinished")
 
 
 def _text_keys(storage: Storage, commits: list[StoredCommit]) -> Iterator[Problem]:
@@ -155,24 +182,65 @@ def _plans(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
 
 
 def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
-    """The sealed commits of plans: each is whole, and a generation whose name carries a digest has its own."""
-    names: dict[str, object] = {}
+    """The sealed documents of plans: each is intact and of its kind, and agrees with dataset.json.
+
+    A generation whose name carries a digest has a commit; its fields that dataset.json repeats are the same there.
+    """
+    commits: dict[str, dict[str, Any] | None] = {}
     for entry in storage.list("plan/"):
-        if not _PLAN_COMMIT.fullmatch(entry.name):
+        if not entry.name.endswith(".json"):
             continue
         file = storage.url(entry.name)
         try:
-            names[entry.name] = open_document(storage.get(entry.name, MAX_COMMIT_BYTES), file).get("name")
+            body = open_document(storage.get(entry.name, MAX_COMMIT_BYTES), file)
         except ShardDamage as damage:
-            names[entry.name] = None
+            commits[entry.name] = None
             yield _problem(damage)
+            continue
+        commits[entry.name] = body
+        if _PLAN_COMMIT.fullmatch(entry.name) and not {"name", "plan_version"} <= body.keys():
+            commits[entry.name] = None
+            yield Problem(file, None, None, f"it is not the commit of a plan: its keys are {_keys(body)}")
+        elif entry.name == _PRECISION and "mode" not in body:
+            yield Problem(file, None, None, f"it is not the record of a precision mode: its keys are {_keys(body)}")
     for number, gen in enumerate(info.generations):
         name = f"plan/gen-{number:03d}.json"
-        if name not in names and _PLANNED.fullmatch(gen.name):
+        found = commits.get(name)
+        if name not in commits and _PLANNED.fullmatch(gen.name):
             yield Problem(storage.url(name), None, None, f"missing, and dataset.json has its generation {gen.name}")
-        elif names.get(name) not in (None, gen.name):
-            what = f"it is the commit of {names[name]!r}, dataset.json says {gen.name!r}"
-            yield Problem(storage.url(name), None, None, what)
+        if found is None:
+            continue
+        frames = found.get("frame_bytes")
+        found = {**found, "num_units": len(frames) if isinstance(frames, list) else None}
+        for field in ("name", "plan_sha256", "ledger_sha256", "first_unit", "num_units", "num_candidates"):
+            if found.get(field) != getattr(gen, field):
+                what = f"{field} is {found.get(field)!r}, dataset.json says {getattr(gen, field)!r}"
+                yield Problem(storage.url(name), None, None, what)
+                break
+
+
+def _keys(body: dict[str, Any]) -> str:
+    shown = ", ".join(sorted(body)[:8])
+    return shown if len(shown) <= 200 else shown[:200] + "…"
+
+
+def _index(storage: Storage, commits: list[StoredCommit], listing: Listing) -> Iterator[Problem]:
+    """The index: each of its lines that readers would use says what the unit's commit says."""
+    file = storage.url(INDEX_NAME)
+    by_unit = {(stored.commit.kind, stored.commit.unit): stored for stored in commits}
+    try:
+        for number, columns in enumerate(read_index(storage), 2):
+            if not is_current(columns, listing):
+                continue
+            stored = by_unit.get(unit_of(columns))
+            if stored is not None and columns != unit_columns(stored):
+                kind, unit = unit_of(columns)
+                what = f"line {number} is not what the commit {commit_name(kind, unit)} says"
+                yield Problem(file, None, None, f"{what}; `wanshards index` rebuilds it")
+    except MissingObject:
+        return
+    except ShardDamage as damage:
+        yield Problem(file, None, None, f"{damage.what}; `wanshards index` rebuilds it")
 
 
 def _unit(
@@ -199,7 +267,7 @@ def _unit(
 def _check_size(storage: Storage, blob: Blob, listing: Listing) -> None:
     found = listing.objects.get(blob.name)
     if found is None:
-        raise MissingObject(storage.url(blob.name), "missing, and its commit is there")
+        raise MissingObject(storage.url(blob.name), "missing, but its commit is there")
     if found != blob.size:
-        what = f"{found} bytes, its commit says {blob.size}: {'cut short' if found < blob.size else 'too long'}"
+        what = f"{found} bytes, its commit says {blob.size}: {'truncated' if found < blob.size else 'too long'}"
         raise ShardDamage(storage.url(blob.name), what, offset=min(found, blob.size))

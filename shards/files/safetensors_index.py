@@ -45,6 +45,6 @@ def indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise UserError(
             f"{index.parent}: {len(missing)} of {len(files)} files are missing ({', '.join(missing)})",
             expected=f"the files that {index.name} names",
-            fix="`wanprep fetch-model` goes on where a download stopped",
+            fix="`wanprep fetch-model` resumes the download",
         )
     return files, indexed

@@ -1,6 +1,6 @@
-"""Single files that pass between the two stages beside the shards: embeddings of prompts, and latents.
+"""Files that the two stages exchange beside the shards: embeddings of prompts, and latents.
 
-    prompts.safetensors     text.0, text.1 … empty, negative: tokens × dim, bfloat16's bits as uint16, real tokens only
+    prompts.safetensors     text.0, text.1 … empty, negative: tokens × dim, bfloat16's bits as uint16, no padding
     NAME.safetensors        latent: C×T×H×W float32, normalised; its header says how it came to be
 
 `wanprep embed` writes prompts, `wantrain sample` reads them and writes latents, `wanprep decode` reads those.
@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_file
 from shards.format.sealed_json import canonical_json
 
 PROMPTS_KIND = "wan-prompts-1"
 LATENT_KIND = "wan-latent-1"
 HEADER_KEY = "wan"
 MAX_BYTES = 2**31
+_LATENT_FROM = "a latent written by `wantrain sample` or `wanprep encode-image`"
 
 
 class Prompts(NamedTuple):
@@ -48,7 +50,7 @@ class Latent(NamedTuple):
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:
-    """Write a prompts file, whole or not at all."""
+    """Write a prompts file, atomically."""
     tensors = {f"text.{place}": array for place, array in enumerate(prompts.embeddings)}
     tensors |= {"empty": prompts.empty, "negative": prompts.negative}
     facts = {"texts": json.dumps(list(prompts.texts), ensure_ascii=False), "encoder": prompts.encoder}
@@ -63,21 +65,21 @@ def read_prompts(path: str | Path) -> Prompts:
         embeddings = tuple(tensors.pop(f"text.{place}") for place in range(len(texts)))
         prompts = Prompts(texts, embeddings, tensors.pop("empty"), tensors.pop("negative"), facts["encoder"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: a prompts file without {error}", fix="write it anew with `wanprep embed`") from None
+        raise UserError(f"{path}: a prompts file without {error}", fix="write it again with `wanprep embed`") from None
     arrays = (*prompts.embeddings, prompts.empty, prompts.negative)
     if tensors or any(array.ndim != 2 or array.dtype != np.uint16 for array in arrays):
-        raise UserError(f"{path}: not tokens × dim of uint16", fix="write it anew with `wanprep embed`")
+        raise UserError(f"{path}: not tokens × dim of uint16", fix="write it again with `wanprep embed`")
     return prompts
 
 
 def write_latent(path: Path, values: np.ndarray, facts: Mapping[str, str]) -> None:
-    """Write a C×T×H×W latent as float32, whole or not at all; `facts` go into the header."""
+    """Write a C×T×H×W latent as float32, atomically; `facts` go into the header."""
     _write(path, {"latent": np.ascontiguousarray(values, dtype=np.float32)}, {"kind": LATENT_KIND, **facts})
 
 
 def read_latent_file(path: str | Path) -> Latent:
     """Read a latent file. Raises UserError naming the file, for another kind of file, wrong axes, or NaN."""
-    tensors, facts = _read(Path(path), LATENT_KIND, "a latent written by `wantrain sample` or `wanprep encode-image`")
+    tensors, facts = _read(Path(path), LATENT_KIND, _LATENT_FROM)
     values = tensors.get("latent")
     if values is None or len(tensors) != 1 or values.ndim != 4 or values.dtype != np.float32:
         raise UserError(f"{path}: holds {sorted(tensors)}", expected="one tensor `latent`, C×T×H×W float32")
@@ -90,25 +92,22 @@ def read_latent_file(path: str | Path) -> Latent:
 
 def read_latent_facts(path: str | Path) -> dict[str, str]:
     """What a latent file's header says, without its numbers. Raises UserError naming the file."""
-    return _open(Path(path), LATENT_KIND, "a latent written by `wantrain sample` or `wanprep encode-image`", False)[1]
+    return _read(Path(path), LATENT_KIND, _LATENT_FROM, False)[1]
 
 
 def _write(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
+    with named_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # One entry, because safetensors writes several in an order that changes from run to run.
     header = {HEADER_KEY: canonical_json(dict(facts)).decode()}
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary, header)
-    temporary.rename(path)
+    write_file(path, [save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, header)])
 
 
-def _read(path: Path, kind: str, expected: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    return _open(path, kind, expected, True)
-
-
-def _open(path: Path, kind: str, expected: str, whole: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(
+    path: Path, kind: str, expected: str, with_tensors: bool = True
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -118,6 +117,6 @@ def _open(path: Path, kind: str, expected: str, whole: bool) -> tuple[dict[str, 
             facts = dict(json.loads((file.metadata() or {}).get(HEADER_KEY, "{}")))
             if facts.get("kind") != kind:
                 raise UserError(f"{path}: its kind is {facts.get('kind')!r}", expected=expected)
-            return {name: file.get_tensor(name) for name in file.keys() if whole}, facts  # noqa: SIM118 - not a mapping
+            return {name: file.get_tensor(name) for name in file.keys() if with_tensors}, facts  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}", expected=expected) from None

@@ -1,10 +1,10 @@
 """Arrays as bytes: plain `.npy` (version 1.0) in one zstd frame, level 1, with its content size and checksum.
 
 The reader never parses an array's header: it knows shape and dtype from the commit, writes the header it expects and
-compares. So nothing in a frame can ask for memory, and nothing in it is ever unpickled.
+compares. So nothing in a frame decides how much memory is used, and nothing in it is ever unpickled.
 
 zstd's checksum (the low 32 bits of the content's xxh64, the frame's last four bytes) is also in the commit: it ties a
-payload to its key, where two frames of one shape could else be exchanged, and costs nothing.
+payload to its key (two frames of one shape could otherwise be exchanged) and costs nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "bfloat16": np.d
 """Names of the stored types; bfloat16 is stored, and comes back, as its bits in uint16."""
 MAX_ARRAY_BYTES = 2**28
 """Largest array of the format: a 121-frame 1280×704 latent in float32 is a twelfth of it."""
+MAX_LATENT_MAGNITUDE = 1000.0
+"""Latents are normalised to a standard deviation near 1: values beyond this are not an encoder's."""
 MAX_DIMENSIONS = 8
 _LEVEL = 1
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -47,7 +49,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
     """Decode one array whose shape and dtype are known; memory is bounded by them, whatever the bytes say.
 
     Args:
-        data: one whole zstd frame.
+        data: one complete zstd frame.
         shape: the array's shape, as the commit says.
         dtype: 'float16', 'bfloat16' (comes back as uint16) or 'float32'.
 
@@ -62,7 +64,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
     _check_frame(data, num_bytes)
     content = np.empty(num_bytes, np.uint8)
     try:
-        # Source and destination are whole, so zstd decompresses in one pass, straight into the array.
+        # Source and destination are complete, so zstd decompresses in one pass, directly into the array.
         done = _decompressor().stream_reader(data).readinto(content)
     except zstandard.ZstdError as error:
         raise ShardDamage("array", f"zstd: {error}") from None
@@ -74,7 +76,7 @@ def decode_array(data: bytes | memoryview, *, shape: tuple[int, ...], dtype: str
 
 
 def inspect_array(data: bytes) -> tuple[tuple[int, ...], str, str]:
-    """Shape, dtype name and frame checksum (8 hex digits) of an encoded array, decoding it whole.
+    """Shape, dtype name and frame checksum (8 hex digits) of an encoded array, decoding all of it.
 
     For the writer: a frame that its own reader would refuse never enters a shard. Raises ShardDamage.
     """
@@ -95,6 +97,29 @@ def array_facts(array: np.ndarray) -> dict[str, Any]:
     dtype = dtype_name(array.dtype)
     data = np.ascontiguousarray(array, DTYPES[dtype])
     return {"shape": list(array.shape), "dtype": dtype, "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    """The largest absolute value of a stored array; infinity where it holds infinities or NaN.
+
+    By the bits, which for a cleared sign grow with the value: numpy computes in float16 far more slowly.
+    """
+    if not array.size:
+        return 0.0
+    name = dtype_name(array.dtype)
+    words = array.view(np.uint32) & 0x7FFFFFFF if name == "float32" else array.view(np.uint16) & 0x7FFF
+    bits = words.max()
+    if name == "bfloat16":
+        bits = np.uint32(bits) << np.uint32(16)
+    found = float(bits.view(np.float16 if name == "float16" else np.float32))
+    return found if math.isfinite(found) else math.inf
+
+
+def implausible_latent(largest: float) -> str:
+    """What to say of a latent beyond MAX_LATENT_MAGNITUDE."""
+    if largest == math.inf:
+        return "it is not finite: it holds infinities or NaN"
+    return f"values up to {largest:.3g}: a normalised latent stays below {MAX_LATENT_MAGNITUDE:g}"
 
 
 def dtype_name(dtype: np.dtype) -> str:
@@ -144,7 +169,7 @@ def _check_frame(data: bytes | memoryview, num_bytes: int | None) -> int:
 
 
 def check_frame(data: bytes | memoryview, file: str) -> int:
-    """Check that `data` is exactly one whole zstd frame with checksum; the content size it announces.
+    """Check that `data` is exactly one complete zstd frame with checksum; the content size that it announces.
 
     That may be zstandard.CONTENTSIZE_UNKNOWN. Raises ShardDamage naming `file`.
     """
@@ -157,7 +182,7 @@ def check_frame(data: bytes | memoryview, file: str) -> int:
         raise ShardDamage(file, "not a zstd frame with checksum and without dictionary")
     if end != len(data):
         found = "does not end" if end < 0 or end > len(data) else f"ends at byte {end}"
-        raise ShardDamage(file, f"cut short or overwritten: its frame {found} within its {len(data)} bytes")
+        raise ShardDamage(file, f"truncated or overwritten: its frame {found} within its {len(data)} bytes")
     return int(frame.content_size)
 
 
@@ -173,5 +198,5 @@ def _frame_end(data: bytes | memoryview, place: int) -> int:
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
-    # Made anew (microseconds): a context must not be shared between threads.
+    # Created each time (microseconds): a context must not be shared between threads.
     return zstandard.ZstdDecompressor(max_window_size=2**27)

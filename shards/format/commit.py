@@ -1,41 +1,53 @@
-"""Commits: the document, written last, that makes a unit exist. It names the tar and everything in it."""
+"""Commits: the document, written last, that makes a unit exist. It names the tar and all its members."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field
 
 from shards.config import Config, validate_config
 from shards.errors import ShardDamage, UserError
 from shards.format.dataset_info import check_format_version
-from shards.format.names import FORMAT_VERSION, JSON_MEMBER, LATENTS, NULL_UNIT, array_members, commit_name, parse_name
+from shards.format.names import (
+    FORMAT_VERSION,
+    JSON_MEMBER,
+    KEY,
+    LATENTS,
+    NULL_UNIT,
+    array_members,
+    commit_name,
+    parse_name,
+)
 from shards.format.sealed_json import canonical_digest, document_seal, open_document, seal_document
 from shards.storage.base import Storage
 
 MAX_COMMIT_BYTES = 2**26
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Number = Annotated[int, Field(ge=0, lt=2**62)]
+"""A count, size or offset that fits the readers' 64-bit columns."""
 
 
 class Blob(Config):
     """An object that a commit names."""
 
     name: str
-    size: NonNegativeInt
-    sha256: str
+    size: Number
+    sha256: Sha256
 
 
 class MemberInfo(Config):
-    """One member of a sample: where its payload lies in the tar, and its digest."""
+    """One member of a sample: the place of its payload in the tar, and its digest."""
 
-    suffix: str
-    offset: NonNegativeInt
-    size: NonNegativeInt
-    sha256: str
+    suffix: Annotated[str, Field(max_length=19)]
+    offset: Number
+    size: Number
+    sha256: Sha256
     dtype: str | None = None
     """Of an array: 'float16', 'bfloat16' or 'float32'."""
-    shape: tuple[NonNegativeInt, ...] | None = None
-    check: str | None = None
+    shape: tuple[Number, ...] | None = None
+    check: Annotated[str, Field(pattern="^[0-9a-f]{8}$")] | None = None
     """Of an array: its zstd frame's checksum, the last four bytes read as a little-endian number, in 8 hex digits."""
 
 
@@ -43,10 +55,10 @@ class LatentSummary(Config):
     """What order and batching need to know of a latent without opening the tar."""
 
     clip: str
-    start_ms: NonNegativeInt
-    frames: NonNegativeInt
-    height: NonNegativeInt
-    width: NonNegativeInt
+    start_ms: Number
+    frames: Number
+    height: Number
+    width: Number
     source_media: Literal["video", "image"]
     category: str | None
 
@@ -54,14 +66,14 @@ class LatentSummary(Config):
 class TextSummary(Config):
     """What is known of a sample's embeddings without opening the tar."""
 
-    variants: NonNegativeInt
-    tokens: tuple[NonNegativeInt, ...]
+    variants: Number
+    tokens: tuple[Number, ...]
 
 
 class SampleInfo(Config):
     """One sample of a unit."""
 
-    key: str
+    key: Annotated[str, Field(pattern=f"^{KEY.pattern}$")]
     summary: LatentSummary | TextSummary
     members: tuple[MemberInfo, ...]
 
@@ -100,7 +112,7 @@ def content_digest(body: Mapping[str, Any]) -> str:
 
 
 class StoredCommit(Config):
-    """A commit as it lies in a storage: what it says, and its file's size and seal."""
+    """A stored commit: its content, and the size and seal of its file."""
 
     commit: Commit
     revision: str
@@ -114,7 +126,7 @@ def commit_bytes(commit: Commit) -> bytes:
 
 
 def parse_commit(data: bytes, file: str, kind: str, unit: int) -> StoredCommit:
-    """A commit from bytes that nobody vouches for, as the one of `kind` and `unit`. Raises ShardDamage naming it."""
+    """A commit from untrusted bytes, expected to be the one of `kind` and `unit`. Raises ShardDamage naming it."""
     body = open_document(data, file)
     check_format_version(body.get("format_version"), file)
     revision = body.pop("revision", None)
@@ -162,8 +174,8 @@ def _check_content(commit: Commit, file: str) -> None:
     for sample in commit.samples:
         suffixes = [member.suffix for member in sample.members]
         arrays = [member.suffix for member in sample.arrays()]
-        is_whole = suffixes[:1] == [JSON_MEMBER] and arrays and arrays == array_members(commit.kind, len(arrays))
-        if not (is_whole and isinstance(sample.summary, summary)):
+        is_complete = suffixes[:1] == [JSON_MEMBER] and arrays and arrays == array_members(commit.kind, len(arrays))
+        if not (is_complete and isinstance(sample.summary, summary)):
             raise ShardDamage(file, f"sample {sample.key!r} of {commit.kind} has the members {suffixes}")
         if any(member.offset + member.size > commit.tar.size for member in sample.members):
-            raise ShardDamage(file, f"sample {sample.key!r} lies beyond the tar's {commit.tar.size} bytes")
+            raise ShardDamage(file, f"sample {sample.key!r} ends beyond the tar's {commit.tar.size} bytes")

@@ -1,15 +1,15 @@
-"""dataset.json: what a root holds and under which identity. Sealed; it grows, and what it says never changes."""
+"""dataset.json: what a root holds, and its identity. Sealed; entries are added and never changed."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from shards.config import Config, validate_config
 from shards.errors import FutureFormat, MissingObject, ShardDamage, UserError
 from shards.format.identity import refuse_mismatch
-from shards.format.names import FORMAT_VERSION, INFO_NAME, text_kind
+from shards.format.names import FORMAT_VERSION, INFO_NAME, MAX_UNIT, text_kind
 from shards.format.sealed_json import canonical_digest, open_document, seal_document
 from shards.storage.base import Storage
 
@@ -21,26 +21,26 @@ Json = Any
 class BucketInfo(Config):
     """A size that samples have: frames, and pixels."""
 
-    frames: int
-    height: int
-    width: int
+    frames: NonNegativeInt
+    height: NonNegativeInt
+    width: NonNegativeInt
 
 
 class Generation(Config):
     """One plan, frozen: later records make a further generation and never change this one."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
     """Such as gen-000; the plan is `plan/<name>.jsonl.zst`."""
     plan_sha256: str
     """sha256 of that object's bytes."""
-    first_unit: int
-    num_units: int
-    num_candidates: int
+    first_unit: NonNegativeInt
+    num_units: NonNegativeInt
+    num_candidates: NonNegativeInt
     """Candidates in its units."""
-    num_records: int
-    """Records read, those that the sieve refused included."""
+    num_records: NonNegativeInt
+    """Records read, including those that the filter refused."""
     ledger_sha256: str | None = None
-    """sha256 of `plan/<name>.ledger.jsonl.zst`, what the sieve refused and why."""
+    """sha256 of `plan/<name>.ledger.jsonl.zst`, what the filter refused and why."""
 
 
 class TextSetInfo(Config):
@@ -84,9 +84,9 @@ class DatasetInfo(Config):
             )
         return self.text_sets[name].identity
 
-    def planned_units(self) -> set[int]:
-        """The units of all generations."""
-        return {unit for gen in self.generations for unit in range(gen.first_unit, gen.first_unit + gen.num_units)}
+    def planned_units(self) -> range:
+        """The units of all generations, consecutive from 0. Not a set: the number in a file may be huge."""
+        return range(sum(gen.num_units for gen in self.generations))
 
 
 def text_command(text_set: str) -> str:
@@ -159,6 +159,8 @@ def _check_growth(old: DatasetInfo, new: DatasetInfo, root: str) -> None:
 def _check_generations(info: DatasetInfo, file: str) -> None:
     next_unit = 0
     for gen in info.generations:
-        if gen.first_unit != next_unit or gen.num_units < 0:
+        if gen.first_unit != next_unit:
             raise ShardDamage(file, f"generation {gen.name} starts at unit {gen.first_unit}, expected {next_unit}")
         next_unit += gen.num_units
+        if next_unit > MAX_UNIT + 1:
+            raise ShardDamage(file, f"generation {gen.name} has {gen.num_units:,} units, at most {MAX_UNIT + 1:,} fit")

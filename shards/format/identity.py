@@ -8,8 +8,6 @@ from typing import Any
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_digest, canonical_json
 
-__all__ = ["IdentityMismatch", "canonical_digest", "differing_fields", "refuse_mismatch"]
-
 _MAX_SHOWN = 8
 _MISSING = object()
 

@@ -25,7 +25,7 @@ def sample_key(clip_id: str, start_ms: int, num_frames: int, height: int, width:
 
     Args:
         clip_id: any text, not empty.
-        start_ms: window start in whole milliseconds, 0 … 9,999,999,999.
+        start_ms: window start in milliseconds, 0 … 9,999,999,999.
         num_frames: frames of the window.
         height: pixels.
         width: pixels.
@@ -76,4 +76,4 @@ def _utf8(text: str) -> bytes:
 
 def _check(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise UserError(f"{name} is {value}", expected=f"a whole number from {low} to {high}")
+        raise UserError(f"{name} is {value}", expected=f"an integer from {low} to {high}")

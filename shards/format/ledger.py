@@ -1,10 +1,10 @@
-"""The ledger of a unit: one row a candidate, what became of it and of each of its windows. JSON lines under zstd."""
+"""The ledger of a unit: one row a candidate, the result for it and for each of its windows. JSON lines under zstd."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import zstandard
@@ -15,6 +15,8 @@ from shards.format.arrays import check_frame
 from shards.format.sealed_json import canonical_json
 
 MAX_LINE_BYTES = 2**24
+_FREE_LINE_BYTES, _MAX_RATIO = 2**20, 100
+"""A line may be this long in any file, and this many times the file's bytes longer: a small file asks for little."""
 
 
 class WindowRow(Config):
@@ -26,6 +28,14 @@ class WindowRow(Config):
     status: Literal["accepted", "rejected"]
     reason: str | None
     detail: str | None
+    measured: dict[str, float] | None = None
+    """Motion, black share and kept share of its pictures; null where none were decoded, or of an older build."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A row that was never measured has the bytes that it had before there was such a field."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "measured" or value is not None}
 
 
 class LedgerRow(Config):
@@ -38,7 +48,7 @@ class LedgerRow(Config):
     """Name of its annotation, relative to the corpus."""
     status: Literal["accepted", "rejected"]
     stage: str | None
-    """Where it was refused: read, sieve, fetch, probe, window, bucket, decode, caption, encode."""
+    """The stage that refused it: read, sieve, fetch, probe, window, bucket, decode, caption, encode."""
     reason: str | None
     """A code in kebab-case."""
     detail: str | None
@@ -71,6 +81,7 @@ def read_ledger(data: bytes, file: str = "ledger") -> Iterator[LedgerRow]:
 def read_ledger_lines(data: bytes, file: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
     """Lines of one zstd frame with checksum, streamed: memory is bounded by one line. Raises ShardDamage."""
     check_frame(data, file)
+    max_line_bytes = min(max_line_bytes, _FREE_LINE_BYTES + _MAX_RATIO * len(data))
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
     reader = io.BufferedReader(decompressor.stream_reader(data), 2**17)
     try:

@@ -26,7 +26,7 @@ _SET = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 class ObjectName(NamedTuple):
-    """What a name under `latents/` or `text/<set>/` stands for; `what` is 'commit', 'tar' or 'ledger'."""
+    """The meaning of a name under `latents/` or `text/<set>/`; `what` is 'commit', 'tar' or 'ledger'."""
 
     kind: str
     unit: int
@@ -63,7 +63,7 @@ def commit_name(kind: str, unit: int) -> str:
 
 
 def tar_name(kind: str, unit: int, sha256: str) -> str:
-    """Name of a unit's tar: it carries the first eight digits of its digest, so no tar lies under another's commit."""
+    """Name of a unit's tar: it has the first eight digits of its digest, so two tars of a unit differ in name."""
     return f"{stem(kind, unit)}-{sha256[:8]}.tar"
 
 
@@ -73,7 +73,7 @@ def ledger_name(kind: str, unit: int, sha256: str) -> str:
 
 
 def parse_name(name: str) -> ObjectName | None:
-    """What a name stands for; None for a name that the format does not give."""
+    """The meaning of a name; None for a name that the format does not use."""
     match = _OBJECT.fullmatch(name)
     if not match:
         return None

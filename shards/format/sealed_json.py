@@ -1,7 +1,7 @@
 """Canonical JSON, and documents that carry their own seal.
 
 Canonical: keys sorted, no spaces, ASCII only, no NaN or infinity. A sealed document ends in `"seal":"<hex>"}` and a
-newline, where <hex> is the sha256 of every byte before `"seal"`: a flipped bit is found without asking anybody else.
+newline, where <hex> is the sha256 of every byte before `"seal"`: a flipped bit is found from the document alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TAIL_BYTES = len(_TAIL_START) + 64 + len(_TAIL_END)
 
 
 def canonical_json(value: Any) -> bytes:
-    """Canonical JSON of a plain value. Raises ValueError on NaN, TypeError on what JSON has no word for."""
+    """Canonical JSON of a plain value. Raises ValueError on NaN, TypeError on values that JSON cannot hold."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
@@ -44,7 +44,9 @@ def open_document(data: bytes, file: str) -> dict[str, Any]:
     """The body of a sealed document, without its seal. Raises ShardDamage naming `file`."""
     head, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
     if not (tail.startswith(_TAIL_START) and tail.endswith(_TAIL_END)):
-        raise ShardDamage(file, f"cut or overwritten: {len(data)} bytes that do not end in a seal", offset=len(data))
+        raise ShardDamage(
+            file, f"truncated or overwritten: {len(data)} bytes that end without a seal", offset=len(data)
+        )
     found = hashlib.sha256(head).hexdigest()
     stored = tail[len(_TAIL_START) : -len(_TAIL_END)].decode("latin-1")
     if found != stored:
@@ -62,7 +64,7 @@ def document_seal(data: bytes) -> str:
 
 
 def parse_json(data: bytes, file: str, member: str | None = None, offset: int | None = None) -> Any:
-    """JSON from bytes that nobody vouches for. Raises ShardDamage on anything that is not JSON."""
+    """JSON from untrusted bytes. Raises ShardDamage on anything that is not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""USTAR written so that bytes repeat, and read so that nothing passes that was not written so.
+"""USTAR written so that bytes are reproducible, and read so strictly that only such tars are accepted.
 
 Every member is a regular file of mode 644, owner 0, time 0, no names of users, a name of at most 100 bytes, no
-prefix. A header is therefore a function of name and size, and the strict reader makes it again and compares. A shard
+prefix. A header is therefore a function of name and size, which the strict reader makes again and compares. A shard
 ends with two blocks of zeros, and nothing follows them.
 """
 
@@ -77,7 +77,7 @@ def scan_tar(read_at: ReadAt, file: str, size: int) -> Iterator[Member]:
     for _ in range(MAX_MEMBERS):
         block = read_at(offset, BLOCK)
         if len(block) < BLOCK:
-            raise ShardDamage(file, f"cut short: it ends at byte {size} without an end of archive", offset=offset)
+            raise ShardDamage(file, f"truncated: it ends at byte {size} without an end of archive", offset=offset)
         if not any(block):
             _check_end(read_at, file, offset, size)
             return
@@ -85,7 +85,7 @@ def scan_tar(read_at: ReadAt, file: str, size: int) -> Iterator[Member]:
         member = Member(name, offset + BLOCK, length)
         offset = member.offset + length + padding(length)
         if offset > size:
-            what = f"cut short: the member ends at byte {offset}, the file at {size}"
+            what = f"truncated: the member ends at byte {offset}, the file at {size}"
             raise ShardDamage(file, what, member=name, offset=size)
         if any(read_at(member.offset + length, padding(length))):
             what = "the padding after its payload is not zero"
@@ -102,7 +102,7 @@ def _check_end(read_at: ReadAt, file: str, offset: int, size: int) -> None:
 
 
 class TarWriter:
-    """Appends members to a binary file; knows every member's place and digest and the digest of the whole."""
+    """Appends members to a binary file; records every member's place and digest, and the digest of the file."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -121,7 +121,7 @@ class TarWriter:
         return member
 
     def finish(self) -> str:
-        """Write the end of archive; return the sha256, in hex, of the whole file."""
+        """Write the end of archive; return the sha256, in hex, of the file."""
         self._write(END)
         return self._digest.hexdigest()
 

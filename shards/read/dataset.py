@@ -1,8 +1,8 @@
 """The dataset as the trainer reads it: random access to latents and to the embeddings of one text set.
 
 Opening reads dataset.json, the listing and the commits (or the index), and checks versions, sizes and identities.
-Reading a sample is one `pread` or one ranged GET of an array with its tar header, which are checked before use: the
-header's every byte, the frame's checksum against its content and against the commit, the array's header.
+Reading a sample is one `pread` or one ranged GET of an array with its tar header. Checked before use: every byte of
+the tar header, the frame's checksum against its content and against the commit, the array's header.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from typing import Any, NamedTuple, TypeVar, overload
 import numpy as np
 
 from shards.errors import ShardDamage, UserError
-from shards.format.arrays import MAX_ARRAY_BYTES, decode_array, frame_checksum
+from shards.format.arrays import (
+    MAX_ARRAY_BYTES,
+    MAX_LATENT_MAGNITUDE,
+    decode_array,
+    frame_checksum,
+    implausible_latent,
+    largest_magnitude,
+)
 from shards.format.dataset_info import DatasetInfo, text_command
-from shards.format.keys import is_validation
 from shards.format.names import JSON_MEMBER, LATENT_MEMBER, text_member
 from shards.format.sealed_json import parse_json
 from shards.format.tar import BLOCK, tar_header
@@ -26,16 +32,18 @@ from shards.read.open import Opened, open_roots
 from shards.read.table import Shard, Table
 from shards.storage.base import Storage
 
-__all__ = ["Dataset", "Sample", "is_validation", "open_dataset"]
-
 _ATTEMPTS = 2
 _MAX_MEMBER_BYTES = 2 * MAX_ARRAY_BYTES
 _NULL_KEYS = ("empty", "negative")
+_FIX_VALUES = (
+    "`wanshards verify --deep ROOT` lists all such arrays; delete their units' commits and build these again with "
+    "`wanprep build-shards`"
+)
 Value = TypeVar("Value")
 
 
 class Sample(NamedTuple):
-    """What is known of a sample without opening its tar."""
+    """What the commits say of a sample; its tar is not opened."""
 
     key: str
     clip_id: str
@@ -76,7 +84,7 @@ def open_dataset(
 
 
 class Dataset:
-    """An open dataset. It can be pickled and forked; it opens files lazily, in the process that reads them."""
+    """An open dataset. It can be pickled and forked; files are opened lazily, in the process that reads."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
@@ -127,7 +135,7 @@ class Dataset:
         return self._opened.pin()
 
     def ordinal(self, key: str) -> int:
-        """The place of a key in `samples`. Raises UserError when it is not there."""
+        """The index of a key in `samples`. Raises UserError on an unknown key."""
         if self._by_key is None:
             self._by_key = {name: place for place, name in enumerate(self._opened.latents.keys)}
         try:
@@ -135,9 +143,33 @@ class Dataset:
         except KeyError:
             raise UserError(f"no sample {key!r} in {self._opened.where()}", fix="`wanshards ls ROOT --keys`") from None
 
-    def latent(self, key: str | int) -> np.ndarray:
-        """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`)."""
-        return self._array(self._opened.latents, self._ordinal(key), 0, LATENT_MEMBER)
+    def latent(self, key: str | int, *, plausible: bool = True) -> np.ndarray:
+        """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`).
+
+        Raises ShardDamage, also of a latent that holds infinities, NaN, or values that no encoder gives, unless not
+        `plausible`: only to look at it.
+        """
+        row, table = self._ordinal(key), self._opened.latents
+        array = self._array(table, row, 0, LATENT_MEMBER)
+        if plausible and not (largest := largest_magnitude(array)) <= MAX_LATENT_MAGNITUDE:
+            shard = table.shards[int(table.shard[row])]
+            what = implausible_latent(largest)
+            member, offset = f"{table.keys[row]}.{LATENT_MEMBER}", int(table.arrays[0, table.start[row]])
+            raise ShardDamage(self.storage(shard).url(shard.tar), what, member=member, offset=offset, fix=_FIX_VALUES)
+        return array
+
+    def latent_channels(self) -> dict[int, str]:
+        """The numbers of channels of the dataset's latents, each with a sample that has it. Nothing is read."""
+        table = self._opened.latents
+        channels = np.array([spec.shape[0] if spec.shape else 0 for spec in table.specs], np.int64)
+        found, first = np.unique(channels[table.arrays[3, table.start[:-1]]], return_index=True)
+        return {int(number): table.keys[row] for number, row in zip(found, first, strict=True)}
+
+    def missing_units(self) -> str | None:
+        """What is planned and not there, for people; None where all planned units of latents are open."""
+        planned = sum(self._opened.num_planned)
+        there = len(self._opened.latents.shards)
+        return None if there >= planned else f"{there:,} of {planned:,} planned units are there"
 
     def latent_dtype(self, key: str | int) -> str:
         """'float16', 'bfloat16' or 'float32'."""
@@ -176,17 +208,17 @@ class Dataset:
         return self._array(table, table.keys.index(which), 0, text_member(0))
 
     def shard(self, key: str | int) -> Shard:
-        """Where a sample's latent lies."""
+        """The shard that holds a sample's latent."""
         table = self._opened.latents
         return table.shards[int(table.shard[self._ordinal(key)])]
 
     def text_shard(self, key: str | int) -> Shard:
-        """Where a sample's embeddings lie."""
+        """The shard that holds a sample's embeddings."""
         table, row = self._text_row(key)
         return table.shards[int(table.shard[row])]
 
     def storage(self, shard: Shard) -> Storage:
-        """The root that a shard lies in."""
+        """The storage of a shard's root."""
         return self._opened.storages[shard.root]
 
     def _ordinal(self, key: str | int) -> int:
@@ -232,7 +264,7 @@ class Dataset:
     def _member(
         self, table: Table, row: int, suffix: str, offset: int, size: int, decode: Callable[[memoryview], Value]
     ) -> Value:
-        """Read one member and decode it; a damaged one is read once more before it is an error."""
+        """Read one member and decode it; one that is damaged is read a second time before it is an error."""
         shard = table.shards[int(table.shard[row])]
         name = f"{table.keys[row]}.{suffix}"
         if size > _MAX_MEMBER_BYTES:
@@ -245,7 +277,7 @@ class Dataset:
                 buffer = self._buffer(BLOCK + size)
                 got = storage.read_into(shard.tar, offset - BLOCK, buffer)
                 if got < len(buffer):
-                    raise ShardDamage("tar", f"cut short: {got} bytes where {len(buffer)} were to be read")
+                    raise ShardDamage("tar", f"truncated: {got} of {len(buffer)} bytes")
                 if buffer[:BLOCK] != header:
                     raise ShardDamage("tar", "the bytes before it are not its tar header")
                 return decode(buffer[BLOCK:])
@@ -256,7 +288,7 @@ class Dataset:
         raise AssertionError("unreachable")
 
     def _buffer(self, size: int) -> memoryview:
-        # Kept for each thread: to map and fault in four megabytes anew costs a fifth of a sample.
+        # One buffer a thread: allocating and faulting in four megabytes again costs a fifth of a sample.
         have = getattr(self._buffers, "value", None)
         if have is None or len(have) < size:
             have = self._buffers.value = bytearray(size)

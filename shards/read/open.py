@@ -1,11 +1,11 @@
-"""What happens when a dataset is opened: each root listed, its commits or index read, identities and sizes checked."""
+"""Opening a dataset: list each root, read its commits or index, check identities and sizes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from shards.format.dataset_info import DatasetInfo, read_info, text_command
 from shards.format.identity import IdentityMismatch, refuse_mismatch
 from shards.format.names import LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest
-from shards.read.index import Listing, commit_address, list_root, load_columns
+from shards.read.index import Listing, list_root, load_columns
 from shards.read.table import Shard, Table, TableBuilder
 from shards.storage import open_storage
 from shards.storage.base import Storage
@@ -25,7 +25,7 @@ _MAX_NAMED = 12
 
 
 class Opened(NamedTuple):
-    """An open dataset's state; plain values and storages, so it can be pickled."""
+    """The state of an open dataset: plain values and storages, so that it can be pickled."""
 
     storages: list[Storage]
     info: DatasetInfo
@@ -38,6 +38,8 @@ class Opened(NamedTuple):
     """int64 [N]."""
     null: Table | None
     revision: str
+    num_planned: list[int]
+    """Units that each root's plan has."""
 
     @property
     def text_identity_digest(self) -> str | None:
@@ -87,18 +89,18 @@ def open_roots(
     where = ", ".join(storage.url() for storage in storages)
     if pinned and (lost := sorted(unit for unit, count in pinned.items() if count > 0)):
         raise UserError(
-            f"{where}: {len(lost)} commits of the pinned revision {pin and pin['revision']} are gone or changed: "
+            f"{where}: {len(lost)} commits of the pinned revision {pin and pin['revision']} are missing or changed: "
             f"{lost[:_MAX_NAMED]}",
-            fix="put these units back, or start a new run on the present revision",
+            fix="restore these units, or start a new run on the current revision",
         )
     _warn_provenance(provenance)
     tables = {name: builder.table(where) for name, builder in builders.items()}
-    opened = _join(storages, infos[0], text_set, tables)
+    opened = _join(storages, infos, text_set, tables)
     _refuse_doubled(opened)
     if revision is not None and opened.revision != revision:
         raise UserError(
-            f"{where}: its revision is {opened.revision}, expected {revision}: shards were added, removed or made anew",
-            fix="open it by the run's pin to keep to its own shards, or ask for the present revision",
+            f"{where}: its revision is {opened.revision}, expected {revision}: shards were added, removed or rebuilt",
+            fix="open it with the run's pin to keep its shards, or ask for the current revision",
         )
     return opened
 
@@ -109,7 +111,7 @@ def _storage(root: str | Path, cache: Path | None, cache_gib: float) -> Storage:
         return storage
     from shards.storage.cache import CachedStorage
 
-    return CachedStorage(storage, cache, int(cache_gib * 2**30))
+    return cast("Storage", CachedStorage(storage, cache, int(cache_gib * 2**30)))
 
 
 def _check_union(storages: list[Storage], infos: list[DatasetInfo], text_set: str | None) -> None:
@@ -143,7 +145,7 @@ def _add_root(
             pinned[kind, unit, columns["revision"]] -= 1
             if pinned[kind, unit, columns["revision"]] < 0:
                 continue
-        file = commit_address(storage, kind, unit)
+        file = storage.url(commit_name(kind, unit))
         _check_unit(columns, listing, digests[kind], storage, file)
         is_null = unit == NULL_UNIT
         # The null embeddings of one identity are the same in every root: the first root's are read.
@@ -161,7 +163,7 @@ def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storag
             fix=f"remove this unit (its commit, {commit_name(columns['kind'], columns['unit'])}) and build it again",
         )
     if name not in listing.objects:
-        raise MissingObject(storage.url(name), f"missing, and its commit {file} is there")
+        raise MissingObject(storage.url(name), f"missing, but its commit {file} is there")
     if listing.objects[name] != size:
         raise ShardDamage(
             storage.url(name),
@@ -170,7 +172,7 @@ def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storag
         )
 
 
-def _join(storages: list[Storage], info: DatasetInfo, text_set: str | None, tables: dict[str, Table]) -> Opened:
+def _join(storages: list[Storage], infos: list[DatasetInfo], text_set: str | None, tables: dict[str, Table]) -> Opened:
     latents, null = tables[LATENTS], tables["null"]
     text = tables[text_kind(text_set)] if text_set else None
     rows = np.zeros(len(latents.keys), np.int64)
@@ -180,11 +182,14 @@ def _join(storages: list[Storage], info: DatasetInfo, text_set: str | None, tabl
         variants = np.diff(text.start)[rows]
     shards = [shard for table in (latents, text, null) if table for shard in table.shards]
     revision = dataset_revision((shard.kind, shard.unit, shard.revision) for shard in shards)
-    return Opened(storages, info, text_set, latents, text, rows, variants, null if null.keys else None, revision)
+    planned = [len(info.planned_units()) for info in infos]
+    return Opened(
+        storages, infos[0], text_set, latents, text, rows, variants, null if null.keys else None, revision, planned
+    )
 
 
 def _text_rows(latents: Table, text: Table, text_set: str, storages: list[Storage]) -> np.ndarray:
-    """The row in `text` of every latent, int64 [N]: the same key, in the same root and unit."""
+    """The row in `text` of every latent, int64 [N]: the same key in the same root and unit."""
     spans = {(shard.root, shard.unit): span for shard, span in _spans(text)}
     missing: dict[tuple[int, int], int] = {}
     found = np.zeros(len(latents.keys), np.int64)
@@ -210,10 +215,6 @@ def _spans(table: Table) -> Iterator[tuple[Shard, slice]]:
         yield shard, slice(start, end)
 
 
-def _shard_of_rows(table: Table) -> Iterator[Shard]:
-    return (table.shards[place] for place in table.shard.tolist())
-
-
 def missing_text(missing: dict[tuple[int, int], int], text_set: str, storages: list[Storage]) -> UserError:
     """The error of latents without text: names the units and the command that makes them."""
     units = sorted(missing)
@@ -232,7 +233,8 @@ def _refuse_doubled(opened: Opened) -> None:
     if len(set(keys)) == len(keys):
         return
     seen: dict[str, Shard] = {}
-    for key, shard in zip(keys, _shard_of_rows(opened.latents), strict=True):
+    for key, place in zip(keys, opened.latents.shard.tolist(), strict=True):
+        shard = opened.latents.shards[place]
         if key in seen:
             first = opened.storages[seen[key].root].url(seen[key].tar)
             raise ShardDamage(

@@ -1,13 +1,15 @@
-"""One unit as columns: what a reader needs of a commit, a fifth of its size; and the lines of the index are these.
+"""One unit as columns: what a reader needs of a commit, in a fifth of its size. The lines of the index are these.
 
-A dataset of 160,000 samples is then a few arrays and two lists of text, not a million objects.
+A dataset of 160,000 samples is then a few arrays and two lists of strings, not a million objects.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from shards.format.names import JSON_MEMBER, KEY, LATENTS
 
 _JSON_CHECK_DIGITS = 16
 NUMBERS = ("start_ms", "frames", "height", "width")
-"""Fields of a latent's summary that are whole numbers."""
+"""The integer fields of a latent's summary."""
 
 
 def unit_columns(stored: StoredCommit) -> dict[str, Any]:
@@ -62,13 +64,23 @@ def unit_columns(stored: StoredCommit) -> dict[str, Any]:
 
 
 def pack(values: Iterable[int]) -> str:
-    """Whole numbers as base64 of little-endian 64-bit words: to parse millions of decimals takes seconds."""
+    """Integers as base64 of little-endian 64-bit words: parsing millions of decimals takes seconds."""
     return base64.b64encode(np.array(list(values), "<u8").tobytes()).decode()
 
 
 def unpack(text: str) -> np.ndarray:
     """int64 of what `pack` wrote. Raises ValueError or TypeError on anything else."""
-    return np.frombuffer(base64.b64decode(text, validate=True), "<i8").astype(np.int64, copy=False)
+    return np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i8").astype(np.int64, copy=False)
+
+
+@contextmanager
+def refusing_odd_columns(columns: Mapping[str, Any], file: str) -> Iterator[None]:
+    """Raise ShardDamage naming `file` where the columns turn out not to be those of a unit."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+        what = f"the columns of unit {columns.get('unit')!r} do not fit together: {type(error).__name__} {error}"
+        raise ShardDamage(file, what[:300], fix="`wanshards index ROOT` rebuilds the index") from None
 
 
 class Spec(NamedTuple):
@@ -79,7 +91,7 @@ class Spec(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One tar of a table: which of the roots it lies in, its name and its unit."""
+    """One tar of a table: the index of its root, its name and its unit."""
 
     root: int
     kind: str
@@ -109,15 +121,15 @@ class Table(NamedTuple):
 
 
 class TableBuilder:
-    """Collects units into a Table, checking what `unit_columns` promised (the index is a file like any other).
+    """Collects units into a Table, checking all that `unit_columns` ensures (the index is a file that may be damaged).
 
-    Units may come in any order; the table's is that of roots and units.
+    Units may be added in any order; the table is sorted by root and unit.
     """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._shards: list[Shard] = []
-        self._specs: dict[Spec, int] = {}
+        self._specs: dict[tuple[str, tuple[int, ...]], int] = {}
         self._keys: list[str] = []
         self._rows_of_shard: list[int] = []
         # Flat machine words: as Python objects they would be most of the memory of a large dataset.
@@ -127,12 +139,9 @@ class TableBuilder:
         self._shared: dict[str | None, str | None] = {}
 
     def add(self, root: int, columns: Mapping[str, Any], file: str) -> None:
-        """Append one unit of root number `root`. Raises ShardDamage naming `file` on columns that don't fit."""
-        try:
+        """Append one unit of root number `root`. Raises ShardDamage naming `file` on inconsistent columns."""
+        with refusing_odd_columns(columns, file):
             self._append(root, columns)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            what = f"the columns of unit {columns.get('unit')!r} don't fit: {type(error).__name__} {error}"
-            raise ShardDamage(file, what, fix="`wanshards index ROOT` makes the index anew") from None
 
     def table(self, file: str) -> Table:
         """The table of all units added. Raises ShardDamage on numbers out of range."""
@@ -144,7 +153,9 @@ class TableBuilder:
         if self._kind == LATENTS:
             summary = {field: self._column(field) for field in (*NUMBERS, "is_image")}
             summary |= {"clip": self._clips, "category": self._categories}
-        table = Table(self._keys, self._shards, list(self._specs), shard, documents, start, arrays, summary)
+        table = Table(
+            self._keys, self._shards, [Spec(*spec) for spec in self._specs], shard, documents, start, arrays, summary
+        )
         _check_places(table, file)
         return _in_order(table)
 
@@ -158,7 +169,7 @@ class TableBuilder:
         if len(documents) != 3 or (counts < 1).any() or (spec_of < 0).any():
             raise ValueError("counts out of range")
         if not all(map(KEY.fullmatch, keys)):
-            raise ValueError("a key that is none")
+            raise ValueError("an invalid key")
         words = {"num_arrays": counts, **{f"json{place}": column for place, column in enumerate(documents)}}
         arrays = (offsets, sizes, checks, ordinals[spec_of] if len(spec_of) else spec_of)
         words |= {f"arrays{place}": column for place, column in enumerate(arrays)}
@@ -177,7 +188,7 @@ class TableBuilder:
         clips, categories = columns["clip"], columns["category"]
         _same_length(num_rows, clips, categories, *words.values())
         if not all(type(clip) is str for clip in clips):
-            raise TypeError("a clip id that is no text")
+            raise TypeError("a clip id that is not text")
         self._clips.extend(clips)
         # Equal texts become one object: 160,000 categories are a few dozen.
         self._categories.extend([self._shared.setdefault(value, value) for value in categories])
@@ -187,11 +198,11 @@ class TableBuilder:
         return np.frombuffer(self._words[field], np.int64)
 
     def _spec(self, dtype: Any, shape: tuple[Any, ...]) -> int:
-        ordinal = self._specs.get(Spec(dtype, shape))
+        ordinal = self._specs.get((dtype, shape))
         if ordinal is None:
             if type(dtype) is not str or not all(type(size) is int for size in shape):
                 raise TypeError(f"spec {dtype!r} {shape!r}")
-            ordinal = self._specs[Spec(dtype, shape)] = len(self._specs)
+            ordinal = self._specs[dtype, shape] = len(self._specs)
         return ordinal
 
 

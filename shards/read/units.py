@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from shards.errors import ShardDamage, UserError
+from shards.errors import ShardDamage, StorageOutage, UserError
 from shards.format.commit import Blob, Commit, StoredCommit, committed_units, read_commit
 from shards.storage.base import Storage
+from shards.storage.patience import reader_pool
 
 _THREADS = 16
 
@@ -47,7 +47,7 @@ def read_units(
     storage: Storage, kind: str, units: Sequence[int], damaged: list[str] | None = None
 ) -> Iterator[StoredCommit]:
     """The units' commits in this order, few at a time; what is wrong with an unreadable one goes into `damaged`."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with reader_pool(_THREADS) as pool:
         for start in range(0, len(units), _THREADS):
             for found in pool.map(lambda unit: _read(storage, kind, unit), units[start : start + _THREADS]):
                 if isinstance(found, StoredCommit):
@@ -64,5 +64,7 @@ def list_units(storage: Storage, kind: str) -> list[UnitRef]:
 def _read(storage: Storage, kind: str, unit: int) -> StoredCommit | str:
     try:
         return read_commit(storage, kind, unit)
-    except (ShardDamage, UserError) as error:
+    except StorageOutage:
+        raise
+    except UserError as error:
         return str(error.problem)

@@ -10,6 +10,7 @@ from shards.page.charts import Bar, Line, bar_list, line_chart
 from shards.page.html_page import Child, Html, Section, details, join, number, table, tag
 from shards.report.gallery import Gallery
 from shards.stats.drift import MAX_SHARD_Z
+from shards.stats.unit import MEASURED
 
 _WORDS = {"bad": "To fix", "warn": "To look at", "info": "To know"}
 _MAX_FINDINGS, _MAX_BARS = 40, 15
@@ -91,6 +92,9 @@ def distributions(stats: Mapping[str, Any]) -> Section:
     ]
     if any(clip_seconds["counts"]):
         charts.append(_binned("Clips by duration", clip_seconds, "seconds"))
+    for name, counts in stats["measured"].items():
+        if any(counts["counts"]):
+            charts.append(_binned(f"Samples by {MEASURED[name]}", counts, "share"))
     if any(captions["tokens"]["counts"]):
         charts += [
             _binned("Captions by tokens", captions["tokens"], "tokens"),

@@ -1,4 +1,4 @@
-"""What the commands show: values first, for `--json`; then tables of them, for people."""
+"""What the commands show: plain values, for `--json`, and tables of them, for people."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from shards.check.verify import Level, Report, total_bytes, verify
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.format.commit import dataset_revision, read_commit
 from shards.format.dataset_info import read_info, text_command
-from shards.format.names import JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.format.names import INDEX_NAME, JSON_MEMBER, LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest, parse_json
 from shards.read.dataset import open_dataset
 from shards.read.index import list_root, load_columns, text_sets
-from shards.read.table import NUMBERS, unpack
+from shards.read.table import NUMBERS, refusing_odd_columns, unpack
 from shards.show.member import preview_bytes, read_member
 from shards.storage import open_storage
 from shards.storage.base import Storage
 
 
 def overview(root: str) -> dict[str, Any]:
-    """What a root holds, as plain values. Counts what is there; `verify` says whether it is whole."""
+    """What a root holds, as plain values. Counts what is there; `verify` says whether it is complete."""
     storage = open_storage(root)
     info = read_info(storage)
     names = sorted({*info.text_sets, *text_sets(storage)})
@@ -34,16 +34,17 @@ def overview(root: str) -> dict[str, Any]:
     totals = {kind: {"units": 0, "samples": 0, "bytes": 0, "has_null": False} for kind in kinds}
     revisions = []
     for columns in load_columns(storage, kinds, listing):
-        kind, unit = columns["kind"], columns["unit"]
-        revisions.append((kind, unit, columns["revision"]))
-        totals[kind]["bytes"] += columns["tar"][1]
-        if unit == NULL_UNIT:
-            totals[kind]["has_null"] = True
-            continue
-        totals[kind]["units"] += 1
-        totals[kind]["samples"] += len(columns["key"])
-        if kind == LATENTS:
-            buckets.update(zip(*(unpack(columns[field]).tolist() for field in NUMBERS[1:]), strict=True))
+        with refusing_odd_columns(columns, storage.url(INDEX_NAME)):
+            kind, unit = columns["kind"], columns["unit"]
+            revisions.append((kind, unit, columns["revision"]))
+            totals[kind]["bytes"] += columns["tar"][1]
+            if unit == NULL_UNIT:
+                totals[kind]["has_null"] = True
+                continue
+            totals[kind]["units"] += 1
+            totals[kind]["samples"] += len(columns["key"])
+            if kind == LATENTS:
+                buckets.update(zip(*(unpack(columns[field]).tolist() for field in NUMBERS[1:]), strict=True))
     return {
         "root": storage.url(),
         "format_version": info.format_version,
@@ -76,7 +77,7 @@ def print_overview(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may hold [red]
     console.print(f"{found['root']}   format {found['format_version']}")
     console.print(f"identity {found['identity_sha256']}\nrevision {found['revision']}")
     for name, text in found["notes"].items():
@@ -88,6 +89,11 @@ def print_overview(found: dict[str, Any]) -> None:
         size = f"{row['bytes'] / 2**30:.3f}"
         table.add_row(name, str(row["units"]), str(found["planned_units"]), str(row["samples"]), size, null)
     console.print(table)
+    if found["latents"]["units"] < found["planned_units"]:
+        console.print(
+            f"{found['latents']['units']:,} of {found['planned_units']:,} planned units are there: the build is not "
+            "finished, or units were lost; `wanshards verify` names them"
+        )
     table = Table("frames", "height", "width", "samples")
     for bucket in found["buckets"]:
         table.add_row(*(str(bucket[field]) for field in ("frames", "height", "width", "samples")))
@@ -101,7 +107,7 @@ def sample_details(root: str, key: str) -> dict[str, Any]:
     latents = open_dataset(root, None)
     ordinal = latents.ordinal(key)
     shard = latents.shard(ordinal)
-    array = latents.latent(ordinal)
+    array = latents.latent(ordinal, plausible=False)
     storage = latents.storage(shard)
     captions = {name: _text_details(storage, name, shard.unit, key) for name in sorted(latents.info.text_sets)}
     return {
@@ -181,6 +187,7 @@ def print_report(report: Report) -> None:
         place = f": member {problem.member}" if problem.member else ""
         at = f" at offset {problem.offset}" if problem.offset is not None else ""
         click.echo(f"{problem.file}{place}{at}: {problem.what}")
-    verdict = f"{len(report.problems)} problems" if report.problems else "whole"
+    counts = Counter(problem.kind for problem in report.problems)
+    verdict = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "whole"
     size = report.num_bytes / 2**30
     click.echo(f"{verdict}: {report.num_units} shards, {report.num_samples} samples, {size:.3f} GiB")

@@ -30,7 +30,9 @@ from shards.stats.findings import Evidence, find_all
 from shards.stats.funnel import OnRefused, funnel_steps, read_funnel, reason_rows
 from shards.stats.unit import (
     CHARACTER_EDGES,
+    MEASURED,
     SECONDS_EDGES,
+    SHARE_EDGES,
     TOKEN_EDGES,
     UnitStats,
     latent_unit,
@@ -179,6 +181,7 @@ def _distributions(tally: Histograms, texts: Histograms) -> dict[str, Any]:
         "categories": tally.rows("category"),
         "clip_seconds": tally.histogram("clip_seconds", SECONDS_EDGES),
         "windows_by_ground": tally.rows("window"),
+        "measured": {name: tally.histogram(name, SHARE_EDGES) for name in MEASURED},
         "sources": tally.rows_below("source_"),
         "decisions": tally.rows_below("decision/"),
         "differences": {
@@ -227,6 +230,8 @@ def stats_lines(found: dict[str, Any]) -> list[str]:
     lines += _count_lines("buckets", found["buckets"])
     lines += _count_lines("categories", found["categories"])
     lines += _bin_lines("clips by duration", found["clip_seconds"], "s")
+    for name, counts in found["measured"].items():
+        lines += _bin_lines(f"samples by {MEASURED[name]}", counts, "")
     for name, rows in found["decisions"].items():
         lines += _count_lines(name, rows)
     lines.append(f"{differences['clips_that_differ']:,} of {differences['clips']:,} clips differ from their JSON")

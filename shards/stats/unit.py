@@ -30,6 +30,13 @@ from shards.storage.base import Storage
 CACHE_VERSION = 2
 """Of what the cache keeps: raise it when a number changes its meaning."""
 SECONDS_EDGES = (0, 1, 2, 4, 6, 8, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 3600)
+SHARE_EDGES = (0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+MEASURED = {
+    "motion": "share of the picture that moves",
+    "black_share": "share of black pixels",
+    "kept_share": "share of the picture kept",
+}
+"""What stage 1 measures of each window, and how it is shown."""
 TOKEN_EDGES = tuple(range(0, 545, 32))
 CHARACTER_EDGES = (0, 25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
 DECISIONS = ("aspect", "interlace", "rotation", "matrix", "range", "vbi_lines", "bars")
@@ -181,6 +188,9 @@ def count_sample(
     window = _part(meta, "window")
     if "ground" in window:
         tally.add("window", re.sub(r"\d+(\.\d+)?", "n", str(window["ground"])), key)
+    for name in MEASURED:
+        if isinstance(value := _part(meta, "measured").get(name), int | float):
+            tally.add_number(name, float(value), SHARE_EDGES)
     if not is_new_clip:
         return
     probed, decisions = _part(meta, "probed"), _part(meta, "decisions")

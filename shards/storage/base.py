@@ -11,7 +11,7 @@ MAX_OBJECT_BYTES = 2**30
 
 
 class Entry(NamedTuple):
-    """One object of a list: its name under the root and its size in bytes."""
+    """One object of a listing: its name under the root and its size in bytes."""
 
     name: str
     size: int
@@ -21,9 +21,9 @@ class Storage(Protocol):
     """A root that holds named objects. Implementations can be pickled, forked, and used by several threads."""
 
     def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """Write an object, whole or not at all; a Path is taken over by link where possible: don't write to it later.
+        """Write an object completely or not at all. A Path is hard-linked where possible: do not write to it later.
 
-        With `if_absent`, False says that another object of this name was there and is left alone (S3 servers that
+        With `if_absent`, False says that another object of this name was there and is kept (S3 servers that
         ignore `If-None-Match` overwrite it and say True).
         """
         ...

@@ -1,29 +1,27 @@
-"""A bounded cache of an S3 root's shards on local disk: a tar is fetched whole at its first read, then `pread`.
+"""A bounded cache of an S3 root's shards on local disk: a tar is downloaded at its first read, then `pread`.
 
-Several processes may share a folder. A fetched tar is checked against the digest in its name before it is used; when
-the bound is reached, the shards unused for longest go. A shard larger than the bound is read by ranged GETs.
+Several processes may share a folder. A downloaded tar is checked against the digest in its name before it is used; when
+the bound is reached, the least recently used shards are removed. A shard larger than the bound is read by ranged GETs.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from shards.errors import ShardDamage
-from shards.storage.base import Entry, Storage
+from shards.storage.base import Storage
+from shards.storage.local import lock_file
 
 _CHUNK = 8 * 2**20
 
 
 class CachedStorage:
-    """`source` with its tars read through `folder`, which is kept to `max_bytes`.
-
-    All else (commits, lists, writes) goes to the source.
-    """
+    """`source` with its tars read through `folder`, which is kept to `max_bytes`; all else goes to the source."""
 
     def __init__(self, source: Storage, folder: Path, max_bytes: int) -> None:
         self._source, self._max_bytes = source, max_bytes
@@ -31,6 +29,11 @@ class CachedStorage:
         self._all = Path(folder).absolute()
         self._folder = self._all / hashlib.sha256(source.address().encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # while it is unpickled there is no source yet
+            raise AttributeError(name)
+        return getattr(self._source, name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """See Storage."""
@@ -42,63 +45,25 @@ class CachedStorage:
                 break
             with suppress(FileNotFoundError):  # evicted by another process between the two lines
                 got = _read(self._folder / local, offset, buffer)
-                os.utime(self._folder / local)  # its last use, for the eviction
+                os.utime(self._folder / local)  # the eviction reads this as its last use
                 return got
         return self._source.read_into(name, offset, buffer)
 
     def forget(self, name: str) -> None:
-        """Drop the copy of a tar, which was found damaged."""
+        """Drop the copy of a tar that was found damaged."""
         (self._folder / name.replace("/", "-")).unlink(missing_ok=True)
 
-    def get_range(self, name: str, offset: int, length: int) -> bytes:
-        """See Storage."""
-        return self._source.get_range(name, offset, length)
-
-    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """See Storage."""
-        return self._source.put(name, data, if_absent=if_absent)
-
-    def get(self, name: str, max_bytes: int = 2**30) -> bytes:
-        """See Storage."""
-        return self._source.get(name, max_bytes)
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """See Storage."""
-        return self._source.list(prefix)
-
-    def exists(self, name: str) -> bool:
-        """See Storage."""
-        return self._source.exists(name)
-
-    def size(self, name: str) -> int:
-        """See Storage."""
-        return self._source.size(name)
-
-    def modified(self, name: str) -> float:
-        """See Storage."""
-        return self._source.modified(name)
-
-    def delete(self, name: str) -> None:
-        """See Storage."""
-        self._source.delete(name)
-
-    def url(self, name: str = "") -> str:
-        """See Storage."""
-        return self._source.url(name)
-
-    def address(self) -> str:
-        """See Storage."""
-        return self._source.address()
-
     def _fetch(self, name: str, local: str) -> bool:
-        """Fetch a tar into the folder; False when it is larger than the bound."""
-        with self._locked(f"{local}.lock"):
+        """Download a tar into the folder; False when that cannot be: it is larger than the bound, or nothing locks."""
+        with self._locked(f"{local}.lock") as locked:
+            if not locked:  # a shared folder is not safe without locks
+                return False
             if (self._folder / local).exists():
                 return True
             size = self._source.size(name)
             if size > self._max_bytes:
                 return False
-            temporary = self._folder / f"{local}.part"  # one name: what a killed process left is written over
+            temporary = self._folder / f"{local}.part"  # a fixed name: what a killed process left is overwritten
             try:
                 self._download(name, size, temporary)
                 with self._locked("eviction.lock", self._all):
@@ -114,15 +79,15 @@ class CachedStorage:
             while offset < size:
                 got = self._source.read_into(name, offset, buffer[: min(_CHUNK, size - offset)])
                 if not got:
-                    raise ShardDamage(self.url(name), f"cut short: {size} bytes announced", offset=offset)
+                    raise ShardDamage(self._source.url(name), f"truncated: {size} bytes announced", offset=offset)
                 file.write(buffer[:got])
                 digest.update(buffer[:got])
                 offset += got
         if digest.hexdigest()[:8] != name[-12:-4]:
-            raise ShardDamage(self.url(name), f"sha256 {digest.hexdigest()}, which is not the one in its name")
+            raise ShardDamage(self._source.url(name), f"sha256 {digest.hexdigest()}, which is not the one in its name")
 
     def _evict(self, incoming: int) -> None:
-        """Remove the tars unused for longest until `incoming` more bytes fit."""
+        """Remove the least recently used tars until `incoming` more bytes fit."""
         found = []
         for path in self._all.glob("*/*.tar"):
             try:
@@ -138,10 +103,10 @@ class CachedStorage:
             total -= size
 
     @contextmanager
-    def _locked(self, name: str, folder: Path | None = None) -> Iterator[None]:
-        with ((folder or self._folder) / name).open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self, name: str, folder: Path | None = None) -> Iterator[bool]:
+        path = (folder or self._folder) / name
+        with path.open("wb") as file:
+            yield lock_file(file.fileno(), path) is True
 
 
 def _read(path: Path, offset: int, buffer: memoryview) -> int:

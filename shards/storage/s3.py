@@ -1,4 +1,4 @@
-"""An S3 prefix as a storage, by boto3: bounded retries, own multipart, conditional puts where the server knows them.
+"""An S3 prefix as a storage, by boto3: patient retries, own multipart, conditional puts where the server knows them.
 
 Correctness does not rest on conditional puts: tars and ledgers carry their digest in their name, so the worst that a
 race can do on a server that ignores `If-None-Match` is to make the second commit of a unit win, and its tar is there.
@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -18,16 +17,19 @@ from urllib.parse import parse_qs, urlsplit
 from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
 from shards.storage.base import MAX_OBJECT_BYTES, Entry
+from shards.storage.patience import Attempts
 
 PART_BYTES = 32 * 2**20
-ATTEMPTS = 5
-_FIRST_PAUSE_SECONDS = 0.1
+_DENIED_PAUSE_SECONDS = 2.0
+"""Before a refused request is repeated once with fresh credentials: servers refuse for a moment while keys change."""
 _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _TAKEN = {"412", "PreconditionFailed"}
 _AGAIN = {"409", "ConditionalRequestConflict", "500", "502", "503", "504", "InternalError", "SlowDown",
-          "ServiceUnavailable", "RequestTimeout", "429", "Throttling", "ThrottlingException"}  # fmt: skip
+          "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
+_DENIED = {"401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+           "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "TokenRefreshRequired"}  # fmt: skip
 _NO_CONDITIONS = {"501", "NotImplemented"}
 _BEYOND = {"416", "InvalidRange"}
 _NO_UPLOADS = {"NoSuchUpload"}
@@ -84,7 +86,7 @@ class S3Storage:
         if size > self._part_bytes:
             return self._put_parts(name, data, size, condition)
         body = data.read_bytes() if isinstance(data, Path) else data
-        return self._finish_put(name, lambda extra: self._call("put_object", name, Body=body, **extra), condition)
+        return self._finish_put(name, size, lambda extra: self._call("put_object", name, Body=body, **extra), condition)
 
     def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
         """See Storage."""
@@ -100,30 +102,27 @@ class S3Storage:
         return bytes(memoryview(buffer)[: self.read_into(name, offset, memoryview(buffer))])
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        """See Storage. A read that breaks off goes on where it broke off, at most ATTEMPTS times."""
-        done, broken = 0, 0
-        while done < len(buffer):
-            try:
-                got = self._read_once(name, offset + done, buffer[done:])
+        """See Storage. A read that breaks off continues where it broke off."""
+        done = 0
+        with Attempts(f"{self.url(name)}: read") as attempts:
+            while done < len(buffer):
+                try:
+                    got = self._read_once(name, offset + done, buffer[done:])
+                except _connection_errors() as error:
+                    attempts.failed(error)
+                    continue
                 if got == 0:
                     break
-            except _connection_errors() as error:
-                got = 0
-                if broken + 1 == ATTEMPTS:
-                    raise self._failure("read", name, error) from None
-            done += got
-            if done < len(buffer):
-                broken += 1
-                if broken == ATTEMPTS:
-                    raise self._failure("read", name, f"{done} of {len(buffer)} bytes after {ATTEMPTS} answers")
-                time.sleep(_FIRST_PAUSE_SECONDS * 2**broken)
+                done += got
+                if done < len(buffer):
+                    attempts.failed(f"the body broke off after {got} bytes", progressed=True)
         return done
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See Storage."""
         where = {"Bucket": self._root.bucket, "Prefix": self._root.prefix + prefix}
         while True:
-            page = self._retry("list", prefix, partial(self._s3().list_objects_v2, **where))
+            page = self._retry("list", prefix, lambda client: client.list_objects_v2(**where))
             for item in page.get("Contents", ()):
                 yield Entry(item["Key"].removeprefix(self._root.prefix), item["Size"])
             if not page.get("IsTruncated"):
@@ -165,9 +164,13 @@ class S3Storage:
         where = {"Bucket": self._root.bucket, "Prefix": self._root.prefix}
         while True:
             try:
-                page = self._retry("list uploads", "", partial(self._s3().list_multipart_uploads, **where))
+                page = self._retry(
+                    "list uploads",
+                    "",
+                    lambda client: client.list_multipart_uploads(**where),  # noqa: B023 - called at once
+                )
             except ClientError as error:
-                if _code(error) in _NO_UPLOADS:  # rclone's word for an empty list
+                if _code(error) in _NO_UPLOADS:  # what rclone answers for an empty list
                     return
                 raise self._failure("list uploads", "", error) from None
             for upload in page.get("Uploads", ()):
@@ -177,12 +180,12 @@ class S3Storage:
                 return
             where |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
-    def abort_upload(self, upload: Upload) -> None:
-        """Abort an open upload, with the parts that it holds; one that is not there any more is no error."""
+    def abort_upload(self, upload: Upload, *, patient: bool = True) -> None:
+        """Abort an open upload, with the parts that it holds; one that is gone already is no error."""
         from botocore.exceptions import ClientError
 
         try:
-            self._call("abort_multipart_upload", upload.name, UploadId=upload.upload_id)
+            self._call("abort_multipart_upload", upload.name, patient=patient, UploadId=upload.upload_id)
         except MissingObject:
             return
         except ClientError as error:
@@ -199,7 +202,7 @@ class S3Storage:
                 parts.append({"PartNumber": number, "ETag": answer["ETag"]})
             wanted = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
             done = self._finish_put(
-                name, lambda extra: self._call("complete_multipart_upload", name, **wanted, **extra), condition
+                name, size, lambda extra: self._call("complete_multipart_upload", name, **wanted, **extra), condition
             )
         except BaseException:
             self._abort(name, upload)
@@ -208,7 +211,9 @@ class S3Storage:
             self._abort(name, upload)
         return done
 
-    def _finish_put(self, name: str, send: Callable[[dict[str, str]], Any], condition: dict[str, str]) -> bool:
+    def _finish_put(
+        self, name: str, size: int, send: Callable[[dict[str, str]], Any], condition: dict[str, str]
+    ) -> bool:
         from botocore.exceptions import ClientError
 
         try:
@@ -216,6 +221,8 @@ class S3Storage:
         except ClientError as error:
             if condition and _code(error) in _TAKEN:
                 return False
+            if _code(error) in _NO_UPLOADS and not condition and self.exists(name) and self.size(name) == size:
+                return True  # an earlier attempt completed it, and its answer was lost
             if not (condition and _code(error) in _NO_CONDITIONS):
                 raise self._failure("put", name, error) from None
             LOG.warning("%s: this server knows no conditional put; a second writer would win", self.url(name))
@@ -226,8 +233,8 @@ class S3Storage:
 
     def _abort(self, name: str, upload: str) -> None:
         try:
-            self._call("abort_multipart_upload", name, UploadId=upload)
-        except UserError as error:  # the first failure is the one to report; the sweep aborts what stays
+            self.abort_upload(Upload(name, upload), patient=False)
+        except UserError as error:  # the first failure is the one to report; `sweep` aborts what is left
             LOG.warning("%s: its multipart upload could not be aborted: %s", self.url(name), error.problem)
 
     def _read_once(self, name: str, offset: int, buffer: memoryview) -> int:
@@ -250,38 +257,56 @@ class S3Storage:
             body.close()
 
     def _call(self, operation: str, name: str, **arguments: Any) -> Any:
-        call = getattr(self._s3(), operation)
-        key = self._root.prefix + name
-        return self._retry(operation, name, lambda: call(Bucket=self._root.bucket, Key=key, **arguments))
+        patient = arguments.pop("patient", True)
+        arguments |= {"Bucket": self._root.bucket, "Key": self._root.prefix + name}
+        return self._retry(operation, name, lambda client: getattr(client, operation)(**arguments), patient)
 
-    def _retry(self, operation: str, name: str, send: Callable[[], Result]) -> Result:
-        """Send, again with growing pauses on errors that pass. ClientErrors that have a meaning go to the caller."""
-        from botocore.exceptions import BotoCoreError, ClientError
+    def _retry(self, operation: str, name: str, send: Callable[[Any], Result], patient: bool = True) -> Result:
+        """Send, and again while errors are such that pass. ClientErrors that have a meaning go to the caller."""
+        from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, MetadataRetrievalError
 
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return send()
-            except ClientError as error:
-                code = _code(error)
-                if code in _ABSENT:
-                    raise MissingObject(self.url(name)) from None
-                if code in _FOR_THE_CALLER:
-                    raise
-                if code not in _AGAIN or attempt == ATTEMPTS:
-                    raise self._failure(operation, name, error) from None
-            except _connection_errors() as error:
-                if attempt == ATTEMPTS:
-                    raise self._failure(operation, name, error) from None
-            except BotoCoreError as error:  # no credentials, a bucket's name that cannot be: no server was asked
-                raise self._failure(operation, name, error) from None
-            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
-        raise AssertionError("unreachable")
+        denied = False
+        with Attempts(f"{self.url(name)}: {operation}", patient=patient) as attempts:
+            while True:
+                client = self._s3()
+                try:
+                    return send(client)
+                except ClientError as error:
+                    code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                    if code in _ABSENT:
+                        raise MissingObject(self.url(name)) from None
+                    if code in _FOR_THE_CALLER:
+                        raise
+                    if (code in _DENIED or status in (401, 403)) and not denied:
+                        denied = True
+                        self._forget_client(client)
+                        continue
+                    if code not in _AGAIN and status < 500:
+                        raise self._failure(operation, name, error) from None
+                    attempts.failed(error)
+                except _connection_errors() as error:
+                    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                        raise self._failure(operation, name, error) from None
+                    attempts.failed(error)
+                except BotoCoreError as error:  # no credentials, a bucket's name that cannot be: no server was asked
+                    if denied or not isinstance(error, CredentialRetrievalError | MetadataRetrievalError):
+                        raise self._failure(operation, name, error) from None
+                    denied = True
+                    self._forget_client(client)
 
     def _failure(self, operation: str, name: str, error: Exception | str) -> StorageFailure:
         return StorageFailure(
-            f"{self.url(name)}: {operation} failed: {error}",
-            fix="check the bucket, the credentials (AWS_…), and the endpoint (?endpoint= or AWS_ENDPOINT_URL)",
+            f"{self.url(name)}: {operation} refused: {error}",
+            fix="check the bucket, the credentials (AWS_…) and what they permit, and the endpoint (?endpoint= or "
+            "AWS_ENDPOINT_URL)",
         )
+
+    def _forget_client(self, client: Any) -> None:
+        """Pause, and let the next request make a new client, which reads the credentials again."""
+        time.sleep(_DENIED_PAUSE_SECONDS)
+        with self._lock:
+            if self._client is client:
+                self._client = None
 
     def _s3(self) -> Any:
         if self._pid != os.getpid():  # after a fork: neither its sockets nor its lock are ours

@@ -1,7 +1,7 @@
 """Writes one unit: samples into a tar in a scratch folder, then tar, ledger and commit into the storage, in this order.
 
-Until the commit is there, the unit is not. A run killed before leaves at most orphans, which are never read and which
-`wanshards sweep` removes; the next run writes the same tar, byte for byte.
+Without its commit a unit does not exist. A run that is killed before leaves at most orphans, which are never read and
+which `wanshards sweep` removes; the next run writes the same tar, byte for byte.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ShardWriter:
         unit: the unit's number.
         identity: the identity of this kind (for text, of its set).
         scratch: a folder for the growing tar; on the root's file system the tar is linked, not copied. It has
-            to be there: made anew, it would hide that a disk has gone away.
+            to exist: creating it would hide that its disk was unmounted.
         provenance: versions and devices, as text.
     """
 
@@ -126,17 +126,24 @@ class ShardWriter:
             else validate_config(TextSummary, summary, origin=where)
         )
         ordered = [JSON_MEMBER, *arrays, *sorted(members.keys() - {JSON_MEMBER, *arrays})]
-        facts = {suffix: _array_fields(members[suffix]) for suffix in arrays}
+        fields = ("shape", "dtype", "check")
+        facts: dict[str, dict[str, Any]] = {
+            suffix: dict(zip(fields, inspect_array(members[suffix]), strict=True)) for suffix in arrays
+        }
         self._check_summary(where, key, info, [facts[suffix]["shape"] for suffix in arrays])
-        infos = tuple(self._append(key, suffix, members[suffix], facts.get(suffix, {})) for suffix in ordered)
-        self._samples.append(SampleInfo(key=key, summary=info, members=infos))
+        infos = []
+        for suffix in ordered:
+            _, offset, size = self._tar.add(f"{key}.{suffix}", members[suffix])
+            sha256 = self._tar.members[-1][1]
+            infos.append(MemberInfo(suffix=suffix, offset=offset, size=size, sha256=sha256, **facts.get(suffix, {})))
+        self._samples.append(SampleInfo(key=key, summary=info, members=tuple(infos)))
         self._keys.add(key)
 
     def seal(self, ledger: Sequence[LedgerRow] | None = None) -> Commit:
         """Finish the tar, store it, the ledger and, last, the commit. Returns the commit that is in the storage.
 
-        That is another's when another writer of this unit was first; ours is then an orphan, with a warning if its
-        tar differs.
+        When another writer committed this unit first, that is its commit; ours is then an orphan, with a warning if
+        the tars differ.
         """
         commit = self._finish(ledger)
         name = commit_name(self._kind, self._unit)
@@ -153,14 +160,20 @@ class ShardWriter:
         self._path.unlink(missing_ok=True)
 
     def _finish(self, ledger: Sequence[LedgerRow] | None) -> Commit:
-        self._tar.add(FOOTER_MEMBER, canonical_json(self._footer()))
+        members = [[member.name, member.offset, member.size, sha256] for member, sha256 in self._tar.members]
+        self._tar.add(FOOTER_MEMBER, canonical_json({"num_samples": len(self._samples), "members": members}))
         sha256 = self._tar.finish()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         tar = Blob(name=tar_name(self._kind, self._unit, sha256), size=self._tar.size, sha256=sha256)
         self._storage.put(tar.name, self._path)
-        stored_ledger = self._put_ledger(ledger) if ledger is not None else None
+        stored_ledger = None
+        if ledger is not None:
+            data = write_ledger(ledger)
+            sha256 = hashlib.sha256(data).hexdigest()
+            stored_ledger = Blob(name=ledger_name(self._kind, self._unit, sha256), size=len(data), sha256=sha256)
+            self._storage.put(stored_ledger.name, data)
         self.close()
         return Commit(
             kind=self._kind,
@@ -171,22 +184,6 @@ class ShardWriter:
             samples=tuple(self._samples),
             provenance=self._provenance,
         )
-
-    def _footer(self) -> dict[str, Any]:
-        members = [[member.name, member.offset, member.size, sha256] for member, sha256 in self._tar.members]
-        return {"num_samples": len(self._samples), "members": members}
-
-    def _put_ledger(self, rows: Sequence[LedgerRow]) -> Blob:
-        data = write_ledger(rows)
-        sha256 = hashlib.sha256(data).hexdigest()
-        name = ledger_name(self._kind, self._unit, sha256)
-        self._storage.put(name, data)
-        return Blob(name=name, size=len(data), sha256=sha256)
-
-    def _append(self, key: str, suffix: str, data: bytes, facts: Mapping[str, Any]) -> MemberInfo:
-        member = self._tar.add(f"{key}.{suffix}", data)
-        sha256 = self._tar.members[-1][1]
-        return MemberInfo(suffix=suffix, offset=member.offset, size=member.size, sha256=sha256, **facts)
 
     def _check_members(self, where: str, members: Mapping[str, bytes]) -> list[str]:
         arrays = sorted((suffix for suffix in members if suffix.endswith(".npy.zst")), key=lambda s: (len(s), s))
@@ -243,8 +240,3 @@ def write_null_embeddings(
             members = {JSON_MEMBER: canonical_json(facts), "text.npy.zst": encode_array(array)}
             writer.add(key, members, {"variants": 1, "tokens": tokens})
         return writer.seal()
-
-
-def _array_fields(data: bytes) -> dict[str, Any]:
-    shape, dtype, check = inspect_array(data)
-    return {"shape": shape, "dtype": dtype, "check": check}

@@ -27,7 +27,13 @@ class FetchRun:
         defects: tuple[str, ...] = (), **config: Any,
     ) -> bytes:  # fmt: skip
         """The last URL's bytes; all are fetched one after another by one Fetcher."""
-        options = {"allow_hosts": ("127.0.0.1",), "timeout_seconds": 5.0, "deadline_seconds": 20.0, **config}
+        options = {
+            "allow_hosts": ("127.0.0.1",),
+            "timeout_seconds": 5.0,
+            "deadline_seconds": 20.0,
+            "outage_minutes": 0.0,
+            **config,
+        }
         self._scratch.mkdir(exist_ok=True)
         threads = set(threading.enumerate())
         corpus = CorpusConfig(location=str(location))

@@ -18,7 +18,7 @@ ORDER = {
         cli pipeline tools build forecast plan demo video text fetch encoders corpus config facts rejection
     """,
     "shards": """
-        cli report show stats check write read files format storage page config console gpus errors
+        cli report show stats check write read files format storage page config console machine gpus errors
     """,
     "train": """
         cli loop doctor report step run evaluate recompute estimate lora sampling model data parallel launch

@@ -20,17 +20,17 @@ SIZES = ((480, 832), (832, 480), (704, 1280), (1280, 704))
 CATEGORIES = ("생활/문화", "스포츠", "news", None)
 
 
-def write_commits(root: Path, num_units: int = UNITS) -> None:
-    """Commits of `num_units` units of 64 latents and of their text, with holes for tars."""
+def write_commits(root: Path, num_units: int = UNITS, num_samples: int = SAMPLES) -> None:
+    """Commits of `num_units` units of latents (64 each) and of their text, with holes for tars."""
     for kind in ("latents", "text/default"):
         (root / kind).mkdir(parents=True)
     for unit in range(num_units):
-        keys = [_key(unit, place) for place in range(SAMPLES)]
+        keys = [_key(unit, place) for place in range(num_samples)]
         latents = tuple(_latent(unit, place, key) for place, key in enumerate(keys))
         _write(root, "latents", unit, canonical_digest(IDENTITY), latents)
         texts = tuple(_text(place, key) for place, key in enumerate(keys))
         _write(root, "text/default", unit, canonical_digest(TEXT_IDENTITY), texts)
-    count = num_units * SAMPLES
+    count = num_units * num_samples
     generation = Generation(
         name="gen-000", plan_sha256="0" * 64, first_unit=0, num_units=num_units, num_candidates=count, num_records=count
     )

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,32 @@ def read_metrics(output: Path | str, name: str = "metrics.jsonl") -> list[dict[s
     return [{k: v for k, v in line.items() if "seconds" not in k and k not in clocked} for line in lines]
 
 
+def wait_for_metrics(output: Path, steps: int, seconds: float = 120) -> None:
+    """Until a run that another process trains has done some steps."""
+    deadline, path = time.monotonic() + seconds, output / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline, "no step was trained"
+        time.sleep(0.05)
+
+
+def send_when(metrics: Path, number: int) -> None:
+    """Send this process a signal as soon as a step is in the metrics."""
+
+    def watch() -> None:
+        while not metrics.exists() or not metrics.stat().st_size:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def checkpoint_bytes(output: Path | str, step: int) -> dict[str, bytes]:
-    """The files of a checkpoint, state.json without what the clock decides."""
+    """The files of a checkpoint, state.json without what the clock decides, and so without its seal."""
     files = {}
     for path in sorted((Path(output) / "checkpoints" / f"step-{step:07d}").iterdir()):
         files[path.name] = path.read_bytes()
     state = json.loads(files["state.json"])
-    files["state.json"] = json.dumps({k: v for k, v in state.items() if "seconds" not in k}).encode()
+    files["state.json"] = json.dumps({k: v for k, v in state.items() if "seconds" not in k and k != "seal"}).encode()
     return files
 
 

@@ -32,7 +32,8 @@ from preprocess.video.ffmpeg import (
     run_ffmpeg,
     run_killable,
 )
-from preprocess.video.probe import inspect_file, probe_clip
+from preprocess.video.inspection import inspect_file
+from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window
 from shards.errors import UserError
 
@@ -382,7 +383,7 @@ def test_a_prober_that_crashes_is_a_row_not_an_end(
     crashing = tmp_path / "crash.py"
     crashing.write_text(f"#!{sys.executable}\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     crashing.chmod(0o755)
-    monkeypatch.setattr("preprocess.video.probe.sys.executable", str(crashing))
+    monkeypatch.setattr("preprocess.video.inspection.sys.executable", str(crashing))
     with pytest.raises(ClipRejected) as caught:
         inspect_file(good_clip, CONFIG)
     assert caught.value.rejection[:2] == ("probe", "decoder-crashed")

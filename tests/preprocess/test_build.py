@@ -15,17 +15,20 @@ from prep_runs import build, files_of, prep, start_build
 
 from preprocess.config import CaptionsConfig
 from preprocess.demo.corpus import write_corpus
-from preprocess.pipeline import recaption
+from preprocess.pipeline import recaption, retry
 from preprocess.plan.plan import open_plan
+from preprocess.plan.retry import Wanted
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units, read_commit
 from shards.format.dataset_info import read_info
 from shards.format.identity import IdentityMismatch
 from shards.format.ledger import read_ledger
+from shards.format.sealed_json import seal_document
 from shards.read.dataset import open_dataset
 from shards.storage import open_storage
 
+ALL = Wanted(frozenset({"truncated"}), retryable=True)
 REASONS = {
     "3338996": "sieve/too-short",
     "3338997": "sieve/too-long",
@@ -162,7 +165,8 @@ def test_lost_units_are_done_again_to_the_byte(built, copy, demo_corpus):
     ("sections", "field"),
     [
         ({"shards": {"latent_dtype": "float32"}}, "latent_dtype"),
-        ({"window": {"num_frames": 21}}, "transform.window.num_frames"),
+        ({"window": {"num_frames": 21}}, "window.num_frames"),
+        ({"window": {"policy": "start"}}, "transform.window.policy"),
         ({"captions": {"template": "{object}"}}, "templates"),
         ({"captions": {"max_tokens": 100}}, "max_tokens"),
     ],
@@ -302,3 +306,41 @@ def test_no_secret_of_a_url_is_kept_or_told(demo_corpus, tmp_path):
         assert "hush" not in row.model_dump_json()
     for name, data in files_of(output).items():
         assert b"hush" not in data, name
+
+
+def test_a_dataset_of_an_older_transform_grows_no_more_and_says_so(copy, demo_corpus):
+    storage = open_storage(copy)
+    info = read_info(storage)
+    older = {**info.identity, "transform": {"version": 1, "window": {"num_frames": 17, "policy": "captions"}}}
+    storage.put("dataset.json", seal_document(info.model_copy(update={"identity": older}).model_dump(mode="json")))
+    (copy / "latents/shard-000001.json").unlink()
+    before = files_of(copy)
+    for grow in (build, lambda corpus, output: retry(prep(corpus, output), ALL, quiet=True)):
+        with pytest.raises(IdentityMismatch) as caught:
+            grow(demo_corpus, copy)
+        said = str(caught.value)
+        assert "transform.version: there 1, expected 2" in said and "recaptioned" in said
+        assert "policy" not in said, "only the version is named"
+        assert files_of(copy) == before
+
+
+def test_a_plan_keeps_the_thresholds_that_it_was_frozen_with(copy, demo_corpus):
+    """They are in no identity: another one neither refuses the dataset nor changes what is planned already."""
+    before = files_of(copy, "**/*.tar")
+    (copy / "latents/shard-000001.json").unlink()
+    build(demo_corpus, copy, window={"min_motion": 1.0}, buckets={"min_kept_share": 1.0})
+    assert files_of(copy, "**/*.tar") == before
+    (generation,) = open_plan(open_storage(copy)).generations
+    assert generation.choices == {
+        "window.num_frames": 17, "window.min_motion": 0.0001, "window.max_black_share": 0.999,
+        "buckets.min_kept_share": 0.5,
+    }  # fmt: skip
+
+
+def test_every_window_is_measured_in_its_row_and_its_sample(built):
+    dataset = open_dataset([str(built[0])])
+    rows = {window.key: window for row in ledger_rows(built[0]) for window in row.windows}
+    for sample in dataset.samples:
+        measured = dataset.meta(sample.key)["measured"]
+        assert measured == rows[sample.key].measured
+        assert measured["motion"] > 0 and measured["black_share"] < 0.999 and 0.5 <= measured["kept_share"] <= 1

@@ -1,7 +1,9 @@
 """Corpora of every kind, good and hostile: every document is seen, nothing outside is opened, memory is bounded."""
 
+import gzip
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -256,3 +258,60 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     alone = list(map_chunks(location, count_chunk, 1))
     assert list(map_chunks(location, count_chunk, 3)) == alone
     assert sum(map(len, alone)) == 40
+
+
+HEADER_BOMBS = """
+import sys
+from preprocess.corpus.corpus import iter_documents
+from shards.errors import UserError
+try:
+    print("read", list(iter_documents(sys.argv[1])))
+except UserError as error:
+    status = open("/proc/self/status").read()
+    print(int(status.split("VmHWM:")[1].split()[0]) // 1024, error.problem)
+"""
+
+
+def write_header_bomb(path, kind):
+    """A tar.gz of a few kilobytes whose headers are 400 MiB: a long name, extended attributes, a sparse map."""
+    with gzip.GzipFile(path, "wb", compresslevel=9) as file:
+        if kind == "many headers":
+            for _ in range(20_000):
+                info = tarfile.TarInfo("pax")
+                info.type, info.size = tarfile.XGLTYPE, 20
+                file.write(info.tobuf(tarfile.USTAR_FORMAT) + b"20 comment=abcdefgh\n".ljust(512, b"\0"))
+            return
+        info = tarfile.TarInfo("a.json")
+        info.type = {
+            "long name": tarfile.GNUTYPE_LONGNAME, "pax": tarfile.XHDTYPE, "global pax": tarfile.XGLTYPE,
+            "sparse": tarfile.GNUTYPE_SPARSE,
+        }.get(kind, tarfile.XHDTYPE)  # fmt: skip
+        if kind == "sparse 1.0":
+            records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+            info.size = len(records)
+            file.write(info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0"))
+            info.type = tarfile.REGTYPE
+        info.size = 400 << 20
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(400):
+            file.write(b"9" * 2**20)
+
+
+@pytest.mark.parametrize("kind", ["long name", "pax", "global pax", "sparse", "sparse 1.0", "many headers"])
+def test_tar_headers_without_bound_take_no_memory(tmp_path, kind):
+    write_header_bomb(tmp_path / "c.tar.gz", kind)
+    command = [sys.executable, "-c", HEADER_BOMBS, tmp_path / "c.tar.gz"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    memory_mib, problem = run.stdout.split(maxsplit=1)
+    assert int(memory_mib) < 250
+    assert re.search("damaged" if kind == "many headers" else "a header of|a sparse member", problem)
+
+
+def test_a_long_name_that_is_fair_is_read(tmp_path):
+    path = tmp_path / "c.tar.gz"
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(path, "w:gz", format=form) as archive:
+            info = tarfile.TarInfo(f"{'long/' * 100}a.json")
+            info.size = 2
+            archive.addfile(info, io.BytesIO(b"{}"))
+        assert [document.data for document in iter_documents(str(path))] == [b"{}"]

@@ -62,7 +62,7 @@ def test_a_damaged_file_is_made_again(demo_corpus, tmp_path):
 def test_base_clips_are_told_apart_by_their_names():
     clips = list(base_clips())
     assert len(clips) == 24 and all(clip.clip_id.startswith("base-") for clip in clips)
-    assert not any(clip.media.look for clip in clips)
+    assert not any(clip.media.graphics for clip in clips)
     assert len({clip.media.recipe() for clip in clips}) == 24
 
 
@@ -115,11 +115,22 @@ def test_the_server_gives_files_and_parts_of_them(tmp_path):
             _get(name, Range="bytes=200-")
 
 
-@pytest.mark.parametrize("path", ["nowhere", "../secret", "%2e%2e/secret", "..%2fsecret", ".hidden", "", "media"])
+ODD_PATHS = [
+    "nowhere", "../secret", "%2e%2e/secret", "..%2fsecret", ".hidden", "", "media", ".git/config", "media/.git/config",
+    "media/%2egit/config", "a%00b", "x" * 5000, "%ff%fe", "loop", "loop/x", "link", "media/clip/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ODD_PATHS, ids=[path[:20] for path in ODD_PATHS])
 def test_the_server_gives_nothing_else(tmp_path, path):
     root = tmp_path / "root"
-    (root / "media").mkdir(parents=True)
+    for folder in (".git", "media/.git"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "config").write_text("x")
     (root / ".hidden").write_text("x")
+    (root / "media/clip").write_text("x")
+    (root / "loop").symlink_to("loop")
+    (root / "link").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("x")
     with served(root) as url, pytest.raises(urllib.error.HTTPError, match="404"):
         _get(url + path)

@@ -1,17 +1,22 @@
 """The frozen encoders: the reference's latents and embeddings, samples encoded alone, an identity of their weights."""
 
 import hashlib
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from preprocess.build.clip import store_latent
 from preprocess.build.text_pass import NEGATIVE_PROMPT
-from preprocess.config import EncodersConfig
+from preprocess.cli.main import main
+from preprocess.config import EncodersConfig, PrepConfig
 from preprocess.encoders.encoders import (
+    computes_bf16,
     cpu_threads,
     digest_weights,
     load_text_encoder,
@@ -22,10 +27,21 @@ from preprocess.encoders.random_weights import build_random_text_encoder, build_
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
 from preprocess.rejection import Rejection
 from preprocess.text.clean import clean_text
+from shards.config import load_config
 from shards.errors import UserError
 
 CONFIG = EncodersConfig(device="cpu")
 CAPTION = "한 사람이 바닷가를 천천히 걷고 있다. 파도가 밀려온다."
+
+
+def test_auto_embeds_in_bf16_where_the_chip_computes_it(text, monkeypatch):
+    """A V100 emulates bf16, and fp16 is never right for UMT5: fp32 there."""
+    assert CONFIG.text_precision == "auto" and text.precision == "bf16"
+    for capability, there in {(7, 0): False, (7, 5): False, (8, 0): True, (9, 0): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert computes_bf16(torch.device("cuda:0")) is there
+    monkeypatch.setattr("preprocess.encoders.encoders.computes_bf16", lambda device: False)
+    assert load_text_encoder(CONFIG, load_tokenizer(CONFIG)).precision == "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +236,27 @@ def test_a_device_that_is_not_there_is_named(device):
         pytest.skip("there is one")
     with pytest.raises(UserError, match=r"encoders\.device"):
         load_vae_encoder(CONFIG.model_copy(update={"device": device}))
+
+
+def test_the_doctor_looks_at_the_encoding_node_and_at_a_build(tmp_path):
+    """Each check is a row; with a config one picture goes through the VAE, and what is wrong exits with 1."""
+    alone = CliRunner().invoke(main, ["doctor"])
+    assert alone.exit_code == 0 and "diffusers" in alone.output
+    assert "this machine has no GPU" in alone.output or torch.cuda.is_available()
+    path, corpus = tmp_path / "prep.yaml", tmp_path / "corpus"
+    corpus.mkdir()
+    path.write_text(f"output: {tmp_path}/shards\ncorpus: {{location: {corpus}}}\nencoders: {{device: cpu}}\n")
+    found = CliRunner().invoke(main, ["doctor", str(path), "--json", "-o", "encoders.vae_precision=auto"])
+    rows = {row["subject"]: row for row in json.loads(found.stdout)}
+    assert found.exit_code == 1 and rows["corpus"]["status"] == "problem"  # an empty folder holds no annotation
+    assert rows["VAE"]["status"] == "ok" and "832×480" in rows["VAE"]["found"]
+    assert "auto: fp32, 16 bits make no VAE faster" in rows["precision"]["found"]
+    (corpus / "one.json").write_text("{}")
+    assert CliRunner().invoke(main, ["doctor", str(path)]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["mbc_832x480", "mbc_seed_1280x704"])
+def test_the_shipped_corpus_configs_measure_the_vaes_precision(name):
+    """fp32 there took 2.8 times the days on a V100 and eight times on an H100."""
+    loaded = load_config(PrepConfig, Path(__file__).parents[2] / "configs" / f"{name}.yaml", ())
+    assert (loaded.encoders.vae_precision, loaded.encoders.text_precision) == ("auto", "auto")

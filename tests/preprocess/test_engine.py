@@ -1,4 +1,4 @@
-"""Decoders ahead of the encoder: in order, within the budget, never stuck, and gone when they are no longer wanted."""
+"""The pools around the encoder: nobody waits for the order of clips, bytes are bounded, and all are gone at the end."""
 
 import signal
 import threading
@@ -9,104 +9,180 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.build.ordered_pool import in_order
+from preprocess.build.pools import Pools
 from preprocess.video.ffmpeg import run_killable, runs_that_end
 
 
-def _run(items, work, num_workers=4, max_bytes=100):
-    return list(in_order(items, work, num_workers=num_workers, max_bytes=max_bytes, stop=threading.Event()))
+class Work:
+    """Stages over numbers, `fetch` and `decode` given; groups of `group` tasks are written in order; a byte a task."""
+
+    def __init__(self, fetch=lambda task: task, decode=lambda task, reserve: task, group=1):
+        self._fetch, self._decode, self._group = fetch, decode, group
+        self.encoded, self._written, self._early = [], {}, set()
+
+    @property
+    def held_bytes(self):
+        return len(self._early)
+
+    def fetch(self, task):
+        return self._fetch(task)
+
+    def decode(self, task, fetched, reserve):
+        return self._decode(fetched, reserve)
+
+    def encode(self, task, decoded):
+        self.encoded.append(decoded)
+        return decoded
+
+    def write(self, task, encoded):
+        self._early.add(encoded)
+        first = task // self._group * self._group
+        written = self._written.setdefault(first, [])
+        while (upcoming := first + len(written)) in self._early and len(written) < self._group:
+            self._early.remove(upcoming)
+            written.append(upcoming)
+        if len(written) == self._group:
+            yield written
 
 
-def test_results_come_in_order_however_long_each_takes():
-    def work(item, reserve):
-        time.sleep(0.02 if item % 3 == 0 else 0)
-        return item
-
-    assert _run(range(40), work) == list(range(40))
+def pools(work, *, num_fetchers=4, num_decoders=2, max_bytes=100, stop=None, **options):
+    stop = stop or threading.Event()
+    return Pools(work, num_fetchers=num_fetchers, num_decoders=num_decoders, max_bytes=max_bytes, stop=stop, **options)
 
 
-def test_workers_run_ahead_and_items_are_not_read_all_at_once():
+def run(work, tasks, **options):
+    return list(pools(work, **options).run(tasks))
+
+
+@pytest.mark.parametrize("slow", ["fetch", "decode"])
+def test_a_slow_task_holds_up_its_own_group_and_nothing_else(slow):
+    """It ends last, and by then all others are encoded, and all other groups are complete."""
+    others = threading.Event()
+
+    def slowly(task, *_):
+        if task == 2:
+            assert others.wait(30), "the others wait for the slow one"
+        return task
+
+    work = Work(**{slow: slowly}, group=4)
+    found = []
+    for group in pools(work).run(range(40)):
+        found.append(group)
+        if len(found) == 9:
+            others.set()
+    assert found[-1] == [0, 1, 2, 3] and sorted(found) == [[n, n + 1, n + 2, n + 3] for n in range(0, 40, 4)]
+    assert work.encoded[-1] == 2
+
+
+def test_tasks_are_begun_ahead_and_not_read_all_at_once():
     read = []
 
-    def items():
+    def tasks():
         for number in range(1000):
             read.append(number)
             yield number
 
-    results = in_order(items(), lambda item, reserve: item, num_workers=2, max_bytes=1, stop=threading.Event())
-    with closing(results):
-        assert next(results) == 0
-        assert 2 <= len(read) <= 20
+    with closing(pools(Work(), num_fetchers=2).run(tasks())) as results:
+        next(results)
+        assert 2 <= len(read) <= 24
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=30), st.integers(1, 4))
-def test_no_sizes_can_make_it_stuck(sizes, num_workers):
-    """Sizes above the whole budget too: the one that is waited for may always go on."""
+def test_no_sizes_can_make_it_stuck(sizes, num_decoders):
+    """Sizes above the limit too: one that holds alone may exceed it."""
 
-    def work(size, reserve):
-        reserve(size)
-        return size
+    def decode(task, reserve):
+        reserve(sizes[task])
+        return task
 
-    assert _run(sizes, work, num_workers=num_workers, max_bytes=50) == sizes
+    found = run(Work(decode=decode), range(len(sizes)), num_decoders=num_decoders, max_bytes=50)
+    assert sorted(found) == [[task] for task in range(len(sizes))]
 
 
-def test_the_budget_bounds_what_waits():
+def test_the_budget_bounds_the_bytes_of_frames():
     lock, held, most = threading.Lock(), 0, 0
 
-    def work(item, reserve):
-        nonlocal held, most
-        reserve(30)
-        with lock:
-            held += 30
-            most = max(most, held)
-        return item
+    class Counted(Work):
+        def decode(self, task, fetched, reserve):
+            nonlocal held, most
+            reserve(30)
+            with lock:
+                held += 30
+                most = max(most, held)
+            return task
 
-    results = in_order(range(30), work, num_workers=4, max_bytes=100, stop=threading.Event())
-    for _ in results:
-        time.sleep(0.01)
-        with lock:
-            held -= 30
-    # 100 bytes, and the one that the consumer waits for on top.
-    assert 30 < most <= 130
+        def encode(self, task, decoded):
+            nonlocal held
+            time.sleep(0.01)
+            with lock:
+                held -= 30
+            return decoded
+
+    assert len(run(Counted(), range(30), num_decoders=4)) == 30
+    assert 30 < most <= 90
 
 
-def test_a_bug_in_the_work_comes_out_and_ends_it():
+def test_what_waits_to_be_written_is_bounded():
+    """Nothing new is begun while more is held than the limit; the first task's end lets all go on."""
+    begun, then = [], []
+
+    def fetch(task):
+        begun.append(task)
+        if task == 0:
+            time.sleep(1.0)
+            then.append(len(begun))
+        return task
+
+    assert run(Work(fetch=fetch, group=100), range(100), max_bytes=10) == [list(range(100))]
+    assert then[0] <= 10 + 1 + 4 + 2 * 4
+
+
+def test_a_defect_in_the_work_comes_out_and_ends_it():
     started = []
 
-    def work(item, reserve):
-        started.append(item)
-        if item == 3:
+    def decode(task, reserve):
+        started.append(task)
+        if task == 3:
             raise ZeroDivisionError
-        return item
+        return task
 
     with pytest.raises(ZeroDivisionError):
-        _run(range(1000), work)
+        run(Work(decode=decode), range(1000))
     assert len(started) < 50
+
+
+def test_an_error_of_the_writer_comes_out():
+    class Full(Work):
+        def write(self, task, encoded):
+            raise OSError(28, "no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        run(Full(), range(1000))
 
 
 def test_left_early_it_wakes_those_that_wait_for_room():
     stop = threading.Event()
 
-    def work(item, reserve):
+    def decode(task, reserve):
         reserve(100)
-        return item
+        return task
 
-    results = in_order(range(100), work, num_workers=3, max_bytes=100, stop=stop)
-    assert next(results) == 0
+    results = pools(Work(decode=decode), num_decoders=3, stop=stop).run(range(100))
+    next(results)
     start = time.monotonic()
     results.close()
     assert time.monotonic() - start < 2 and stop.is_set()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decoder")]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decoder", "fetcher", "writer"))]
 
 
 def test_left_early_it_ends_the_programs_that_run():
-    def work(item, reserve):
-        return run_killable(["sleep", "60"] if item else ["true"], timeout_seconds=100, max_stdout_bytes=10)
+    def decode(task, reserve):
+        return run_killable(["sleep", "60"] if task else ["true"], timeout_seconds=100, max_stdout_bytes=10) and task
 
     with runs_that_end() as end_runs:
-        results = in_order(range(9), work, num_workers=2, max_bytes=1, stop=threading.Event(), on_stop=end_runs)
-        assert next(results).returncode == 0
+        results = pools(Work(decode=decode), on_stop=end_runs).run(range(9))
+        assert next(results) == [0]
         time.sleep(0.3)
         start = time.monotonic()
         results.close()
@@ -114,24 +190,32 @@ def test_left_early_it_ends_the_programs_that_run():
     assert run_killable(["true"], timeout_seconds=20, max_stdout_bytes=10).returncode == 0
 
 
-def test_left_while_the_last_item_is_awaited_it_is_told_to_stop():
-    """As Ctrl-C does, which comes up where the consumer waits: nothing is behind the item that is waited for."""
-    stop = threading.Event()
+def test_ctrl_c_while_the_last_task_is_awaited_stops_it():
+    """It comes up where the encoder's thread waits: nothing is behind the task that is waited for."""
+    stop, told = threading.Event(), []
 
-    def work(item, reserve):
-        time.sleep(0.3)  # by then the consumer waits
+    def decode(task, reserve):
+        time.sleep(0.3)  # by then the encoder waits
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return stop.wait(20)
 
-    told = []
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(in_order([0], work, num_workers=1, max_bytes=1, stop=stop, on_stop=lambda: told.append(True)))
+        run(Work(decode=decode), [0], stop=stop, on_stop=lambda: told.append(True))
     assert stop.is_set() and told == [True]
     assert time.monotonic() - start < 10
 
 
 def test_run_to_its_end_it_stops_nobody():
     stop = threading.Event()
-    assert list(in_order(range(3), lambda item, reserve: item, num_workers=2, max_bytes=1, stop=stop)) == [0, 1, 2]
+    assert sorted(run(Work(), range(3), stop=stop)) == [[0], [1], [2]]
     assert not stop.is_set()
+
+
+def test_it_says_what_the_encoder_waited_for():
+    fetched = pools(Work(fetch=lambda task: time.sleep(0.1) or task), num_fetchers=1)
+    assert len(list(fetched.run(range(5)))) == 5
+    assert fetched.seconds["fetch"] > 0.3 > fetched.seconds["decode"]
+    decoded = pools(Work(decode=lambda task, reserve: time.sleep(0.1) or task), num_fetchers=8, num_decoders=1)
+    assert len(list(decoded.run(range(8)))) == 8
+    assert decoded.seconds["decode"] > 0.4 > decoded.seconds["fetch"]

@@ -1,9 +1,14 @@
 """Who does the work changes no byte: one process, two, part by part; and a worker that is lost is told of."""
 
+import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
@@ -11,10 +16,12 @@ from prep_runs import TINY, build, files_of, prep
 
 from preprocess.build.work_queue import MAX_LOSSES, WorkQueue
 from preprocess.cli.main import main
-from preprocess.pipeline import Part
+from preprocess.pipeline import Part, build_shards
+from preprocess.plan.plan import open_plan
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units, read_commit
+from shards.format.names import NULL_UNIT
 from shards.storage import open_storage
 
 TWO = {"engine": {"devices": ["cpu", "cpu"]}}
@@ -72,6 +79,88 @@ def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
     assert not multiprocessing.active_children()
 
 
+@contextmanager
+def served_slowly(corpus, name, until):
+    """The corpus over HTTP; the clip `name` is sent when `until` is set."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if name in self.path:
+                until.wait(60)
+            super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(corpus)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpus, tmp_path):
+    """The other two units are committed while it is awaited, and all bytes are those of an undelayed build."""
+    from preprocess.demo.corpus import BASE_URL
+
+    output, until = tmp_path / "slow", threading.Event()
+    first = open_plan(open_storage(alone)).unit(0)
+    name = next(each.record.url for each in first if each.record.url).rpartition("/")[2]
+    seen = []
+
+    def watch():
+        deadline = time.monotonic() + 50
+        while len(seen) < 2 and time.monotonic() < deadline:
+            seen[:] = sorted(int(path.stem[-6:]) for path in output.glob("latents/shard-*.json"))
+            time.sleep(0.05)
+        until.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with served_slowly(demo_corpus, name, until) as url:
+        fetch = {"mirrors": {BASE_URL: url}, "timeout_seconds": 60.0}
+        build_shards(prep(demo_corpus, output, **TINY, fetch=fetch), quiet=True)
+    watcher.join()
+    assert seen == [1, 2]
+    assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+def test_the_text_pass_uses_every_device_and_writes_the_same_bytes(alone, demo_corpus, tmp_path, monkeypatch):
+    """A process each, one caption at a time; the null embeddings are handed out as a unit, once."""
+    from preprocess.build import text_pass
+
+    output, ran = tmp_path / "text", []
+    real = text_pass.run_processes
+
+    def run_processes(config, devices, units, *arguments, **handlers):
+        units = list(units)
+        ran.append((tuple(devices), units))
+        real(config, devices, units, *arguments, **handlers)
+
+    monkeypatch.setattr(text_pass, "run_processes", run_processes)
+    build(demo_corpus, output, part=Part("latents"), **TINY)
+    build(demo_corpus, output, part=Part("text"), **TINY, **TWO)
+    assert ran == [(("cpu", "cpu"), [NULL_UNIT, 0, 1, 2])]
+    assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+    assert not multiprocessing.active_children()
+
+
+def test_a_text_set_is_continued_in_the_precision_it_was_begun_in(demo_corpus, tmp_path, monkeypatch):
+    """On a V100 `auto` would be fp32, and half a set of each is no set."""
+    output = tmp_path / "out"
+    build(demo_corpus, output, part=Part("latents"), **TINY)
+    build(demo_corpus, output, part=Part("text", range(1)), **TINY)
+    monkeypatch.setattr("preprocess.encoders.encoders.computes_bf16", lambda device: False)
+    build(demo_corpus, output, part=Part("text"), **TINY)
+    identity = json.loads((output / "dataset.json").read_text())["text_sets"]["default"]["identity"]
+    assert identity["text_encoder"]["precision"] == "bf16"
+    assert not verify(open_storage(output), "deep").problems
+
+
 def test_parts_of_a_build_make_the_whole(alone, demo_corpus, tmp_path):
     """As a Slurm array and a second machine would: latents by ranges, in any order, then text, then nothing is left."""
     output = tmp_path / "parts"
@@ -122,6 +211,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
         os.kill(child.pid, signal.SIGKILL)
 
     from preprocess.build.dataset_info import grow_info
+    from preprocess.build.worker import UnitWorker
     from preprocess.demo.corpus import BASE_URL
     from preprocess.demo.server import served
     from preprocess.plan.freeze import ensure_plan
@@ -133,7 +223,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
     with served(demo_corpus) as url, pytest.raises(UserError, match="on cpu was ended by SIGKILL"):
         mirrored = config.model_copy(update={"fetch": config.fetch.model_copy(update={"mirrors": {BASE_URL: url}})})
         processes.run_processes(
-            mirrored, ["cpu", "cpu"], range(3), scratch,
+            mirrored, ["cpu", "cpu"], range(3), scratch, UnitWorker,
             on_description=lambda about: grow_info(storage, plan, identity=about.identity, config=config, note=None),
             on_row=kill_one, on_unit=lambda unit: None,
         )  # fmt: skip

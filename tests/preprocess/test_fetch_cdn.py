@@ -38,7 +38,7 @@ from preprocess.corpus.records import Record
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.fetch.hosts import AllowedHosts
-from preprocess.fetch.transfer import TransferStopped, Trouble
+from preprocess.fetch.transfer import FetchError, TransferStopped
 
 SECRET = "?Expires=1&Signature=hush-hush&Key-Pair-Id=K"
 GZIPPED = gzip.compress(BODY)
@@ -290,7 +290,7 @@ def test_which_addresses_may_be_asked(patterns, host, address, fits):
     if fits:
         hosts.check_address(host, address)
     else:
-        with pytest.raises(Trouble, match="fetch-address-refused"):
+        with pytest.raises(FetchError, match="fetch-address-refused"):
             hosts.check_address(host, address)
 
 

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
+import sys
 import time
 from datetime import UTC, datetime
 
@@ -19,10 +21,11 @@ from s3_servers import BUCKET, serve
 from preprocess.config import SigningConfig
 from preprocess.corpus.fields import SIGNED_URL
 from preprocess.corpus.records import parse_record
-from preprocess.corpus.url import unsigned
+from preprocess.corpus.url import spell_url, unsigned
 from preprocess.fetch import cloudfront
 from preprocess.fetch import fetcher as fetching
 from preprocess.fetch.cloudfront import KEY_PAIR_VARIABLE, KEY_VARIABLE, canonical_policy, open_signer
+from preprocess.video.ffmpeg import run_killable
 from shards.errors import UserError
 
 MODES = ("url", "policy", "cookies")
@@ -101,7 +104,7 @@ def test_a_canned_signature_is_botocores(monkeypatch):
     until = datetime.fromtimestamp(1_800_003_600, UTC)
     for url in ("https://d1.cloudfront.net/a.mp4", "https://d1.cloudfront.net/a%20b.mp4?id=1&t=2"):
         theirs = Theirs(KEY_PAIR_ID, signer._sign).generate_presigned_url(url, date_less_than=until)
-        assert signer.sign(url).url == theirs
+        assert signer.sign(spell_url(url)).url.text == theirs
         assert canonical_policy(url, 1_800_003_600).decode() == Theirs("k", None).build_policy(url, until)
         assert gate.judge(theirs) == "open"
 
@@ -139,11 +142,11 @@ def test_a_shared_signature_is_made_anew_in_time(gate, monkeypatch):
     now = [time.time()]
     monkeypatch.setattr(cloudfront.time, "time", lambda: now[0])
     signer = open_signer(SigningConfig(mode="cookies", hosts=LOCAL, valid_seconds=100))
-    first = signer.sign("http://127.0.0.1/a").headers
+    first = signer.sign(spell_url("http://127.0.0.1/a")).headers
     now[0] += 49
-    assert signer.sign("http://127.0.0.1/b").headers == first
+    assert signer.sign(spell_url("http://127.0.0.1/b")).headers == first
     now[0] += 2
-    assert signer.sign("http://127.0.0.1/b").headers != first
+    assert signer.sign(spell_url("http://127.0.0.1/b")).headers != first
 
 
 def test_an_expiry_between_two_attempts_loses_nothing(fetch, gate):
@@ -186,7 +189,7 @@ GOOD = {KEY_VARIABLE: "-----BEGIN hush", KEY_PAIR_VARIABLE: KEY_PAIR_ID}
         ({**GOOD, KEY_VARIABLE: "/nowhere/hush.pem"}, "neither PEM text nor a file: No such file"),
         ({**GOOD, KEY_VARIABLE: "hush" * 2000}, "neither PEM text nor a file"),
         ({**GOOD, KEY_VARIABLE: "hush\0"}, "neither PEM text nor a file"),
-        (GOOD, "no PEM of a private key"),
+        (GOOD, "not the PEM of a private key"),
     ],
 )
 def test_a_key_that_cannot_be_used_is_said_without_repeating_it(environment, words):
@@ -202,7 +205,7 @@ def test_a_key_with_a_password_or_of_another_kind_is_refused():
     pem, pkcs8 = forms.Encoding.PEM, forms.PrivateFormat.PKCS8
     locked = Gate().key.private_bytes(pem, pkcs8, forms.BestAvailableEncryption(b"x")).decode()
     other = ed25519.Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, forms.NoEncryption()).decode()
-    for key, words in ((locked, "it has a password"), (other, "a key that CloudFront does not take")):
+    for key, words in ((locked, "it has a password"), (other, "a key type that CloudFront does not accept")):
         with pytest.raises(UserError, match=words):
             open_signer(SigningConfig(mode="url"), {KEY_VARIABLE: key, KEY_PAIR_VARIABLE: KEY_PAIR_ID})
 
@@ -226,7 +229,7 @@ def test_a_resource_that_nothing_reads_is_refused():
         ("s3://a/b?versionId=3&X-Amz-Security-Token=hush", "s3://a/b?versionId=3"),
         ("https://a/b?Expires=1&Policy=p", "https://a/b?Expires=1&Policy=p"),
         ("https://a/b?", "https://a/b?"),
-        ("https://a/Signature=1", "https://a/Signature=1"),
+        ("https://a/Signature=1/c.mp4", "https://a/c.mp4"),
     ],
 )
 def test_a_record_keeps_no_signature(url, kept):
@@ -420,3 +423,30 @@ def test_a_bucket_that_drips_meets_the_same_limits(fetch, monkeypatch):
         assert fetch.refused("s3://clips/a", timeout_seconds=0.4, **options)[0].reason == "fetch-too-slow"
         assert fetch.refused("s3://clips/b", deadline_seconds=0.6, **options)[0].reason == "fetch-timeout"
         assert time.monotonic() - start < 5
+
+
+def test_programs_that_read_clips_see_no_key(monkeypatch):
+    """ffmpeg and the inspector read hostile files: nothing worth stealing is in their environment."""
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "hush", "AWS_SESSION_TOKEN": "hush", "AWS_PROFILE": "hush", KEY_VARIABLE: "hush",
+        KEY_PAIR_VARIABLE: "hush", "HF_TOKEN": "hush", "MY_API_KEY": "hush", "PGPASSWORD": "hush",
+        "GOOGLE_APPLICATION_CREDENTIALS": "hush", "SOMETHING": "-----BEGIN PRIVATE KEY-----hush",
+        "AWS_ENDPOINT_URL": "https://u:hush@s3.example", "MIRROR": "https://u:hush@hub.example", "https_proxy": "hush",
+    }  # fmt: skip
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HARMLESS", "kept")
+    show = [sys.executable, "-c", "import os; print(dict(os.environ))"]
+    for environment in (None, os.environ | {"OMP_NUM_THREADS": "1"}):
+        result = run_killable(show, timeout_seconds=30, max_stdout_bytes=1 << 20, environment=environment)
+        shown = result.stdout.decode()
+        assert "hush" not in shown and not [name for name in secrets if f"'{name}'" in shown]
+        assert "'HARMLESS': 'kept'" in shown and "'PATH'" in shown
+
+
+def test_an_endpoint_with_a_password_is_refused_and_not_repeated(fetch, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    with pytest.raises(UserError, match="carries a user name or password") as refused:
+        fetch("s3://clips/a", allow_hosts=("s3://clips",), s3_endpoint="http://user:hush@127.0.0.1:9")
+    assert "hush" not in str(refused.value)

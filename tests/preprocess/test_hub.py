@@ -151,7 +151,7 @@ def test_encoders_alone(hub, tmp_path):
 def test_a_cut_download_goes_on_by_range_in_this_call_and_in_the_next(hub, tmp_path):
     hub.cut_after = 100_000
     name = "Wan2.2_VAE.pth"
-    with pytest.raises(UserError, match="goes on where it stopped"):
+    with pytest.raises(UserError, match="resumes where it stopped"):
         hub.status_after = 4
         fetch_model(tmp_path, part="encoders")
     (part,) = tmp_path.rglob("*.part")
@@ -178,7 +178,7 @@ def test_a_part_of_a_killed_process_is_gone_on_with(hub, tmp_path):
 
 def test_a_wrong_digest_is_told_and_not_kept(hub, tmp_path):
     hub.lie = "Wan2.2_VAE.pth"
-    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: what was downloaded has another digest"):
+    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: the download.s digest is not the hub.s"):
         fetch_model(tmp_path, part="encoders")
     assert not (tmp_path / "Wan2.2_VAE.pth").exists()
     hub.lie = None
@@ -187,7 +187,7 @@ def test_a_wrong_digest_is_told_and_not_kept(hub, tmp_path):
 
 def test_a_small_file_is_checked_by_gits_digest(hub, tmp_path):
     hub.lie = "config.json"
-    with pytest.raises(UserError, match=r"config\.json: what was downloaded has another digest"):
+    with pytest.raises(UserError, match=r"config\.json: the download.s digest is not the hub.s"):
         fetch_model(tmp_path, part="transformer")
 
 

@@ -11,7 +11,7 @@ from preprocess.cli.main import main
 from preprocess.config import PrepConfig
 from preprocess.demo.corpus import BASE_URL
 from preprocess.demo.server import served
-from preprocess.forecast.probe_some import describe_look, look_at_clips
+from preprocess.forecast.probe_some import describe_probe, probe_clips
 from preprocess.plan.freeze import freeze_plan
 from shards.config import validate_config
 from shards.storage import open_storage
@@ -35,20 +35,20 @@ def test_every_clip_looked_at_has_an_outcome(values, tmp_path):
     config = validate_config(PrepConfig, values(4.0), origin="test")
     plan = freeze_plan(open_storage(tmp_path / "out"), config)
     (tmp_path / "scratch").mkdir()
-    seen = look_at_clips(plan, config, 10_000, tmp_path / "scratch")
+    seen = probe_clips(plan, config, 10_000, tmp_path / "scratch")
     assert seen["clips"] == plan.num_candidates
     assert sum(seen["by_bucket"].values()) + sum(seen["refused_by"].values()) == seen["clips"]
     assert seen["estimate_by_bucket"] == seen["by_bucket"]
     assert seen["by_bucket"]["832×480"] > seen["by_bucket"]["480×832"] > 0
     assert {reason.split("/")[0] for reason in seen["refused_by"]} == {"fetch", "probe"}
     assert list((tmp_path / "scratch").iterdir()) == []
-    assert "832×480" in "\n".join(describe_look(seen))
+    assert "832×480" in "\n".join(describe_probe(seen))
 
 
 def test_a_few_clips_are_scaled_to_the_plan(values, tmp_path):
     config = validate_config(PrepConfig, values(4.0), origin="test")
     plan = freeze_plan(open_storage(tmp_path / "out"), config)
-    seen = look_at_clips(plan, config, 3, tmp_path)
+    seen = probe_clips(plan, config, 3, tmp_path)
     assert seen["clips"] == 3
     total = sum(seen["estimate_by_bucket"].values()) + seen["estimate_refused"]
     assert abs(total - plan.num_candidates) <= 2

@@ -19,6 +19,7 @@ from preprocess.plan.plan import open_plan
 from preprocess.plan.retry import Wanted
 from shards.check.orphans import find_orphans
 from shards.check.verify import verify
+from shards.cli import main as shards_main
 from shards.format.commit import committed_units
 from shards.format.dataset_info import read_info
 from shards.read.dataset import open_dataset
@@ -204,3 +205,49 @@ def test_a_latent_that_is_not_finite_is_a_row_and_a_retry_fixes_it(demo_corpus, 
     assert not verify(open_storage(output), "deep").problems
     counts = _run(retry_build, corpus, output, Wanted(frozenset(), retryable=True)).counts
     assert counts["rejected_by"] == {"encode/latent-constant": 1} and counts["accepted"] == 4
+
+
+def test_why_tells_every_attempt_at_a_clip_and_whether_a_retry_helps(demo_corpus, corpus, tmp_path):
+    output, path = tmp_path / "out", tmp_path / "config.yaml"
+    sieve = {"sieve": {"min_seconds": 4.5}}
+    _run(build_shards, corpus, output, **sieve)
+    path.write_text(yaml.safe_dump(prep_values(corpus, output, **(TINY | sieve))))
+
+    def why(clip, *arguments):
+        result = CliRunner().invoke(main, ["why", clip, str(path), *arguments])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout) if "--json" in arguments else result.stdout
+
+    rows = {row.clip_id: row for row in open_plan(open_storage(output)).ledger()}
+    assert rows  # refused by the plan
+    refused = why(next(iter(rows)), "--json")
+    assert refused["status"] == "rejected" and refused["attempts"][0]["stage"] == "sieve" and not refused["planned"]
+    gone = next(clip for clip in GONE if clip not in rows)
+    found = why(gone, "--json")
+    assert [attempt["reason"] for attempt in found["attempts"]] == ["fetch-404"] and not found["samples"]
+    assert found["planned"]["record"]["clip_id"] == gone and found["planned"]["unit"] == found["attempts"][0]["unit"]
+    assert found["retry"]["can_help"] == found["attempts"][0]["retryable"]
+    assert "rejected at fetch: fetch-404" in why(gone)
+
+    _put(demo_corpus, corpus, gone)
+    _run(retry_build, corpus, output, FOR_404, **sieve)
+    found = why(found["source"], "--json")  # by its annotation
+    assert [attempt["status"] for attempt in found["attempts"]] == ["rejected", "accepted"]
+    assert found["status"] == "accepted" and found["samples"][0]["json"]["decisions"]
+    text = why(gone)
+    assert "attempt 1" in text and "attempt 2" in text and "decisions." in text and "declared.declared_seconds" in text
+    shown = CliRunner().invoke(shards_main, ["show", str(output), gone, "--json"])
+    assert json.loads(shown.stdout)["attempts"] == found["attempts"]
+
+    unknown = CliRunner().invoke(main, ["why", "nobody", str(path)])
+    assert unknown.exit_code == 2 and "no record of clip 'nobody'" in unknown.output
+    unknown = CliRunner().invoke(shards_main, ["show", str(output), "nobody"])
+    assert unknown.exit_code == 2 and "wanprep why" in unknown.output
+
+
+def test_why_of_a_planned_clip_says_that_it_waits(corpus, tmp_path):
+    output, path = tmp_path / "out", tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(prep_values(corpus, output, **TINY)))
+    freeze_plan(open_storage(output), prep(corpus, output, **TINY))
+    result = CliRunner().invoke(main, ["why", CLIPS[0], str(path)])
+    assert result.exit_code == 0 and "waiting" in result.stdout and "build-shards" in result.stdout

@@ -131,10 +131,3 @@ def test_rounded_rates_are_made_exact():
     assert snap_fps(59.94) == DOUBLE_NTSC
     assert snap_fps(25.0) == 25
     assert snap_fps(15.0) == 15
-
-
-def test_no_drop_frame_where_there_is_none():
-    with pytest.raises(ValueError, match="no drop-frame"):
-        frame_to_timecode(1, Fraction(25), drop=True)
-    with pytest.raises(ValueError, match="below 0"):
-        frame_to_timecode(-1, NTSC, drop=True)

@@ -1,5 +1,6 @@
 """A config is strict: every mistake is named by its dotted key, with the value and what was expected."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -116,3 +117,15 @@ def test_a_config_is_frozen() -> None:
 def test_yaml_stays_safe() -> None:
     with pytest.raises(UserError):
         parse_yaml("!!python/name:os.system", "here")
+
+
+@pytest.mark.parametrize("part", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path: Path, part: str) -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{n}: &a{n} {part.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, 30)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="aliases stand for more than"):
+        parse_yaml((tmp_path / "bomb.yaml").read_text(), "bomb.yaml")
+    assert time.monotonic() - start < 5
+    assert parse_yaml("a: &a [1, 2]\nb: *a", "x") == {"a": [1, 2], "b": [1, 2]}

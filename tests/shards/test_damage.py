@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shards_data import IDENTITY, PROVENANCE, write_dataset
@@ -18,7 +21,7 @@ from shards.format.arrays import array_facts, encode_array
 from shards.format.commit import read_commit
 from shards.format.dataset_info import read_info, write_info
 from shards.format.keys import sample_key
-from shards.format.ledger import read_ledger, write_ledger
+from shards.format.ledger import read_ledger, read_ledger_lines, write_ledger
 from shards.format.sealed_json import canonical_json, open_document, seal_document
 from shards.format.tar import BLOCK, Member, padding, scan_tar
 from shards.read.dataset import Dataset, open_dataset
@@ -102,7 +105,7 @@ def test_a_tar_cut_anywhere_is_found(root: Path, kind: str, whole: list[tuple[st
         for level in ("fast", "hash"):
             found = problems(root, level)
             assert [problem.file for problem in found] == [str(path)]
-            assert found[0].offset == length and "cut short" in found[0].what
+            assert found[0].offset == length and "truncated" in found[0].what
         with pytest.raises(ShardDamage, match=path.name):
             open_dataset(root)
 
@@ -220,15 +223,17 @@ def test_missing_and_doubled_units_are_named(root: Path, whole: list[tuple[str, 
     (root / "latents/shard-000001.json").rename(root / "latents/shard-000007.json")
     found = {(str(Path(problem.file).relative_to(root)), problem.what.split(",")[0]) for problem in problems(root)}
     assert found == {
-        ("latents/shard-000001.json", "unit 1 is missing: not built yet"),
+        ("latents/shard-000001.json", "unit 1 is missing: lost"),
         ("latents/shard-000007.json", "it is the commit of unit 1 of latents"),
         ("latents/shard-000007.json", "this unit is in no generation's plan"),
         ("text/default/shard-000007.json", "unit 7 is missing: not built yet"),
     }
     assert assert_reader_is_not_fooled(root, whole)
     (root / "latents/shard-000007.json").unlink()
-    assert [p.what for p in problems(root, partial=True)] == []
-    assert len(problems(root)) == 1
+    assert [p.kind for p in problems(root, partial=True)] == ["damaged"]  # its text says that it was built
+    (root / "text/default/shard-000001.json").unlink()
+    assert problems(root, partial=True) == []
+    assert [p.kind for p in problems(root)] == ["unfinished", "unfinished"]
 
 
 @pytest.mark.parametrize("level", ["fast", "hash"])
@@ -330,12 +335,96 @@ def test_verify_looks_at_the_commits_of_plans(root: Path) -> None:
         return [(problem.file, problem.what) for problem in verify(storage, "fast").problems]
 
     assert found() == [(str(path), "missing, and dataset.json has its generation gen-000-0123abcd")]
-    data = seal_document({"name": "gen-000-0123abcd", "plan_version": 1})
+    fields = generation.model_dump(mode="json", include={"name", "plan_sha256", "ledger_sha256", "first_unit",
+                                                         "num_candidates"})  # fmt: skip
+    fields |= {"plan_version": 1, "frame_bytes": [6] * generation.num_units}
+    data = seal_document(fields)
     path.write_bytes(data)
     assert found() == []
     path.write_bytes(bytes([*data[:20], data[20] ^ 1, *data[21:]]))
     ((file, what),) = found()
     assert file == str(path) and "its seal says" in what
-    path.write_bytes(seal_document({"name": "gen-000-ffffffff", "plan_version": 1}))
+    changes: dict[str, object] = {"name": "gen-000-ffffffff", "plan_sha256": "0" * 64, "first_unit": 1}
+    changes |= {"frame_bytes": [], "num_candidates": 9}
+    for field, value in changes.items():
+        path.write_bytes(seal_document({**fields, field: value}))
+        ((file, what),) = found()
+        assert file == str(path) and f"{'num_units' if field == 'frame_bytes' else field} is" in what
+    path.write_bytes((root / "latents/shard-000001.json").read_bytes())  # intact, of another kind
     ((file, what),) = found()
-    assert file == str(path) and "gen-000-ffffffff" in what
+    assert file == str(path) and "not the commit of a plan" in what
+    path.write_bytes(data)
+    (root / "plan/vae.json").write_bytes(data)
+    ((file, what),) = found()
+    assert file == str(root / "plan/vae.json") and "precision" in what
+
+
+def test_verify_compares_the_index_with_the_commits(root: Path) -> None:
+    """A line that readers would use and that says something else, an index that is damaged; a stale line is unused."""
+    storage, path = open_storage(root), root / "index.jsonl.zst"
+    write_index(storage)
+    assert problems(root, "fast") == []
+    lines = [json.loads(line) for line in read_ledger_lines(path.read_bytes(), "index")]
+    row = next(place for place, line in enumerate(lines) if line.get("kind") == "latents")
+
+    def write(line: dict) -> None:
+        changed = [*lines[:row], line, *lines[row + 1 :]]
+        data = b"".join(canonical_json(each) + b"\n" for each in changed)
+        path.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(data))
+
+    for change in ({"clip": ["x"] * len(lines[row]["clip"])}, {"revision": "0" * 64}, {"provenance": {}}, {"more": 1}):
+        write({**lines[row], **change})
+        (found,) = problems(root, "fast")
+        assert found.file == str(path) and f"line {row + 1} is not what the commit" in found.what
+    write({**lines[row], "commit": [1, "x"]})  # of a commit that is no more: no reader uses it
+    assert problems(root, "fast") == []
+    good = path.read_bytes()
+    path.write_bytes(good[:-9])
+    (found,) = problems(root, "fast")
+    assert found.file == str(path) and "rebuilds it" in found.what
+
+
+def test_a_lost_unit_is_told_from_one_that_is_not_built_yet(root: Path) -> None:
+    """By the counts of the finished build, where its text is gone too."""
+    storage = open_storage(root)
+    info = read_info(storage)
+    for name in ("latents/shard-000001.json", "text/default/shard-000001.json"):
+        (root / name).unlink()
+    assert {problem.kind for problem in problems(root)} == {"unfinished"}
+    assert open_dataset(root).missing_units() == "1 of 2 planned units are there"
+    write_info(storage, info.model_copy(update={"totals": {"units": {"planned": 2, "latents": 2}}}))
+    assert [(p.kind, p.what) for p in problems(root, partial=True)] == [
+        ("damaged", "unit 1 is missing: lost, for it was built")
+    ]
+
+
+def test_numbers_in_documents_ask_for_no_memory(root: Path) -> None:
+    """A plan of 2^29 units; more than the format has are refused."""
+    path = root / "dataset.json"
+    body = open_document(path.read_bytes(), "dataset.json")
+    generation = {**body["generations"][0], "num_units": 2**29, "num_candidates": 2**40}
+    path.write_bytes(seal_document({**body, "generations": [generation]}))
+    tracemalloc.start()
+    found = problems(root, "fast")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert len(found) == 2 * 1001 and "2 of 536,870,912 are there" in found[-1].what
+    path.write_bytes(seal_document({**body, "generations": [{**generation, "num_units": 2**31}]}))
+    with pytest.raises(ShardDamage, match="2,147,483,648 units"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint16])
+def test_a_latent_that_no_encoder_gives_is_named_before_it_is_used(root: Path, tmp_path: Path, dtype: type) -> None:
+    good = np.full((3, 1, 2, 2), 3.0, np.float32)
+    stored = {np.uint16: (good.view(np.uint32) >> 16).astype(np.uint16)}.get(dtype, good.astype(dtype))
+    bad = np.full_like(stored, {np.uint16: 0xC76A, np.float16: -6e4, np.float32: -6e4}[dtype])
+    write_unit(root, tmp_path, {"huge": bad, "good": stored}, {})
+    dataset = open_dataset(root, None)
+    assert np.array_equal(dataset.latent("good@0-1-32x32"), stored)
+    with pytest.raises(ShardDamage, match=r"huge@0-1-32x32.*values up to (6|5.99)e\+04.*stays below 1000"):
+        dataset.latent("huge@0-1-32x32")
+    assert np.array_equal(dataset.latent("huge@0-1-32x32", plausible=False), bad)
+    (found,) = [problem for problem in problems(root, "deep") if problem.member]
+    assert found.member == "huge@0-1-32x32.latent.npy.zst" and "values up to" in found.what
+    assert dataset.latent_channels() == {2: dataset.samples[0].key, 3: "huge@0-1-32x32"}

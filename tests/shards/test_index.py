@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +174,7 @@ def test_a_place_outside_its_tar_is_refused_at_opening(root: Path, column: int, 
     words = unpack(columns["arrays"][column]).tolist()
     columns["arrays"][column] = pack(word % 2**64 for word in [*words[:-1], value])
     builder = TableBuilder("latents")
-    with pytest.raises(ShardDamage, match=r"outside its tar|don't fit"):
+    with pytest.raises(ShardDamage, match=r"outside its tar|do not fit"):
         builder.add(0, columns, "index")
         builder.table("index")
 
@@ -190,3 +192,31 @@ def test_the_whole_archive_opens_in_bounded_memory(tmp_path: Path) -> None:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 300e6
+
+
+def test_an_index_of_a_few_bytes_asks_for_little_memory(root: Path) -> None:
+    """A line that zstd makes of a kilobyte: refused by its length, and the commits are read."""
+    lines = [b'{"format_version":1,"num_units":1}', b"[" + b"[]," * 5_000_000 + b"[]]"]
+    data = zstandard.ZstdCompressor(write_checksum=True).compress(b"\n".join([*lines, b""]))
+    assert len(data) < 4096
+    (root / "index.jsonl.zst").write_bytes(data)
+    tracemalloc.start()
+    assert len(open_dataset(root)) == 24
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_reading_many_commits_is_reported(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal by a bar, elsewhere by lines; nothing where the index has them."""
+    lines: list[str] = []
+    monkeypatch.setattr("shards.read.index._MANY_COMMITS", 3)
+    monkeypatch.setattr("shards.console.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("shards.console.LOG.info", lambda text, *values: lines.append(text % values))
+    open_dataset(tiny_shards)
+    assert "reading commits" in lines[0] and lines[-1].endswith("7 of 7")
+    leader, follower = pty.openpty()
+    code = "from shards.read import index; index._MANY_COMMITS = 3; from shards.cli import main; main()"
+    command = [sys.executable, "-c", code, "ls", str(tiny_shards)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=follower, timeout=60, check=True)
+    assert b"reading commits" in os.read(leader, 4096)
+    os.close(leader), os.close(follower)

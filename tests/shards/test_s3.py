@@ -17,7 +17,7 @@ from urllib3.exceptions import ProtocolError
 import shards.storage.s3
 from shards.check.orphans import sweep
 from shards.check.verify import verify
-from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
+from shards.errors import MissingObject, ShardDamage, StorageOutage, UserError
 from shards.format.arrays import array_facts, encode_array
 from shards.format.commit import Commit, is_committed, read_commit
 from shards.format.keys import sample_key
@@ -25,7 +25,7 @@ from shards.format.ledger import LedgerRow, WindowRow
 from shards.format.sealed_json import canonical_json
 from shards.read.dataset import open_dataset
 from shards.read.index import write_index
-from shards.storage import open_storage
+from shards.storage import open_storage, patience
 from shards.storage.base import Storage
 from shards.storage.cache import CachedStorage
 from shards.storage.local import LocalStorage
@@ -47,7 +47,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(shards.storage.s3, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(shards.storage.s3, "_DENIED_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(patience._process, "limit_seconds", 1.0)
 
 
 @pytest.fixture
@@ -236,9 +238,9 @@ def test_a_put_that_fails_at_each_part_leaves_nothing(
     with monkeypatch.context() as patch:
         for name in real:
             patch.setattr(client, name, failing(name))
-        with pytest.raises(StorageFailure, match=f"{operations[part]} failed"):
+        with pytest.raises(StorageOutage, match=f"{operations[part]}: failed for"):
             storage.put("big.tar", data)
-    assert calls[:part] == operations[:part] and calls[part:] == [operations[part]] * shards.storage.s3.ATTEMPTS
+    assert calls[:part] == operations[:part] and set(calls[part:]) == {operations[part]} and len(calls) > part + 3
     assert not storage.exists("big.tar")
     assert list(storage.uploads(older_than=2**40)) == []
     assert S3Storage(S3Root(BUCKET, f"parts-{part}/", endpoint), size).put("big.tar", data)
@@ -267,7 +269,7 @@ def test_errors_that_pass_are_retried(storage: Storage, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         client, "get_object", lambda **_: (_ for _ in ()).throw(ConnectionClosedError(endpoint_url="x"))
     )
-    with pytest.raises(StorageFailure, match="get_object failed"):
+    with pytest.raises(StorageOutage, match="get_object: failed for"):
         storage.get_range("x", 2, 4)
 
 
@@ -301,8 +303,7 @@ def test_a_read_that_breaks_off_goes_on(storage: Storage, monkeypatch: pytest.Mo
     monkeypatch.setattr(client, "get_object", short)
     assert storage.get_range("x", 0, 256) == data[:256]
     assert ranges == ["bytes=0-255", "bytes=100-255", "bytes=200-255"]
-    with pytest.raises(StorageFailure, match="read failed"):
-        storage.get_range("x", 0, 1024)
+    assert storage.get_range("x", 0, 1024) == data  # an answer that brings something is progress
 
 
 def test_a_server_that_ignores_ranges_is_read_rightly(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
 from train.geometry import SAVE_GROUPS, Shape
 from train.lora.lora import inject, lora_modules
+from train.model import kernels
 from train.model.block import Block, BlockInputs
 from train.model.dit import WanDiT, build_model, set_checkpointing
-from train.recompute import kernels
 from train.recompute.runner import ChooseSaves, keep
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=96, text_dim=32, text_len=16)
@@ -208,15 +208,6 @@ def test_kernels_are_sdpa_under_autograd(name: str, backend: SDPBackend) -> None
     for mine, other in zip(ours, kernels._under_autograd(backend, (q, k, v), grad), strict=True):
         assert torch.equal(mine, other)
         assert mine.stride() == other.stride()
-
-
-def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = tuple(torch.randn(1, 8, 2, 16) for _ in range(3))
-    kernels._compare("cpu", SDPBackend.FLASH_ATTENTION, inputs, torch.randn(1, 8, 2, 16))  # type: ignore[arg-type]
-    right = kernels.attend_backward
-    monkeypatch.setattr(kernels, "attend_backward", lambda *args: tuple(2 * x for x in right(*args)))
-    with pytest.raises(RuntimeError, match="differs from SDPA by 100"):
-        kernels._compare("cpu", SDPBackend.FLASH_ATTENTION, inputs, torch.randn(1, 8, 2, 16))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])

@@ -142,7 +142,14 @@ def test_a_dataset_of_another_encoder_is_refused_before_the_first_step(tiny_shar
         fit(config)
 
 
-def test_latents_that_are_not_finite_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda values: np.put(values, 7, np.nan), "its latent is not finite"),
+        (lambda values: values.fill(6e4), "the root mean square of its latent is 6e\\+04"),
+    ],
+)
+def test_latents_that_are_not_normalised_are_named_with_the_check_that_finds_them(tmp_path, spoil, message):
     import shards_data
 
     class Broken:
@@ -152,7 +159,7 @@ def test_latents_that_are_not_finite_are_named(tmp_path):
         def standard_normal(self, shape):
             values = self.rng.standard_normal(shape)
             if len(shape) == 4:
-                values.flat[7] = np.nan
+                spoil(values)
             return values
 
         def integers(self, *bounds):
@@ -162,8 +169,35 @@ def test_latents_that_are_not_finite_are_named(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards_data, "_write_sample", lambda *a: write(*a[:4], Broken(a[4]), *a[5:]))
         write_dataset(tmp_path / "shards", num_units=1, scratch=tmp_path / "scratch")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=message) as caught:
         fit(make_config(tmp_path / "shards", tmp_path / "run", data__validation_fraction=0.0, data__global_batch=2))
+    assert "--deep" in caught.value.fix
+
+
+def test_a_latent_of_other_channels_than_the_first_is_named_before_it_is_used(tmp_path):
+    import shards_data
+
+    write, made = shards_data._write_sample, []
+
+    class Narrow:
+        def __init__(self, rng):
+            self.rng = rng
+
+        def standard_normal(self, shape):
+            made.append(shape)
+            few = len(shape) == 4 and sum(len(one) == 4 for one in made) == 5
+            return self.rng.standard_normal((16, *shape[1:]) if few else shape)
+
+        def integers(self, *bounds):
+            return self.rng.integers(*bounds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_data, "_write_sample", lambda *a: write(*a[:4], Narrow(a[4]), *a[5:]))
+        write_dataset(tmp_path / "shards", num_units=1, scratch=tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"its latent is \(16, ") as caught:
+        fit(make_config(tmp_path / "shards", tmp_path / "run", data__validation_fraction=0.0, data__global_batch=2,
+                        max_steps=50))  # fmt: skip
+    assert "(48, " in caught.value.expected
 
 
 def test_a_bad_sample_is_substituted_on_request_the_same_every_time(tiny_shards, tmp_path):

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from train_runs import make_config
 
-from train.doctor.finding import Finding
-from train.doctor.machine import (
+from shards.machine import (
+    Finding,
     check_card,
     check_disk,
     check_no_gpu,
     check_python,
-    check_shared_memory,
-    examine,
     is_healthy,
+    print_findings,
 )
+from train.doctor.machine import check_shared_memory, examine
 from train.doctor.ranks import check_backends, check_batch, check_cards, check_host_name, check_master
 
 CUDA_126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -44,7 +44,7 @@ def test_a_card_needs_kernels_for_its_architecture(capability, architectures, st
 def test_a_v100_is_told_which_build_to_install():
     finding = check_card("gpu 0", "Tesla V100-PCIE-32GB", (7, 0), CUDA_130, "13.0")
     assert "sm_70" in finding.found and "CUDA 13.0" in finding.found
-    assert "cu126" in finding.fix
+    assert "cu126" in finding.fix and "torch>=2.9,<2.15" in finding.fix  # 2.15 is expected to drop CUDA 12.6
     assert "fp16" in check_card("gpu 0", "Tesla V100-PCIE-32GB", (7, 0), CUDA_126, "12.6").found
 
 
@@ -52,6 +52,18 @@ def test_why_there_is_no_gpu():
     assert check_no_gpu(None, driver=False).status == "note"
     assert "CPU only" in check_no_gpu(None, driver=True).found
     assert check_no_gpu("13.0", driver=True).status == "problem"
+
+
+def test_a_machine_without_a_gpu_is_said_to_have_none(capsys):
+    """Rather than that nothing is wrong: of a GPU nothing is known there."""
+    none, fine = check_no_gpu(None, driver=False), Finding("gpu 0", "ok", "NVIDIA H200, sm_90, bf16")
+    print_findings([none])
+    said = capsys.readouterr().out
+    assert "this machine has no GPU" in said and "nothing is wrong" not in said
+    print_findings([fine])
+    assert "nothing is wrong" in capsys.readouterr().out
+    print_findings([none, Finding("torch", "problem", "not installed")])
+    assert "1 problems" in capsys.readouterr().out
 
 
 def test_python_memory_and_disk(tmp_path):

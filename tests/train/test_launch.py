@@ -51,9 +51,9 @@ def test_every_rank_knows_its_place_and_only_the_first_speaks(tmp_path):
     [
         ("raise", 1, 1, "error: rank 1: ZeroDivisionError: a defect of this rank\n  raised in plain_ranks.py, line"),
         ("mistake", 2, 2, "error: rank 2: the disk is full\n  to fix:  make room\n"),
-        ("kill", 1, 137, "error: rank 1 was killed by SIGKILL; if nobody did that, the machine ran out of memory"),
+        ("kill", 1, 137, "error: rank 1 was killed by SIGKILL; if no person did that, the machine ran out of memory"),
         ("kill", 0, 137, "error: rank 0 was killed by SIGKILL"),
-        ("exit", 0, 1, "error: rank 0 ended with code 9 and left no word"),
+        ("exit", 0, 1, "error: rank 0 ended with code 9 and left no message"),
         ("hang-after-record", 2, 1, "error: rank 2: something broke, and its thread does not end"),
     ],
 )

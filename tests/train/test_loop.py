@@ -1,9 +1,13 @@
 """The loop: what a step does to the weights, and what a run says of it."""
 
+import contextlib
 import json
 import math
 import os
+import pty
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,13 @@ import torch
 from shards_data import flip_a_latent, write_dataset
 from train_runs import DIMS, make_config, read_metrics
 
+from shards.config import dump_config
 from shards.errors import UserError
 from shards.read.dataset import open_dataset
 from train import checkpoint, step
+from train.launch.launch import own_command
 from train.loop import fit
+from train.run.events import EVENTS_FILE
 from train.run.session import open_session
 from train.run.state import TrainingState
 
@@ -329,3 +336,46 @@ def test_a_line_is_json_whatever_the_loss(tmp_path):
 
     line = json.dumps(_finite({"loss": float("nan"), "keys": ["a"], "deep": [float("inf"), 1.5]}), allow_nan=False)
     assert json.loads(line) == {"loss": None, "keys": ["a"], "deep": [None, 1.5]}
+
+
+def test_on_a_terminal_the_log_and_the_events_are_those_without_one(tiny_shards, tmp_path):
+    """The bar of a terminal takes no line away; what differs between two runs are times alone."""
+    (tmp_path / "run.yaml").write_text(dump_config(make_config(tiny_shards, "x", eval={"num_clips": 2}, max_steps=3)))
+    left = {}
+    for name in ("pipe", "term"):
+        command = own_command(["fit", str(tmp_path / "run.yaml"), "-o", f"output={tmp_path / name}"])
+        code, said = run_on_a_terminal(command) if name == "term" else run_on_a_pipe(command)
+        assert code == 0, said
+        assert "held-out loss" in said and ("\x1b[" in said) == (name == "term")
+        log = (tmp_path / name / "logs/rank-0.log").read_text().replace(str(tmp_path / name), "NAME").splitlines()
+        numbers = re.compile(r"\d[\d,.e+-]*")
+        events = [json.loads(line) for line in (tmp_path / name / EVENTS_FILE).read_text().splitlines()]
+        left[name] = (
+            [numbers.sub("#", line) for line in log],
+            [
+                {key: str(value).replace(str(tmp_path / name), "NAME") for key, value in event.items() if key != "time"}
+                for event in events
+            ],
+        )
+    assert left["term"] == left["pipe"]
+    lines, events = left["term"]
+    assert sum("  loss #" in line for line in lines) == 3
+    assert [event["event"] for event in events] == ["start", "device", "plan", "checkpoint", "stop"]
+
+
+def run_on_a_terminal(command: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command whose standard streams are a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while part := os.read(ours, 65536):
+            said += part
+    os.close(ours)
+    return process.wait(timeout=60), said.decode()
+
+
+def run_on_a_pipe(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -11,11 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launchers import end, is_alive, wait_for
 from train_runs import make_config, read_metrics
 
 from shards.config import dump_config
+from shards.errors import UserError
 from train.checkpoint import find_checkpoints
+from train.config.train import ParallelConfig
+from train.launch import heartbeat
 from train.launch.launch import free_port, own_command
 from train.loop import fit
 
@@ -105,7 +112,7 @@ def test_sigterm_leaves_a_checkpoint(tiny_shards, tmp_path, to):
     assert left.name == f"step-{steps[-1]['step']:07d}" and not any(map(is_alive, ranks))
     assert "checkpoint" in said and "Traceback" not in said
     assert (tmp_path / "run/logs/rank-1.log").exists()
-    if to == "every rank":  # and one process goes on from what two left
+    if to == "every rank":  # and one process resumes from what two left
         done = steps[-1]["step"]
         assert fit(make_config(tiny_shards, tmp_path / "run", **ENDLESS | {"max_steps": done + 3})).step == done + 3
         fit(make_config(tiny_shards, tmp_path / "straight", **ENDLESS | {"max_steps": done + 3}))
@@ -207,3 +214,78 @@ def test_slurm_script(tiny_shards, tmp_path):
     (tmp_path / "requeued").unlink()
     wrong = subprocess.run([*command, "-o", "data.root=/nowhere"], env=environment, check=False, capture_output=True)
     assert wrong.returncode == 2 and not (tmp_path / "requeued").exists()
+
+
+def test_on_one_machine_the_ranks_listen_to_the_loopback_alone_and_a_stranger_ends_nothing(tiny_shards, tmp_path):
+    launcher = start(write_config(tiny_shards, tmp_path, **ENDLESS))
+    wait_for_steps(tmp_path)
+    ranks = ranks_of(launcher)
+    listening = {address for pid in ranks for address in listening_addresses(pid)}
+    assert listening == {"127.0.0.1"}
+    environment = _environment(ranks[0])
+    moment = datetime.timedelta(seconds=20)
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), None, False, moment, False)
+    store.set("watch/0/0/failure", '{"rank": 1, "host": "x", "kind": "lost", "message": "forged", "seconds": 1.0}')
+    done = len(read_metrics(tmp_path / "run"))
+    time.sleep(6)  # three heartbeats
+    assert launcher.poll() is None and len(read_metrics(tmp_path / "run")) > done
+    launcher.send_signal(signal.SIGTERM)
+    code, said = end(launcher)
+    assert code == 143 and "forged" not in said
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """Addresses of the TCP sockets that a process listens on, IPv4 or IPv6, as the kernel lists them."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(str(descriptor.readlink()))
+    found = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in own:
+                words = bytes.fromhex(local.partition(":")[0])
+                packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                found.append(socket.inet_ntop(family, packed))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "data.micro_batch=4", "-o", "parallel.ulysses=1"], "data.micro_batch: 4 does not divide the 2 samples"),
+        (["-o", "parallel.ulysses=3"], "parallel.ulysses: 3 does not divide 2 processes"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_anything_is_started(tiny_shards, tmp_path, arguments, words):
+    code, said = end(start(write_config(tiny_shards, tmp_path), *arguments))
+    assert code == 2 and said.startswith(f"error: {words}") and len(said.splitlines()) <= 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_offloading_without_a_sharded_base_is_refused(tiny_shards, tmp_path):
+    with pytest.raises(UserError, match="only a sharded base can be offloaded"):
+        fit(make_config(tiny_shards, tmp_path / "run", parallel={"offload": True}))
+
+
+def test_a_rank_that_waits_for_storage_is_not_late(monkeypatch):
+    """Beyond the limit of a step: the clock starts again while a rank says that it waits, and only then."""
+    store, limits = dist.HashStore(), ParallelConfig(step_timeout_seconds=0.01, lost_seconds=600)
+    waiting, other = (heartbeat.HeartbeatWatch(rank, 2, limits) for rank in (0, 1))
+    seconds, found = [0.0], []
+    monkeypatch.setattr(heartbeat, "waited_seconds", lambda: seconds[0])
+    monkeypatch.setattr(heartbeat.HeartbeatWatch, "_survey", lambda watch: found.append(watch.rank))
+    for watch in (waiting, other):
+        watch._store, watch._first_step, watch.step = store, 1, 2
+        watch._beat()
+    seconds[0] = 5.0
+    waiting._beat()
+    other._waited = 5.0
+    time.sleep(0.05)
+    other._check()
+    assert found == []
+    waiting._beat()  # it waits no longer
+    time.sleep(0.05)
+    other._check()
+    assert found == [1]

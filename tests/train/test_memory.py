@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 
 import pytest
 import torch
 import torch.distributed as dist
 from fake_ranks import fake_group
+from shards_data import write_dataset
+from train_runs import make_config
 from train_traces import LiveBytes, counted_flops, fake_model, fake_tensors, trace_step
 
+from shards.errors import UserError
 from shards.gpus import GPUS
 from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
 from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, TrainConfig
+from train.device import available_memory, explained_out_of_memory
 from train.estimate.flops import forward_flops, step_flops
 from train.estimate.memory import Memory, step_memory
 from train.estimate.saves import GIB, make_chooser, total_kept
 from train.geometry import SAVE_GROUPS, Shape
+from train.loop import fit
 from train.model.dit import set_checkpointing
 from train.parallel.ulysses import Ulysses
 from train.recompute.runner import keep
+from train.run import trainee
 
 FEW = TI2V_5B.model_copy(update={"num_layers": 3})
 """Real blocks, three of them: each further one adds the same; the long tests take all thirty."""
@@ -166,3 +173,69 @@ def test_selective_keeps_what_its_budget_says() -> None:
     growth = measure(TI2V_5B, LoRAConfig(), saves, size) - measure(TI2V_5B, LoRAConfig(), ((),) * 30, size)
     assert saved <= 12 * GIB < saved + 0.3 * GIB
     assert growth / (saved - full) == pytest.approx(1, abs=0.08)  # the last block's working set is its own
+
+
+class OneGpu:
+    """A GPU of 24 GiB as `torch.cuda` reports it; another process holds `others`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free_gib: float, own_gib: float = 0.0) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * GIB), 24 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(own_gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "available"), [(23.4, 0, 24), (13.0, 0, 13.75), (2.0, 11.0, 13.75), (24, 0, 24)]
+)
+def test_auto_plans_with_what_is_free_and_not_with_the_cards_total(monkeypatch, free, own, available) -> None:
+    """What another process holds is not there; what this one holds already is, and so is its context."""
+    OneGpu(monkeypatch, free, own)
+    assert available_memory(torch.device("cuda:0")) == available * GIB
+    assert available_memory(torch.device("cpu")) is None
+
+
+def test_the_least_of_all_ranks_decides_and_is_recorded(tmp_path, monkeypatch) -> None:
+    """`fit` resolves it once, hands it to every part of the run, and writes it into the events."""
+    root = tmp_path / "shards"
+    write_dataset(root)
+    monkeypatch.setattr("train.loop.available_memory", lambda device: 20 * GIB)
+    monkeypatch.setattr("train.loop.smallest", lambda world, own: own - 8 * GIB)  # another rank has less
+    given = []
+    real = trainee.choose_policy
+    monkeypatch.setattr(trainee, "choose_policy", lambda *arguments: given.append(arguments[2]) or real(*arguments))
+    config = make_config(root, tmp_path / "run", max_steps=1)
+    fit(config)
+    assert given == [12 * GIB]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert next(event for event in events if event["event"] == "device")["available_gib"] == 12.0
+
+
+def test_out_of_memory_says_by_how_much_and_what_to_set(monkeypatch) -> None:
+    OneGpu(monkeypatch, 0.4, 14.0)
+    settings = {"checkpointing.policy": "none", "data.micro_batch": 2}
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24.00 GiB"
+    with pytest.raises(UserError) as caught, explained_out_of_memory(torch.device("cuda:0"), settings):
+        raise torch.OutOfMemoryError(text)
+    message = str(caught.value)
+    for words in (
+        "2.50 GiB more were needed",
+        "0.40 GiB of 24.00 were free",
+        "this process holds 14.00",
+        "they hold 8.85 GiB",
+        "checkpointing.policy=auto (it is none)",
+        "data.micro_batch=1 (it is 2)",
+    ):
+        assert words in message, message
+    settings = {"checkpointing.policy": "auto", "data.micro_batch": 1}
+    with pytest.raises(UserError, match="policy=full"), explained_out_of_memory(torch.device("cuda:0"), settings):
+        raise torch.OutOfMemoryError("something else")
+
+
+def test_a_run_that_runs_out_of_memory_ends_with_that_error(tmp_path, monkeypatch) -> None:
+    write_dataset(tmp_path / "shards")
+
+    def backward(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB.")
+
+    monkeypatch.setattr("train.loop.backward", backward)
+    with pytest.raises(UserError, match=r"512\.00 MiB more were needed"):
+        fit(make_config(tmp_path / "shards", tmp_path / "run", max_steps=1))

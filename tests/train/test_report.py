@@ -32,7 +32,8 @@ from train.doctor.tables import describe_slots
 from train.loop import fit
 from train.report.curves import hard_samples, look_up_levels, smooth, thin
 from train.report.page import summarise, write_run_report
-from train.report.read_run import read_log, read_run, read_steps
+from train.report.read_run import read_history, read_run, read_steps
+from train.run.events import write_event
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 JPEG, MP4 = b"\xff\xd8\xff picture ", b"video "
@@ -84,7 +85,8 @@ def test_the_numbers_are_the_runs(run):
         held_out[-1],
         min(held_out),
     ]
-    assert [(event["what"], event["step"]) for event in summary["events"]] == [("began", 0), ("resumed", 6)]
+    events = [(event["what"], event["step"]) for event in summary["events"]]
+    assert events == [("began", 0), ("finished", 6), ("resumed", 6), ("finished", 12)]
     assert summary["planned_gib"] > 0
     assert summary["checkpoints"][-1].endswith("step-0000012")
     result = CliRunner().invoke(main, ["report", str(run), "--json"])
@@ -162,7 +164,7 @@ def test_no_run_and_a_run_without_steps(tmp_path, copy):
     result = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert result.exit_code == 2
     assert "is no run: it has no config.yaml" in result.output
-    for name in ("metrics.jsonl", "held_out.jsonl", "logs/rank-0.log"):
+    for name in ("metrics.jsonl", "held_out.jsonl", "events.jsonl"):
         (copy / name).unlink()
     assert "No step is finished yet" in _page(copy)
 
@@ -191,10 +193,32 @@ def test_what_went_wrong_stands_at_the_top(copy):
     assert "bad@0-1-96x160" in text
 
 
-def test_the_plan_in_the_log_is_found(run):
-    log = read_log(run)
-    assert log.device.startswith("cpu")
-    assert log.base.startswith("random weights")
+def test_the_history_is_read_from_the_events_and_not_from_the_log(copy):
+    (copy / "logs/rank-0.log").unlink()
+    with (copy / "events.jsonl").open("a") as file:
+        for line in (
+            {"event": "waiting", "step": 12, "what": "get x", "reason": "503", "seconds": 9.1, "is_over": True},
+            {"event": "stop", "step": 12, "reason": "signal", "signal": 15},
+        ):
+            file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", **line}) + "\n")
+        file.write('{"event": "st')  # a kill in the middle of a line
+    history = read_history(copy)
+    assert history.device.startswith("cpu")
+    assert history.base.startswith("random weights")
+    assert history.planned_gib > 0
+    assert [event.what for event in history.events[-2:]] == [
+        "waited for storage for 9 s: get x",
+        "stopped by signal 15",
+    ]
+    write_event(copy, "checkpoint", 12, path="after the kill")
+    lines = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines[-3:]] == ["waiting", "stop", "checkpoint"]
+    with (copy / "events.jsonl").open("a") as file:
+        file.write('{"event": "stop", "step": "many", "time": ""}\n')
+    with pytest.raises(UserError, match=rf"events\.jsonl, line {len(lines) + 1}"):
+        read_history(copy)
+    (copy / "events.jsonl").unlink()
+    assert "The run has no events.jsonl" in " ".join(write_run_report(read_run(copy), copy / "report.html"))
 
 
 def test_pictures_are_inside_within_the_budget_and_linked_beyond(copy, tmp_path):

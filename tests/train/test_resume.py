@@ -3,18 +3,16 @@
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from shards_data import write_dataset
-from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics
+from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics, send_when
 
 from shards.errors import UserError
 from train import checkpoint
 from train.loop import fit
-from train.run.session import AgreedStop
+from train.run.session import StopSignal
 
 KILLED = -signal.SIGKILL
 VARIED = {"optim__ema_decay": 0.9, "lora__dropout": 0.1, "data__caption_dropout": 0.3, "optim__warmup_updates": 4}
@@ -77,7 +75,7 @@ def test_a_signal_writes_a_checkpoint_and_ends(tiny_shards, tmp_path, number):
         checkpoint.checkpoint_name(result.step)
     ]
     assert signal.getsignal(number) is before
-    # And it goes on from there.
+    # And it resumes there.
     assert fit(config.model_copy(update={"max_steps": result.step + 2})).step == result.step + 2
 
 
@@ -86,17 +84,6 @@ def test_usr1_writes_a_checkpoint_and_goes_on(tiny_shards, tmp_path):
     result = fit(make_config(tiny_shards, tmp_path / "run", max_steps=30, checkpoint__every_steps=50_000))
     assert result.step == 30 and result.stopped_by is None
     assert len(checkpoint.find_checkpoints(tmp_path / "run/checkpoints")) == 2
-
-
-def send_when(metrics: Path, number: int) -> None:
-    """Send this process a signal as soon as a step is in the metrics."""
-
-    def watch() -> None:
-        while not metrics.exists() or not metrics.stat().st_size:
-            time.sleep(0.001)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def test_what_decides_the_numbers_may_not_change(tiny_shards, tmp_path):
@@ -241,7 +228,7 @@ def test_the_beginning_may_be_the_best(tiny_shards, tmp_path):
 
 
 def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_shards, tmp_path, monkeypatch):
-    """The step is given up whole: what the checkpoint holds is what the straight run holds."""
+    """The step is dropped: what the checkpoint holds is what the straight run holds."""
     from train import step
 
     fit(make_config(tiny_shards, tmp_path / "straight", data__micro_batch=1))
@@ -282,7 +269,7 @@ SETTLED = EVALUATION + PICTURES
 def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
     tiny_shards, tmp_path, monkeypatch, looks, step, owed
 ):
-    """It is given up where it stands; the resume does it from its beginning, and all is as in the straight run."""
+    """It is stopped at once; the resume does it from its beginning, and all is as in the straight run."""
 
     def config(name):
         prompts = [{"name": name, "key": "*"} for name in ("one", "two")]
@@ -291,7 +278,7 @@ def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
             checkpoint__keep_last=9, sample={"every_steps": 4, "prompts": prompts, "sampler": {"steps": 4}},
         )  # fmt: skip
 
-    original, done = AgreedStop.raise_if_asked, []
+    original, done = StopSignal.raise_if_asked, []
 
     def look(stop, at=None):
         done.append(stop)
@@ -299,16 +286,16 @@ def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
             os.kill(os.getpid(), signal.SIGTERM)
         original(stop)
 
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", look)
+    monkeypatch.setattr(StopSignal, "raise_if_asked", look)
     fit(config("straight"))
     assert len(done) == 4 * SETTLED
     done.clear()
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", lambda stop: look(stop, looks))
+    monkeypatch.setattr(StopSignal, "raise_if_asked", lambda stop: look(stop, looks))
     result = fit(config("run"))
     assert (result.stopped_by, result.step, len(done)) == (signal.SIGTERM, step, looks), "not answered at once"
     newest = checkpoint.find_checkpoints(tmp_path / "run/checkpoints")[-1]
     assert checkpoint.read_checkpoint(newest).owed == owed
-    monkeypatch.setattr(AgreedStop, "raise_if_asked", original)
+    monkeypatch.setattr(StopSignal, "raise_if_asked", original)
     # Killed in the resume, before it has written another checkpoint: the evaluation is there once all the same.
     with (tmp_path / "run/held_out.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "mean": 0.0}) + "\n" if "evaluation" in owed else "")

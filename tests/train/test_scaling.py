@@ -140,7 +140,7 @@ def layout(gpu: str | None, num_gpus: int, num_nodes: int = 1, *, frames: int = 
         ({"gpu": "v100-32gb", "num_gpus": 2, "frames": 201}, Mesh(2, 1, 2), "and 3"),
         ({"gpu": "rtx4090", "num_gpus": 8, "frames": 121}, Mesh(8, 1, 8), "and 26.1 as replicate 8"),
         ({"gpu": "rtx4090", "num_gpus": 8, "frames": 241}, Mesh(8, 1, 8, 2), "as replicate 8"),
-        ({"gpu": "h100", "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "16 samples dealt to 64"),
+        ({"gpu": "h100", "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "16 samples divided among 64"),
         ({"gpu": None, "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "so 4 share one"),
         ({"gpu": "h100", "num_gpus": 8, "shard": "full", "ulysses": 4}, Mesh(8, 1, 8, 4), "parallel.ulysses: 4"),
         ({"gpu": "h100", "num_gpus": 3}, Mesh(3), "auto"),  # refused where the batch is dealt, with sizes that can be

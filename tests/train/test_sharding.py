@@ -139,7 +139,7 @@ def test_nothing_is_read_that_is_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shard", "world", "changes", "words"),
     [
-        ("hybrid", World(0, 6, 0, 4), {}, "6 processes are not whole machines of 4"),
+        ("hybrid", World(0, 6, 0, 4), {}, "6 processes are not complete machines of 4"),
         ("full", World(0, 2, 0, 2), {"lora": None}, "lora: null trains it"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_machine_that_dies_ends_the_other_within_a_minute(tmp_path, dead):
     if dead == 1:
         assert "ranks 2, 3 did not arrive" in said and "killed or stopped, or its machine is gone" in said
     else:
-        assert "where the ranks meet, is gone" in said
+        assert "which serves the ranks' store, is gone" in said
     assert not any(map(is_alive, pids(tmp_path)))
     both[dead].communicate()
 
@@ -110,7 +110,7 @@ def test_who_is_absent_silent_or_behind():
     assert (standing.absent, list(standing.silent), list(standing.behind)) == ([3], [1], [2])
     words = standing.describe(4, 30)
     assert words.startswith("ranks 1–3 did not arrive at step 7, the sum in 30 s")
-    assert "rank 3: never heard of" in words and "rank 1 on node0: silent" in words
+    assert "rank 3: never connected" in words and "rank 1 on node0: silent" in words
     all_here = compare([here, beat(1, 9)], [here, beat(2, 9)], 0, here)
     assert "all 2 ranks are at step 7" in all_here.describe(2, 30) and "NCCL" in all_here.describe(2, 30)
     ahead = compare([here, beat(1, 12)], [here, beat(2, 12)], 0, here)

@@ -191,7 +191,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tiny_dit: WanDiT, tmp_path: Pat
     second = folder / "diffusion_pytorch_model-00002-of-00003.safetensors"
     data = second.read_bytes()
     second.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"00002-of-00003\.safetensors: not a complete safetensors file"):
         load_dit(build_model(tiny_dit.config), folder)
     second.unlink()
     with pytest.raises(UserError, match=r"1 of 3 files are missing \(diffusion_pytorch_model-00002"):

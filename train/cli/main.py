@@ -12,13 +12,14 @@ from shards.config import load_config
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
-from train.cli.report_commands import report, show_clip
+from train.cli.report_commands import report, show_clip, verify
 from train.cli.sample_commands import evaluate, sample
 from train.launch.failure import SIGNAL_EXIT
 
 OVERRIDES = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config: -o optim.lr=2e-4"
 )
+POSITIVE = click.FloatRange(min=0, min_open=True)
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 
 
@@ -43,13 +44,13 @@ def main() -> None:
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="Go on from the run's newest checkpoint, insist on beginning, or go on from a checkpoint's folder.",
+    help="Resume from the run's newest checkpoint, insist on a new run, or resume from a checkpoint's folder.",
 )
 @click.option("--verify", is_flag=True, help="Hash every byte of the dataset first.")
 @click.option("--nproc-per-node", metavar="N|gpu", help="Start N processes on this machine, or one for each GPU.")
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the run.")
 @click.option("--node-rank", type=click.IntRange(min=0), help="Which of them this is, from 0.")
-@click.option("--master", metavar="HOST:PORT", help="Where machine 0 is reached by all of them.")
+@click.option("--master", metavar="HOST:PORT", help="Address at which all machines reach machine 0.")
 def fit(
     config: Path,
     overrides: tuple[str, ...],
@@ -62,8 +63,8 @@ def fit(
 ) -> None:
     """Train as CONFIG says.
 
-    SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and goes on. The same command goes on from
-    the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
+    SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and continues. The same command resumes
+    from the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
 
     Exit codes: 0 done, 1 a defect, 2 a mistake to fix, 75 another rank or machine was lost (try again), 128 + n ended
     by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
@@ -81,9 +82,11 @@ def fit(
     loaded = load_config(TrainConfig, config, overrides)
     output = Path(loaded.output)
     if nproc_per_node is not None:
+        from train.config.train import check_split
         from train.launch.launch import launch, make_place, own_command
 
         place = make_place(nproc_per_node, nnodes, node_rank, master)
+        check_split(loaded, place.world_size)
         again = ["fit", str(config), *(word for pair in overrides for word in ("-o", pair)), "--resume", resume]
         command = own_command(again + ["--verify"] * verify)
         raise SystemExit(launch(command, place, output, loaded.parallel.grace_seconds))
@@ -105,7 +108,10 @@ def fit(
 @main.command()
 @CONFIG
 @OVERRIDES
-@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h100, h200, rtx4090 …, or auto.")
+@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h200, rtx4090 …, or auto.")
+@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
+@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
+@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that they are in.")
 @click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="Instead of the dataset's buckets; repeatable.")
@@ -115,27 +121,32 @@ def plan(
     config: Path,
     overrides: tuple[str, ...],
     gpu: str,
+    memory_gib: float | None,
+    tflops: float | None,
+    bandwidth: float | None,
     gpus: int,
     nodes: int,
     sizes: tuple[str, ...],
     efficiency: float | None,
     as_json: bool,
 ) -> None:
-    """Say what a run would take, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
+    """Estimate what a run takes, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
 
     \b
     wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
     wantrain plan configs/ti2v_5b_1xh200.yaml --gpu h200 --size 832x480x49 --size 1280x704x49
+    wantrain plan configs/ti2v_5b_1xh200.yaml --memory-gib 44.5 --tflops 280 --bandwidth 864
     wantrain plan configs/ti2v_5b_8xh100.yaml --gpu h100 --gpus 64 --nodes 8 -o data.global_batch=64
     """
     from shards.gpus import find_gpu
     from train.config.train import TrainConfig
-    from train.estimate import plan as plan_text
     from train.estimate import plan as planning
+    from train.estimate import plan_text
 
     loaded = load_config(TrainConfig, config, overrides)
-    buckets, origin = planning.read_sizes(loaded, sizes)
-    made = planning.make_plan(loaded, find_gpu(gpu), gpus, buckets, efficiency=efficiency, num_nodes=nodes)
+    card = find_gpu(gpu, memory_gib, tflops, bandwidth)
+    buckets, origin, mode = planning.read_sizes(loaded, sizes)
+    made = planning.make_plan(loaded, card, gpus, buckets, efficiency=efficiency, num_nodes=nodes, vae_mode=mode)
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:
@@ -172,7 +183,7 @@ def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool
 @click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
-    """Look for what is wrong with this machine and, given CONFIG, with a run on it, and say how to fix it.
+    """Check this machine and, given CONFIG, a run on it; say what is wrong and how to fix it.
 
     Exits with 1 when something is.
 
@@ -181,9 +192,10 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
     wantrain doctor configs/demo/train.yaml
     wantrain doctor configs/ti2v_5b_2xv100.yaml --ranges
     """
+    from shards.machine import is_healthy, print_findings
     from train.config.train import TrainConfig
-    from train.doctor.machine import examine, is_healthy, measure_ranges
-    from train.doctor.tables import print_findings, print_ranges
+    from train.doctor.machine import examine, measure_ranges
+    from train.doctor.tables import print_ranges
 
     if config is None and (ranges or overrides):
         raise UserError("--ranges and -o need a CONFIG", fix="wantrain doctor CONFIG --ranges")
@@ -201,7 +213,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
         raise SystemExit(1)
 
 
-for command in (sample, evaluate, report, show_clip, export, merge, unmerge, lora):
+for command in (sample, evaluate, report, verify, show_clip, export, merge, unmerge, lora):
     main.add_command(command)
 
 

@@ -24,7 +24,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     """Show RUN, the output of `wantrain fit`, as one page that needs no network: OUT [default: RUN/report.html].
 
     Loss and held-out loss by noise level and mode, speed, memory, skipped updates, the samples of highest loss, sampled
-    videos, where to resume. It reads only, so a run that goes on is not disturbed; make it again for what is new.
+    videos, where to resume. It only reads, so a running run is not disturbed; make it again for what is new.
 
     \b
     wantrain report demo/run
@@ -49,6 +49,33 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     click.echo(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
 
 
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def verify(run: Path, as_json: bool) -> None:
+    """Check the bytes of every checkpoint of RUN, or of one checkpoint, against the digests written with it.
+
+    Exits with 1 when something is damaged. What a kill left unfinished is no damage: the next resume removes it.
+
+    \b
+    wantrain verify demo/run
+    wantrain verify demo/run/checkpoints/step-0000040 --json
+    """
+    from train.checkpoint import verify_run
+
+    set_up_logging()
+    found = verify_run(run)
+    if as_json:
+        print_json([one._asdict() for one in found])
+    else:
+        for one in found:
+            click.echo(f"{one.state:<10}  {one.path}{''.join(f'{chr(10)}            {what}' for what in one.problems)}")
+        if any(one.state == "unverified" for one in found):
+            click.echo("unverified: of an earlier version, written without digests")
+    if any(one.state == "damaged" for one in found):
+        raise SystemExit(1)
+
+
 @click.command("show-clip")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("key")
@@ -56,7 +83,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
 def show_clip(run: Path, key: str, as_json: bool) -> None:
     """List the steps of RUN that trained on KEY, a sample's key or a glob over keys: slot, mode, noise level, loss.
 
-    The noise level is a share of what is drawn, lowest noise first; `show-step` says the whole step.
+    The noise level is a share of what is drawn, lowest noise first; `show-step` shows the complete step.
 
     \b
     wantrain show-clip demo/run '3338992@0-17-160x96'

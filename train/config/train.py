@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from shards.config import Config
 from shards.errors import UserError
+from shards.storage.patience import StorageConfig
 from train.config.model import DiTConfig, LoRAConfig, Positive
 from train.config.sampling import SampleConfig
 
 PositiveNumber = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_PASSWORD = re.compile(r"://[^/?#]*@|[?&]endpoint=[^&]*(@|%40)", re.IGNORECASE)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -70,9 +73,19 @@ class DataConfig(Config):
     prefetch_steps: Positive = 2
     """Batches that are kept ready."""
     on_bad_sample: Literal["fatal", "substitute"] = "fatal"
-    """What to do when a sample stays unreadable at the second try: stop, or take another of its bucket and say so."""
+    """What to do when a sample cannot be read twice: stop, or take another of its bucket and report it."""
     read_timeout_seconds: PositiveNumber = 600.0
-    """Longest that a step waits for its batch before the run stops and says so."""
+    """Longest that a step waits for its batch before the run stops. Waiting for storage does not count."""
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # The config is written into the run's folder, and the page of `wantrain report` shows it.
+        if any(_PASSWORD.search(root) for root in dataset_roots(self)):
+            raise UserError(  # not a ValueError: its message would hold the value
+                "data.root: its endpoint holds a user or a password",
+                fix="write the endpoint without them, and give credentials as AWS_… variables or as a profile",
+            )
+        return self
 
 
 class ObjectiveConfig(Config):
@@ -110,7 +123,7 @@ class OptimConfig(Config):
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises from zero, in a line."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
+    """Learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
     final_lr_share: Share = 0.0
     """Share of `lr` that `cosine` and `linear` end at."""
     max_grad_norm: PositiveNumber | None = 1.0
@@ -122,7 +135,7 @@ class OptimConfig(Config):
 
 
 class ComputeConfig(Config):
-    """In what numbers, and where."""
+    """Precision and device."""
 
     compute: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the chip computes it, fp16 with loss scaling on V100 and T4, fp32 on CPU."""
@@ -133,7 +146,7 @@ class ComputeConfig(Config):
 
 
 class PrecisionConfig(ComputeConfig):
-    """In what numbers."""
+    """Precision."""
 
     initial_scale: PositiveNumber = 65536.0
     """First loss scale under fp16."""
@@ -144,10 +157,10 @@ class PrecisionConfig(ComputeConfig):
 
 
 class CheckpointingConfig(Config):
-    """What is computed again in the backward pass instead of stored. It moves no bit of loss or gradients."""
+    """What is recomputed in the backward pass instead of stored. It changes no bit of loss or gradients."""
 
     policy: Literal["auto", "none", "full", "selective"] = "auto"
-    """`auto`: store all that fits the GPU, on a CPU everything; `none`: nothing is computed again but norms and the
+    """`auto`: store all that fits the GPU, on a CPU everything; `none`: nothing is recomputed but norms and the
     like; `full`: every block; `selective`: store what is worth most within `budget_gib`. Per block, and per bucket."""
     budget_gib: PositiveNumber | None = None
     """GiB a process for what blocks keep from forward to backward; only with `selective`."""
@@ -163,22 +176,22 @@ class ParallelConfig(Config):
     """How processes share the work."""
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """Spreading of the frozen base by FSDP2: `full` over all processes, `hybrid` over those of a machine, `none` not at
-    all; `auto` keeps it whole where a step fits beside it, else it is hybrid."""
+    """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over those of a machine, `none` not at
+    all; `auto`: `none` where a step fits beside the full base, else `hybrid`."""
     offload: bool = False
-    """Keep a spread base in the host's memory: slow, for a GPU that holds little more than one block."""
+    """Keep a sharded base in the host's memory: slow, for a GPU that holds little more than one block."""
     ulysses: Positive | Literal["auto"] = "auto"
-    """Processes that share the tokens of one sample; must divide the heads. `auto`: as few as let the batch be dealt to
-    all, or a sample fit; one where that is no trouble."""
+    """Processes that share the tokens of one sample; must divide the heads. `auto`: as few as let the batch be divided
+    among all, or a sample fit; usually one."""
     start_timeout_seconds: PositiveNumber = 1800.0
-    """Longest that a process waits for the others until all have come through the first step: it holds loading the
+    """Longest that a process waits for the others until all have finished the first step: it includes loading the
     weights, building the channels between GPUs, and compiling."""
     step_timeout_seconds: PositiveNumber = 600.0
-    """Longest that it waits afterwards at one place of a step, before it names who did not arrive and ends."""
+    """Longest that it then waits at one place of a step, before it names the rank that did not arrive and ends."""
     lost_seconds: PositiveNumber = 30.0
     """Silence after which a process, or its machine, counts as gone."""
     grace_seconds: PositiveNumber = 120.0
-    """Under `--nproc-per-node`: longest from a signal to the end of all processes; what is left then is killed."""
+    """Under `--nproc-per-node`: longest from a signal to the end of all processes; what remains is killed."""
 
 
 class CheckpointConfig(Config):
@@ -210,7 +223,7 @@ class EvalConfig(Config):
 
 
 class LogConfig(Config):
-    """What is said of a run. `metrics.jsonl` and TensorBoard are always written."""
+    """What is reported of a run. `metrics.jsonl`, `events.jsonl` and TensorBoard are always written."""
 
     every_steps: Positive = 1
     """Steps between lines on the terminal."""
@@ -219,7 +232,7 @@ class LogConfig(Config):
 
 
 class TrainConfig(Config):
-    """`wantrain fit`: the whole of stage 2."""
+    """`wantrain fit`: all of stage 2."""
 
     output: str
     """Folder of the run."""
@@ -230,7 +243,7 @@ class TrainConfig(Config):
     model: ModelConfig
     data: DataConfig
     lora: LoRAConfig | None = LoRAConfig()
-    """null trains the whole model."""
+    """null trains the full model."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -242,6 +255,7 @@ class TrainConfig(Config):
     sample: SampleConfig | None = None
     """Pictures during training; null: none."""
     log: LogConfig = LogConfig()
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -269,7 +283,7 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers of a run, as JSON values.
 
     Left out is what may change between a stop and a resume: paths (weights are known by their digest), how often things
-    are written, how the work is split (micro-batch, recomputation), and `max_steps` unless the schedule leans on it.
+    are written, how the work is split (micro-batch, recomputation), and `max_steps` unless the schedule depends on it.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     identity = {name: values[name] for name in ("seed", "lora", "objective", "optim")}
@@ -284,6 +298,29 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     }
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
+
+
+def check_split(config: TrainConfig, num_processes: int) -> None:
+    """Raise UserError when no layout lets so many processes share a step's samples: before any of them is started."""
+    fixed = config.parallel.ulysses
+    heads = config.model.dims.num_heads if config.model.dims else None  # else the checkpoint says it, to the ranks
+    fits = [n for n in range(1, num_processes + 1) if num_processes % n == 0 and (heads is None or heads % n == 0)]
+    shares = fits if fixed == "auto" else [fixed]
+    first: UserError | None = None
+    for ulysses in shares:
+        if num_processes % ulysses:
+            raise UserError(
+                f"parallel.ulysses: {ulysses} does not divide {num_processes} processes",
+                expected="processes in groups of that many",
+            )
+        try:
+            slots_per_rank(config.data, num_processes // ulysses)
+        except UserError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise first
 
 
 def slots_per_rank(config: DataConfig, dp_size: int) -> int:

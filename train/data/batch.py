@@ -5,6 +5,7 @@ Shape letters: B slots, C latent channels, T H W latent frames and sides, S text
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,7 +45,7 @@ class SlotItem(NamedTuple):
     text: np.ndarray
     """Tokens×E uint16, the bits of bf16."""
     replaced: str | None
-    """Key of the unreadable sample that this one stands in for."""
+    """Key of the unreadable sample that this one replaces."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,26 @@ class Batch:
     """(unreadable key, key taken instead)."""
 
 
-def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
-    """A latent as C×T×H×W float32. Raises UserError when its shape is not its bucket's or it is not finite."""
+LARGEST_RMS = 100.0
+"""A normalised latent has a root mean square near 1: what is beyond this is none."""
+_FIX = (
+    "`wanshards verify ROOT --deep` finds such latents; build their units again, or set data.on_bad_sample=substitute"
+)
+
+
+def read_latent(dataset: Dataset, ordinal: int, sample: Sample, channels: int) -> np.ndarray:
+    """A latent as C×T×H×W float32. Raises UserError when it is not of its bucket, not finite, or not normalised."""
     latent = to_float32(dataset.latent(ordinal))
     frames = (sample.frames - 1) // TEMPORAL_STRIDE + 1
-    expected = (frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
-    if latent.shape[1:] != expected:
-        raise UserError(f"sample {sample.key}: its latent is {latent.shape[1:]}, its size says {expected}")
-    if not np.isfinite(latent).all():
-        raise UserError(f"sample {sample.key}: its latent is not finite")
+    expected = (channels, frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
+    if latent.shape != expected:
+        raise UserError(f"sample {sample.key}: its latent is {latent.shape}", expected=f"{expected}", fix=_FIX)
+    rms = float(np.sqrt(np.mean(np.square(latent, dtype=np.float64))))
+    if not math.isfinite(rms):
+        raise UserError(f"sample {sample.key}: its latent is not finite", fix=_FIX)
+    if rms > LARGEST_RMS:
+        problem = f"sample {sample.key}: the root mean square of its latent is {rms:.3g}"
+        raise UserError(problem, expected=f"near 1, at most {LARGEST_RMS:g}: it is not normalised", fix=_FIX)
     return latent
 
 
@@ -111,7 +123,7 @@ def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
 
 
 def stack(step: int, chosen: OrderedBatch, step_keys: list[str], items: Sequence[SlotItem], text_len: int) -> Batch:
-    """This process's slots of a step as tensors; `step_keys`, of all its slots, learns what stands in for a sample."""
+    """This process's slots of a step as tensors; `step_keys`, of all its slots, has substitutes in place."""
     import torch
 
     for item in items:

@@ -67,7 +67,7 @@ def draw_slot(
 def draw_noise(
     seed: int, step: int, slot: int, shape: Sequence[int], purpose: Purpose = Purpose.NOISE
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Standard normal float32 of `shape` (C×T×H×W), always drawn whole: who needs a part slices it."""
+    """Standard normal float32 of `shape` (C×T×H×W), always all of it: for a part, slice the result."""
     count = math.prod(shape)
     bits = raw_bits(seed, step, slot, purpose, (count + 1) // 2)
     halves = bits.astype("<u8", copy=False).view("<u4")[:count]

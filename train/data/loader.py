@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shards.errors import UserError
+from shards.errors import ShardDamage, StorageOutage, UserError
 from shards.format.keys import is_validation
+from shards.storage.patience import abandon_waits, result_within
 from train.config.train import DataConfig, TrainConfig, slots_per_rank
 from train.data.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
 from train.data.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
@@ -66,11 +67,13 @@ def _included(clip_id: str, config: DataConfig) -> bool:
 
 def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim: int, text_len: int) -> None:
     """Raise UserError when latents or text of the dataset are not what the model takes, before the first step."""
-    found, text = dataset.latent_shape(ordinal)[0], dataset.text(ordinal, 0)
-    if found != channels:
-        raise UserError(
-            f"the dataset's latents have {found} channels, the model takes {channels} (model.dims.in_channels)"
-        )
+    text = dataset.text(ordinal, 0)
+    for found, key in dataset.latent_channels().items():
+        if found != channels:
+            raise UserError(
+                f"the dataset's latents have {found} channels (sample {key}), the model takes {channels} "
+                "(model.dims.in_channels)"
+            )
     if text.shape[1] != text_dim:
         raise UserError(
             f"the dataset's text embeddings are {text.shape[1]} wide, the model takes {text_dim} (model.dims.text_dim)",
@@ -133,7 +136,7 @@ class Loader:
     ) -> None:
         share = slots_per_rank(config.data, dp_size)
         self._dataset, self._order, self._ordinals, self._config = dataset, order, train_ordinals, config
-        self._text_len = text_len
+        self._text_len, self._channels = text_len, dataset.latent_shape(train_ordinals[0])[0]
         self._slots = range(dp_rank * share, (dp_rank + 1) * share)
         self._step, self._position = step, position
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
@@ -149,7 +152,7 @@ class Loader:
         pending = self._pending.popleft()
         limit = self._config.data.read_timeout_seconds
         try:
-            batch = pending.batch.result(timeout=limit)
+            batch = result_within(pending.batch, limit)
         except TimeoutError:
             raise UserError(
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
@@ -159,7 +162,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead. Safe to call twice."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        abandon_waits()
+        self._pool.shutdown(wait=True)
         self._pending.clear()
 
     def _enqueue(self) -> None:
@@ -183,13 +188,21 @@ class Loader:
     def _load(self, plan: SlotPlan, step: int) -> SlotItem:
         try:
             return self._read(plan, step, None)
+        except StorageOutage:  # no sample is bad
+            raise
         except (UserError, OSError) as error:
             bad = self._dataset.samples[plan.ordinal]
             if self._config.data.on_bad_sample == "fatal":
+                problem, expected, fix = str(error), None, None
+                if isinstance(error, UserError):
+                    problem, expected = error.problem, error.expected
+                    fix = None if isinstance(error, ShardDamage) else error.fix
                 raise UserError(
-                    f"step {step}: sample {bad.key} cannot be read, tried twice: {getattr(error, 'problem', error)}",
-                    fix="`wanshards verify` finds what else is damaged; build its unit again, "
-                    "or set data.on_bad_sample=substitute",
+                    f"step {step}: sample {bad.key} cannot be read, tried twice: {problem}",
+                    expected=expected,
+                    fix=fix
+                    or "`wanshards verify --deep` finds what else is damaged; build its unit again, or set "
+                    "data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)
             return self._substitute(plan, step, bad)
@@ -220,7 +233,7 @@ class Loader:
             text = self._dataset.null_text(self._config.data.null_caption)
         else:
             text = self._dataset.text(plan.ordinal, plan.draws.caption)
-        latent = read_latent(self._dataset, plan.ordinal, sample)
+        latent = read_latent(self._dataset, plan.ordinal, sample, self._channels)
         noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
         return SlotItem(plan, sample.key, latent, noise, text, replaced)
 

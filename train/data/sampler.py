@@ -45,7 +45,7 @@ class Sized(Protocol):
 
 
 class Position(NamedTuple):
-    """The next batch: the whole state of the order."""
+    """The next batch: all of the order's state."""
 
     epoch: int
     batch: int
@@ -70,7 +70,9 @@ class Order:
         self.seed = seed
         self.global_batch = global_batch
         members: dict[Bucket, list[int]] = {}
+        keys: list[str] = []  # taken once: a view makes each sample when it is asked for
         for ordinal, sample in enumerate(samples):
+            keys.append(sample.key)
             members.setdefault(Bucket(sample.frames, sample.height, sample.width), []).append(ordinal)
         self.too_small = {bucket: len(some) for bucket, some in sorted(members.items()) if len(some) < global_batch}
         """Buckets that cannot fill a batch, with their number of samples; they are never trained on."""
@@ -83,10 +85,10 @@ class Order:
             )
         self._ordinals, self._hashes = [], []
         for bucket in self.buckets:
-            # By key, so that the order in which the samples are listed has no say.
-            ordinals = sorted(members[bucket], key=lambda ordinal: samples[ordinal].key)
+            # By key, so that the order in which the samples are listed does not matter.
+            ordinals = sorted(members[bucket], key=keys.__getitem__)
             self._ordinals.append(np.array(ordinals, dtype=np.int64))
-            self._hashes.append(np.array([hash_key(samples[ordinal].key) for ordinal in ordinals], dtype=np.uint64))
+            self._hashes.append(np.array([hash_key(keys[ordinal]) for ordinal in ordinals], dtype=np.uint64))
         # A step reads at most two epochs of a bucket; the rest is kept so that buckets do not evict each other.
         self._permutation = lru_cache(maxsize=4 * len(self.buckets))(self._permute)
         self._schedule = lru_cache(maxsize=2)(self._mix)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shards.errors import UserError
+from shards.machine import Finding
 from train.config.train import TrainConfig, slots_per_rank
-from train.doctor.finding import Finding
 from train.estimate.plan import choose_run_mesh
 
 
@@ -91,7 +91,7 @@ def check_cards(names: Sequence[str], without_peers: Sequence[tuple[int, int]]) 
 
 
 def check_batch(config: TrainConfig, num_gpus: int) -> Finding:
-    """Whether the global batch can be dealt to a process a GPU."""
+    """Whether the global batch can be divided among a process a GPU."""
     try:
         mesh, _ = choose_run_mesh(config, num_gpus, 1, None)
         share = slots_per_rank(config.data, mesh.dp_size)

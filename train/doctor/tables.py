@@ -12,8 +12,10 @@ from rich.table import Table
 from train.config.train import TrainConfig
 from train.data.loader import plan_step, select_samples
 from train.data.sampler import Order
-from train.doctor.finding import Finding
-from train.precision import FP16_MAX
+from train.precision import FOLDED, FP16_MAX
+
+FOLD_FROM = 4.0
+"""Times below fp16's largest number from which an output counts as near it: training moves it."""
 
 
 def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
@@ -82,18 +84,6 @@ def print_slots(slots: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
-def print_findings(findings: Sequence[Finding]) -> None:
-    """The doctor's table."""
-    table = Table()
-    for name in ("what", "status", "found", "to fix"):
-        table.add_column(name, overflow="fold")
-    for finding in findings:
-        table.add_row(*finding)
-    _print(table)
-    problems = sum(finding.status == "problem" for finding in findings)
-    print(f"{problems} problems" if problems else "nothing is wrong")
-
-
 def print_ranges(ranges: Mapping[str, float]) -> None:
     """Largest magnitudes, and how far below fp16's largest number the linears stay."""
     from train.precision import fp16_headroom
@@ -108,6 +98,13 @@ def print_ranges(ranges: Mapping[str, float]) -> None:
     tight = min(headroom, key=lambda name: headroom[name])
     verdict = "fits" if headroom[tight] > 1 else "does NOT fit"
     print(f"fp16 {verdict}: the nearest is {tight}, {headroom[tight]:.3g} times below")
+    beyond = [name for name, factor in headroom.items() if factor < FOLD_FROM]
+    folded = [name for name in beyond if name.split(".", 2)[2] in FOLDED]
+    if folded:
+        blocks = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in folded))
+        print(f"near the end are outputs that a run folds a power of two into when they overflow: {blocks}")
+    if others := [name for name in beyond if name not in folded]:
+        print(f"near the end are outputs that cannot be folded: {', '.join(others)}; precision.compute=fp32 holds them")
 
 
 def _print(table: Table) -> None:

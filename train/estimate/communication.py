@@ -9,7 +9,7 @@ and receives in an optimizer step of m micro-steps, with c bytes a number in the
 
 and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
 was kept by tokens. The velocity is gathered once a forward pass, 4 bytes a number. Bytes are exact; the
-seconds divide them by a bandwidth that is assumed (hardware.py), and nothing is taken to overlap: an upper bound.
+seconds divide them by a bandwidth that is assumed (shards/gpus.py), and nothing is taken to overlap: an upper bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shards.errors import UserError
 from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.train import TrainConfig
-from train.estimate.flops import adapted_linears, first_trained_block, step_flops
+from train.estimate.flops import Work, adapted_linears, first_trained_block, step_flops, step_work
 from train.estimate.memory import block_bytes, num_lora_parameters, num_parameters
 from train.estimate.saves import run_memory
 from train.geometry import Shape
@@ -36,13 +36,13 @@ class Mesh(NamedTuple):
     num_nodes: int = 1
     """Machines; each has as many GPUs."""
     base_shards: int = 1
-    """Neighbouring ranks that one copy of the frozen base is spread over."""
+    """Neighbouring ranks that one copy of the frozen base is sharded over."""
     ulysses: int = 1
     """Neighbouring ranks that share the tokens of one sample."""
 
     @property
     def dp_size(self) -> int:
-        """Shares that a global batch is dealt into."""
+        """Ranks, or groups of them, that a global batch is divided among."""
         return self.num_gpus // self.ulysses
 
     @property
@@ -103,10 +103,10 @@ def choose_mesh(
 ) -> tuple[Mesh, str]:
     """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
 
-    the base whole, then spread over a machine; on as few ranks a sample as the batch can be dealt to, then on more.
+    the base replicated, then sharded over a machine; as few ranks a sample as the batch allows, then more.
 
     Args:
-        shapes: whole micro-batches of the run.
+        shapes: complete micro-batches of the run.
         device_bytes: memory of a GPU; None on a CPU, whose memory is not asked.
     Raises: UserError for a layout that these GPUs cannot form.
     """
@@ -120,7 +120,7 @@ def choose_mesh(
     words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
     if asked == "auto" and first.ulysses > 1:
         batch = config.data.global_batch
-        words += f"; {batch} samples dealt to {num_gpus} processes, so {first.ulysses} share one"
+        words += f"; {batch} samples divided among {num_gpus} processes, so {first.ulysses} share one"
     if device_bytes is None or config.lora is None or len(meshes) == 1:
         return first, words
     needs: list[int] = []
@@ -133,13 +133,13 @@ def choose_mesh(
 
 
 def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> list[int]:
-    """Ranks that may share a sample, ascending; the first is the least that the batch can be dealt to."""
+    """Ranks that may share a sample, ascending; the first is the least that the batch can be divided among."""
     data, found = config.data, []
     for degree in range(1, here + 1):
         share, rest = divmod(data.global_batch, num_gpus // degree)
         if here % degree == 0 and dims.num_heads % degree == 0 and share and not rest and not share % data.micro_batch:
             found.append(degree)
-    # A batch that no degree deals evenly is refused where it is dealt, with the sizes that can be.
+    # A batch that no degree divides evenly is refused later, with the sizes that do.
     return found if found and (found[0] == 1 or num_gpus > data.global_batch // data.micro_batch) else [1]
 
 
@@ -184,6 +184,21 @@ def rank_flops(
     return nothing + line * local_shape(shape, ulysses).tokens / n + square / ulysses
 
 
+def rank_work(
+    dims: DiTConfig,
+    shape: Shape,
+    lora: LoRAConfig | None,
+    saves: Sequence[Collection[str]],
+    ulysses: int = 1,
+    *,
+    compiled: bool = False,
+) -> Work:
+    """The same by what bounds it: attention is divided by heads, elementwise operators by tokens."""
+    one = step_work(dims, shape, lora, saves, num_rows=2, compiled=compiled).scaled(1 / ulysses)
+    attention = one.attention_flops + one.attention_backward_flops
+    return one._replace(gemm_flops=rank_flops(dims, shape, lora, saves, ulysses) - attention)
+
+
 def count_exchange(
     config: TrainConfig,
     dims: DiTConfig,
@@ -220,13 +235,13 @@ def num_passes(dims: DiTConfig, lora: LoRAConfig | None, saves: Sequence[Collect
     first = first_trained_block(adapted)
     passes = dims.num_layers + 2 * (dims.num_layers - first)
     if not any(name.startswith("self_attn") for name in adapted[first]):
-        # Nothing of it flows back through self-attention, which is only run again to go on from.
+        # Nothing of it flows back through self-attention, which is only run again for what follows it.
         passes -= 2 if "attention" in saves[first] else 1
     return passes
 
 
 def candidates(dims: DiTConfig, num_gpus: int, num_nodes: int, global_batch: int, micro_batch: int) -> list[Mesh]:
-    """Layouts worth comparing: the base whole, over a machine, over all; tokens over 1, 2, 4, 8 GPUs of a machine."""
+    """Layouts worth comparing: the base replicated or sharded over a machine or over all; 1, 2, 4, 8 GPUs a sample."""
     here = num_gpus // num_nodes
     meshes = []
     for ulysses in ULYSSES_TRIED:

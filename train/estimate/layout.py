@@ -16,7 +16,7 @@ def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -
     """
     if config.parallel.shard == "hybrid" and world.size % world.local_size:
         raise UserError(
-            f"parallel.shard: hybrid: {world.size} processes are not whole machines of {world.local_size}",
+            f"parallel.shard: hybrid: {world.size} processes are not complete machines of {world.local_size}",
             expected="as many processes on every machine",
         )
     if config.parallel.shard in ("full", "hybrid") and config.lora is None and world.size > 1:

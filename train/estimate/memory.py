@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from shards.gpus import CONTEXT_BYTES
 from train.config.model import DiTConfig, LoRAConfig
 from train.estimate.flops import adapted_linears, block_linears, first_trained_block, linear_rows
 from train.geometry import SAVE_GROUPS, Shape
 
-CONTEXT_BYTES = int(0.75 * 2**30)
-"""CUDA context and the libraries' own workspaces: an estimate."""
 FRAGMENTATION = 0.04
 """Share of the allocator's peak that lies idle between allocations: an estimate."""
 
@@ -70,7 +69,7 @@ def num_parameters(dims: DiTConfig) -> tuple[int, int]:
 
 
 def block_bytes(dims: DiTConfig, compute_bytes: int, shards: int = 1) -> int:
-    """A block's own weights; padded so that every one's rows divide by the ranks that they are spread over."""
+    """A block's own weights; padded so that every one's rows divide by the ranks that they are sharded over."""
     linears = list(block_linears(dims).values())
     narrow = [(outside, columns) for inside, outside in linears for columns in (inside, 1)]
     wide = [*((dims.dim, 1),) * 6, (1, 6 * dims.dim)]  # norms of q and k in both attentions, norm3, modulation
@@ -147,7 +146,7 @@ def block_peak_bytes(
 
 
 def input_bytes(dims: DiTConfig, shape: Shape, *, compute_bytes: int = 2, ulysses: int = 1) -> int:
-    """Latent, noise, target and prediction, whole; text and its embedding; rotary table; constants a token."""
+    """Latent, noise, target and prediction of all tokens; text and its embedding; rotary table; constants a token."""
     patch = dims.patch[0] * dims.patch[1] * dims.patch[2]
     latents = 4 * shape.all_tokens * ulysses * patch * (3 * dims.in_channels + 2 * dims.out_channels)
     text = shape.batch * dims.text_len * (2 * dims.text_dim + compute_bytes * dims.dim)
@@ -171,8 +170,8 @@ def step_memory(
     Args:
         saves: for each block the groups it keeps.
         optimizer_bytes: of state a trained number: 8 for AdamW, about 2 for its 8-bit form.
-        base_shards: processes that the base's blocks are spread over (two blocks are gathered at a time); what is no
-            block's stays whole.
+        base_shards: processes that the base's blocks are sharded over (two blocks are gathered at a time); what is no
+            block's is replicated.
         ulysses: processes that share a sample's tokens; `shape` is what one of them holds.
     """
     narrow, wide = num_parameters(dims)

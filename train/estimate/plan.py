@@ -1,7 +1,8 @@
 """`wantrain plan`: memory, seconds and days of a run before it runs, in closed form. Importing it imports no torch.
 
 Nothing is built and nothing is traced. FLOPs are those executed, recomputation included; seconds at 100 % divide them
-by the GPU's peak, and the stated efficiency is the share of that peak which training is expected to reach.
+by the GPU's peak. The likely seconds take GEMMs, attention's forward and backward pass and memory traffic apart, each
+at the rate that is expected of the GPU (shards/gpus.py); the optimistic and pessimistic ones are these times a factor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.errors import UserError
-from shards.gpus import Gpu
+from shards.gpus import Gpu, VaeMode, vae_encode_tflop
 from train.config.model import TI2V_5B, DiTConfig
 from train.config.train import TrainConfig, slots_per_rank
 from train.estimate.communication import (
@@ -22,9 +23,9 @@ from train.estimate.communication import (
     choose_mesh,
     count_exchange,
     local_shape,
-    rank_flops,
+    rank_work,
 )
-from train.estimate.flops import forward_flops
+from train.estimate.flops import Work, forward_work
 from train.estimate.memory import Memory
 from train.estimate.saves import GIB, Saves, describe_saves, make_chooser, run_memory
 from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
@@ -32,8 +33,12 @@ from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
 DAY_SECONDS = 86_400
 HELD_OUT_PASSES = 18
 """Forward passes of one held-out clip: nine quantiles, text-to-video and image-to-video."""
-ENCODE_REFERENCE = Bucket(49, 704, 1280)
-"""The size that `Gpu.encode_seconds` is for."""
+OPTIMISTIC, PESSIMISTIC = 0.76, 1.4
+"""The range of the likely seconds: every kernel near its best, and every kernel at the worst that was reported."""
+REFERENCE_SIZE = Bucket(49, 704, 1280)
+"""Planned for where the dataset cannot be read."""
+SMALL_SIZE = (480, 832)
+"""Height and width that the proxies of broadcast archives suffice for."""
 
 
 class Size(NamedTuple):
@@ -50,17 +55,26 @@ class Setting(NamedTuple):
     saves: str
     """What the blocks keep in the largest bucket."""
     memory: Memory | None
-    """Of the largest bucket; None where it is not in closed form (the whole model trains)."""
+    """Of the largest bucket; None where it is not in closed form (every weight trains)."""
     fits: bool | None
     step_flops: float
     """Executed in a step by all GPUs, mean over the buckets."""
     seconds_at_peak: float
     """A step's."""
-    seconds: float
-    """A step's, at the stated efficiency, what is exchanged included."""
+    work_seconds: Work
+    """A step's on one GPU, part by part: the likely ones."""
     mesh: Mesh = Mesh()
     exchange: Exchange = Exchange()
     """A rank's, mean over the buckets."""
+
+    @property
+    def seconds(self) -> float:
+        """A step's, likely, what is exchanged included."""
+        return sum(self.work_seconds) + self.exchange.seconds
+
+    def days(self, num_steps: int, factor: float = 1.0) -> float:
+        """Of so many steps; `factor` is OPTIMISTIC or PESSIMISTIC."""
+        return num_steps * (factor * sum(self.work_seconds) + self.exchange.seconds) / DAY_SECONDS
 
     @property
     def exchange_share(self) -> float:
@@ -73,7 +87,6 @@ class Estimate(NamedTuple):
 
     gpu: Gpu
     num_gpus: int
-    efficiency: float
     sizes: tuple[Size, ...]
     settings: tuple[Setting, ...]
     chosen: Setting
@@ -84,11 +97,19 @@ class Estimate(NamedTuple):
     """The same checkpointing under other layouts; the configured one is not repeated."""
     num_steps: int
     train_days: float
+    train_days_range: tuple[float, float]
+    """Optimistic and pessimistic."""
     held_out_share: float
     """Of the run's time."""
     encode_samples: int
+    encode_mode: VaeMode
+    """Of the dataset; fp32, the default of `encoders.vae_precision`, where it cannot be read."""
     encode_days: float
-    """Stage 1 on as many of these GPUs, if each sample of the run is another one."""
+    """Stage 1 on as many of these GPUs in that mode, if each sample of the run is another one."""
+    encode_days_fast: float
+    """The same in 16 bits."""
+    shorter: tuple[str, ...]
+    """What would shorten the run, the largest gain first."""
     notes: tuple[str, ...]
 
 
@@ -100,9 +121,14 @@ def make_plan(
     *,
     efficiency: float | None = None,
     num_nodes: int = 1,
+    vae_mode: VaeMode = "fp32",
 ) -> Estimate:
-    """Plan a run. Raises UserError for a precision that the GPU has not, or a batch that does not divide."""
-    efficiency = gpu.efficiency if efficiency is None else efficiency
+    """Plan a run. Raises UserError for a precision that the GPU has not, or a batch that does not divide.
+
+    Args:
+        efficiency: share of the peak that everything reaches, in place of the GPU's expected rates.
+        vae_mode: what stage 1 encodes in.
+    """
     dims, notes = _dims(config)
     compute_bytes = _compute_bytes(config, gpu, notes)
     basis = Basis(config, dims, gpu, tuple(sizes), compute_bytes, efficiency)
@@ -131,15 +157,16 @@ def make_plan(
         notes.append(
             f"{chosen.name} does not fit a {gpu.name}: lower data.micro_batch or set checkpointing.policy: auto"
         )
-    held_out = (
-        _held_out_flops(config, dims, sizes) / (gpu.peak_tflops * 1e12 * efficiency) / mesh.ulysses
-    )  # every replica takes all of it
+    # Every replica evaluates all held-out clips.
+    held_out = sum(_work_seconds(basis, _held_out_work(config, dims, sizes))) / mesh.ulysses
     training = chosen.seconds * config.max_steps
     samples = config.max_steps * config.data.global_batch
+    encode = {mode: _encode_days(gpu, mode, sizes, samples, num_gpus) for mode in ("fp32", "fp16")}
+    encode_days = encode["fp32" if vae_mode == "fp32" else "fp16"]
+    low, high = (chosen.days(config.max_steps, f) + f * held_out / DAY_SECONDS for f in (OPTIMISTIC, PESSIMISTIC))
     return Estimate(
         gpu=gpu,
         num_gpus=num_gpus,
-        efficiency=efficiency,
         sizes=tuple(sizes),
         settings=tuple(settings),
         chosen=chosen,
@@ -147,9 +174,13 @@ def make_plan(
         layouts=tuple(other_layouts(basis, mesh)),
         num_steps=config.max_steps,
         train_days=(training + held_out) / DAY_SECONDS,
+        train_days_range=(low, high),
         held_out_share=held_out / (training + held_out),
         encode_samples=samples,
-        encode_days=samples * _encode_seconds(gpu, sizes) / num_gpus / DAY_SECONDS,
+        encode_mode=vae_mode,
+        encode_days=encode_days,
+        encode_days_fast=encode["fp16"],
+        shorter=tuple(_suggestions(basis, chosen, encode_days, encode["fp16"])),
         notes=tuple(notes),
     )
 
@@ -162,7 +193,7 @@ class Basis(NamedTuple):
     gpu: Gpu
     sizes: tuple[Size, ...]
     compute_bytes: int
-    efficiency: float
+    efficiency: float | None
 
     @property
     def device_bytes(self) -> int:
@@ -200,10 +231,11 @@ def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     return found
 
 
-def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], str]:
-    """The buckets of the run, and in words where they are from: the command, the dataset, or the reference size."""
+def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], str, VaeMode]:
+    """The buckets of the run, in words where they are from (the command, the dataset, or the reference size), and what
+    the dataset was encoded in."""
     if texts:
-        return [Size(parse_size(text), 1 / len(texts)) for text in texts], "as given"
+        return [Size(parse_size(text), 1 / len(texts)) for text in texts], "as given", "fp32"
     from train.data.loader import select_samples
     from train.data.open import open_data
 
@@ -212,13 +244,14 @@ def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], s
         ordinals, _ = select_samples(dataset, config.data)
     except UserError as error:
         words = str(error).splitlines()[0]
-        return [Size(ENCODE_REFERENCE, 1.0)], f"the reference's, since the dataset cannot be asked ({words})"
+        return [Size(REFERENCE_SIZE, 1.0)], f"the reference's, since the dataset cannot be read ({words})", "fp32"
+    mode: VaeMode = dataset.info.identity.get("vae", {}).get("precision", "fp32")
     counts: dict[Bucket, int] = {}
     for ordinal in ordinals:
         sample = dataset.samples[ordinal]
         bucket = Bucket(sample.frames, sample.height, sample.width)
         counts[bucket] = counts.get(bucket, 0) + 1
-    return [Size(bucket, count / len(ordinals)) for bucket, count in sorted(counts.items())], "the dataset's"
+    return [Size(bucket, count / len(ordinals)) for bucket, count in sorted(counts.items())], "the dataset's", mode
 
 
 def parse_size(text: str) -> Bucket:
@@ -246,7 +279,7 @@ def _compute_bytes(config: TrainConfig, gpu: Gpu, notes: list[str]) -> int:
     if compute == "bf16" and gpu.precision == "fp16":
         raise UserError(f"precision.compute: bf16 is only emulated on a {gpu.name}", fix="precision.compute=auto")
     if compute == "fp32":
-        notes.append("fp32 stays far below the 16-bit peak that the seconds are counted by")
+        notes.append("fp32 uses no tensor cores: the 16-bit peak is out of its reach")
     return 4 if compute == "fp32" else 2
 
 
@@ -291,13 +324,14 @@ def _constant(saves: Saves) -> Callable[[Shape], Saves]:
 def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) -> Setting:
     """Mean FLOPs and exchange of a step; memory and kept values of the bucket that takes the most."""
     config, dims, gpu = basis.config, basis.dims, basis.gpu
-    flops, exchange, largest, words = 0.0, Exchange(), None, ""
+    work, exchange, largest, words = Work(0, 0, 0, 0), Exchange(), None, ""
     micro = config.data.micro_batch
     for bucket, share in basis.sizes:
         shape = Shape(micro, _tokens(dims, bucket))
         here = local_shape(shape, mesh.ulysses)
         saves = choose(here)
-        flops += share * rank_flops(dims, shape, config.lora, saves, mesh.ulysses) * mesh.ulysses
+        own = rank_work(dims, shape, config.lora, saves, mesh.ulysses, compiled=config.model.compile)
+        work = Work(*(total + share * part for total, part in zip(work, own, strict=True)))
         counted = count_exchange(config, dims, mesh, gpu, shape, saves, basis.compute_bytes)
         exchange = Exchange(*(total + share * part for total, part in zip(exchange, counted, strict=True)))
         if config.lora is None:
@@ -306,11 +340,17 @@ def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) 
         memory = run_memory(config, dims, here, saves, basis.compute_bytes, mesh.base_shards, mesh.ulysses)
         if largest is None or memory.total > largest.total:
             largest, words = memory, describe_saves(saves)
-    flops *= config.data.global_batch / micro
-    at_peak = flops / (gpu.peak_tflops * 1e12 * mesh.num_gpus)
+    work = work.scaled(config.data.global_batch / micro / mesh.dp_size)
     fits = None if largest is None else largest.total <= basis.device_bytes
-    seconds = at_peak / basis.efficiency + exchange.seconds
-    return Setting(name, words, largest, fits, flops, at_peak, seconds, mesh, exchange)
+    at_peak = work.flops / (gpu.peak_tflops * 1e12)
+    seconds = _work_seconds(basis, work)
+    return Setting(name, words, largest, fits, work.flops * mesh.num_gpus, at_peak, seconds, mesh, exchange)
+
+
+def _work_seconds(basis: Basis, work: Work) -> Work:
+    if basis.efficiency is None:
+        return work.seconds(basis.gpu, basis.compute_bytes)
+    return work.scaled(1 / (basis.gpu.peak_tflops * 1e12 * basis.efficiency))._replace(traffic_bytes=0.0)
 
 
 def _tokens(dims: DiTConfig, bucket: Bucket) -> int:
@@ -320,103 +360,58 @@ def _tokens(dims: DiTConfig, bucket: Bucket) -> int:
         raise UserError(f"size {bucket}: {error}") from None
 
 
-def _held_out_flops(config: TrainConfig, dims: DiTConfig, sizes: Sequence[Size]) -> float:
+def _held_out_work(config: TrainConfig, dims: DiTConfig, sizes: Sequence[Size]) -> Work:
     if config.eval is None:
-        return 0.0
+        return Work(0, 0, 0, 0)
     evaluations = 1 + -(-config.max_steps // config.eval.every_steps)
-    one = sum(share * forward_flops(dims, Shape(1, _tokens(dims, bucket)), config.lora) for bucket, share in sizes)
-    return one * HELD_OUT_PASSES * config.eval.num_clips * evaluations
+    passes = HELD_OUT_PASSES * config.eval.num_clips * evaluations
+    parts = (forward_work(dims, Shape(1, _tokens(dims, bucket)), config.lora).scaled(share) for bucket, share in sizes)
+    return Work(*map(sum, zip(*parts, strict=True))).scaled(passes)
 
 
-def _encode_seconds(gpu: Gpu, sizes: Sequence[Size]) -> float:
-    """Seconds of VAE encoding of a mean sample: 4.2 + 12.6 a further latent frame, by area (wan22.md, section 3)."""
-
-    def work(bucket: Bucket) -> float:
-        return (4.2 + 12.6 * ((bucket.frames - 1) // 4)) * bucket.height * bucket.width
-
-    return gpu.encode_seconds * sum(share * work(bucket) for bucket, share in sizes) / work(ENCODE_REFERENCE)
+def _encode_days(gpu: Gpu, mode: VaeMode, sizes: Sequence[Size], num_samples: int, num_gpus: int) -> float:
+    tflop = sum(share * vae_encode_tflop(bucket.width, bucket.height, bucket.frames) for bucket, share in sizes)
+    return num_samples * gpu.encode_seconds(mode, tflop) / num_gpus / DAY_SECONDS
 
 
-# A plan for people and for programs. Importing it imports no torch.
+def _suggestions(basis: Basis, chosen: Setting, encode_days: float, encode_fast: float) -> list[str]:
+    """What would shorten both stages, with figures, the largest gain in days first."""
+    config, found = basis.config, []
+    days = chosen.days(config.max_steps)
 
+    def other(sizes: Sequence[Size], **changes: Any) -> float:
+        tried = basis._replace(config=config.model_copy(update=changes), sizes=tuple(sizes))
+        with contextlib.suppress(UserError):
+            return cost(tried, chosen.mesh, "", _choices(tried, chosen.mesh)[_own_name(config)]).days(config.max_steps)
+        return days
 
-def as_json(plan: Estimate) -> dict[str, Any]:
-    """The plan as JSON values."""
-
-    def setting(value: Setting | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        memory = value.memory and value.memory._asdict() | {"total": value.memory.total}
-        exchange = value.exchange._asdict() | {"share": value.exchange_share}
-        return value._asdict() | {"memory": memory, "mesh": value.mesh._asdict(), "exchange": exchange}
-
-    values = plan._asdict()
-    values["gpu"] = plan.gpu._asdict()
-    values["sizes"] = [{"size": str(size.bucket), "share": size.share} for size in plan.sizes]
-    values["settings"] = [setting(value) for value in plan.settings]
-    values["layouts"] = [setting(value) for value in plan.layouts]
-    values["chosen"], values["fastest"] = setting(plan.chosen), setting(plan.fastest)
-    return values
-
-
-def describe_estimate(plan: Estimate, origin: str = "as given") -> list[str]:
-    """The plan for people, a line an entry."""
-    gpu = plan.gpu
-    sizes = ", ".join(f"{size.bucket} ({size.share:.0%})" for size in plan.sizes)
-    lines = [
-        f"{plan.num_gpus} × {gpu.name}: {gpu.peak_tflops:g} TFLOP/s {gpu.precision} peak and {gpu.memory_gib:g} GiB "
-        f"each; efficiency {plan.efficiency:.0%} (an estimate)",
-        f"sizes, {origin}: {sizes}",
-        "",
-        f"{'checkpointing':<26}{'memory':>10}  {'fits':<5}{'TFLOP/step':>11}{'at 100 %':>11}{'s/step':>9}{'days':>8}",
-    ]
-    for setting in plan.settings:
-        memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
-        fits = {True: "yes", False: "no", None: "?"}[setting.fits]
-        mark = " ◀ configured" if setting is plan.chosen else ""
-        mark += " ◀ fastest" if setting is plan.fastest else ""
-        days = plan.num_steps * setting.seconds / DAY_SECONDS
-        lines.append(
-            f"{setting.name:<26}{memory:>10}  {fits:<5}{setting.step_flops / 1e12:>11,.0f}"
-            f"{setting.seconds_at_peak:>9.2f} s{setting.seconds:>9.2f}{days:>8.2f}{mark}"
-        )
-    lines += ["", *describe_layouts(plan), *describe_memory(plan.chosen), ""]
-    lines += [
-        f"training: {plan.train_days:.2f} days, of which the held-out loss takes {plan.held_out_share:.1%}",
-        f"stage 1 before it: {plan.encode_days:.2f} days to encode {plan.encode_samples:,} samples on the same GPUs "
-        f"(an estimate; `wanprep plan` knows more)",
-    ]
-    return lines + [f"note: {note}" for note in plan.notes]
-
-
-def describe_layouts(plan: Estimate) -> list[str]:
-    """What else the same GPUs could do, and what is exchanged; nothing for one GPU."""
-    if plan.num_gpus == 1:
-        return []
-    words = ("layout, same checkpointing", "memory", "fits", "s/step", "exchanged", "of the step")
-    lines = ["{:<30}{:>10}  {:<5}{:>9}{:>12}{:>12}".format(*words)]
-    for setting in (plan.chosen, *plan.layouts):
-        memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
-        fits = {True: "yes", False: "no", None: "?"}[setting.fits]
-        moved = f"{setting.exchange.total_bytes / 1e9:,.2f} GB"
-        mark = " ◀ configured" if setting is plan.chosen else ""
-        lines.append(
-            f"{setting.mesh!s:<30}{memory:>10}  {fits:<5}{setting.seconds:>9.2f}{moved:>12}"
-            f"{setting.exchange_share:>12.1%}{mark}"
-        )
-    bandwidth = f"{plan.gpu.link_gb_per_second:g} GB/s within a machine"
-    if plan.chosen.mesh.num_nodes > 1:
-        bandwidth += f", {plan.gpu.network_gb_per_second:g} between them"
-    return [*lines, f"exchanged a GPU and step, at {bandwidth} (assumed), nothing overlapped", ""]
-
-
-def describe_memory(setting: Setting) -> list[str]:
-    """Memory of a setting, part by part."""
-    if setting.memory is None:
-        return ["memory: not in closed form when the whole model trains"]
-    parts = setting.memory._asdict()
-    lines = [f"memory of {setting.name}: {setting.saves}"]
-    for name, size in parts.items():
-        guess = " (an estimate)" if name == "workspace" else ""
-        lines.append(f"  {name:<10}{size / GIB:>8.2f} GiB{guess}")
-    return lines
+    height, width = SMALL_SIZE
+    if any(size.bucket.height * size.bucket.width > height * width for size in basis.sizes):
+        small = [Size(Bucket(size.bucket.frames, height, width), size.share) for size in basis.sizes]
+        less = days - other(small)
+        share = _encode_days(basis.gpu, "fp32", small, 1, 1) / _encode_days(basis.gpu, "fp32", basis.sizes, 1, 1)
+        found += [
+            (
+                less + encode_days * (1 - share),
+                f"832×480, where the clips are no larger: training {days - less:.2f} days, stage 1 "
+                f"{encode_days * share:.2f}",
+            ),
+            (
+                0.8 * less,
+                f"80 % of the steps at 832×480, then the rest at full size from that LoRA (lora.start_from): training "
+                f"{days - 0.8 * less:.2f} days",
+            ),
+        ]
+    found.append((0.75 * encode_days, f"a quarter of the clips for four epochs: stage 1 {encode_days / 4:.2f} days"))
+    if encode_fast < 0.9 * encode_days:
+        words = f"encoders.vae_precision=auto: stage 1 {encode_fast:.2f} days, if 16 bits agree with fp32 on this card"
+        found.append((encode_days - encode_fast, words))
+    if basis.compute_bytes == 4:
+        quick = basis._replace(compute_bytes=2)
+        fast = cost(quick, chosen.mesh, "", _choices(quick, chosen.mesh)[_own_name(config)]).days(config.max_steps)
+        found.append((days - fast, f"precision.compute=auto ({basis.gpu.precision}): training {fast:.2f} days"))
+    if not config.model.compile:
+        fast = other(basis.sizes, model=config.model.model_copy(update={"compile": True}))
+        found.append((days - fast, f"model.compile=true: training {fast:.2f} days"))
+    total = max(days + encode_days, 1e-12)
+    return [words for gain, words in sorted(found, key=lambda item: -item[0]) if gain > 0.01 * total]

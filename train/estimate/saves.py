@@ -21,7 +21,7 @@ from train.geometry import SAVE_GROUPS, Shape
 
 Saves = tuple[Collection[str], ...]
 AUTO_SHARE = 0.97
-"""Share of a GPU's memory that `auto` plans with: the workspace within it is an estimate."""
+"""Share of a GPU's free memory that `auto` plans with: the workspace within it is an estimate."""
 
 
 def rank_groups(
@@ -107,8 +107,8 @@ def make_chooser(
     """From the shape of a micro-batch to what each block keeps, for a frozen base.
 
     Args:
-        device_bytes: memory of the GPU, for `auto`; None (a CPU) keeps everything.
-        base_shards: ranks that one copy of the base is spread over.
+        device_bytes: memory of the GPU that the run can use, for `auto`; None (a CPU) keeps everything.
+        base_shards: ranks that one copy of the base is sharded over.
         ulysses: ranks that share a sample's tokens; shapes are what one of them holds.
     Raises (when called): UserError where not even the least fits, with what would.
     """
@@ -160,14 +160,14 @@ def _refuse_device(shape: Shape, need: Memory, limit: int) -> Saves:
         fix = f"data.micro_batch: 1 (it is {shape.batch}); " + fix
     raise UserError(
         f"{shape.batch} samples of {shape.tokens:,} tokens need {need.total / GIB:.1f} GiB with every block recomputed",
-        expected=f"at most {limit / GIB:.1f} GiB, {AUTO_SHARE:.0%} of what this GPU has",
+        expected=f"at most {limit / GIB:.1f} GiB, {AUTO_SHARE:.0%} of what is free on this GPU",
         fix=fix,
     )
 
 
 def _frozen_base(config: TrainConfig) -> LoRAConfig:
     if config.lora is None:
-        raise ValueError("the whole model trains (lora: null): its activations are autograd's, not in closed form")
+        raise ValueError("every weight trains (lora: null): its activations are autograd's, not in closed form")
     return config.lora
 
 

@@ -1,7 +1,7 @@
-"""How a rank ends badly, in words that outlive it. Importing this imports no torch.
+"""The record that a failing rank leaves. Importing this imports no torch.
 
 A rank that fails leaves one JSON record in the launcher's folder; the launcher reads them all, finds which came first
-and prints that one. Started otherwise (torchrun, srun), a rank has no launcher to tell and prints for itself.
+and prints that one. Started otherwise (torchrun, srun), a rank has no launcher and prints its error itself.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from typing import Literal, NamedTuple, NoReturn
 import click
 
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import EXIT_TEMPORARY, EXIT_USER, SystemFailure, UserError
 
 CRASH_EXIT = 1
-MISTAKE_EXIT = 2
-LOST_EXIT = 75
-"""EX_TEMPFAIL: another rank or machine was lost; the same command goes on from the newest checkpoint."""
+MISTAKE_EXIT = EXIT_USER
+LOST_EXIT = EXIT_TEMPORARY
+"""EX_TEMPFAIL: another rank or machine was lost; the same command resumes from the newest checkpoint."""
 SIGNAL_EXIT = 128
 FOLDER_VARIABLE = "WANTRAIN_LAUNCH"
 """Names the launcher's folder to its ranks."""
 LOG_VARIABLE = "WANTRAIN_LOG"
 """Names a rank's own log to it."""
 LAUNCHER_VARIABLE = "WANTRAIN_LAUNCHER_PID"
+SECRET_VARIABLE = "WANTRAIN_SECRET"  # noqa: S105 - a name
+"""Names a secret that the ranks of a run share: without it nobody finds a key in their store."""
 NOTE_FILE = "failure.json"
-"""What the launcher tells the ranks that are left of one that is not."""
+"""The launcher's note to the remaining ranks about the one that failed."""
 _PR_SET_PDEATHSIG = 1
-Kind = Literal["mistake", "crash", "killed", "lost"]
+Kind = Literal["mistake", "temporary", "crash", "killed", "lost"]
 
 
 class RankLost(Exception):
-    """Another rank is gone or does not arrive: this one is sound and cannot go on."""
+    """Another rank is gone or does not arrive: this one is healthy but cannot continue."""
 
 
 class Failure(NamedTuple):
@@ -50,7 +52,7 @@ class Failure(NamedTuple):
     rank: int
     host: str
     kind: Kind
-    """`lost`: by no fault of its own."""
+    """`lost`: by no fault of its own. `temporary`: a storage or a disk that the same command may find well again."""
     message: str
     """For people; may have several lines."""
     seconds: float
@@ -59,7 +61,7 @@ class Failure(NamedTuple):
     @property
     def exit_code(self) -> int:
         """What the command ends with when this came first; a killed rank's signal decides its own."""
-        return {"mistake": MISTAKE_EXIT, "lost": LOST_EXIT}.get(self.kind, CRASH_EXIT)
+        return {"mistake": MISTAKE_EXIT, "temporary": LOST_EXIT, "lost": LOST_EXIT}.get(self.kind, CRASH_EXIT)
 
     def to_json(self) -> str:
         """One line."""
@@ -82,8 +84,10 @@ def failure_of(error: BaseException) -> Failure:
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, RankLost):
         return own_failure("lost", f"{error}{notes}")
-    if isinstance(error, UserError | PermissionError):
-        return own_failure("mistake", f"{error}{notes}")
+    if isinstance(error, OSError) and error.errno is not None:
+        error = SystemFailure(error)
+    if isinstance(error, UserError):
+        return own_failure("mistake" if error.exit_code == MISTAKE_EXIT else "temporary", f"{error}{notes}")
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f"\n  raised in {Path(frame.filename).name}, line {frame.lineno}" for frame in last)
     return own_failure("crash", f"{type(error).__name__}: {error}{where}{notes}")
@@ -96,10 +100,10 @@ def launch_folder() -> Path | None:
 
 
 def record(failure: Failure) -> None:
-    """Leave a failure for the launcher, once: what came first stays. Without a launcher, print it."""
+    """Record a failure for the launcher, once: the first one stays. Without a launcher, print it."""
     folder = launch_folder()
     if folder is None:
-        if failure.kind == "lost":  # the others are printed on their own way out
+        if failure.kind == "lost":  # the others are printed by the command line
             click.echo(f"error: rank {failure.rank}: {failure.message}", err=True)
         return
     path = folder / f"rank-{failure.rank}.json"
@@ -115,7 +119,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_note() -> Failure | None:
-    """What the launcher says of a rank of this machine that failed."""
+    """The launcher's note about a failed rank of this machine."""
     folder = launch_folder()
     if folder is None or not (folder / NOTE_FILE).exists():
         return None
@@ -123,10 +127,9 @@ def read_note() -> Failure | None:
 
 
 class Reported:
-    """Around a rank's work: an error is left for the launcher, and its own words go to the rank's log instead.
+    """Around a rank's work: an error is recorded for the launcher, and the traceback goes to the rank's log.
 
     Under a launcher the process also ends when the launcher does, however that ends.
-
     """
 
     def __enter__(self) -> None:
@@ -146,7 +149,7 @@ class Reported:
 
 
 def end_now(code: int) -> NoReturn:
-    """End without the interpreter's own end, where threads of gloo and NCCL hang or abort."""
+    """End without the interpreter's shutdown, in which threads of gloo and NCCL hang or abort."""
     for handler in LOG.handlers:
         handler.flush()
     sys.stdout.flush()
@@ -158,12 +161,12 @@ def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent is gone (Linux; elsewhere the launcher's own end does)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the kernel was asked
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(LOST_EXIT)
 
 
 def speak_into_log() -> None:
-    """Under a launcher: from now on into the rank's own log, since the launcher tells the terminal what matters."""
+    """Under a launcher: send standard error to the rank's own log; the launcher prints what matters."""
     log = os.environ.get(LOG_VARIABLE)
     if log is not None:
         sys.stderr.flush()
@@ -172,7 +175,7 @@ def speak_into_log() -> None:
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
-    """The failure that the others follow from: the earliest of those that lost nobody else first."""
+    """The failure that caused the others: the earliest that is not itself the loss of another rank."""
     return min(failures, key=lambda failure: (failure.kind == "lost", failure.seconds))
 
 
@@ -185,10 +188,10 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def describe_signal(number: int) -> str:
-    """A signal in words, with what usually sends it."""
+    """A signal's name, with what usually sends it."""
     name = signal.Signals(number).name
     hint = {
-        signal.SIGKILL: "; if nobody did that, the machine ran out of memory (`dmesg` names the process)",
+        signal.SIGKILL: "; if no person did that, the machine ran out of memory (`dmesg` names the process)",
         signal.SIGBUS: "; shared memory may be full (`df /dev/shm`)",
     }.get(signal.Signals(number), "")
     return f"{name}{hint}"

@@ -1,11 +1,11 @@
-"""`wantrain fit --nproc-per-node N`: one process a GPU of this machine, and nobody left behind. Imports no torch.
+"""`wantrain fit --nproc-per-node N`: a process for each GPU of this machine, and none left behind. Imports no torch.
 
     launcher ─┬─ rank 0   the terminal, logs/rank-0.log
               ├─ rank 1   logs/rank-1.log
               └─ …        one session each, killed with all its children
 
-A rank that fails ends all: the launcher notes why for the ranks that are left (they pass it on to other machines),
-gives them a moment to leave, kills what remains and prints the first cause. A signal is passed on, so that the ranks
+A rank that fails ends all: the launcher writes the cause for the remaining ranks (they pass it on to other machines),
+gives them a moment to end, kills what remains and prints the first cause. A signal is passed on, so that the ranks
 write a checkpoint together; after the grace time, or at a second Ctrl-C, everything is killed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,12 +28,14 @@ from typing import NamedTuple
 
 import click
 
+from shards.console import LOG
 from shards.errors import UserError
 from train.launch.failure import (
     FOLDER_VARIABLE,
     LAUNCHER_VARIABLE,
     LOG_VARIABLE,
     NOTE_FILE,
+    SECRET_VARIABLE,
     SIGNAL_EXIT,
     Failure,
     describe_signal,
@@ -45,12 +48,12 @@ from train.launch.failure import (
 
 LOOK_SECONDS = 0.1
 FAILURE_LEAVE_SECONDS = 10.0
-"""How long ranks may take to pass a failure on to other machines and leave."""
+"""How long ranks may take to pass a failure on to other machines and end."""
 LOOPBACK = "127.0.0.1"
 
 
 class Place(NamedTuple):
-    """Which part of a run this launcher starts."""
+    """The part of a run that this launcher starts."""
 
     num_here: int
     """Processes of this machine."""
@@ -82,6 +85,12 @@ def make_place(processes: str, num_nodes: int, node: int | None, master: str | N
         raise UserError(f"--nnodes {num_nodes} needs --node-rank and --master HOST:PORT, on every machine its own rank")
     if not 0 <= (node or 0) < num_nodes:
         raise UserError(f"--node-rank {node}: there are {num_nodes} machines", expected=f"0 to {num_nodes - 1}")
+    if num_nodes > 1 and SECRET_VARIABLE not in os.environ:
+        LOG.warning(
+            "%s is not set: whoever reaches %s can disturb the run (docs/how-to/many-gpus.md)",
+            SECRET_VARIABLE,
+            master,
+        )
     if master is not None:
         host, _, port = master.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -105,7 +114,7 @@ def _count_gpus() -> int:
 
 
 def launch(command: Sequence[str], place: Place, folder: Path, grace_seconds: float) -> int:
-    """Run a command in every process, see to their end, and return the exit code of it all.
+    """Run a command in every process until all have ended, and return the exit code of the run.
 
     Args:
         command: program and arguments; it knows its rank from the environment (RANK, WORLD_SIZE, MASTER_ADDR …).
@@ -124,14 +133,19 @@ def launch(command: Sequence[str], place: Place, folder: Path, grace_seconds: fl
 class _Launcher:
     def __init__(self, place: Place, folder: Path, scratch: Path, grace_seconds: float) -> None:
         self._place, self._folder, self._scratch, self._grace = place, folder, scratch, grace_seconds
+        # One machine: gloo and NCCL talk over the loopback alone, and the store has a secret of this run.
+        self._loopback = {SECRET_VARIABLE: secrets.token_hex(16)}
+        if Path("/sys/class/net/lo").exists():
+            names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+            self._loopback |= {name: os.environ.get(name, "lo") for name in names}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: dict[int, Failure] = {}
         self._killed: list[int] = []
         self._asked: signal.Signals | None = None
-        """Signal that a stop was asked with."""
+        """The signal that asked for the stop."""
         self._at_once = False
         self._deadline: float | None = None
-        """When what is left is killed."""
+        """When the remaining processes are killed."""
 
     def start(self, command: Sequence[str]) -> None:
         (self._folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -165,8 +179,9 @@ class _Launcher:
 
     def _environment(self, rank: int, local: int, host: str, port: int) -> dict[str, str]:
         place = self._place
+        here = self._loopback if place.num_nodes == 1 else {}
         threads = max(1, (os.cpu_count() or 1) // place.num_here)
-        return {
+        return here | {
             "RANK": str(rank),
             "WORLD_SIZE": str(place.world_size),
             "LOCAL_RANK": str(local),
@@ -229,23 +244,23 @@ class _Launcher:
         return max(codes, default=SIGNAL_EXIT + (self._asked or 0))
 
     def _has_ended(self, rank: int, process: subprocess.Popen[bytes]) -> bool:
-        """Look after one process: what it leaves when it ends is its failure, if it failed, and no child."""
+        """Whether one process has ended; then its failure, if any, is recorded and its children are killed."""
         if process.returncode is not None:
             return True
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
-        _kill_group(process.pid)  # not reaped yet: the number is still its own
+        _kill_group(process.pid)  # not reaped yet: the number is not reused
         code = process.wait()
         if code == 0 or code > SIGNAL_EXIT:  # above 128: stopped by a signal, with a checkpoint
             return True
         failure = self._failure(rank, code)
         self._tell(failure)
-        if code != -(self._asked or 0):  # else it had not come to the point of handling the signal
+        if code != -(self._asked or 0):  # else it had no signal handler yet
             self._failures[rank] = failure
         return True
 
     def _look_for_records(self) -> None:
-        """A rank that has left its word may still hang on its way out."""
+        """A rank that recorded its failure may still hang while it ends."""
         for record in self._scratch.glob("rank-*.json"):
             self._tell(failure_from_json(record.read_text(encoding="utf-8")))
 
@@ -261,7 +276,7 @@ class _Launcher:
             return failure_from_json(record.read_text(encoding="utf-8"))
         if code < 0:
             return own_failure("killed", f"rank {rank} was killed by {describe_signal(-code)}", rank)
-        return own_failure("crash", f"rank {rank} ended with code {code} and left no word; see its log", rank)
+        return own_failure("crash", f"rank {rank} ended with code {code} and left no message; see its log", rank)
 
     def _report(self) -> int:
         """Print the first cause on top, and what to do; the exit code."""
@@ -275,7 +290,7 @@ class _Launcher:
         elif others:
             lines.append(f"  then:     {name_ranks(others)} here ended, {time.time() - cause.seconds:.1f} s later")
         if cause.kind != "mistake":
-            lines.append("  to fix:  see why; then the same command goes on from the newest checkpoint")
+            lines.append("  to fix:  see why; then the same command resumes from the newest checkpoint")
         click.echo("\n".join(lines), err=True)
         return SIGNAL_EXIT - self._processes[cause.rank].returncode if cause.kind == "killed" else cause.exit_code
 
@@ -288,7 +303,7 @@ class _Launcher:
         return SIGNAL_EXIT + signal.SIGKILL
 
     def kill(self) -> None:
-        """End every process that is left, with its children, at once."""
+        """Kill every remaining process with its children, at once."""
         for process in self._processes.values():
             if process.returncode is None:
                 _kill_group(process.pid)
@@ -296,19 +311,19 @@ class _Launcher:
 
 
 def _kill_group(number: int) -> None:
-    """Kill a process and its children; `number` is not reaped yet, so that it is nobody else's."""
+    """Kill a process and its children; `number` is not reaped yet, so no other process has it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(number, signal.SIGKILL)
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:
     """`wantrain` with these arguments, as this interpreter runs it."""
-    # -P: a file train.py in the user's folder must not stand in for the package.
+    # -P: a file train.py in the user's folder must not be imported instead of the package.
     return [sys.executable, "-P", "-m", "train.cli", *arguments]
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
+    """A free TCP port of the loopback."""
     with socket.socket() as found:
         found.bind((LOOPBACK, 0))
         return int(found.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Where every rank of a run is, read twice: who is absent, silent, behind. Importing this imports no torch."""
+"""Where every rank of a run is, read twice: which are absent, silent, behind. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ from train.launch.failure import name_ranks
 
 
 class Beat(NamedTuple):
-    """What a rank says of itself."""
+    """What a rank reports of itself."""
 
     number: int
-    """Grows with every word: a rank whose number stands still is silent."""
+    """Grows with every heartbeat: a rank whose number does not change is silent."""
     host: str
     step: int
     part: str
-    """Of the step, in words."""
+    """The part of the step."""
     arrivals: int
-    """Places come through: the same program on every rank, so fewer means behind."""
+    """Places passed: the program is the same on every rank, so fewer means behind."""
+    waits: bool = False
+    """Waits for storage."""
 
 
 class RankStatus(NamedTuple):
     """What one reading of all ranks shows."""
 
     absent: list[int]
-    """Never heard of."""
+    """Never connected."""
     silent: dict[int, Beat]
     behind: dict[int, Beat]
     here: Beat
 
     def describe(self, world_size: int, seconds: float) -> str:
-        """Who did not arrive, where, and what it looks like."""
+        """Which ranks did not arrive, where, and their state."""
         at = f"step {self.here.step}, {self.here.part}"
         lines = [f"{name_ranks([*self.absent, *self.silent, *self.behind])} did not arrive at {at} in {seconds:.0f} s"]
         if not (self.absent or self.silent or self.behind):
             return (
-                f"all {world_size} ranks are at {at}, and for {seconds:.0f} s none goes on: the exchange itself hangs\n"
+                f"all {world_size} ranks are at {at}, none continues for {seconds:.0f} s: the exchange itself hangs\n"
                 "  to fix:  NCCL_DEBUG=INFO shows where; on PCIe machines NCCL_P2P_DISABLE=1 often helps"
             )
         if self.absent:
-            lines.append(f"{name_ranks(self.absent)}: never heard of; was it started, and does it reach MASTER_ADDR?")
+            words = "was it started, with the same WANTRAIN_SECRET, and does it reach MASTER_ADDR?"
+            lines.append(f"{name_ranks(self.absent)}: never connected; {words}")
         for rank, beat in self.silent.items():
             lines.append(
                 f"rank {rank} on {beat.host}: silent, last at step {beat.step}, {beat.part}; its process was killed or "
@@ -54,7 +57,7 @@ class RankStatus(NamedTuple):
 
 
 def compare(before: Sequence[Beat | None], after: Sequence[Beat | None], own_rank: int, here: Beat) -> RankStatus:
-    """Who has never been heard, who has gone silent between two readings, who is behind the farthest."""
+    """Which ranks never connected, which were silent between two readings, which are behind the farthest."""
     absent = [rank for rank, beat in enumerate(after) if beat is None and rank != own_rank]
     known = {rank: beat for rank, beat in enumerate(after) if beat is not None}
     silent = {rank: beat for rank, beat in known.items() if rank != own_rank and beat == before[rank]}

@@ -13,6 +13,7 @@ from shards import __version__
 from shards.config import parse_yaml
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
 from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
 from train.config.model import TI2V_5B
@@ -99,10 +100,9 @@ def export_lora(
         metadata |= export_metadata(identity, found_step, licence, base_of(file))
     elif licence is not None:
         metadata |= {"licence": licence, "modelspec.license": licence}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".writing-{out.name}")
-    save_lora(temporary, tensors, metadata)
-    temporary.rename(out)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save_lora(out, tensors, metadata)
     return metadata
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from shards.config import parse_yaml, validate_config
 from shards.console import LOG
 from shards.errors import UserError
+from train.checkpoint import write_tensors
 from train.config.model import LoRAConfig
 from train.lora.targets import BLOCK_LINEARS
 from train.model.load import diffusers_key
@@ -290,10 +291,8 @@ def save_lora(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str
 
     A `lora_adapter_metadata` of the source is left out: its scale is in B now, and diffusers would apply it twice.
     """
-    from safetensors.torch import save_file
-
     kept = {name: value for name, value in metadata.items() if name != "lora_adapter_metadata"}
-    save_file(tensors, path, metadata={"format": "pt", **kept})
+    write_tensors(path, tensors, {"format": "pt", **kept})
 
 
 def name_tensors(

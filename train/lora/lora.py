@@ -52,7 +52,7 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """Base and update in x's dtype; the multiplication applies the scale."""
         out = super().forward(x)
-        scale = self.scale
+        scale = self.scale * self.output_scale
         if self.training and self.dropout:
             if dropout is None:
                 raise ValueError("LoRA dropout in training needs dropout_key_B: one int64 a sample")

@@ -18,6 +18,8 @@ from train.device import DeviceInfo
 MAX_MATH_SCORES = 1024 * 1024
 """Query tokens × key tokens up to which a GPU may use the "math" kernel: 4 MiB a head in fp32."""
 MAX_FUSED_HEAD_DIM = 256
+LAST_WRONG_CUDNN = 91500
+"""cuDNN up to 9.15.0 reads out of bounds where 128 does not divide the length (pytorch #169849, #171627)."""
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -35,14 +37,14 @@ class Backend(NamedTuple):
 def choose_backend(facts: DeviceInfo, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
     """Kernels for self-attention over `num_tokens` on a device.
 
-    cuDNN then flash on Hopper and later, flash on Ampere and Ada, memory-efficient below and for fp32; the CPU's own
-    choice is left alone. "math" is offered on a GPU only up to MAX_MATH_SCORES.
+    cuDNN (above 9.15.0) then flash on Hopper and later, flash on Ampere and Ada, memory-efficient below and for fp32;
+    the CPU's own choice is left alone. "math" is offered on a GPU only up to MAX_MATH_SCORES.
 
     Raises: UserError where a GPU would be left with "math" at a size beyond that.
     """
     if facts.kind != "cuda" or facts.capability is None:
         return Backend((), f"{facts.kind} kernels store no scores or are small")
-    kernels, reason = _fused_kernels(facts.capability, dtype, head_dim)
+    kernels, reason = _fused_kernels(facts.capability, facts.cudnn, dtype, head_dim)
     if num_tokens * num_tokens <= MAX_MATH_SCORES:
         return Backend((*kernels, SDPBackend.MATH), f"{reason}; math allowed at {num_tokens:,} tokens")
     if not kernels:
@@ -57,7 +59,7 @@ def choose_backend(facts: DeviceInfo, dtype: torch.dtype, num_tokens: int, head_
 
 
 def _fused_kernels(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int
+    capability: tuple[int, int], cudnn: int, dtype: torch.dtype, head_dim: int
 ) -> tuple[tuple[SDPBackend, ...], str]:
     architecture = f"sm_{capability[0]}{capability[1]}"
     if head_dim > MAX_FUSED_HEAD_DIM or head_dim % 8 or dtype not in _NAMES:
@@ -69,7 +71,7 @@ def _fused_kernels(
     if capability < (8, 0):
         return (SDPBackend.EFFICIENT_ATTENTION,), f"fp16 on {architecture}, which has no flash kernel"
     fused = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    if capability >= (9, 0) and head_dim <= 128:
+    if capability >= (9, 0) and head_dim <= 128 and cudnn > LAST_WRONG_CUDNN:
         return (SDPBackend.CUDNN_ATTENTION, *fused), f"{_name(dtype)} on {architecture}"
     return fused, f"{_name(dtype)} on {architecture}"
 

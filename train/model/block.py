@@ -9,7 +9,7 @@ modulation rows a sample: one (t), or two (first frame's, then t). Precision as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,17 @@ BlockRunner = Callable[[int, "Block", Tensor, BlockInputs], Tensor]
 class Linear(nn.Linear):
     """A linear that computes in its input's dtype, whatever dtype its weight is kept in."""
 
+    output_scale = 1.0
+    """A power of two that the output is multiplied by before it is rounded, so that fp16 holds it. Set on the linears
+    ahead of a residual only, where the float32 gate divides by it again (train/precision.py, fold_outputs)."""
+
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """x W' + b. `dropout` is for the subclass that adds a LoRA."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.output_scale == 1 or bias is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        rows, scale = x.flatten(0, -2), self.output_scale
+        return torch.addmm(bias, rows, self.weight.to(x.dtype).t(), beta=scale, alpha=scale).unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):
@@ -107,7 +114,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.self_attn = Attention(config, dtype)
-        # norm3 stands before the cross-attention; norm1 and norm2 have no parameters.
+        # norm3 comes before the cross-attention; norm1 and norm2 have no parameters.
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps, dtype=torch.float32)
         self.cross_attn = Attention(config, dtype)
         self.ffn = nn.Sequential(
@@ -130,9 +137,11 @@ class Block(nn.Module):
         dtype = inputs.text_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + inputs.rows_BR6D).unbind(2)
         y_BLD = modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
+        gate1 = gate1 / self.self_attn.o.output_scale
+        gate2 = gate2 / cast(Linear, self.ffn[2]).output_scale
         x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, inputs, rotated=True), gate1, inputs.num_first)
-        y_BLD = self.norm3(x_BLD).to(dtype)
-        x_BLD = x_BLD + self.cross_attn(y_BLD, inputs.text_BSD, inputs, rotated=False)
+        y_BLD = self.cross_attn(self.norm3(x_BLD).to(dtype), inputs.text_BSD, inputs, rotated=False)
+        x_BLD = torch.add(x_BLD, y_BLD, alpha=1 / self.cross_attn.o.output_scale)
         y_BLD = modulate(x_BLD, shift2, scale2, inputs.num_first, eps=self.eps, dtype=dtype)
         y_BLD = self.ffn[2](self.ffn[1](self.ffn[0](y_BLD, inputs.dropout)), inputs.dropout)
         return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)
@@ -159,7 +168,7 @@ def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) ->
 
 
 def split_first(x_BLD: Tensor, num_first: int) -> tuple[Tensor, ...]:
-    """The first frame's tokens and the rest. A split: the gradient of a slice would be as large as the whole, twice."""
+    """The first frame's tokens and the rest. A split: the gradient of a slice would be as large as the input, twice."""
     return x_BLD.split((num_first, x_BLD.shape[1] - num_first), dim=1)
 
 

@@ -23,6 +23,7 @@ from train.config.model import DiTConfig
 from train.device import device_info
 from train.model.attention import Backend, choose_backend
 from train.model.block import Block, BlockInputs, BlockRunner, DropoutKey, Linear, modulate, run_plain, run_recomputed
+from train.model.kernels import probed
 from train.model.patchify import num_patch_channels, patchify, token_grid, unpatchify
 from train.model.rope import rope_table
 from train.parallel.ulysses import Ulysses, gather, pad_tokens
@@ -204,8 +205,9 @@ def check_inputs(
 
 @lru_cache(maxsize=64)
 def backend_for(device: torch.device, dtype: torch.dtype, num_tokens: int, head_dim: int) -> Backend:
-    """`choose_backend` for a real device."""
-    return choose_backend(device_info(device), dtype, num_tokens, head_dim)
+    """`choose_backend` for a real device, its kernels probed."""
+    chosen = choose_backend(device_info(device), dtype, num_tokens, head_dim)
+    return probed(chosen, device, dtype, num_tokens, head_dim)
 
 
 def build_model(
@@ -220,7 +222,7 @@ def build_model(
 
     Args:
         dtype: what linears and attention compute in; the float32 islands stay float32.
-        param_dtype: what their weights are kept in; float32 for training the whole model. None takes `dtype`.
+        param_dtype: what their weights are kept in; float32 for training every weight. None takes `dtype`.
         seed: random weights from this seed; None leaves them unset, for `weights.load_dit`.
     """
     with torch.device("meta"):
@@ -240,7 +242,7 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
     As the official initialisation (Wan model.py, init_weights): Xavier for linears, 0.02 for the embeddings, zero
     biases, but for the head, whose published zeros let no gradient through and make every untrained model alike.
 
-    A LoRA is left as it is; of a base that is spread over ranks each takes its own rows of the same numbers.
+    A LoRA is left as it is; of a base that is sharded over ranks each takes its own rows of the same numbers.
     """
     from train.parallel.fsdp import local_shard
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shards.config import validate_config
 from shards.errors import UserError
 from shards.files.safetensors_index import indexed_files, read_object
+from train.checkpoint import write_tensors
 from train.config.model import DiTConfig
 from train.parallel.fsdp import local_shard
 
@@ -37,7 +38,7 @@ _TO_DIFFUSERS = (
     (r"\.cross_attn\.o\.", ".attn2.to_out.0."),
     (r"\.self_attn\.norm_", ".attn1.norm_"),
     (r"\.cross_attn\.norm_", ".attn2.norm_"),
-    # The official norm3 stands before the cross-attention; Diffusers calls that one norm2.
+    # The official norm3 comes before the cross-attention; Diffusers calls that one norm2.
     (r"\.norm3\.", ".norm2."),
     (r"\.ffn\.0\.", ".ffn.net.0.proj."),
     (r"\.ffn\.2\.", ".ffn.net.2."),
@@ -55,7 +56,7 @@ def diffusers_key(official: str) -> str:
 def load_dit(model: nn.Module, path: str | Path) -> None:
     """Copy a checkpoint into a model that exists, one tensor at a time, into each parameter's own dtype and device.
 
-    Of a base that is spread over ranks (train/parallel/fsdp.py) each rank reads its own rows alone.
+    Of a base that is sharded over ranks (train/parallel/fsdp.py) each rank reads only its own rows.
 
     Args:
         path: an official folder (`Wan2.2-TI2V-5B`: shards with an index), a Diffusers one (with or without its
@@ -138,7 +139,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file}: not a whole safetensors file: {error}", fix="download or write the file again"
+            f"{file}: not a complete safetensors file: {error}", fix="download or write the file again"
         ) from None
 
 
@@ -215,11 +216,9 @@ def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = 
 
     The model's sizes go into the file's metadata, where `read_dit_config` finds them.
     """
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in base_parameters(model).items()}
     config: DiTConfig = model.config  # type: ignore[assignment]
-    save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: config.model_dump_json(), **(metadata or {})})
+    header = {"format": "pt", CONFIG_KEY: config.model_dump_json(), **(metadata or {})}
+    write_tensors(path, base_parameters(model), header)
 
 
 def read_dit_config(path: str | Path) -> DiTConfig:
@@ -239,7 +238,7 @@ def read_dit_config(path: str | Path) -> DiTConfig:
         return validate_config(DiTConfig, json.loads(own), origin=str(files[0]))
     config_file = files[0].parent / "config.json"
     if not config_file.is_file():
-        raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's whole folder")
+        raise UserError(f"{path}: no config.json beside the weights", expected="the checkpoint's complete folder")
     places = find_tensors(path)
     refuse_other_wan(path, places)
     return _parse_config(read_object(config_file), places, config_file)

@@ -64,7 +64,7 @@ def _angles(place_L: Tensor, size: int) -> Tensor:
 def rotate(
     x_BLNK: Float[Tensor, "b l n k"], cos: Float[Tensor, "l 1 k"], sin: Float[Tensor, "l 1 k"]
 ) -> Float[Tensor, "b l n k"]:
-    """Turn each pair of channels by its token's angle, float32 (Wan model.py, rope_apply, without complex numbers)."""
+    """Rotate each pair of channels by its token's angle, float32 (Wan model.py, rope_apply, in real numbers)."""
     even, odd = x_BLNK.unflatten(-1, (-1, 2)).unbind(-1)
     swapped = torch.stack([odd, even], dim=-1).flatten(-2)
     return torch.addcmul(x_BLNK * cos, swapped, sin)

@@ -1,11 +1,11 @@
-"""The frozen base spread over ranks by FSDP2: a block's weights are gathered when it runs, and let go of again.
+"""The frozen base sharded over ranks by FSDP2: a block's weights are gathered when it runs, and freed after it.
 
-Only blocks are spread: embeddings and head, 2 % of the real model, stay whole on every rank. So do the LoRA's weights,
-which are plain tensors that FSDP2 is told to ignore: their gradients are summed once an optimizer step, like any
+Only blocks are sharded: embeddings and head, 2 % of the real model, are replicated on every rank. So are the LoRA's
+weights, plain tensors that FSDP2 ignores: their gradients are summed once an optimizer step, like any
 (train/parallel/ranks.py), and optimizers, clipping and checkpoints see no shard. Nothing of the base is ever reduced.
 
-The model is built without memory (`meta`), spread, and then each rank makes room for its own rows alone and reads or
-draws them: no rank holds the whole model at any time.
+The model is built without memory (`meta`), sharded, and then each rank allocates its local shards only and reads or
+draws them: no rank holds the full model at any time.
 """
 
 from __future__ import annotations
@@ -24,32 +24,31 @@ if TYPE_CHECKING:
 
 
 def shard_base(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
-    """Spread a model that was built on `meta`, its LoRA injected, over a mesh of one axis, and make room for its parts.
+    """Shard a model that was built on `meta`, LoRA injected, over a mesh of one axis, and allocate the local shards.
 
     Weights are unset afterwards: see `weights.load_dit`, `model.init_random`, `lora.reset`.
 
     Args:
-        mesh: the ranks that one copy of the base is spread over. Other copies are other ranks' business: what never
-            changes needs no word between them.
-        device: where blocks are computed and all that is whole is kept.
-        offload: keep the parts in the host's memory; slower, and a card then holds little more than one block.
+        mesh: the ranks that one copy of the base is sharded over. Copies exchange nothing: the base never changes.
+        device: where blocks are computed and what is replicated is kept.
+        offload: keep the shards in the host's memory; slower, and a GPU then holds little more than one block.
     Raises: ValueError for a model with memory already, or one whose base trains.
     """
     if any(not weight.is_meta for weight in model.parameters()):
-        raise ValueError("spread wants a model on the meta device: else every rank would hold it whole first")
+        raise ValueError("shard_base needs a model on the meta device: else every rank would hold all of it first")
     adapters = {weight for name, weight in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
     if any(weight.requires_grad for weight in model.parameters() if weight not in adapters):
-        raise ValueError("spread wants a frozen base: gradients of shards are not reduced")
+        raise ValueError("shard_base needs a frozen base: gradients of shards are not reduced")
     # cast_forward_inputs would round the timestep to the compute dtype: 713.25 becomes 712 in bfloat16.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     host = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    whole = adapters | {weight for name, weight in model.named_parameters() if not name.startswith("blocks.")}
-    for module in (*model.blocks, model):  # the model itself holds no shard; it is the root that orders the gathers
-        fully_shard(module, mesh=mesh, ignored_params=whole, mp_policy=policy, offload_policy=host)
-    _make_room(model, device, torch.device("cpu") if offload else device)
+    replicated = adapters | {weight for name, weight in model.named_parameters() if not name.startswith("blocks.")}
+    for module in (*model.blocks, model):  # the model itself holds no shard; as the root it orders the gathers
+        fully_shard(module, mesh=mesh, ignored_params=replicated, mp_policy=policy, offload_policy=host)
+    _allocate(model, device, torch.device("cpu") if offload else device)
 
 
-def _make_room(model: nn.Module, device: torch.device, shard_device: torch.device) -> None:
+def _allocate(model: nn.Module, device: torch.device, shard_device: torch.device) -> None:
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             place = shard_device if isinstance(weight, DTensor) else device
@@ -58,7 +57,7 @@ def _make_room(model: nn.Module, device: torch.device, shard_device: torch.devic
 
 
 def local_shard(weight: Tensor) -> tuple[Tensor, slice]:
-    """What of a parameter this rank holds, sharing its memory, and which rows of the whole these are."""
+    """The local shard of a parameter, sharing its memory, and which rows of the full parameter it is."""
     if not isinstance(weight, DTensor):
         return weight, slice(0, weight.shape[0] if weight.ndim else None)
     rank, size = weight.device_mesh.get_local_rank(), weight.device_mesh.size()

@@ -1,9 +1,9 @@
-"""Many processes, one run: who is who, what each one takes, and the few words they exchange.
+"""Many processes, one run: their layout, each one's share of the work, and what they exchange.
 
     rank = (replica · shard size + shard) · ulysses + place in the sequence
 
-Ranks that share a sample's tokens (Ulysses) are neighbours, and so are those that one copy of the frozen base is spread
-over. A step's slots are dealt to the groups of `ulysses` ranks; trained weights are whole on every rank, and their
+Ranks that share a sample's tokens (Ulysses) are neighbours, and so are those that one copy of the frozen base is
+sharded over. A step's slots are divided among the groups of `ulysses` ranks; trained weights are on every rank; their
 gradients are summed over all ranks once an optimizer step: a slot's loss is already divided by the global batch, and
 each rank of a sequence holds a part of its slots' gradients. So a sum is right in every layout, and a mean in none.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shards.errors import UserError
 from train.config.train import ParallelConfig
+from train.launch.failure import LAUNCHER_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Layout:
     world_size: int = 1
     local_rank: int = 0
     base_shards: int = 1
-    """Neighbouring ranks that one copy of the frozen base is spread over; 1: every rank holds it whole."""
+    """Neighbouring ranks that one copy of the frozen base is sharded over; 1: every rank holds all of it."""
     ulysses: int = 1
     """Neighbouring ranks that share the tokens of one sample."""
 
@@ -66,7 +67,7 @@ class Layout:
 
     @property
     def dp_size(self) -> int:
-        """Shares that a step's slots are dealt into."""
+        """Shares that a step's slots are divided into."""
         return self.world_size // self.ulysses
 
     @property
@@ -76,14 +77,14 @@ class Layout:
 
     @property
     def ulysses_rank(self) -> int:
-        """Which stretch of its samples' tokens is this rank's."""
+        """Which part of its samples' tokens is this rank's."""
         return self.rank % self.ulysses
 
     def __str__(self) -> str:
         names = {"replicate": self.replicate, "shard": self.shard, "ulysses": self.ulysses}
         mesh = " × ".join(f"{name} {size}" for name, size in names.items())
-        spread = f", base over {self.base_shards}" if self.base_shards > 1 else ""
-        return f"{self.world_size} processes: {mesh}{spread}"
+        sharded = f", base over {self.base_shards}" if self.base_shards > 1 else ""
+        return f"{self.world_size} processes: {mesh}{sharded}"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -124,13 +125,13 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes what is written once."""
+        """Whether this rank writes the run's files."""
         return self.layout.rank == 0
 
     def reduce_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of all ranks into each one's `.grad`, by one exchange of one flat bucket.
 
-        Called once an optimizer step, before anything is judged: what overflowed on one rank overflows on all.
+        Called once an optimizer step, before the overflow check: what overflowed on one rank overflows on all.
         """
         if self.alone:
             return
@@ -168,7 +169,7 @@ class Ranks:
         return value if self.alone else self.gather(value if self.is_first else None)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's JSON value, by rank."""
+        """The JSON value of every rank, by rank."""
         if self.alone:
             return [value]
         import torch
@@ -185,7 +186,7 @@ class Ranks:
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def base_mesh(self, device_type: str) -> DeviceMesh:
-        """The ranks that this one's copy of the base is spread over. Every rank must call it, at the same place."""
+        """The ranks that this one's copy of the base is sharded over. Every rank must call it, at the same place."""
         from torch.distributed.device_mesh import init_device_mesh
 
         size = self.layout.base_shards
@@ -201,33 +202,40 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def process_group(config: ParallelConfig, world: World, device: torch.device) -> Iterator[World]:
-    """Meet the other processes, at MASTER_ADDR and MASTER_PORT, and part at the end. A group that is there is used.
+def process_group(
+    config: ParallelConfig, world: World, device: torch.device, patience_seconds: float = 0.0
+) -> Iterator[World]:
+    """The process group of the run, met at MASTER_ADDR and MASTER_PORT. An existing one is used as it is.
 
-    Tensors of the CPU are exchanged by gloo, those of a GPU by NCCL. Until `run_pending` the timeout is the long one of
-    the start: it holds loading, channels that are built at their first use, and compiling.
+    Tensors of the CPU are exchanged by gloo, those of a GPU by NCCL. Until `use_step_timeout` the timeout is that
+    of the start: it includes loading, channels that are built at their first use, and compiling.
     """
     import torch.distributed as dist
+
+    from train.launch.heartbeat import open_store
 
     if world.size == 1 or dist.is_initialized():
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=config.start_timeout_seconds + WATCH_MARGIN_SECONDS)
-    options = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)  # type: ignore[arg-type]
+    seconds = config.start_timeout_seconds + patience_seconds + WATCH_MARGIN_SECONDS
+    timeout = datetime.timedelta(seconds=seconds)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    if LAUNCHER_VARIABLE in os.environ:
+        options["store"] = open_store(world.rank, world.size, timeout)
+    dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, **options)
     try:
         yield world
     finally:
         dist.destroy_process_group()
 
 
-def run_pending(config: ParallelConfig) -> None:
-    """From here on exchanges take the shorter timeout of a step."""
+def use_step_timeout(config: ParallelConfig, patience_seconds: float) -> None:
+    """From here on exchanges have the shorter timeout of a step, and of a storage that another rank waits for."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        timeout = datetime.timedelta(seconds=config.step_timeout_seconds + WATCH_MARGIN_SECONDS)
+        timeout = datetime.timedelta(seconds=config.step_timeout_seconds + patience_seconds + WATCH_MARGIN_SECONDS)
         dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
@@ -246,5 +254,5 @@ def make_ranks(layout: Layout, reason: str = "") -> Ranks:
 
 
 def smallest(world: World, device_bytes: int | None) -> int | None:
-    """The least of the ranks' memories, so that all choose the same; None where one has no GPU."""
+    """The smallest device memory of all ranks, so that all choose the same layout; None where one has no GPU."""
     return int(-Ranks(Layout(world.rank, world.size)).all_reduce_max(-float(device_bytes or 0))[0]) or None

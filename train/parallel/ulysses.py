@@ -2,9 +2,9 @@
 
     own tokens × all heads ──to_heads──▶ all tokens × own heads ─ attention ──to_tokens──▶ own tokens × all heads
 
-Everything but self-attention works token by token, on each rank's own stretch; text and time are the same on all. P
+Everything but self-attention works token by token, on each rank's own part; text and time are the same on all. P
 ranks hold ceil(L / P) tokens each. Where L does not divide, tokens are padded at the end, and cut again between the
-exchange and the attention: the kernel sees no mask. What is computed of a padded token reaches nobody, and its gradient
+exchange and the attention: the kernel sees no mask. What is computed for a padded token is dropped, and its gradient
 is zero. The way back of each exchange is the other one (DeepSpeed-Ulysses, arXiv:2309.14509).
 
 Shapes: B slots, L tokens of a sample, l of them held here, N heads, n = N / P of them here, K channels a head.
@@ -32,7 +32,7 @@ class Ulysses(NamedTuple):
     """Name of their process group."""
     size: int
     rank: int
-    """Which stretch of the tokens, and which heads, are this one's."""
+    """Which part of the tokens, and which heads, are this rank's."""
 
     def num_held(self, num_tokens: int) -> int:
         """Tokens that each rank holds of a sample, padding included."""
@@ -43,7 +43,7 @@ class Ulysses(NamedTuple):
         return self.rank * self.num_held(num_tokens)
 
     def own(self, x_BLP: Tensor) -> Tensor:
-        """The stretch of all tokens that is held here, padded with zeros."""
+        """The part of all tokens that this rank holds, padded with zeros."""
         num_tokens = x_BLP.shape[1]
         start, held = self.offset(num_tokens), self.num_held(num_tokens)
         return pad_tokens(x_BLP[:, start : start + held], held)
@@ -62,7 +62,7 @@ class Ulysses(NamedTuple):
 
     def _swap(self, parts_P: Tensor) -> Tensor:
         """Part p goes to rank p, and rank p's comes in its place. What goes is contiguous: not every version of the
-        operator sees to that, and a gradient whose bytes lie in another order would be wrong without a word."""
+        operator ensures that, and a gradient with its bytes in another order would be silently wrong."""
         sizes = [1] * self.size
         swapped: Tensor = _ops.wait_tensor(_ops.all_to_all_single(parts_P, sizes, sizes, self.group))
         return swapped
@@ -70,8 +70,8 @@ class Ulysses(NamedTuple):
     def gather(self, own_BlP: Tensor, num_tokens: int) -> Tensor:
         """All tokens from each rank's own; padding is cut."""
         parts = _ops.all_gather_into_tensor(own_BlP.transpose(0, 1).contiguous(), self.size, self.group)
-        whole: Tensor = _ops.wait_tensor(parts)[:num_tokens].transpose(0, 1)
-        return whole
+        full: Tensor = _ops.wait_tensor(parts)[:num_tokens].transpose(0, 1)
+        return full
 
 
 def pad_tokens(x_BL: Tensor, num_tokens: int) -> Tensor:
@@ -109,8 +109,8 @@ def to_tokens(ulysses: Ulysses, all_BLnK: Tensor) -> Tensor:
 
 
 def gather(ulysses: Ulysses, own_BlP: Tensor, num_tokens: int) -> Tensor:
-    """`Ulysses.gather`, for autograd. Every rank computes the same loss from it, whole, so the way back is a cut: each
-    takes the gradient of its own stretch, and a sum over the ranks would count it once for every rank."""
+    """`Ulysses.gather`, for autograd. Every rank computes the same full loss from it, so the backward is a slice: each
+    takes the gradient of its own part; a sum over the ranks would count it once for every rank."""
     there = partial(ulysses.gather, num_tokens=num_tokens)
-    whole: Tensor = _Exchange.apply(there, ulysses.own, own_BlP)
-    return whole
+    full: Tensor = _Exchange.apply(there, ulysses.own, own_BlP)
+    return full

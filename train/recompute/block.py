@@ -1,9 +1,9 @@
-"""A block with a frozen base and its backward pass written out, so that what is kept for it is a choice, not a habit.
+"""A block with a frozen base and its backward pass written out, so that what is kept for it is a choice.
 
     x ─ n1 ─ q k v ─ a ─ o ─▶ + ─ n2 ─ q2 ─ a2 ─ o2 ─▶ + ─ n3 ─ h ─ down ─▶ +
                                    text ─ k2 v2
 
-`forward_block` computes these values and hands back those it was told to keep; `backward_block` computes the others
+`forward_block` computes these values and hands back those it was asked to keep; `backward_block` computes the others
 again, by the same operators from the same inputs, so that keeping more or less does not move a bit. It keeps the
 normalised input of each part in the compute dtype with one scale a token, which is all that LayerNorm's and LoRA's
 gradients need, so the float32 residual stream is kept once a block, or not at all. Its plain twin is `model.Block`.
@@ -67,16 +67,16 @@ def forward_block(x_BLD: Tensor, parts: BlockParts, shared: Shared, saves: Colle
     """The block's output, and the values to keep."""
     mod = _modulation(parts, shared)
     values: Values = {"x": x_BLD}
-    x_BLD = _fill(values, parts, shared, mod, going_back=False)
+    x_BLD = _fill(values, parts, shared, mod, for_backward=False)
     down = linear(values, "ffn.2", torch.nn.functional.gelu(values["h"], approximate="tanh"), parts)
-    x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first)
+    x_BLD = add_gated_(x_BLD, down, _gate(mod, 5, parts, "ffn.2"), shared.num_first)
     return x_BLD, {name: values[name] for name in kept_names(saves, values)}
 
 
-def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, going_back: bool) -> Tensor:
+def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for_backward: bool) -> Tensor:
     """Compute what is missing of the values up to `h`; return the residual ahead of the feed-forward if it was made.
 
-    `going_back`: the backward pass follows at once, so what other ranks sent is held for it.
+    `for_backward`: the backward pass follows at once, so what other ranks sent is held for it.
     """
     # The input is kept wherever something below reads it.
     x_BLD, dtype = cast(Tensor, values.get("x")), shared.text_BSD.dtype
@@ -88,10 +88,10 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, goi
         values["rq"], values["rk"] = rms_scale(values["q"], shared.eps), rms_scale(values["k"], shared.eps)
         del y_BLD
     if "a" not in values:
-        self_attention(values, parts, shared, going_back=going_back)
+        self_attention(values, parts, shared, for_backward=for_backward)
     if "n2" not in values:
         out = linear(values, "self_attn.o", values["a"], parts)
-        x_BLD = add_gated(x_BLD, out, mod[:, :, 2], shared.num_first)
+        x_BLD = add_gated(x_BLD, out, _gate(mod, 2, parts, "self_attn.o"), shared.num_first)
         del out
         values["n2"], values["r2"] = normalise(x_BLD, shared.eps, dtype)
         y_BLD = rounded(parts.norms["norm3.bias"], values["n2"], parts.norms["norm3"], dtype)
@@ -104,7 +104,9 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, goi
         attention(values, "a2", q, k, values["v2"].unflatten(2, shared.heads), shared)
         del q, k
     if "n3" not in values:
-        x_BLD.add_(linear(values, "cross_attn.o", values["a2"], parts))
+        out = linear(values, "cross_attn.o", values["a2"], parts)
+        x_BLD.add_(out, alpha=1 / parts.linears["cross_attn.o"].output_scale)
+        del out
         values["n3"], values["r3"] = normalise(x_BLD, shared.eps, dtype)
     if "h" not in values:
         y_BLD = modulate(values["n3"], mod[:, :, 3], mod[:, :, 4], shared.num_first)
@@ -119,7 +121,7 @@ def backward_block(
     values = dict(values)
     grads: Gradients = {}
     mod = _modulation(parts, shared)
-    _fill(values, parts, shared, mod, going_back=True)
+    _fill(values, parts, shared, mod, for_backward=True)
     values.pop("x", None)
     grad_BLD = _feed_forward_backward(values, parts, shared, mod, grad_BLD, grads)
     _cross_backward_(values, parts, shared, grad_BLD, grads)
@@ -199,7 +201,7 @@ def _self_backward_(
         if leaf == "v":
             out_BLD = given.pop(leaf).flatten(2)
         else:
-            dn_BLD = unrotated(given.pop(leaf), norms[name], shared.turn)
+            dn_BLD = unrotated(given.pop(leaf), norms[name], shared.rotation)
             out_BLD = rms_backward(dn_BLD, values.pop(leaf), values[f"r{leaf}"], dtype)
             del dn_BLD
         lora = parts.linears[name].lora
@@ -215,6 +217,12 @@ def _self_backward_(
         grad_BLD.addcmul_(
             layer_norm_backward(dn_BLD, values.pop("n1"), shared.zeros_BL1, shared.ones_BL1), values["r1"]
         )
+
+
+def _gate(mod: Tensor, place: int, parts: BlockParts, name: str) -> Tensor:
+    """A gate that undoes its linear's `output_scale`."""
+    scale = parts.linears[name].output_scale
+    return mod[:, :, place] if scale == 1 else mod[:, :, place] / scale
 
 
 def _modulation(parts: BlockParts, shared: Shared) -> Tensor:

@@ -97,7 +97,7 @@ def scaled(x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, heads: tuple[int, int
     return torch.mul(y_BLD, r_BL1, out=torch.empty_like(x_BLD)).unflatten(2, heads)
 
 
-class Turn(NamedTuple):
+class Rotation(NamedTuple):
     """Rotary factors of the tokens held here (train/model/rope.py): real if compiled, complex if eager."""
 
     cos_L1K: Tensor
@@ -106,32 +106,32 @@ class Turn(NamedTuple):
     factor_L1J: Tensor
     """cos + i sin of each pair of channels, complex64; J = K ÷ 2."""
     back_L1J: Tensor
-    """Its conjugate: the way back."""
+    """Its conjugate, for the backward pass."""
 
 
-def make_turn(cos_L1K: Tensor, sin_L1K: Tensor) -> Turn:
+def make_rotation(cos_L1K: Tensor, sin_L1K: Tensor) -> Rotation:
     """The factors in both forms, from `rope_table`'s."""
     cos, sin = cos_L1K[..., ::2].contiguous(), sin_L1K[..., 1::2].contiguous()
-    return Turn(cos_L1K, sin_L1K, torch.complex(cos, sin), torch.complex(cos, -sin))
+    return Rotation(cos_L1K, sin_L1K, torch.complex(cos, sin), torch.complex(cos, -sin))
 
 
-def rotated(x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, turn: Turn, heads: tuple[int, int]) -> Tensor:
-    """RMSNorm and rotary positions, B × L × N × K; the norm's scale rides in the rotation's factors."""
+def rotated(x_BLD: Tensor, r_BL1: Tensor, weight_D: Tensor, rotation: Rotation, heads: tuple[int, int]) -> Tensor:
+    """RMSNorm and rotary positions, B × L × N × K; the norm's scale is folded into the rotation's factors."""
     y_BLNK, r_BL11 = (x_BLD * weight_D).unflatten(2, heads), r_BL1.unsqueeze(-1)
     if torch.compiler.is_compiling():
-        y_BLNK = torch.addcmul(y_BLNK * (turn.cos_L1K * r_BL11), swapped(y_BLNK), turn.sin_L1K * r_BL11)
+        y_BLNK = torch.addcmul(y_BLNK * (rotation.cos_L1K * r_BL11), swapped(y_BLNK), rotation.sin_L1K * r_BL11)
     else:
-        _pairs(y_BLNK).mul_(turn.factor_L1J * r_BL11)
+        _pairs(y_BLNK).mul_(rotation.factor_L1J * r_BL11)
     return y_BLNK.to(x_BLD.dtype)
 
 
-def unrotated(dy_BLNK: Tensor, weight_D: Tensor, turn: Turn) -> Tensor:
+def unrotated(dy_BLNK: Tensor, weight_D: Tensor, rotation: Rotation) -> Tensor:
     """Gradient before rotation and the norm's weight, float32 B × L × D; what came in is used up."""
     if torch.compiler.is_compiling():
-        dx_BLNK = (dy_BLNK * turn.cos_L1K).addcmul_(swapped(dy_BLNK), turn.sin_L1K, value=-1)
+        dx_BLNK = (dy_BLNK * rotation.cos_L1K).addcmul_(swapped(dy_BLNK), rotation.sin_L1K, value=-1)
     else:
         dx_BLNK = dy_BLNK.float()
-        _pairs(dx_BLNK).mul_(turn.back_L1J)
+        _pairs(dx_BLNK).mul_(rotation.back_L1J)
     return dx_BLNK.flatten(2).mul_(weight_D)
 
 

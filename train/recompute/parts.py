@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from train.parallel.ulysses import Ulysses
-from train.recompute.ops import Turn
+from train.recompute.ops import Rotation
 
 Values = dict[str, Tensor]
 Gradients = dict[str, tuple[Tensor, Tensor]]
@@ -36,6 +36,8 @@ class LinearParts(NamedTuple):
     weight_OI: Tensor
     bias_O: Tensor
     lora: LoRAParts | None
+    output_scale: float = 1.0
+    """See `model.block.Linear`: in the forward pass alone, since gradients are those of the unscaled output."""
 
 
 class BlockParts(NamedTuple):
@@ -52,9 +54,9 @@ class Shared(NamedTuple):
 
     rows_BR6D: Tensor
     text_BSD: Tensor
-    turn: Turn
+    rotation: Rotation
     zeros_BL1: Tensor
-    """Zeros and ones stand for mean and scale where a normalised input is normalised no further."""
+    """Zeros and ones are the mean and scale where a normalised input is normalised no further."""
     ones_BL1: Tensor
     num_first: int
     heads: tuple[int, int]
@@ -71,12 +73,13 @@ def low_rank(lora: LoRAParts, x_MI: Tensor) -> Tensor:
 
 
 def linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tensor:
-    """x W' + b + scale · B A x. The low-rank product is put by for the backward pass."""
+    """x W' + b + scale · B A x. The low-rank product is saved for the backward pass."""
     part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
-    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t())
+    scale = part.output_scale
+    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t(), beta=scale, alpha=scale)
     if part.lora is not None:
         low_Mr = values[f"{name}.low"] = low_rank(part.lora, x_MI)
-        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale)
+        out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale * scale)
     return out_MO.unflatten(0, x_BLI.shape[:2])
 
 

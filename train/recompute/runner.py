@@ -1,7 +1,7 @@
 """How blocks are run, and what each keeps for its backward pass.
 
 With a frozen base a block's backward pass is written out (train/recompute/block.py) and keeps the groups of
-values it is told to:
+values that it is given by name:
 
     attention     outputs of both attentions: 4 bytes a channel and token
     projections   q k v of both, and the three normalised inputs in place of the block's own: 16 bytes
@@ -26,9 +26,9 @@ from train.geometry import SAVE_GROUPS, Shape
 from train.lora.lora import LoRALinear, keep_mask
 from train.model.block import Block, BlockInputs, Linear
 from train.model.dit import WanDiT, set_checkpointing
+from train.model.kernels import kernel_name
 from train.recompute.block import backward_block, forward_block
-from train.recompute.kernels import kernel_name
-from train.recompute.ops import make_turn
+from train.recompute.ops import make_rotation
 from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 
 Saves = Sequence[Collection[str]]
@@ -50,7 +50,7 @@ class _Call(NamedTuple):
     backward: Any
 
 
-class LeanRunner:
+class RecomputeRunner:
     """Runs blocks whose base is frozen; without gradients they run plainly."""
 
     def __init__(self, model: WanDiT, choose_saves: ChooseSaves, *, compiled: bool = False) -> None:
@@ -82,25 +82,23 @@ class LeanRunner:
         call = _Call(block, shared, inputs, self._saves[index], *own, self._forward, backward)
         weights = [weight for module in adapted.values() for weight in (module.lora_A, module.lora_B)]
         # Through the block's own call, for whoever hooks it (sharding, telemetry).
-        return block(x_BLD, inputs, lambda x: _LeanBlock.apply(x, call, *weights))
+        return block(x_BLD, inputs, lambda x: _RecomputeBlock.apply(x, call, *weights))
 
     def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
-        heads = block.self_attn.heads
-        ranks = 1 if inputs.ulysses is None else inputs.ulysses.size
         self._saves = self.choose_saves(Shape(batch, tokens))
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
             rows_BR6D=inputs.rows_BR6D,
             text_BSD=inputs.text_BSD,
-            turn=make_turn(*inputs.rope),
+            rotation=make_rotation(*inputs.rope),
             zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
             ones_BL1=torch.ones(batch, tokens, 1, device=device),
             num_first=inputs.num_first,
-            heads=heads,
+            heads=block.self_attn.heads,
             eps=block.eps,
-            kernel=kernel_name(inputs.backend, device, dtype, (heads[0] // ranks, heads[1])),
+            kernel=kernel_name(inputs.backend),
             ulysses=inputs.ulysses,
             num_tokens=inputs.num_tokens,
         )
@@ -122,7 +120,7 @@ def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class _LeanBlock(torch.autograd.Function):
+class _RecomputeBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, call: _Call, *weights: Tensor) -> Tensor:
         # Detached, so that the first block's input is like the others' and one compiled graph serves all.
@@ -154,7 +152,7 @@ def _to_float32(grads: list[Tensor]) -> list[Tensor]:
 
 
 def _cast_all(adapted: Sequence[dict[str, LoRALinear]], dtype: torch.dtype) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Every LoRA in the compute dtype, by one copy for the whole pass."""
+    """Every LoRA in the compute dtype, by one copy for a complete pass."""
     weights = [w.detach() for block in adapted for module in block.values() for w in (module.lora_A, module.lora_B)]
     if weights and weights[0].dtype != dtype:
         flat = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=weights[0].device)
@@ -166,7 +164,7 @@ def _cast_all(adapted: Sequence[dict[str, LoRALinear]], dtype: torch.dtype) -> l
 
 
 def _parts(call: _Call) -> BlockParts:
-    """The block's tensors as they are now: a sharded base is gathered anew for the backward pass."""
+    """The block's tensors as they are now: a sharded base is gathered again for the backward pass."""
     block = call.block
     linears = {name: _linear_parts(name, module, call) for name, module in call.linears.items()}
     attentions = {"self_attn": block.self_attn, "cross_attn": block.cross_attn}
@@ -179,7 +177,7 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     dtype = call.shared.text_BSD.dtype
     weight, bias = module.weight.to(dtype), module.bias.to(dtype)
     if not isinstance(module, LoRALinear):
-        return LinearParts(weight, bias, None)
+        return LinearParts(weight, bias, None, module.output_scale)
     scale, live = module.scale, None
     if module.training and module.dropout:
         key = call.inputs.dropout
@@ -190,7 +188,7 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
             key, tokens = key._replace(token_offset=0), call.shared.text_BSD.shape[1]
         live = keep_mask(key, module.layer, tokens, module.in_features, module.dropout).flatten(0, 1)
         scale /= 1 - module.dropout
-    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live))
+    return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live), module.output_scale)
 
 
 def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> None:
@@ -200,13 +198,13 @@ def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> 
         saves: `none` (keep everything), `full` (keep nothing but a block's input), or a function from the shape of a
             forward pass to what each block keeps.
         compiled: run a block's forward and backward pass through torch.compile.
-    Raises: UserError when the whole model is trained and anything but none and full is asked for.
+    Raises: UserError when every weight is trained and anything but none and full is asked for.
     """
     frozen = not any(weight.requires_grad for name, weight in model.named_parameters() if ".lora_" not in name)
     if frozen:
         kept = {"none": SAVE_GROUPS, "full": ()}
         choose = saves if callable(saves) else partial(_same, (kept[saves],) * len(model.blocks))
-        model.run_block = LeanRunner(model, choose, compiled=compiled)
+        model.run_block = RecomputeRunner(model, choose, compiled=compiled)
         return
     if callable(saves):
         raise UserError(

@@ -122,11 +122,11 @@ def memory_charts(run: Run) -> Html:
     columns = run.steps.numbers
     step = columns["step"]
     lines = [_line("peak so far", thin(step, columns["memory_gib"]))]
-    if run.log.planned_gib is not None and len(step):
+    if run.history.planned_gib is not None and len(step):
         ends = [float(step[0]), float(step[-1])]
-        lines.append(Line("planned", ends, [run.log.planned_gib] * 2))
-    words = f"Device: {run.log.device}." if run.log.device else ""
-    if run.log.device and run.log.device.startswith("cpu"):
+        lines.append(Line("planned", ends, [run.history.planned_gib] * 2))
+    words = f"Device: {run.history.device}." if run.history.device else ""
+    if run.history.device and run.history.device.startswith("cpu"):
         words += " On a CPU the peak is that of the whole process; the plan counts a GPU's."
     parts: list[Child] = [tag("p", words, class_="quiet"), tag("div",
         line_chart("Memory", lines, "step", "GiB", from_zero=True),
@@ -144,7 +144,7 @@ def memory_charts(run: Run) -> Html:
 
 
 def _marks(run: Run) -> list[Mark]:
-    steps = [event.step for event in run.log.events if event.what == "resumed"]
+    steps = [event.step for event in run.history.events if event.what == "resumed"]
     return [Mark(step, "resumed") for step in steps[-MAX_MARKS:] if step]
 
 

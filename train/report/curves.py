@@ -19,9 +19,9 @@ from train.report.read_run import Steps
 
 MODES = ("T2V", "I2V")
 NUM_LEVELS = 5
-"""Noise levels that training losses are told apart by: fifths of what is drawn."""
+"""Noise levels that training losses are grouped by: fifths of what is drawn."""
 MAX_DRAWN_SLOTS = 200_000
-"""Beyond these, whole steps are left out evenly: a draw looked up takes ten microseconds."""
+"""Beyond these, complete steps are left out evenly: computing one draw takes ten microseconds."""
 WINDOW_SLOTS = 40
 """Slots of one mode and noise level that a typical loss is taken over, at least."""
 
@@ -60,9 +60,9 @@ class Hard(NamedTuple):
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = 400) -> Curve:
-    """At most `most` points: of each stretch its lowest and its highest, in their order, so that no spike is lost.
+    """At most `most` points: of each interval its lowest and its highest, in their order, so that no spike is lost.
 
-    Where a stretch holds a NaN beside numbers, the numbers stay; a stretch of nothing else is one NaN.
+    Where an interval holds a NaN beside numbers, the numbers stay; an interval of NaN alone is one NaN.
     """
     if len(x) <= most:
         return Curve(x.tolist(), y.tolist())
@@ -79,8 +79,8 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = 400) -> Curve:
 
 
 def smooth(x: np.ndarray, y: np.ndarray, num_points: int | None = None) -> Curve:
-    """Means over stretches of equal length, at their middle; NaN does not count. By default ten values a stretch or
-    more, at most sixty stretches."""
+    """Means over intervals of equal length, at their middle; NaN does not count. By default ten values an interval
+    or more, at most sixty intervals."""
     num_points = num_points or max(5, min(60, len(x) // 10))
     edges = np.unique(np.linspace(0, len(x), min(num_points, len(x)) + 1).astype(int))
     points = [(float(x[low:high].mean()), _mean(y[low:high])) for low, high in itertools.pairwise(edges)]
@@ -119,7 +119,7 @@ def hard_samples(steps: Steps, levels: Levels, most: int) -> list[Hard]:
     """The samples whose losses were highest for their noise level and mode, hardest first.
 
     A loss says little by itself: at low noise it is several times what it is at high noise. So each is divided by the
-    median of its kind in its stretch of the run.
+    median of its kind in its interval of the run.
     """
     slots = steps.slots
     step, key, loss = slots.step[levels.rows], slots.key[levels.rows], slots.loss[levels.rows]
@@ -128,9 +128,9 @@ def hard_samples(steps: Steps, levels: Levels, most: int) -> list[Hard]:
     if not len(loss):
         return []
     kind = _fifth(levels.quantile[good]) + NUM_LEVELS * levels.image_to_video[good]
-    num_stretches = max(1, len(loss) // (2 * NUM_LEVELS * WINDOW_SLOTS))
-    stretch = np.minimum((np.arange(len(loss)) * num_stretches) // len(loss), num_stretches - 1)
-    group = stretch * 2 * NUM_LEVELS + kind
+    num_intervals = max(1, len(loss) // (2 * NUM_LEVELS * WINDOW_SLOTS))
+    interval = np.minimum((np.arange(len(loss)) * num_intervals) // len(loss), num_intervals - 1)
+    group = interval * 2 * NUM_LEVELS + kind
     typical = {int(g): float(np.median(loss[group == g])) for g in np.unique(group)}
     ratio = loss / np.maximum([typical[int(g)] for g in group], 1e-12)
     return _ranked(steps, step, key, loss, ratio, most)

@@ -1,4 +1,4 @@
-"""`wantrain report`: a run as one page, while it goes on or when it is over; it needs no network and no server."""
+"""`wantrain report`: a run as one page, while it is running or finished; it needs no network and no server."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from shards.console import duration_words
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_text
 from shards.page.html_page import Child, Html, Section, join, number, page, table, tag
 from shards.read.dataset import Dataset, open_dataset
 from shards.show.member import preview_bytes
-from train.checkpoint import PIN_FILE, read_pin, write_text
+from train.checkpoint import PIN_FILE, read_pin
 from train.config.train import dataset_roots
 from train.report.charts import loss_charts, memory_charts, noise_charts, speed_charts
 from train.report.curves import Hard, Levels, hard_samples, look_up_levels
@@ -46,10 +47,10 @@ def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
         "tokens_per_second": _ratio(np.nansum(columns["tokens"]), seconds),
         "data_wait_share": _ratio(np.nansum(columns["data_wait_seconds"]), seconds),
         "memory_gib": _largest(columns["memory_gib"]),
-        "planned_gib": run.log.planned_gib,
+        "planned_gib": run.history.planned_gib,
         "skipped_updates": [skip._asdict() for skip in run.steps.skips],
         "substituted": [one._asdict() for one in run.steps.substitutes],
-        "events": [event._asdict() for event in run.log.events],
+        "events": [event._asdict() for event in run.history.events],
         "checkpoints": [str(path) for path, _ in run.states],
         "highest_losses": [hard._asdict() for hard in hard_samples(run.steps, levels, num_hard)],
     }
@@ -58,12 +59,12 @@ def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
 def write_run_report(
     run: Run, out: Path, *, budget_bytes: int = 3 << 20, num_hard: int = 20, open_data: bool = True
 ) -> list[str]:
-    """Write the page, whole or not at all, and return what it says at its top.
+    """Write the page, complete or not at all, and return what it says at its top.
 
     Args:
         budget_bytes: of pictures inside the page; what is beyond is linked.
         num_hard: samples of the highest losses that are shown.
-        open_data: show their strips and captions, which lie in the dataset.
+        open_data: show their strips and captions, which are in the dataset.
     """
     levels = look_up_levels(run.steps, run.config)
     summary = summarise(run, levels, num_hard)
@@ -89,15 +90,16 @@ def write_run_report(
         lead=_lead(run, summary),
         styles=("run.css",),
         sources={"media-src": "data:"},
-        footer=f"From {run.folder}, made by wantrain report; make it again at any time, while the run goes on too.",
+        footer=f"From {run.folder}, made by wantrain report; make it again at any time, also while the run continues.",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return [str(line) for _, line in _notes(run, summary)]
 
 
 def _lead(run: Run, summary: Mapping[str, Any]) -> Html:
-    base = run.log.base or run.config.model.checkpoint or "random weights"
+    base = run.history.base or run.config.model.checkpoint or "random weights"
     return tag("p", f"Step {summary['step']:,} of {run.config.max_steps:,}. Base: {base}.")
 
 
@@ -163,6 +165,9 @@ def _notes(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(run.steps) and not len(run.steps.slots.step):
         notes.append(("warn", "metrics.jsonl has no losses by slot (a run of an earlier version): curves by noise "
                               "level and the highest losses are left out."))  # fmt: skip
+    if not run.history.events:
+        notes.append(("warn", "The run has no events.jsonl (an earlier version made it): starts, stops, device "
+                              "and plan are in logs/rank-0.log alone."))  # fmt: skip
     return notes
 
 
@@ -215,22 +220,28 @@ def _open(run: Run) -> tuple[Dataset | None, str | None]:
     try:
         return open_dataset(dataset_roots(data), data.text_set, pin=pin), None
     except UserError as error:
-        return None, f"Strips and captions are left out, for the dataset could not be opened: {error}"
+        return None, f"Strips and captions are left out: the dataset could not be opened: {error}"
 
 
 def _resume(run: Run) -> Html:
-    events = [(event.time, event.what, f"{event.step:,}") for event in run.log.events]
+    events = [(event.time, event.what, f"{event.step:,}") for event in run.history.events]
     rows: list[Sequence[Child]] = []
     for path, state in reversed(run.states):
         kept = " (best)" if state.best_step == state.step else ""
-        owed = f"; a resume begins with {' and '.join(state.owed)}" if state.owed else ""
+        pending = f"; a resume begins with {' and '.join(state.owed)}" if state.owed else ""
         rows.append(
-            (f"{state.step:,}", f"{path.name}{kept}{owed}", state.updates, state.epoch, duration_words(state.seconds))
+            (
+                f"{state.step:,}",
+                f"{path.name}{kept}{pending}",
+                state.updates,
+                state.epoch,
+                duration_words(state.seconds),
+            )
         )
     command = tag("code", f"wantrain fit {run.folder}/config.yaml")
     return join(
         (
-            tag("p", command, " goes on from the newest; ", tag("code", "--resume PATH"), " from another."),
+            tag("p", command, " resumes from the newest; ", tag("code", "--resume PATH"), " from another."),
             table(("step", "checkpoint", "updates", "epoch of the next batch", "time so far"), rows, "Checkpoints"),
             table(("time", "what", "step"), events, "Beginnings, resumes and stops"),
         )
@@ -246,8 +257,8 @@ def _seconds_left(run: Run) -> float | None:
     return left * float(np.median(seconds)) if left > 0 else None
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return float(part) / whole if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return float(part) / total if total else None
 
 
 def _last(values: np.ndarray) -> float | None:

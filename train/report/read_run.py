@@ -1,16 +1,14 @@
-"""What a run's folder says, read while the run may still be writing: metrics, evaluations, checkpoints, log, pictures.
+"""What a run's folder says, read while the run may still write: metrics, evaluations, checkpoints, events, pictures.
 
-A last line that is only half there is left for later; any other line that cannot be read is an error that names it.
+An unfinished last line is left for later; any other line that cannot be read is an error that names it.
 Importing it imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +19,13 @@ from shards.config import load_config
 from shards.errors import UserError
 from train.checkpoint import CheckpointState, find_checkpoints, read_checkpoint
 from train.config.train import TrainConfig
+from train.run.events import EVENTS_FILE, read_json_lines
 from train.run.log import HELD_OUT_FILE, METRICS_FILE
 
-LOG_FILE = "logs/rank-0.log"
 NUMBERS = (
     "step", "epoch", "loss", "lr", "grad_norm", "updates", "skipped", "loss_scale", "seconds", "data_wait_seconds",
     "tokens", "tflops", "mfu", "memory_gib",
 )  # fmt: skip
-_LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ \w+ (.*)")
-_RESUMED = re.compile(r"resuming from .*step-(\d+)$")
-_STOPPED = re.compile(r"stopped by signal (\d+) after step (\d+)")
-_PLANNED = re.compile(r"plan, ([\d.]+) GiB: ")
 
 
 class Skip(NamedTuple):
@@ -53,7 +47,7 @@ class Substitute(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A beginning, a resume or a stop, from the log."""
+    """A beginning, a resume, a wait or a stop."""
 
     time: str
     step: int
@@ -92,7 +86,7 @@ class Steps(NamedTuple):
 
 
 class SampledLatent(NamedTuple):
-    """One latent that was sampled on the way, and what was made of it."""
+    """One latent that was sampled during training, and what was decoded from it."""
 
     step: int
     name: str
@@ -102,8 +96,8 @@ class SampledLatent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LogFacts:
-    """What only the log tells."""
+class History:
+    """What events.jsonl holds; empty for a run of a version that wrote none."""
 
     events: list[Event]
     planned_gib: float | None
@@ -121,7 +115,7 @@ class Run(NamedTuple):
     steps: Steps
     evaluations: list[dict[str, Any]]
     states: list[tuple[Path, CheckpointState]]
-    log: LogFacts
+    history: History
     pictures: list[SampledLatent]
 
 
@@ -133,31 +127,8 @@ def read_run(folder: Path) -> Run:
     config = load_config(TrainConfig, path)
     return Run(
         folder, config, path.read_text(encoding="utf-8"), read_steps(folder), read_evaluations(folder),
-        read_states(folder), read_log(folder), find_pictures(folder),
+        read_states(folder), read_history(folder), find_pictures(folder),
     )  # fmt: skip
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each whole line of a JSON-lines file.
-
-    Raises UserError for a line that is no object, unless it is the last one and has no end yet.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return  # being written, or cut short by a kill
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {error}", expected="a JSON object a line") from None
-                if not isinstance(values, dict):
-                    raise UserError(f"{path}, line {number}: {type(values).__name__}", expected="a JSON object a line")
-                yield number, values
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_steps(folder: Path) -> Steps:
@@ -177,7 +148,7 @@ def read_steps(folder: Path) -> Steps:
             step = int(line["step"])
             buckets.append(str(line["bucket"]))
             keys = [str(key) for key in line["keys"]]
-            losses = line.get("slot_losses") or [None] * len(keys)  # runs of before had none
+            losses = line.get("slot_losses") or [None] * len(keys)  # earlier versions wrote none
             for slot, (key, loss) in enumerate(zip(keys, losses, strict=True)):
                 place = places.setdefault(key, len(places))
                 if place == len(uses):
@@ -194,9 +165,9 @@ def read_steps(folder: Path) -> Steps:
                 f"{path}, line {number}: {error!r}", expected="a step as `wantrain fit` writes it"
             ) from None
     numbers = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    whole = [np.array(column).astype(np.int64) for column in slots[:3]]
-    told = Slots(whole[0], whole[1], whole[2], np.array(slots[3]))
-    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), told, skips, substitutes)
+    columns_read = [np.array(column).astype(np.int64) for column in slots[:3]]
+    slots_read = Slots(columns_read[0], columns_read[1], columns_read[2], np.array(slots[3]))
+    return Steps(numbers, buckets, list(places), np.array(uses, dtype=np.int64), slots_read, skips, substitutes)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -222,36 +193,46 @@ def read_states(folder: Path) -> list[tuple[Path, CheckpointState]]:
     return found
 
 
-def read_log(folder: Path) -> LogFacts:
-    """Beginnings, resumes, stops, and the plan of the newest start."""
-    path = folder / LOG_FILE
+def read_history(folder: Path) -> History:
+    """Beginnings, resumes, waits and stops, and the plan of the newest start. Raises UserError naming a bad line."""
+    path = folder / EVENTS_FILE
     events: list[Event] = []
     planned: float | None = None
     device: str | None = None
     base: str | None = None
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        match = _LOG_LINE.match(line)
-        if match is None:
-            continue
-        time, text = match.groups()
-        if found := _RESUMED.search(text):
-            events.append(Event(time, int(found[1]), "resumed"))
-        elif text.startswith("beginning in "):
-            events.append(Event(time, 0, "began"))
-        elif found := _STOPPED.match(text):
-            events.append(Event(time, int(found[2]), f"stopped by signal {found[1]}"))
-        elif found := _PLANNED.match(text):
-            planned = float(found[1])
-        elif text.startswith("device: "):
-            device = text.removeprefix("device: ")
-        elif text.startswith("base: "):
-            base = text.removeprefix("base: ")
-    return LogFacts(events, planned, device, base)
+    for number, line in read_json_lines(path):
+        try:
+            kind, time, step = line["event"], str(line["time"]), int(line["step"])
+            if kind in ("start", "resume"):
+                base = str(line["base"])
+                events.append(Event(time, step, "began" if kind == "start" else "resumed"))
+            elif kind == "device":
+                device = f"{line['name']}; {line['precision']} ({line['reason']})"
+            elif kind == "plan":
+                planned = None if line["gib"] is None else float(line["gib"])
+            elif kind == "waiting":
+                over = "waited" if line["is_over"] else "is waiting"
+                events.append(Event(time, step, f"{over} for storage for {line['seconds']:.0f} s: {line['what']}"))
+            elif kind == "stop":
+                events.append(Event(time, step, _describe_stop(line)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}, line {number}: {error!r}", expected="an event as `wantrain fit` writes it"
+            ) from None
+    return History(events, planned, device, base)
+
+
+def _describe_stop(line: Mapping[str, Any]) -> str:
+    reason = str(line["reason"])
+    if reason == "signal":
+        return f"stopped by signal {line['signal']}"
+    if reason == "error":
+        return f"stopped by an error: {line['error']}"
+    return {"done": "finished", "patience": "stopped early"}.get(reason, reason)
 
 
 def find_pictures(folder: Path) -> list[SampledLatent]:
-    """What was sampled on the way, by step and name."""
+    """What was sampled during training, by step and name."""
     pictures = []
     for latent in sorted((folder / "samples").glob("step-*/[!.]*.safetensors")):
         made = [latent.with_suffix(suffix) for suffix in (".mp4", ".jpg")]

@@ -1,21 +1,26 @@
-"""What a run says of itself: a line a step for people, a JSON object a step for programs, curves for both."""
+"""What a run reports: a line a step for people, a JSON object a step for programs, curves for both."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import SystemFailure, UserError
+from shards.files.write_file import named_errors
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
+from train.run.events import EventName, read_json_lines, write_event
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
@@ -62,7 +67,7 @@ class StepRecord(NamedTuple):
 
 
 class RunLog:
-    """Writes metrics.jsonl, held_out.jsonl, TensorBoard and, if asked, Weights & Biases. Close it, or use `with`."""
+    """Writes metrics.jsonl, held_out.jsonl, events.jsonl, TensorBoard and, if asked, W&B; on rank 0 alone."""
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
         self._config, self._folder = config, folder
@@ -71,14 +76,6 @@ class RunLog:
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._held_out = (folder / HELD_OUT_FILE).open("a", encoding="utf-8")
         self._bar = _Bar(first_step - 1, max_steps)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write_step(self, record: StepRecord) -> None:
         """One step, everywhere."""
@@ -90,13 +87,15 @@ class RunLog:
         values["tokens_per_second"] = record.tokens / max(record.seconds, 1e-9)
         values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
         self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
-        if record.step % self._config.every_steps == 0 or record.overflow:
-            self._bar.say(describe_step(record))
         self._bar.advance(record.step)
+
+    def event(self, event: EventName, step: int, **values: Any) -> None:
+        """One line of events.jsonl."""
+        write_event(self._folder, event, step, **values)
 
     def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
         """One evaluation, everywhere."""
-        _append(self._held_out, {"step": step, **held_out.as_dict(), "seconds": seconds})
+        _append(self._held_out, {"step": step, **held_out._asdict(), "seconds": seconds})
         curves = {"held_out/mean": held_out.mean}
         for mode in ("t2v", "i2v"):
             losses: tuple[float, ...] = getattr(held_out, mode)
@@ -105,60 +104,41 @@ class RunLog:
         self._curves(curves, step)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """What was written of evaluations so far."""
-        return read_json_lines(self._folder / HELD_OUT_FILE)
-
-    def say(self, line: str) -> None:
-        """A line for people, above the bar."""
-        self._bar.say(line)
+        """The evaluations written so far."""
+        return [line for _, line in read_json_lines(self._folder / HELD_OUT_FILE)]
 
     def sync(self) -> None:
         """Make what was written so far survive a crash of the machine; called with each checkpoint."""
-        for file in (self._metrics, self._held_out):
-            file.flush()
-            os.fsync(file.fileno())
-        self._board.flush()
+        with named_errors(self._folder):
+            for file in (self._metrics, self._held_out):
+                file.flush()
+                os.fsync(file.fileno())
+            self._board.flush()
 
-    def close(self) -> None:
-        """Flush and close everything."""
-        self.sync()
+    def close_after(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Flush and close everything, as the exit of a context; an error of its own does not hide an earlier one."""
         self._bar.close()
-        self._metrics.close()
-        self._held_out.close()
-        self._board.close()
+        ends = [self.sync, self._metrics.close, self._held_out.close, self._board.close]
         if self._wandb is not None:
-            self._wandb.finish()
+            ends.append(self._wandb.finish)
+        failures = []
+        for end in ends:
+            try:
+                with named_errors(self._folder):
+                    end()
+            except SystemFailure as own:
+                failures.append(own)
+        if failures and error is None:
+            raise failures[0]
+        if failures:
+            LOG.warning("the files of the run's log are incomplete: %s", failures[0])
 
     def _curves(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with named_errors(self._folder / "tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
-
-
-class OwnLog:
-    """What a rank other than the first says: lines in its own log, nothing of what is written once for all."""
-
-    def write_step(self, record: StepRecord) -> None:
-        """One step, in one line."""
-        LOG.info("%s", describe_step(record))
-
-    def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
-        """Rank 0's."""
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """None here."""
-        return []
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-        LOG.info("%s", line)
-
-    def sync(self) -> None:
-        """Nothing to keep."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def describe_step(record: StepRecord) -> str:
@@ -178,18 +158,12 @@ def describe_step(record: StepRecord) -> str:
     return line
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl or held_out.jsonl; none when the file is not there."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 class _Bar:
-    """A progress bar on a terminal; plain log lines elsewhere."""
+    """A progress bar on a terminal, with the log's lines above it; elsewhere nothing."""
 
     def __init__(self, done: int, total: int) -> None:
         self._progress = None
+        self._handlers = list(LOG.handlers)
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -197,13 +171,11 @@ class _Bar:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=Console(stderr=True))
             self._task = self._progress.add_task("training", completed=done, total=total)
+            # Only the terminal's handler is exchanged: logs/rank-0.log gets every line, as without a bar.
+            for place, handler in enumerate(self._handlers):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                    LOG.handlers[place] = _AboveBar(self._progress.console, handler.formatter)
             self._progress.start()
-
-    def say(self, line: str) -> None:
-        if self._progress is None:
-            LOG.info("%s", line)
-        else:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, done: int) -> None:
         if self._progress is not None:
@@ -211,16 +183,31 @@ class _Bar:
 
     def close(self) -> None:
         if self._progress is not None:
+            LOG.handlers[:] = self._handlers
             self._progress.stop()
 
 
+class _AboveBar(logging.Handler):
+    """The terminal's handler while a bar is drawn there."""
+
+    def __init__(self, console: Console, formatter: logging.Formatter | None) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, whatever it holds, without cutting or colouring it."""
+        self._console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    with named_errors(Path(file.name)):
+        file.write(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for each number that JSON has no word for (a loss that overflowed)."""
+    """The value with null for each number that JSON cannot hold (a loss that overflowed)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -248,6 +235,12 @@ def _open_wandb(project: str | None, folder: Path, settings: str) -> Any:
             fix="pip install -e '.[wandb]' -c constraints.txt, or set log.wandb_project=null",
         ) from None
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same at every resume
-    return wandb.init(
-        project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
-    )
+    try:
+        return wandb.init(
+            project=project, dir=str(folder), name=folder.name, config={"yaml": settings}, resume="allow", id=run_id
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"log.wandb_project: {project}: Weights & Biases does not start: {error}",
+            fix="`wandb login` or WANDB_API_KEY; WANDB_MODE=offline without a network; or log.wandb_project=null",
+        ) from None

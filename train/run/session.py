@@ -1,4 +1,4 @@
-"""What a run opens before its first step: folder, dataset, split, order, model; and what it leaves as it found it."""
+"""What a run opens before its first step (folder, dataset, split, order, model) and restores at its end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ import torch
 from shards.config import dump_config
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.write_file import named_errors, write_text
 from shards.read.dataset import Dataset
-from train.checkpoint import PIN_FILE, find_checkpoints, read_checkpoint, read_pin, write_text
+from train.checkpoint import PIN_FILE, find_checkpoints, read_pin, refuse_damage
 from train.config.train import TrainConfig, dataset_roots, run_identity, slots_per_rank
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
@@ -33,12 +34,12 @@ from train.evaluate import choose_held_out
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, weights_digest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a run reads and never changes."""
+    """Everything that a run reads and never changes."""
 
     folder: Path
     dataset: Dataset
@@ -55,13 +56,24 @@ class Session:
 
 
 def open_session(
-    config: TrainConfig, *, verify: bool = False, start: Path | None = None, ranks: Ranks = ALONE
+    config: TrainConfig,
+    *,
+    verify: bool = False,
+    start: Path | None = None,
+    ranks: Ranks = ALONE,
+    device_bytes: int | None = None,
 ) -> Session:
-    """Open the dataset, check it against the model, build the model. Raises UserError for whatever does not fit.
+    """Open the dataset, check it against the model, build the model. Raises UserError for what does not fit.
 
     `start`, a checkpoint, opens the very commits that its run began with, though others were added since.
+    `device_bytes` is what `auto` plans with on every rank; None asks this GPU.
     """
     slots_per_rank(config.data, ranks.layout.dp_size)
+    if config.parallel.offload and ranks.layout.base_shards == 1:
+        raise UserError(
+            "parallel.offload: true, but every process holds the full base here: only a sharded base can be offloaded",
+            fix="set parallel.offload=false; or shard the base: --nproc-per-node 2 or more, parallel.shard=full",
+        )
     dataset = open_data(config, None if start is None else read_pin(start))
     if verify and ranks.is_first:
         verify_dataset(config)
@@ -74,7 +86,7 @@ def open_session(
             describe_buckets(order.too_small.items()),
         )
     held_out = choose_held_out(dataset, validation, config.eval) if config.eval else []
-    trainee = make_trainee(config, ranks)
+    trainee = make_trainee(config, ranks, device_bytes)
     dims = trainee.dims
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)
@@ -98,20 +110,20 @@ def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> di
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: `auto` the newest of the run, `never` none, else the one at that path.
+    """The checkpoint to resume from: `auto` the newest of the run, `never` none, else the one at that path.
 
     Raises UserError when `never` would write over a run's checkpoints.
     """
     found = find_checkpoints(folder / "checkpoints")
-    if resume == "auto":
-        return found[-1] if found else None
     if resume != "never":
-        read_checkpoint(Path(resume))
-        return Path(resume)
+        chosen = Path(resume) if resume != "auto" else found[-1] if found else None
+        if chosen is not None:
+            refuse_damage(chosen, found)
+        return chosen
     if found:
         raise UserError(
             f"{folder} holds a run already, up to {found[-1].name}",
-            fix="choose another output, remove that folder, or let it go on with --resume auto",
+            fix="choose another output, remove that folder, or resume it with --resume auto",
         )
     return None
 
@@ -129,24 +141,28 @@ def write_settings(session: Session, config: TrainConfig) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder; a kill lets go of it. Raises UserError when another process holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be made a folder: {error.strerror}") from None
-    with (folder / ".lock").open("w") as lock:
+    """Lock the run's folder; the kernel releases it when the process ends. Raises UserError when another holds it."""
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with named_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training into this folder") from None
+        except OSError as error:  # Lustre without the mount option flock, some FUSE file systems
+            LOG.warning("%s: cannot be locked (%s): see to it that one run at a time writes here", path, error.strerror)
         yield
 
 
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """Copy the log to `logs/rank-N.log`."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log", encoding="utf-8")
+    path = folder / "logs" / f"rank-{rank}.log"
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     try:
@@ -157,77 +173,86 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 class StoppedBySignal(Exception):
-    """A signal has asked for the end, in the middle of what can be given up."""
+    """A signal asked for the end in the middle of work that can be repeated."""
 
 
 class StopSignal:
-    """What signals have asked this process for."""
+    """What signals asked any rank for, agreed by all: every rank calls `sync` at the same places."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE, pulse: Callable[[], None] = lambda: None) -> None:
+        self._ranks, self._pulse = ranks, pulse
+        self.failed: int | None = None
+        """A rank that failed, as all know it; afterwards `sync` exchanges nothing more."""
+        self._fails = False
+        self.asked: int | None = None
+        """Signal that asked this process for the end."""
+        self.asked_checkpoint = False
+        """A signal asked this process for a checkpoint."""
         self.signal: int | None = None
         """Write a checkpoint and end."""
         self.checkpoint = False
-        """Write a checkpoint and go on."""
+        """Write a checkpoint and continue; the loop sets it back when the checkpoint is written."""
 
-
-class AgreedStop:
-    """What signals have asked any of the ranks for, as all of them have it: looked at by all at the same places."""
-
-    def __init__(self, asked: StopSignal, ranks: Ranks, pulse: Callable[[], None] = lambda: None) -> None:
-        self._asked, self._ranks, self._pulse = asked, ranks, pulse
-        self.signal: int | None = None
-        """Write a checkpoint and end."""
-        self.checkpoint = False
-        """Write a checkpoint and go on; whoever writes it takes it back."""
-
-    def look(self) -> bool:
-        """Ask all ranks; return whether to end. To the watch it is a sign of life."""
+    def sync(self) -> bool:
+        """All-reduce the requests; return whether to end. It also tells the heartbeat that this rank moves."""
         self._pulse()
-        own = self._asked.checkpoint
-        if own:
-            self._asked.checkpoint = False
-        number, wanted = self._ranks.all_reduce_max(float(self._asked.signal or 0), float(own))
+        if self.failed is not None:
+            return True
+        own, self.asked_checkpoint = self.asked_checkpoint, False
+        failing = self._ranks.layout.rank + 1 if self._fails else 0
+        number, wanted, failed = self._ranks.all_reduce_max(float(self.asked or 0), float(own), float(failing))
         self.signal = int(number) or None
         self.checkpoint = self.checkpoint or bool(wanted)
-        return self.signal is not None
+        self.failed = int(failed) - 1 if failed else None
+        return self.signal is not None or self.failed is not None
+
+    def fail(self) -> None:
+        """Tell the others that this rank failed, at their next sync."""
+        self._fails = True
+        self.sync()
 
     def raise_if_asked(self) -> None:
-        """Raise Stopped when a signal has asked for the end."""
-        if self.look():
+        """Raise StoppedBySignal when a signal asked for the end, or a rank failed."""
+        if self.sync():
             raise StoppedBySignal
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """SIGTERM and Ctrl-C ask for a checkpoint and an end, SIGUSR1 for a checkpoint; a second Ctrl-C interrupts."""
-    stop = StopSignal()
+def stop_signals(stop: StopSignal) -> Iterator[StopSignal]:
+    """Let SIGTERM, SIGHUP and Ctrl-C ask `stop` for a checkpoint and an end, SIGUSR1 for a checkpoint.
+
+    A second Ctrl-C interrupts. What is ignored already stays ignored: nohup ignores SIGHUP.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask_end(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        stop.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def ask_checkpoint(number: int, frame: FrameType | None) -> None:
-        stop.checkpoint = True
+        stop.asked_checkpoint = True
 
-    before = {number: signal.signal(number, ask_end) for number in STOP_SIGNALS}
-    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask_checkpoint)
+    handlers = dict.fromkeys(STOP_SIGNALS, ask_end) | {signal.SIGUSR1: ask_checkpoint}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Only kernels that repeat to the bit, for as long as the run lasts."""
+    """Only kernels that repeat to the bit, until the run ends."""
     if not wanted:
         yield
         return
-    # cuBLAS reads it when its first handle is made.
+    # cuBLAS reads it when it makes its first handle.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""What of a run changes from step to step, and its way into a checkpoint and back."""
+"""The state of a run that changes from step to step; saving it to a checkpoint and restoring it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,13 @@ class TrainingState:
         self.best_step: int | None = None
         self.best_loss: float | None = None
         self.evaluations_since_best = 0
-        self.owed: tuple[Owed, ...] = ()
-        """What the step has still to do beside training: see `due`."""
+        self.pending: tuple[Owed, ...] = ()
+        """What is still to be done after the step: see `due`. On disk it is called `owed`."""
+        self.is_exact = True
+        """Whether weights, optimizer, step and position belong together: not within an update."""
+        self.may_agree = True
+        """Whether an error of this rank can be agreed on at the others' next sync: not from backward to the update."""
+        self._saved: tuple[int, tuple[Owed, ...]] | None = None
         self.seconds = 0.0
         """Wall clock of all steps and evaluations."""
         self.eval_seconds = 0.0
@@ -68,17 +73,18 @@ class TrainingState:
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.session.folder / "checkpoints"
 
     def update(self) -> tuple[float, float | None, str | None]:
         """Sum the gathered gradients over the ranks and apply them, or skip them, on all, when any is not finite.
 
-        Returns: learning rate, gradient norm before clipping (None if skipped), and the block to blame for a skip.
+        Returns: learning rate, gradient norm before clipping (None if skipped), and the block that a skip is blamed on.
         Raises UserError when too many updates in a row were skipped.
         """
         weights = list(self.trainee.weights.values())
         self.session.ranks.reduce_gradients(weights)
+        self.is_exact = False
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         self.scaler.unscale_(gradients)
         overflow = bool(has_overflow(gradients))
@@ -101,29 +107,44 @@ class TrainingState:
         self.scaler.update(overflow)
         return rate, norm, blamed
 
+    def finish_step(self, step: int, position: Position) -> None:
+        """The update of `step` is done: from here on the state is that of the step, with what is pending after it."""
+        self.step, self.position = step, position
+        self.pending = self.due()
+        self.is_exact = self.may_agree = True
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint holds this very state."""
+        return self._saved == (self.step, self.pending)
+
+    def mark_saved(self) -> None:
+        """The newest checkpoint is of this state."""
+        self._saved = (self.step, self.pending)
+
     def _blame(self) -> str:
         if self.telemetry is None:
             return "gradients"
         return self.telemetry.blame(self.trainee.weights.items(), self.session.ranks.all_reduce_max)
 
     def _bound_skips(self) -> None:
-        """Where a loss scale can be lowered, the scaler has the last word; elsewhere nothing will fix by itself."""
+        """Without a loss scale to lower nothing recovers by itself; with one the scaler has its own limit."""
         self.skipped_in_a_row += 1
         if not self.scaler.enabled and self.skipped_in_a_row > self.config.precision.max_skipped_in_a_row:
             raise UserError(
                 f"gradients were not finite {self.skipped_in_a_row} times in a row in {self.trainee.precision.name}",
                 expected="finite gradients",
-                fix="begin in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
+                fix="start in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
     def due(self) -> tuple[Owed, ...]:
-        """What the configuration wants after this step: both before the first and after the last one too."""
+        """What the configuration asks for after this step; both also before the first and after the last step."""
         sections: dict[Owed, Any] = {"evaluation": self.config.eval, "pictures": self.config.sample}
         last = self.step == self.config.max_steps
         return tuple(name for name, its in sections.items() if its and (last or self.step % its.every_steps == 0))
 
     def judge(self, held_out_loss: float) -> bool:
-        """Take note of an evaluation; return whether it is the best so far."""
+        """Record an evaluation; return whether it is the best so far."""
         margin = self.config.eval.min_improvement if self.config.eval else 0.0
         if math.isfinite(held_out_loss) and (self.best_loss is None or held_out_loss < self.best_loss * (1 - margin)):
             self.best_loss, self.best_step, self.evaluations_since_best = held_out_loss, self.step, 0
@@ -145,13 +166,13 @@ class TrainingState:
         return path
 
     def restore(self, path: Path) -> None:
-        """Go to a checkpoint. Raises UserError when it belongs to another configuration, model or dataset."""
+        """Load a checkpoint. Raises UserError when it belongs to another configuration, model or dataset."""
         state = checkpoint.read_checkpoint(path)
         refuse_mismatch(
             self.session.identity,
-            state.identity,
+            _without_reading(state.identity, self.session.identity),
             f"checkpoint {path}",
-            fix="take back the change, or begin a new run in another output folder",
+            fix="undo the change, or start a new run in another output folder",
         )
         draws.check_draws_version(state.draws_version)
         order.check_order_version(state.order_version)
@@ -173,7 +194,7 @@ class TrainingState:
         self.skipped_in_a_row = state.skipped_in_a_row
         self.position = Position(state.epoch, state.batch)
         self.best_step, self.best_loss = state.best_step, state.best_loss
-        self.evaluations_since_best, self.owed = state.evaluations_since_best, state.owed
+        self.evaluations_since_best, self.pending = state.evaluations_since_best, state.owed
         self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
 
     def _state(self) -> checkpoint.CheckpointState:
@@ -189,7 +210,7 @@ class TrainingState:
             best_step=self.best_step,
             best_loss=self.best_loss,
             evaluations_since_best=self.evaluations_since_best,
-            owed=self.owed,
+            owed=self.pending,
             seconds=self.seconds,
             eval_seconds=self.eval_seconds,
             draws_version=draws.DRAWS_VERSION,
@@ -197,3 +218,9 @@ class TrainingState:
             identity=self.session.identity,
             provenance=provenance(self.trainee),
         )
+
+
+def _without_reading(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's identity as if `on_bad_sample` had been the same: it decides nothing before a substitution."""
+    data = {**was["config"]["data"], "on_bad_sample": now["config"]["data"]["on_bad_sample"]}
+    return {**was, "config": {**was["config"], "data": data}}

@@ -1,26 +1,27 @@
-"""What a run was planned to take, said at its start, and what it took, said at its end and in every step's line."""
+"""Planned speed and memory, reported at the start; measured speed, in every step's line and at the end."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from shards.gpus import Gpu, by_driver_name
 from train.device import device_info
-from train.estimate.communication import local_shape, rank_flops
-from train.estimate.flops import step_flops
+from train.estimate.communication import local_shape, rank_work
+from train.estimate.flops import Work, step_flops
 from train.estimate.memory import Memory
-from train.estimate.plan import Setting, describe_memory
+from train.estimate.plan import OPTIMISTIC, PESSIMISTIC
+from train.estimate.plan_text import describe_memory
 from train.estimate.saves import GIB, describe_saves, run_memory
 from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
 from train.parallel.ranks import Layout
 from train.run.trainee import Trainee
 
 WARM_UP_STEPS = 3
-"""Left out of the comparison: kernels are chosen and memory is gathered in them."""
+"""Left out of the comparison: kernels are chosen and memory is allocated in them."""
 
 
 class Rate(NamedTuple):
@@ -39,11 +40,12 @@ class Throughput:
         self._trainee, self._config, self._dims = trainee, trainee.config, trainee.dims
         self._layout = layout or Layout()
         self._gpu = gpu_of(trainee)
+        self._num_passes = trainee.config.data.global_batch / trainee.config.data.micro_batch / self._layout.dp_size
         self._rates: list[Rate] = []
         self._seconds: dict[Bucket, list[float]] = {}
 
     def rate(self, bucket: Bucket, seconds: float) -> Rate:
-        """Take note of a step of a bucket."""
+        """Record a step of a bucket; return its rate."""
         executed, own = self._flops(bucket)
         peak = self._gpu.peak_tflops * 1e12 if self._gpu else None
         rate = Rate(executed / seconds / 1e12, own / seconds / peak if peak else None)
@@ -51,8 +53,8 @@ class Throughput:
         self._seconds.setdefault(bucket, []).append(seconds)
         return rate
 
-    def before(self, buckets: list[Bucket]) -> list[str]:
-        """The plan's figures for the bucket that takes most, for people."""
+    def before(self, buckets: list[Bucket]) -> tuple[dict[str, Any], list[str]]:
+        """The plan's figures for the bucket that takes most: for events.jsonl, and for people."""
         largest = max(buckets, key=self._tokens)
         executed, own = self._flops(largest)
         lines = [
@@ -61,13 +63,14 @@ class Throughput:
         ]
         memory, saves = self._memory(largest), self._saves(largest)
         if memory is not None and saves is not None:
-            setting = Setting(self._config.checkpointing.policy, describe_saves(saves), memory, None, 0, 0, 0)
-            parts = [" ".join(line.split()) for line in describe_memory(setting)]
+            lines_of = describe_memory(self._config.checkpointing.policy, describe_saves(saves), memory)
+            parts = [" ".join(line.split()) for line in lines_of]
             lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
-        return lines
+        gib = None if memory is None else memory.total / GIB
+        return {"bucket": str(largest), "tflop": executed / 1e12, "gib": gib}, lines
 
     def after(self) -> list[str]:
-        """What was measured beside what was planned."""
+        """Measured beside planned figures, for people."""
         rates = self._rates[WARM_UP_STEPS:]
         if not rates:
             return []
@@ -99,12 +102,14 @@ class Throughput:
 
     def _flops(self, bucket: Bucket) -> tuple[float, float]:
         """Of one process's share of a step: executed, and without recomputation."""
-        shape, config, ranks = self._shape(bucket), self._config, self._layout.ulysses
-        passes = config.data.global_batch / config.data.micro_batch / self._layout.dp_size
-        saves = self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
-        executed = rank_flops(self._dims, shape, config.lora, saves, ranks)
-        own = step_flops(self._dims, shape, config.lora, num_rows=2) / ranks
-        return executed * passes, own * passes
+        own = step_flops(self._dims, self._shape(bucket), self._config.lora, num_rows=2) / self._layout.ulysses
+        return self._work(bucket).flops, own * self._num_passes
+
+    def _work(self, bucket: Bucket) -> Work:
+        config, saves = self._config, self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
+        ranks, compiled = self._layout.ulysses, config.model.compile
+        work = rank_work(self._dims, self._shape(bucket), config.lora, saves, ranks, compiled=compiled)
+        return work.scaled(self._num_passes)
 
     def _memory(self, bucket: Bucket) -> Memory | None:
         saves = self._saves(bucket)
@@ -118,8 +123,9 @@ class Throughput:
         if self._gpu is None:
             return "; the device's peak is not known here"
         at_peak = self._flops(bucket)[0] / (self._gpu.peak_tflops * 1e12)
-        share, name = self._gpu.efficiency, self._gpu.name
-        return f"; planned {at_peak / share:.3g} s at {share:.0%} of {name}'s peak ({at_peak:.3g} s at 100 %)"
+        likely = sum(self._work(bucket).seconds(self._gpu, self._trainee.precision.dtype.itemsize))
+        low, high = OPTIMISTIC * likely, PESSIMISTIC * likely
+        return f"; planned {likely:.3g} s on {self._gpu.name} ({low:.3g} to {high:.3g}; {at_peak:.3g} at its peak)"
 
 
 def gpu_of(trainee: Trainee) -> Gpu | None:

@@ -1,4 +1,4 @@
-"""What is trained: the base with a LoRA beside it, or the whole model; on which device, in which numbers."""
+"""What is trained: the base with a LoRA, or the full model; on which device and in which precision."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
-from train.device import device_info
-from train.estimate.saves import make_chooser
+from train.device import available_memory, choose_device, device_info
+from train.estimate.saves import GIB, make_chooser
 from train.geometry import Shape
 from train.lora.formats import name_tensors, raw_pairs, save_lora
 from train.lora.lora import inject, load, load_lora_state, reset
@@ -33,7 +33,6 @@ from train.recompute.runner import ChooseSaves, keep
 
 if TYPE_CHECKING:
     from shards.read.dataset import Dataset
-from train.device import choose_device, device_memory
 
 LOG = logging.getLogger("wan.trainee")
 DIGEST_WHOLE_BYTES = 64 << 20
@@ -52,9 +51,11 @@ class Trainee:
     weights: dict[str, nn.Parameter]
     """What the optimizer moves, by name."""
     adapted: tuple[str, ...]
-    """Modules that carry a LoRA; empty when the whole model is trained."""
+    """Modules that carry a LoRA; empty when the full model is trained."""
     policy: ChooseSaves | str
     """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
+    device_bytes: int | None = None
+    """Memory that `auto` plans with: the least that was free on any rank's GPU; None on a CPU."""
 
     @property
     def file_name(self) -> str:
@@ -62,7 +63,7 @@ class Trainee:
         return checkpoint.LORA_FILE if self.adapted else checkpoint.MODEL_FILE
 
     def saves(self, shape: Shape) -> Sequence[Collection[str]] | None:
-        """The groups that each block keeps in a micro-batch of this shape; None where autograd keeps what it wants."""
+        """The groups that each block keeps in a micro-batch of this shape; None where autograd decides."""
         if callable(self.policy):
             return self.policy(shape)
         return None if self.policy == "none" else ((),) * self.dims.num_layers
@@ -83,7 +84,7 @@ class Trainee:
 
     @contextlib.contextmanager
     def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Hold other weights for a while, such as the moving average; None: its own."""
+        """Use other weights inside the `with`, such as the moving average; None: its own."""
         if tensors is None:
             yield
             return
@@ -96,31 +97,30 @@ class Trainee:
 
     def export(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         """Write weights for use elsewhere: a LoRA that loaders know, or a model with the official names."""
-        temporary = path.with_name(f".writing-{path.name}")
         if self.config.lora is not None:
-            save_lora(temporary, name_tensors(raw_pairs(tensors, self.config.lora)), metadata)
+            save_lora(path, name_tensors(raw_pairs(tensors, self.config.lora)), metadata)
         else:
             with self.holding(tensors):
-                save_dit(self.model, temporary, metadata)
-        temporary.rename(path)
+                save_dit(self.model, path, metadata)
 
 
-def make_trainee(config: TrainConfig, ranks: Ranks = ALONE) -> Trainee:
+def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | None = None) -> Trainee:
     """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
     device = choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank)
+    device_bytes = device_bytes or available_memory(device)
     precision = resolve_precision(config.precision.compute, device_info(device))
     dims = resolve_dims(config)
     model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
         load(model, config.lora.start_from)
-    policy = choose_policy(config, dims, device, precision.dtype, ranks.layout)
+    policy = choose_policy(config, dims, device_bytes, precision.dtype, ranks.layout)
     if ranks.sequence is not None:
         model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
     keep(model, policy, compiled=config.model.compile)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Trainee(config, dims, model, device, precision, weights, adapted, policy)
+    return Trainee(config, dims, model, device, precision, weights, adapted, policy, device_bytes)
 
 
 def _build(
@@ -146,29 +146,28 @@ def _build(
 
 
 def choose_policy(
-    config: TrainConfig, dims: DiTConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+    config: TrainConfig, dims: DiTConfig, device_bytes: int | None, dtype: torch.dtype, layout: Layout | None = None
 ) -> ChooseSaves | str:
-    """What `checkpointing.keep` is told: how a LoRA's blocks choose, or how a whole model's do."""
-    memory = device_memory(device)
+    """The policy for `recompute.runner.keep`: how blocks choose what to save for their backward pass."""
     if config.lora is not None:
         layout = layout or Layout()
         return make_chooser(
             config,
             dims,
-            device_bytes=memory,
+            device_bytes=device_bytes,
             compute_bytes=dtype.itemsize,
             base_shards=layout.base_shards,
             ulysses=layout.ulysses,
         )
     policy = config.checkpointing.policy
-    return policy if policy in ("none", "full") else "none" if memory is None else "full"
+    return policy if policy in ("none", "full") else "none" if device_bytes is None else "full"
 
 
 def resolve_dims(config: TrainConfig) -> DiTConfig:
-    """The model's size: the config's, else what the checkpoint says of itself."""
+    """The model's size: the config's, else the checkpoint's own."""
     if config.model.dims is not None:
         return config.model.dims
-    return read_dit_config(str(config.model.checkpoint))  # the config's validator saw to it that there is one
+    return read_dit_config(str(config.model.checkpoint))  # the config's validator requires one of the two
 
 
 def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -180,7 +179,7 @@ def check_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wha
 
 
 def weights_digest(location: str | None) -> str | None:
-    """A digest that knows one checkpoint from another without reading all of 20 GB.
+    """A digest that tells checkpoints apart without reading all of 20 GB.
 
     Of each file: names, types and shapes of its tensors, and of the numbers 1 MiB from each of 16 places, or all
     up to 64 MiB. Neither paths nor the file's free text count.
@@ -206,15 +205,21 @@ def weights_digest(location: str | None) -> str | None:
     return digest.hexdigest()
 
 
+def describe_base(config: TrainConfig) -> str:
+    """What the base is, for people."""
+    return config.model.checkpoint or f"random weights, seed {config.model.random_seed}"
+
+
 def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
-    """What is about to be trained, for people."""
+    """What will be trained, for people."""
     trained = sum(weight.numel() for weight in trainee.weights.values())
     total = sum(weight.numel() for weight in trainee.model.parameters())
-    base = trainee.config.model.checkpoint or f"random weights, seed {trainee.config.model.random_seed}"
-    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    base = describe_base(trainee.config)
+    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
+    memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
-        f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason})",
+        f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason}){memory}",
     ]
     lines += [f"dataset note: {name}: {note}" for name, note in sorted(dataset.info.notes.items())]
     return lines

@@ -1,0 +1,61 @@
+"""A build into a bucket whose server fails now and then, or for good."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from fault_proxy import FaultProxy, Request, proxied
+from prep_runs import TINY, build, prep_values
+from s3_servers import BUCKET, serve
+
+from preprocess.cli.main import main
+from shards.check.verify import verify
+from shards.storage import open_storage, patience
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    names = {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "DEFAULT_REGION": "us-east-1"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "_process", patience._Process())
+    with serve("moto", tmp_path / "moto") as endpoint, proxied(endpoint) as found:
+        yield found
+
+
+def test_a_build_through_faults_gives_the_same_dataset(demo_corpus: Path, tmp_path: Path, proxy: FaultProxy) -> None:
+    """A third of all requests fail, each kind of fault among them."""
+    counts = build(demo_corpus, tmp_path / "out", **TINY)
+    draw = random.Random(0)
+    kinds = ("reset", "lost", "cut", "break", 500, 503)
+
+    def fault(request: Request) -> str | int | None:
+        return draw.choice(kinds) if draw.random() < 1 / 3 else None
+
+    proxy.fault = fault
+    root = f"s3://{BUCKET}/out?endpoint={proxy.url}"
+    assert build(demo_corpus, root, **TINY) == counts  # type: ignore[arg-type]
+    assert {fault for _, fault in proxy.log} == {*kinds, None}
+    proxy.fault = lambda _: None
+    local, remote = open_storage(tmp_path / "out"), open_storage(root)
+    names = [entry.name for entry in local.list() if entry.name.endswith((".tar", "dataset.json"))]
+    assert {name for name in names if remote.exists(name)} == set(names)
+    assert all(remote.get(name) == local.get(name) for name in names)
+    assert not verify(remote, "deep").problems
+
+
+def test_an_outage_that_lasts_ends_a_build_with_exit_code_75(
+    demo_corpus: Path, tmp_path: Path, proxy: FaultProxy
+) -> None:
+    proxy.fault = lambda _: "reset"
+    values = prep_values(demo_corpus, tmp_path, storage={"patience_minutes": 0.01})
+    path = tmp_path / "prep.yaml"
+    path.write_text(yaml.safe_dump({**values, "output": f"s3://{BUCKET}/gone?endpoint={proxy.url}"}))
+    result = CliRunner().invoke(main, ["build-shards", str(path), "--quiet"])
+    assert result.exit_code == 75 and "storage.patience_minutes" in result.output

@@ -1,0 +1,201 @@
+"""Damaged and crafted files through every command: an answer or one line, no traceback, no hang, bounded memory.
+
+python tests/shards/test_fuzz.py 10000 [SEED]      that many of each kind; the seed is printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from click.testing import CliRunner
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+from shards_data import write_dataset
+
+from shards.cli import main
+from shards.errors import UserError
+from shards.format.commit import content_digest
+from shards.format.ledger import read_ledger_lines
+from shards.format.sealed_json import canonical_json, open_document, seal_document
+from shards.read.dataset import open_dataset
+from shards.read.index import write_index
+from shards.read.table import pack
+from shards.storage import open_storage
+
+NUM_CASES = 500
+LONGEST_SECONDS = 30.0
+FREE_BYTES = 64 * 2**20
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 2**63, -(2**63), 10**30, 0.5, 1e308, "", "x", "x" * 5000, "../../etc/passwd", "\x00",
+    "[/red]", "\ud800", [], {}, [[]], {"a": {}}, [0] * 3000, "AAAA", "====", pack([2**63, 0]), pack([0] * 40), "0" * 64,
+    "latents", "text/default",
+)  # fmt: skip
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a document."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*place, key)
+        yield from _places(value[key], (*place, key))
+
+
+def _craft(draw: random.Random, document: Any) -> Any:
+    """The document with one to three values removed, replaced, repeated, or exchanged for another of its values."""
+    document = json.loads(json.dumps(document))
+    for _ in range(draw.randint(1, 3)):
+        places = list(_places(document))
+        if not places:
+            break
+        *parents, last = draw.choice(places)
+        holder = document
+        for key in parents:
+            holder = holder[key]
+        kind = draw.randrange(6)
+        if kind == 0:
+            del holder[last]
+        elif kind == 1 and isinstance(holder[last], list):
+            holder[last] = holder[last] * draw.choice((0, 2, 100))
+        elif kind == 2:
+            other = document
+            for key in draw.choice(places):
+                other = other[key] if isinstance(other, dict) or key < len(other) else other
+            holder[last] = json.loads(json.dumps(other))
+        elif kind == 3 and isinstance(holder[last], int):
+            holder[last] += draw.choice((-1, 1, 512, 2**40))
+        elif kind == 4 and isinstance(holder, dict):
+            holder["more"] = draw.choice(ODD)
+        else:
+            holder[last] = draw.choice(ODD)
+    return document
+
+
+def crafted(root: Path, draw: random.Random) -> tuple[Path, bytes]:
+    """A file of the dataset and what it is replaced by: intact by its seal or checksum, of odd content."""
+    path = draw.choice([path for path in sorted(root.rglob("*")) if path.suffix == ".json" or "index" in path.name])
+    if path.suffix == ".json":
+        body = _craft(draw, open_document(path.read_bytes(), path.name))
+        if "revision" in body and draw.random() < 0.7:
+            body["revision"] = content_digest({key: value for key, value in body.items() if key != "revision"})
+        return path, seal_document({key: value for key, value in body.items() if key != "seal"} or {"x": 1})
+    lines = [json.loads(line) for line in read_ledger_lines(path.read_bytes(), path.name)]
+    place = draw.randrange(len(lines))
+    lines[place] = _craft(draw, lines[place])
+    data = b"".join(canonical_json(line) + b"\n" for line in lines)
+    return path, zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+def damaged(root: Path, draw: random.Random) -> tuple[Path, bytes]:
+    """A file of the dataset and its bytes after one damage."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    path = draw.choice(files)
+    data = path.read_bytes()
+    start = draw.randrange(len(data) + 1)
+    end = min(len(data), start + draw.choice((1, 3, 64, 4096)))
+    junk = draw.randbytes(draw.choice((1, 16, 600)))
+    return path, [
+        lambda: data[:start] + bytes(byte ^ 1 << draw.randrange(8) for byte in data[start:end]) + data[end:],
+        lambda: data[:start],
+        lambda: data[:start] + junk + data[end:],
+        lambda: data[:start] + bytes(end - start) + data[end:],
+        lambda: data + junk,
+        lambda: draw.choice(files).read_bytes(),
+        lambda: bytes(len(data)),
+    ][draw.randrange(7)]()
+
+
+def _commands(root: Path, work: Path, key: str) -> list[list[str]]:
+    return [
+        ["ls", str(root)],
+        ["show", str(root), key],
+        ["verify", str(root)],
+        ["stats", str(root), "--no-cache"],
+        ["report", str(root), str(work / "report.html"), "--cache", str(work / "cache")],
+        ["index", str(root)],
+    ]
+
+
+def _memory(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+class Dataset:
+    """A small dataset with an index and the commit of a plan, which is damaged and restored."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.root = work, work / "root"
+        write_dataset(self.root, num_units=2, samples_per_unit=3, channels=2, scratch=work / "scratch")
+        generation = {"plan_version": 1, "name": "gen-000", "first_unit": 0, "frame_bytes": [3, 3], "num_candidates": 8}
+        body = open_document((self.root / "dataset.json").read_bytes(), "")["generations"][0]
+        fields = {"plan_sha256": body["plan_sha256"], "ledger_sha256": None}
+        (self.root / "plan/gen-000.json").write_bytes(seal_document({**generation, **fields}))
+        write_index(open_storage(self.root))
+        dataset = open_dataset(self.root)
+        self.key, self.pin = dataset.samples[0].key, dataset.pin()
+
+    def try_all(self, path: Path, data: bytes) -> None:
+        """Run the commands with the file replaced."""
+        index = self.root / "index.jsonl.zst"
+        before = {path: path.read_bytes(), index: index.read_bytes()}
+        path.write_bytes(data)
+        try:
+            for command in _commands(self.root, self.work, self.key):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is used now
+                used, start = _memory("VmRSS"), time.monotonic()
+                result = CliRunner().invoke(main, command)
+                what = f"{command[0]} of {path.name}"
+                assert result.exception is None or isinstance(result.exception, SystemExit), what
+                assert result.exit_code in (0, 1, 2) and "Traceback" not in result.output, (what, result.output)
+                assert result.exit_code != 2 or result.output.startswith("error: "), (what, result.output)
+                assert time.monotonic() - start < LONGEST_SECONDS, what
+                assert _memory("VmHWM") - used <= FREE_BYTES + 16 * len(data), what
+            with contextlib.suppress(UserError):  # as a training run opens it
+                open_dataset(self.root, "default", pin=self.pin).samples[0]
+        finally:
+            for each, content in before.items():
+                each.write_bytes(content)
+
+
+def run_cases(work: Path, kind: str, num: int, seed: int) -> None:
+    """`num` cases of a kind. Each is a function of (seed, kind, its number)."""
+    dataset = Dataset(work)
+    for number in range(num):
+        draw = random.Random(f"{seed} {kind} {number}")
+        path, data = (crafted if kind == "crafted" else damaged)(dataset.root, draw)
+        try:
+            dataset.try_all(path, data)
+        except BaseException:
+            print(f"seed {seed}, {kind} case {number}: {path}", file=sys.stderr)
+            raise
+
+
+@pytest.mark.parametrize("kind", ["crafted", "damaged"])
+def test_a_few_odd_files_end_no_command_badly(tmp_path: Path, kind: str) -> None:
+    run_cases(tmp_path, kind, 50, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["crafted", "damaged"])
+def test_many_odd_files_end_no_command_badly(tmp_path: Path, kind: str) -> None:
+    run_cases(tmp_path, kind, NUM_CASES, seed=0)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 10**9
+    print(f"seed {seed}")
+    for kind in ("crafted", "damaged"):
+        with tempfile.TemporaryDirectory() as folder:
+            run_cases(Path(folder), kind, int(sys.argv[1]), seed)

@@ -1,0 +1,184 @@
+"""A run never ends without a checkpoint where its state is exact, whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import train_runs
+from fault_proxy import proxied
+from s3_servers import BUCKET, serve
+from shards_data import flip_a_latent, write_dataset
+from train_runs import checkpoint_bytes, make_config, read_metrics, send_when
+
+from shards.config import dump_config
+from shards.errors import UserError
+from shards.storage import open_storage
+from train import evaluate
+from train.checkpoint import find_checkpoints, read_checkpoint
+from train.launch.launch import own_command
+from train.loop import fit
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint of a run; 0 where there is none."""
+    found = find_checkpoints(folder / "checkpoints")
+    return read_checkpoint(found[-1]).step if found else 0
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_an_error_of_the_loader_saves_the_steps_before_it_and_its_advice_can_be_followed(tiny_shards, tmp_path):
+    """`substitute`, which the message recommends, is no other identity: the resume takes it."""
+    root = flip_a_latent(tiny_shards, tmp_path / "shards")
+    changes = {"max_steps": 20, "data__validation_fraction": 0.0, "checkpoint__every_steps": 100}
+    with pytest.raises(UserError, match="on_bad_sample=substitute"):
+        fit(make_config(root, tmp_path / "run", **changes))
+    done = len(read_metrics(tmp_path / "run"))
+    assert newest(tmp_path / "run") == done > 0
+    last = events(tmp_path / "run")[-1]
+    assert (last["event"], last["reason"], last["step"]) == ("stop", "error", done) and "cannot be read" in last[
+        "error"
+    ]
+    changes["data__on_bad_sample"] = "substitute"
+    fit(make_config(root, tmp_path / "run", **changes))
+    fit(make_config(root, tmp_path / "straight", **changes))
+    assert any(line["substituted"] for line in read_metrics(tmp_path / "run"))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
+
+
+def test_an_error_of_the_evaluation_saves_the_step_and_the_resume_takes_it_again(tiny_shards, tmp_path, monkeypatch):
+    def config(name):
+        return make_config(tiny_shards, tmp_path / name, eval={"num_clips": 2, "every_steps": 4})
+
+    original, calls = evaluate.evaluate, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a kernel failed")
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate, "evaluate", failing)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        fit(config("run"))
+    (path,) = find_checkpoints(tmp_path / "run/checkpoints")
+    state = read_checkpoint(path)
+    assert (state.step, state.owed) == (4, ("evaluation",))
+    fit(config("run"))
+    monkeypatch.setattr(evaluate, "evaluate", original)
+    fit(config("straight"))
+    for name in ("metrics.jsonl", "held_out.jsonl"):
+        assert read_metrics(tmp_path / "run", name) == read_metrics(tmp_path / "straight", name)
+    assert checkpoint_bytes(tmp_path / "run", 10) == checkpoint_bytes(tmp_path / "straight", 10)
+
+
+def test_an_error_of_the_log_saves_the_step(tiny_shards, tmp_path):
+    """metrics.jsonl on a disk that is full; the checkpoint's is not."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
+    config = make_config(tiny_shards, tmp_path / "run")
+    with pytest.raises(UserError, match=r"metrics.jsonl: No space left on device") as caught:
+        fit(config)
+    assert caught.value.exit_code == 75
+    assert newest(tmp_path / "run") == 1
+    (tmp_path / "run/metrics.jsonl").unlink()
+    fit(config)
+    fit(make_config(tiny_shards, tmp_path / "straight"))
+    assert checkpoint_bytes(tmp_path / "run", 10) == checkpoint_bytes(tmp_path / "straight", 10)
+
+
+def test_an_error_within_an_update_saves_nothing(tiny_shards, tmp_path, monkeypatch):
+    """There weights and step do not belong together."""
+    from train.run import state
+
+    original, calls = state.clip_gradients, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("in the middle")
+        return original(*arguments)
+
+    monkeypatch.setattr(state, "clip_gradients", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(make_config(tiny_shards, tmp_path / "run"))
+    assert newest(tmp_path / "run") == 0
+
+
+def test_under_nohup_a_hangup_ends_nothing(tiny_shards, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send_when(tmp_path / "run/metrics.jsonl", signal.SIGHUP)
+        result = fit(make_config(tiny_shards, tmp_path / "run", max_steps=30))
+        assert (result.step, result.stopped_by) == (30, None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_that_cannot_read_ends_the_run_with_a_checkpoint(tiny_shards, tmp_path):
+    """The others stop at the same step, rank 0 saves, and the error of the rank that had it is on the terminal."""
+    root = flip_a_latent(tiny_shards, tmp_path / "shards")
+    config = make_config(
+        root,
+        tmp_path / "run",
+        max_steps=40,
+        data__validation_fraction=0.0,
+        checkpoint__every_steps=100,
+        data__micro_batch=1,
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    command = own_command(["fit", str(tmp_path / "run.yaml"), "--nproc-per-node", "2"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be read, tried twice" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\nerror: ") == 1 and "C++" not in done.stderr
+    assert newest(tmp_path / "run") == len(read_metrics(tmp_path / "run")) > 0
+
+
+def test_an_outage_that_outlasts_the_patience_ends_with_a_checkpoint_and_code_75(tmp_path, monkeypatch):
+    for name, value in (
+        ("ACCESS_KEY_ID", "testing"),
+        ("SECRET_ACCESS_KEY", "testing"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with serve("moto", tmp_path / "s3") as endpoint, proxied(endpoint) as proxy:
+        write_dataset(tmp_path / "shards", scratch=tmp_path / "scratch")
+        root = f"s3://{BUCKET}/run?endpoint={proxy.url}"
+        remote = open_storage(root)
+        local = open_storage(str(tmp_path / "shards"))
+        for entry in local.list():
+            remote.put(entry.name, local.get(entry.name))
+        config = make_config(
+            root, tmp_path / "run", max_steps=100_000, checkpoint__every_steps=50_000,
+            storage={"patience_minutes": 0.05}, data__read_timeout_seconds=1.0,
+        )  # fmt: skip
+        (tmp_path / "run.yaml").write_text(dump_config(config))
+        process = subprocess.Popen(own_command(["fit", str(tmp_path / "run.yaml")]), stderr=subprocess.PIPE, text=True)
+        train_runs.wait_for_metrics(tmp_path / "run", 3)
+        proxy.fault = lambda request: 503
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert "Traceback" not in said and "damage" not in said
+    assert newest(tmp_path / "run") == len(read_metrics(tmp_path / "run")) >= 3
+    kinds = [event["event"] for event in events(tmp_path / "run")]
+    assert kinds[-1] == "stop" and "waiting" in kinds
+
+
+def test_sighup_is_a_signal_like_sigterm(tiny_shards, tmp_path):
+    config = make_config(tiny_shards, tmp_path / "run", max_steps=100_000, checkpoint__every_steps=50_000)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    process = subprocess.Popen(own_command(["fit", str(tmp_path / "run.yaml")]), stderr=subprocess.PIPE, text=True)
+    train_runs.wait_for_metrics(tmp_path / "run", 3)
+    os.kill(process.pid, signal.SIGHUP)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert newest(tmp_path / "run") == len(read_metrics(tmp_path / "run"))

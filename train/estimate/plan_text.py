@@ -1,0 +1,103 @@
+"""A plan for people and for programs. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shards.gpus import GIB
+from train.estimate.memory import Memory
+from train.estimate.plan import Estimate, Setting
+
+
+def as_json(plan: Estimate) -> dict[str, Any]:
+    """The plan as JSON values."""
+
+    def setting(value: Setting | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        memory = value.memory and value.memory._asdict() | {"total": value.memory.total}
+        exchange = value.exchange._asdict() | {"share": value.exchange_share}
+        parts = ("gemm", "attention", "attention_backward", "traffic")
+        times = dict(zip(parts, value.work_seconds, strict=True))
+        own = {"memory": memory, "mesh": value.mesh._asdict(), "exchange": exchange}
+        return value._asdict() | own | {"work_seconds": times, "seconds": value.seconds}
+
+    values = plan._asdict()
+    values["gpu"] = plan.gpu._asdict()
+    values["sizes"] = [{"size": str(size.bucket), "share": size.share} for size in plan.sizes]
+    values["settings"] = [setting(value) for value in plan.settings]
+    values["layouts"] = [setting(value) for value in plan.layouts]
+    values["chosen"], values["fastest"] = setting(plan.chosen), setting(plan.fastest)
+    return values
+
+
+def describe_estimate(plan: Estimate, origin: str = "as given") -> list[str]:
+    """The plan for people, a line an entry."""
+    gpu = plan.gpu
+    sizes = ", ".join(f"{size.bucket} ({size.share:.0%})" for size in plan.sizes)
+    lines = [
+        f"{plan.num_gpus} × {gpu.name}: {gpu.peak_tflops:g} TFLOP/s {gpu.precision} peak and {gpu.memory_gib:g} GiB "
+        f"each; {plan.chosen.seconds_at_peak / sum(plan.chosen.work_seconds):.0%} of the peak expected (an estimate)",
+        f"sizes, {origin}: {sizes}",
+        "",
+        f"{'checkpointing':<26}{'memory':>10}  {'fits':<5}{'TFLOP/step':>11}{'at 100 %':>11}{'s/step':>9}{'days':>8}",
+    ]
+    for setting in plan.settings:
+        memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
+        fits = {True: "yes", False: "no", None: "?"}[setting.fits]
+        mark = " ◀ configured" if setting is plan.chosen else ""
+        mark += " ◀ fastest" if setting is plan.fastest else ""
+        lines.append(
+            f"{setting.name:<26}{memory:>10}  {fits:<5}{setting.step_flops / 1e12:>11,.0f}"
+            f"{setting.seconds_at_peak:>9.2f} s{setting.seconds:>9.2f}{setting.days(plan.num_steps):>8.2f}{mark}"
+        )
+    lines += [
+        "",
+        *describe_layouts(plan),
+        *describe_memory(plan.chosen.name, plan.chosen.saves, plan.chosen.memory),
+        "",
+    ]
+    low, high = plan.train_days_range
+    gemm, attention, backward, traffic = plan.chosen.work_seconds
+    lines += [
+        f"a step of {plan.chosen.name}: GEMMs {gemm:.2f} s, attention {attention:.2f} forward and {backward:.2f} "
+        f"backward, memory traffic {traffic:.2f}, exchanged {plan.chosen.exchange.seconds:.2f}",
+        f"training: {plan.train_days:.2f} days likely ({low:.2f} optimistic, {high:.2f} pessimistic), of which the "
+        f"held-out loss takes {plan.held_out_share:.1%}",
+        f"stage 1 before it: {plan.encode_days:.2f} days to encode {plan.encode_samples:,} samples on the same GPUs in "
+        f"{plan.encode_mode}, {plan.encode_days_fast:.2f} in 16 bits (an estimate; `wanprep plan` knows more)",
+        *(f"  shorter  {line}" for line in plan.shorter),
+    ]
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def describe_layouts(plan: Estimate) -> list[str]:
+    """What else the same GPUs could do, and what is exchanged; nothing for one GPU."""
+    if plan.num_gpus == 1:
+        return []
+    words = ("layout, same checkpointing", "memory", "fits", "s/step", "exchanged", "of the step")
+    lines = ["{:<30}{:>10}  {:<5}{:>9}{:>12}{:>12}".format(*words)]
+    for setting in (plan.chosen, *plan.layouts):
+        memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
+        fits = {True: "yes", False: "no", None: "?"}[setting.fits]
+        moved = f"{setting.exchange.total_bytes / 1e9:,.2f} GB"
+        mark = " ◀ configured" if setting is plan.chosen else ""
+        lines.append(
+            f"{setting.mesh!s:<30}{memory:>10}  {fits:<5}{setting.seconds:>9.2f}{moved:>12}"
+            f"{setting.exchange_share:>12.1%}{mark}"
+        )
+    bandwidth = f"{plan.gpu.link_gb_per_second:g} GB/s within a machine"
+    if plan.chosen.mesh.num_nodes > 1:
+        bandwidth += f", {plan.gpu.network_gb_per_second:g} between them"
+    return [*lines, f"exchanged a GPU and step, at {bandwidth} (assumed), nothing overlapped", ""]
+
+
+def describe_memory(name: str, saves: str, memory: Memory | None) -> list[str]:
+    """Memory of a setting, part by part."""
+    if memory is None:
+        return ["memory: not in closed form when every weight trains"]
+    lines = [f"memory of {name}: {saves}"]
+    for part, size in memory._asdict().items():
+        guess = " (an estimate)" if part == "workspace" else ""
+        lines.append(f"  {part:<10}{size / GIB:>8.2f} GiB{guess}")
+    return lines
