@@ -52,6 +52,12 @@ class HeldOut(NamedTuple):
     moving: Tensor
     """Which clips have more than one latent frame."""
 
+    def as_dict(self) -> dict[str, object]:
+        """What goes into held_out.jsonl: everything but the single clips."""
+        return {
+            name: value for name, value in self._asdict().items() if name not in ("t2v_clips", "i2v_clips", "moving")
+        }
+
 
 def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfig) -> list[int]:
     """One sample of each of `num_clips` held-out clips, by hash: adding clips changes few of them.
@@ -112,7 +118,7 @@ def evaluate(
         t2v=t2v,
         i2v=i2v,
         num_clips=counts[False],
-        quantiles=tuple(sigmas.tolist()),
+        sigmas=tuple(sigmas.tolist()),
         t2v_clips=torch.cat(clips[False]),
         i2v_clips=torch.cat(clips[True]),
         moving=torch.tensor(moving),
@@ -158,7 +164,7 @@ def changes(before: HeldOut, after: HeldOut) -> list[Change]:
     for mode in tables[0]:
         a, b = (table[mode] for table in tables)
         count = num_clips if mode == "T2V" else int(before.moving.sum())
-        found += [_change(mode, sigma, a[:, n], b[:, n], count) for n, sigma in enumerate(before.quantiles)]
+        found += [_change(mode, sigma, a[:, n], b[:, n], count) for n, sigma in enumerate(before.sigmas)]
         found.append(_change(mode, None, a.mean(1), b.mean(1), count))
     a, b = (torch.stack([table.mean(1) for table in modes.values()]).mean(0) for modes in tables)
     return [*found, _change("all", None, a, b, num_clips)]

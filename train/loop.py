@@ -44,7 +44,7 @@ from train.run.session import (
 )
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
-from train.run.trainee import Trainee, describe_base, describe_trainee
+from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
@@ -318,7 +318,7 @@ def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[
     if config.eval is None:
         return False
     began = time.perf_counter()
-    with _inference(trainee), trainee.holding(progress.average):
+    with trainee.inference(), trainee.holding(progress.average):
         held_out = evaluate.evaluate(
             trainee.model,
             session.dataset,
@@ -351,15 +351,6 @@ def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable
         first = progress.session.ranks.is_first
         sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
     progress.seconds += time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def _inference(trainee: Trainee) -> Iterator[None]:
-    trainee.model.eval()
-    try:
-        yield
-    finally:
-        trainee.model.train()
 
 
 def _exhausted(progress: TrainingState) -> bool:

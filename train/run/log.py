@@ -95,7 +95,7 @@ class RunLog:
 
     def write_held_out(self, step: int, held_out: HeldOut, seconds: float) -> None:
         """One evaluation, everywhere."""
-        _append(self._held_out, {"step": step, **held_out._asdict(), "seconds": seconds})
+        _append(self._held_out, {"step": step, **held_out.as_dict(), "seconds": seconds})
         curves = {"held_out/mean": held_out.mean}
         for mode in ("t2v", "i2v"):
             losses: tuple[float, ...] = getattr(held_out, mode)

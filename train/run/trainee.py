@@ -83,6 +83,15 @@ class Trainee:
                 weight.copy_(tensors[name])
 
     @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """The model in inference mode, inside the `with`."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+
+    @contextlib.contextmanager
     def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Use other weights inside the `with`, such as the moving average; None: its own."""
         if tensors is None:
