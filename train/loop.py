@@ -94,9 +94,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
-        export_metadata(
-            session.identity, 0, config.checkpoint.licence, None
-        )  # what the end needs fails now, if it does
+        export_metadata(session.identity, 0, config.checkpoint.licence, None)  # fails now if it would at the end
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
@@ -130,8 +128,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         pictures: list[Ready] = []
         if config.sample is not None:
             pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
-        preview = Preview(config.sample if ranks.is_first else None, folder)
-        stack.callback(preview.close)
+        preview = stack.enter_context(Preview(config.sample if ranks.is_first else None, folder))
         meter = Throughput(trainee, ranks.layout)
         planned, lines = meter.before(list(session.order.buckets))
         for line in lines:
