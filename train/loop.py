@@ -94,7 +94,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
-        export_metadata(session.identity, 0, config.checkpoint.licence, None)  # fails now if it would at the end
+        export_metadata(session.identity, 0, config.checkpoint.licence, None)  # fails early, if it does
         trainee, progress = session.trainee, TrainingState(session)
         if start is not None:
             progress.restore(start)
@@ -392,7 +392,7 @@ def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None)
 
 
 def _export(progress: TrainingState) -> Path:
-    """Write the weights for use elsewhere: the last or the best, of the moving average where there is one."""
+    """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
     trainee, step = progress.trainee, progress.step
     tensors = progress.average or trainee.tensors()
     if progress.config.checkpoint.export == "best" and progress.best_step is not None and progress.best_step != step:
