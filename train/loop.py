@@ -44,7 +44,7 @@ from train.run.session import (
 )
 from train.run.state import TrainingState
 from train.run.throughput import Throughput
-from train.run.trainee import Trainee, describe_base, describe_trainee
+from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks, sigma_density
@@ -127,8 +127,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         pictures: list[Ready] = []
         if config.sample is not None:
             pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
-        preview = Preview(config.sample if ranks.is_first else None, folder)
-        stack.callback(preview.close)
+        preview = stack.enter_context(Preview(config.sample if ranks.is_first else None, folder))
         meter = Throughput(trainee, ranks.layout)
         planned, lines = meter.before(list(session.order.buckets))
         for line in lines:
@@ -315,7 +314,7 @@ def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[
     if config.eval is None:
         return False
     began = time.perf_counter()
-    with _inference(trainee), trainee.holding(progress.average):
+    with trainee.inference(), trainee.holding(progress.average):
         held_out = evaluate.evaluate(
             trainee.model,
             session.dataset,
@@ -348,15 +347,6 @@ def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable
         first = progress.session.ranks.is_first
         sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
     progress.seconds += time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def _inference(trainee: Trainee) -> Iterator[None]:
-    trainee.model.eval()
-    try:
-        yield
-    finally:
-        trainee.model.train()
 
 
 def _exhausted(progress: TrainingState) -> bool:
@@ -401,7 +391,7 @@ def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None)
 
 
 def _export(progress: TrainingState) -> Path:
-    """Write the weights for use elsewhere: the last or the best, of the moving average where there is one."""
+    """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
     trainee, step = progress.trainee, progress.step
     tensors = progress.average or trainee.tensors()
     if progress.config.checkpoint.export == "best" and progress.best_step is not None and progress.best_step != step:

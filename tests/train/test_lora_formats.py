@@ -13,7 +13,8 @@ from train.config.model import DiTConfig, LoRAConfig
 from train.lora.export import export_lora, locate_lora
 from train.lora.formats import EXPORT_FORMATS, name_tensors, raw_pairs, read_lora, refuse_other_model
 from train.lora.info import describe_lora
-from train.lora.lora import attach_lora, inject, load, lora_state
+from train.lora.load import load
+from train.lora.lora import attach_lora, inject, lora_state
 from train.lora.targets import describe_targets, match_targets
 from train.model.dit import build_model
 

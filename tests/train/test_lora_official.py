@@ -10,7 +10,8 @@ from torch import nn
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
 from train.lora.formats import name_tensors, raw_pairs, read_lora
-from train.lora.lora import detach, inject, linears, load, lora_modules, lora_state, merge, unmerge
+from train.lora.load import load
+from train.lora.lora import detach, inject, linears, lora_modules, lora_state, merge, unmerge
 from train.model.dit import build_model
 
 DIMS = DiTConfig(dim=48, num_heads=2, num_layers=2, ffn_dim=96, text_dim=16, text_len=8, freq_dim=16)

@@ -12,7 +12,7 @@ from shards.config import load_config
 from shards.console import CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
-from train.cli.report_commands import report, show_clip
+from train.cli.report_commands import report, show_clip, verify
 from train.cli.sample_commands import evaluate, sample
 from train.launch.failure import SIGNAL_EXIT
 
@@ -213,7 +213,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_jso
         raise SystemExit(1)
 
 
-for command in (sample, evaluate, report, show_clip, export, merge, unmerge, lora):
+for command in (sample, evaluate, report, verify, show_clip, export, merge, unmerge, lora):
     main.add_command(command)
 
 

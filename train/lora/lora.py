@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from train.config.model import LoRAConfig
-from train.lora.export import locate_lora
-from train.lora.formats import LoRAFile, official_name, read_lora, refuse_other_model
+from train.lora.formats import LoRAFile, official_name, refuse_other_model
 from train.lora.targets import describe_targets, match_targets
 from train.model.block import DropoutKey, Linear
 
@@ -139,24 +137,9 @@ def _refuse_second(model: nn.Module) -> None:
         raise UserError("the model has a LoRA already", fix="`detach` it, or build a new model")
 
 
-def load(model: nn.Module, source: str | Path, strength: float = 1.0) -> LoRAFile:
-    """Load a LoRA of any tool into a model: beside its weights, in float32, or into the LoRA that `inject` made.
-
-    Args:
-        source: a file, a folder of peft or diffusers, a run or a checkpoint.
-        strength: on top of the LoRA's own scale.
-
-    Raises: UserError for a LoRA of another model, or of other targets or another rank than what was injected; nothing
-    is changed then.
-    """
-    lora = read_lora(locate_lora(Path(source))[0])
-    attach_lora(model, lora, strength)
-    return lora
-
-
 @torch.no_grad()
 def attach_lora(model: nn.Module, lora: LoRAFile, strength: float = 1.0) -> None:
-    """`load` of a file that is read already."""
+    """Put a file that is read already into a model, as `train.lora.load.load` does."""
     places, held = linears(model), lora_modules(model)
     if hasattr(model, _MERGED):
         _refuse_second(model)

@@ -22,7 +22,8 @@ from train.device import available_memory, choose_device, device_info
 from train.estimate.saves import GIB, make_chooser
 from train.geometry import Shape
 from train.lora.formats import name_tensors, raw_pairs, save_lora
-from train.lora.lora import inject, load, load_lora_state, reset
+from train.lora.load import load
+from train.lora.lora import inject, load_lora_state, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, read_dit_config, save_dit
 from train.parallel.fsdp import shard_base
@@ -81,6 +82,15 @@ class Trainee:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """The model in inference mode, inside the `with`."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
 
     @contextlib.contextmanager
     def holding(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:

@@ -57,6 +57,12 @@ class Preview:
         if code := self._start("--once").wait():
             LOG.warning("some samples have no video: `wanprep decode` ended with %d, see %s", code, self._log)
 
+    def __enter__(self) -> Preview:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the watch at once."""
         self._ending = True
