@@ -22,6 +22,7 @@ import orjson
 from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
+from preprocess.corpus.layouts import open_corpus
 from preprocess.corpus.records import read_about, read_json, read_words
 from preprocess.plan.external_sort import LineBatch, Spill, Superseded
 from preprocess.plan.filter import sieve_about, sieve_words
@@ -130,7 +131,7 @@ def freeze_plan(
         closing(Spill(Path(folder, "refused"))) as refused,
     ):
         num_documents = 0
-        for result in map_chunks(config.corpus.location, work, num_workers):
+        for result in map_chunks(open_corpus(config.corpus), work, num_workers):
             num_documents += result.num_documents
             candidates.add(result.candidates)
             refused.add(result.refused)
@@ -175,17 +176,17 @@ def read_and_sieve(chunk: Chunk, config: SieveConfig) -> ChunkResult:
 def _sort_document(document: Document, config: SieveConfig, result: ChunkResult) -> None:
     """Put one document among the candidates or the refused. Its words are read only where the rest passes."""
     defects: set[str] = set()
-    root = document.rejection or read_json(document.data, defects)
+    root = document.rejection or document.fields or read_json(document.data, defects)
     if isinstance(root, Rejection):
         append_refused(result.refused, "", document.source, root)
         return
-    about = read_about(root, document.source, defects)
+    about = document.fields or read_about(root, document.source, defects)
     if isinstance(about, Rejection):
         append_refused(result.refused, "", document.source, about)
         return
     rejection = sieve_about(about["media_type"], about["declared_seconds"], config)
     if rejection is None:
-        words = read_words(root, about, defects)
+        words = document.fields or read_words(root, about, defects)
         rejection = sieve_words([caption["text"] for level in _CAPTIONS for caption in words[level]], config)
     if rejection is not None:
         append_refused(result.refused, about["clip_id"], document.source, rejection)
