@@ -162,6 +162,8 @@ class CaptionsConfig(Config):
     """Levels in the order they are joined: `{object}`, `{scene}`, `{semantic}`, `{application}`, `{speech}`."""
     variants: tuple[str, ...] = ()
     """Further templates; each makes another caption of the sample with its own embedding."""
+    prefix: str = ""
+    """Text before every caption that has words, such as a trigger word; it is never cut."""
     max_tokens: Annotated[int, Field(gt=1, le=512)] = 512
     """Most tokens, end token included."""
     negative_prompt: str | None = None

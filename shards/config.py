@@ -67,6 +67,18 @@ def shipped_configs() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
+def refuse_source_folder(folder: Path, name: str) -> None:
+    """Raise UserError where `folder` is inside a package of source code: an output there would travel with it."""
+    place = folder.absolute().resolve()
+    package = next((each for each in (place, *place.parents) if (each / "__init__.py").is_file()), None)
+    if package is not None:
+        raise UserError(
+            f"{name}: {folder} is inside the source package {package}",
+            expected="a folder outside the code",
+            fix=f"name another one, such as {package.parent / 'project'}",
+        )
+
+
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
     """Read a YAML file into `cls`, apply `a.b=c` overrides, validate. Raises UserError naming every bad key."""
     path = Path(path)
@@ -84,9 +96,14 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] =
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level is {type(values).__name__}", expected="a mapping of keys to values")
+    return validate_config(cls, apply_overrides(values, overrides), origin=str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`values` after `a.b=c` overrides, changed in place. Raises UserError."""
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(cls, values, origin=str(path))
+    return values
 
 
 def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) -> ConfigT:

@@ -57,6 +57,7 @@ def main() -> None:
     """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
 
     \b
+    wanprep init FOLDER --corpus CLIPS               write the configs of both stages for your own clips
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
     wanprep scan CONFIG                              look at the annotations: counts, lengths, defects
     wanprep plan CONFIG                              freeze what is to be done, and say how much it is
@@ -100,6 +101,46 @@ def serve_corpus(folder: Path, port: int) -> None:
     with FolderServer(folder, port) as server:
         click.echo(f"serving {folder} at {server.url} (Ctrl-C ends it)")
         server.serve_forever()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--corpus", required=True, metavar="LOCATION", help="A folder, table, archive or s3:// prefix of clips.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The model, official or Diffusers layout.")
+@click.option("--gpu", metavar="NAME", help="Plan for this GPU, such as rtx4090 or h100.  [default: this machine's]")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of corpus: -o corpus.format=table")
+@_QUIET
+def init(
+    folder: Path,
+    corpus: str,
+    checkpoint: Path | None,
+    gpu: str | None,
+    num_gpus: int,
+    overrides: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Write FOLDER/prep.yaml and FOLDER/train.yaml for a corpus, a checkpoint and a GPU.
+
+    The corpus is read and a few clips are probed; sizes, lengths, batch and held-out share fit what they are. Without
+    --checkpoint small encoders and a small model of random weights are named: good for a trial of the commands.
+
+    \b
+    wanprep init project --corpus clips --checkpoint /models/Wan2.2-TI2V-5B
+    wanprep init project --corpus clips.csv --checkpoint /models/Wan2.2-TI2V-5B --gpu rtx4090
+    wanprep init trial --corpus clips
+    """
+    from preprocess.build.progress import count_documents
+    from preprocess.config import CorpusConfig
+    from preprocess.project.project import make_project
+    from shards.config import apply_overrides, validate_config
+
+    _start(quiet)
+    values = apply_overrides({"corpus": {"location": corpus}}, overrides)
+    config = validate_config(CorpusConfig, values["corpus"], origin="--corpus")
+    with count_documents("records read", quiet=quiet) as progress:
+        made = make_project(folder, config, checkpoint, gpu, num_gpus, progress=progress)
+    click.echo("\n".join([*made.lines, "", "next:", *(f"  {command}" for command in made.commands)]))
 
 
 @main.command()
