@@ -116,6 +116,13 @@ class PictureSize(Config):
     width: Positive
     height: Positive
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_a_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("a size is written {width: 832, height: 480}")
+        return value
+
     @model_validator(mode="after")
     def _whole_patches(self) -> PictureSize:
         if self.width % 32 or self.height % 32:

@@ -96,7 +96,24 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] =
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level is {type(values).__name__}", expected="a mapping of keys to values")
+    _refuse_other_stage(cls, values, path)
     return validate_config(cls, apply_overrides(values, overrides), origin=str(path))
+
+
+_STAGES = {"PrepConfig": ("wanprep", "corpus"), "TrainConfig": ("wantrain", "data")}
+"""Each stage's command, and a key that only its config has."""
+
+
+def _refuse_other_stage(cls: type[Config], values: dict[str, Any], path: Path) -> None:
+    """One sentence instead of a list of unknown keys where the config of the other stage is named."""
+    _, own_key = _STAGES.get(cls.__name__, ("", ""))
+    for name, (command, key) in _STAGES.items():
+        if own_key and name != cls.__name__ and key in values and own_key not in values:
+            raise UserError(
+                f"{path}: this is a config of `{command}`: it has the key {key!r}",
+                expected=f"a config with the key {own_key!r}",
+                fix="name the other file; `wanprep init` writes prep.yaml and train.yaml",
+            )
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -166,6 +183,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"-o {override}: {parent} is {inner!r}, not a group of keys")
         place = inner
+    if text.startswith("{") and re.fullmatch(r"(\{\w+\}[^:]*)+", text):  # YAML reads {object} as a mapping
+        raise UserError(f"-o {override}: a text that begins with {{", fix=f"put it in quotes: -o '{key}=\"{text}\"'")
     place[leaf] = parse_yaml(text, f"-o {override}")
 
 

@@ -15,7 +15,7 @@ from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
-    from preprocess.config import PrepConfig
+    from preprocess.config import EncodersConfig, PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -170,11 +170,11 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 
     _start(quiet)
     loaded = _load(config, overrides)
-    tokenizer = load_tokenizer(loaded.encoders)
+    encoders, note = _tokenizer_of(loaded)
+    tokenizer = load_tokenizer(encoders)
     with count_documents("annotations read", quiet=quiet) as progress:
         report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
     write_scan(report, out)
-    note = [] if loaded.encoders.checkpoint else ["caption tokens by the demonstration's tokenizer, not the model's"]
     _show(report.model_dump(mode="json"), [*describe_scan(report), *note, f"written to {out}"], as_json)
 
 
@@ -248,10 +248,11 @@ def plan(
     if gpu is not None:
         hardware = Hardware(gpu, num_gpus, mbit, cores or 4 * num_gpus)
         settled = find_precision(storage)
-        count_tokens = load_tokenizer(loaded.encoders).count
+        encoders, note = _tokenizer_of(loaded)
+        count_tokens = load_tokenizer(encoders).count
         mode = settled.mode if settled else None
         counts["forecast"] = forecast(frozen, loaded, counts, hardware, count_tokens, mode)
-        lines += describe_forecast(counts["forecast"])
+        lines += [*describe_forecast(counts["forecast"]), *note]
     _show(counts, lines, as_json)
 
 
@@ -406,9 +407,22 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _load(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
-    from shards.config import load_config
+    from shards.config import load_config, refuse_source_folder
 
-    return load_config(PrepConfig, path, overrides)
+    loaded = load_config(PrepConfig, path, overrides)
+    if "://" not in loaded.output:
+        refuse_source_folder(Path(loaded.output), "output")
+    return loaded
+
+
+def _tokenizer_of(config: PrepConfig) -> tuple[EncodersConfig, list[str]]:
+    """Whose tokenizer counts, and a note where it is not the model's: a scan needs no checkpoint of 34 GB."""
+    encoders = config.encoders
+    if encoders.checkpoint is None or not Path(encoders.checkpoint).exists():
+        why = f" ({encoders.checkpoint} is not here)" if encoders.checkpoint else ""
+        note = [f"caption tokens by the demonstration's tokenizer, not the model's{why}"]
+        return encoders.model_copy(update={"checkpoint": None}), note
+    return encoders, []
 
 
 def _start(quiet: bool) -> None:

@@ -18,6 +18,7 @@ from preprocess.encoders import load as checkpoints
 from preprocess.encoders import random_weights as random_encoders
 from preprocess.encoders.encoders import digest_weights, find_device, quiet_libraries
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD, Z_DIM
+from shards.config import parse_yaml
 from shards.console import LOG
 from shards.errors import UserError
 from shards.files.tensor_files import Latent, read_latent_file
@@ -151,9 +152,20 @@ def decode_new(decoder: VaeDecoder, run: Path) -> list[Path]:
 
 def watch_run(decoder: VaeDecoder, run: Path, every_seconds: float) -> None:
     """`decode_new` again and again, until Ctrl-C."""
+    _check_samples(run)
     while True:
         decode_new(decoder, run)
         time.sleep(every_seconds)
+
+
+def _check_samples(run: Path) -> None:
+    """Raise UserError for a run whose config asks for no samples: there would be nothing to decode, for ever."""
+    path = run / "config.yaml"
+    if path.is_file() and not (run / SAMPLES_FOLDER).is_dir():
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if isinstance(values, dict) and values.get("sample") is None:
+            fix = 'train with sample: {prompts: [{name: first, key: "*"}]} in its config, see docs/how-to/see-a-run.md'
+            raise UserError(f"{run}: this run makes no samples", fix=fix)
 
 
 def _write_still(latent: Path, frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from prep_runs import prep
 from small_checkpoint import DIMS, write_checkpoint
 
+from preprocess.build.text_pass import _caption_identity
 from preprocess.cli.main import main
-from preprocess.config import CorpusConfig
+from preprocess.config import CaptionsConfig, CorpusConfig
 from preprocess.corpus.layouts import Layout
+from preprocess.corpus.records import Caption, Record
 from preprocess.demo.media import Media, make_media
 from preprocess.project.choose import choose, fitting_sizes
 from preprocess.project.survey import Shape, Survey, survey_corpus
+from preprocess.text.captions import compose_all
 from shards.format.keys import is_validation
 
 
@@ -151,5 +155,57 @@ def test_a_survey_of_a_table_says_its_hosts(tmp_path):
     rows = ["url,text,width,height,seconds", "http://127.0.0.1:1/a.mp4,x,1920,1080,9"]
     path.write_text("\n".join([*rows, "http://127.0.0.1:1/c.mp4,x,640,480,3"]))
     found = survey_corpus(CorpusConfig(location=str(path)))
-    assert found.hosts == ("127.0.0.1",) and not found.is_probed and found.unread_by == {"fetch/fetch-refused": 2}
+    assert found.hosts == ("127.0.0.1",) and not found.is_probed and found.unread_by == {"fetch/fetch-connection": 2}
     assert sorted(shape.width for shape in found.shapes) == [640, 1920]
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_scan_needs_no_checkpoint(tmp_path):
+    clips = make_clips(tmp_path / "clips", 2)
+    told = run("scan", CONFIGS / "mbc_832x480.yaml", "-o", f"corpus.location={clips}", "--quiet")
+    assert told.exit_code == 0, told.output
+    assert "checkpoints/Wan2.2-TI2V-5B is not here" in told.output and "caption tokens, a sample of 2" in told.output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("captions.template={object}", "put it in quotes: -o 'captions.template=\"{object}\"'"),
+        ("buckets.sizes=[832x480]", "a size is written {width: 832, height: 480}"),
+        (f"output={CONFIGS.parent / 'shards' / 'mine'}", "is inside the source package"),
+        ("corpus.columns={pth: a}", "did you mean path?"),
+    ],
+)
+def test_mistakes_are_told_with_the_remedy(tmp_path, override, message):
+    clips = make_clips(tmp_path / "clips", 1)
+    told = run("plan", CONFIGS / "demo/prep.yaml", "-o", f"corpus.location={clips}", "-o", override, "--quiet")
+    assert told.exit_code == 2 and message in told.output, told.output
+
+
+def test_a_config_of_the_other_stage_is_recognised():
+    told = run("plan", CONFIGS / "demo/train.yaml")
+    assert told.exit_code == 2 and "this is a config of `wantrain`" in told.output and "unknown" not in told.output
+
+
+def test_watching_a_run_without_samples_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("output: run\nsample: null\n")
+    told = run("decode", "--watch", tmp_path / "run", "-c", CONFIGS / "demo/prep.yaml")
+    assert told.exit_code == 2 and "makes no samples" in told.output and "sample: {" in told.output
+
+
+def test_a_trigger_word_is_before_every_caption_and_in_the_identity():
+    record = Record(clip_id="a", source="a", object=(Caption(text="A man walks. He stops."),))
+    count = {"count_tokens": lambda text: len(text.split()) + 1}
+    plain, prefixed = CaptionsConfig(), CaptionsConfig(prefix="sks {x}", variants=("{object}",), max_tokens=6)
+    made = compose_all(record, 0, 2, prefixed, *count.values())
+    assert made.composed[0].text == "sks {x} A man walks." and made.skipped[0].why == "same-text"
+    assert compose_all(record, 0, 2, plain, *count.values()).composed[0].text == "A man walks. He stops."
+    config = prep(Path("x"), Path("y"))
+    assert _caption_identity(config)["templates"] == [plain.template]
+    changed = config.model_copy(update={"captions": prefixed})
+    assert _caption_identity(changed)["templates"][1] == "sks {{x}} {object}"
+    empty = Record(clip_id="a", source="a")
+    assert compose_all(empty, 0, 2, prefixed, *count.values()).reason == "no-caption"
