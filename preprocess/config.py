@@ -50,15 +50,14 @@ class CorpusConfig(Config):
             return None
         return Path(place) if self.root or Path(place).is_dir() else Path(place).parent
 
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
-        for name in columns:
+    @model_validator(mode="after")
+    def _known_fields(self) -> CorpusConfig:
+        for name in self.columns:
             if name not in TABLE_FIELDS:
                 near = difflib.get_close_matches(name, TABLE_FIELDS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"{name} is not one of {', '.join(TABLE_FIELDS)}{hint}")
-        return columns
+                raise ValueError(f"columns: {name} is not one of {', '.join(TABLE_FIELDS)}{hint}")
+        return self
 
 
 class SieveConfig(Config):
