@@ -29,7 +29,7 @@ class CommandGroup(click.Group):
             click.echo(f"error: {where}{error.strerror or error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("interrupted; the same command continues where it stopped, unless it says otherwise", err=True)
             ctx.exit(130)
 
 

@@ -206,7 +206,13 @@ def test_the_documents_commands_run(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     for made in ("samples/text-to-video.mp4", "prompts.safetensors", "lora-16.safetensors", "merged/transformer"):
         assert (tmp_path / "demo" / made).exists(), made
-    for made in ("project/run/lora.safetensors", "demo/run/report.html", "first.safetensors", "for-musubi.safetensors", "merged/transformer"):
+    for made in (
+        "project/run/lora.safetensors",
+        "demo/run/report.html",
+        "first.safetensors",
+        "for-musubi.safetensors",
+        "merged/transformer",
+    ):
         assert (tmp_path / made).exists(), made
 
 
