@@ -84,6 +84,7 @@ def _make_clip(name: str, url: str, caption: bytes) -> Document:
 def _iter_s3(location: str, caption_suffix: str) -> Iterator[Document]:
     """The clips below a prefix; each caption is a request of its own, many at a time."""
     storage = open_storage(location)
+    prefix = location.partition("?")[0].rstrip("/")  # without `?endpoint=`: fetch.s3_endpoint is for clips
 
     def read(name: str) -> Document:
         try:
@@ -92,7 +93,7 @@ def _iter_s3(location: str, caption_suffix: str) -> Iterator[Document]:
             caption = b""
         except (ShardDamage, StorageFailure) as error:
             return unread(name, "unreadable", short(error.problem), retryable=True)
-        return _make_clip(name, f"{location.rstrip('/')}/{name}", caption)
+        return _make_clip(name, f"{prefix}/{name}", caption)
 
     names = (entry.name for entry in storage.list() if _is_media(entry.name) and not is_hidden(entry.name))
     with ThreadPoolExecutor(NUM_S3_READERS) as pool:

@@ -18,10 +18,12 @@ from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.freeze import ReportDocuments, freeze_plan
 from preprocess.rejection import ClipRejected
 from preprocess.video.probe import probe_clip
+from shards.console import LOG
 from shards.errors import UserError
 from shards.storage import open_storage
 
 NUM_PROBED = 24
+_MAX_UNREAD = 4
 _NUM_READ = 20_000
 """Candidates whose ids and hosts are looked at; their order is a hash, so they are a fair sample."""
 _ANY_LENGTH = SieveConfig(min_seconds=0.05, max_seconds=100_000.0, max_caption_characters=1_000_000)
@@ -67,7 +69,8 @@ def survey_corpus(corpus: CorpusConfig, progress: ReportDocuments | None = None)
                 continue
             records = [candidate.record for candidate in islice(plan.candidates(), _NUM_READ)]
             hosts = _hosts(records)
-            config = config.model_copy(update={"fetch": FetchConfig(allow_hosts=hosts, attempts=2)})
+            fetch = FetchConfig(allow_hosts=hosts, attempts=1, timeout_seconds=20.0, deadline_seconds=120.0)
+            config = config.model_copy(update={"fetch": fetch})
             shapes, unread = _probe(records[:NUM_PROBED], config, Path(folder))
             return Survey(
                 layout=layout,
@@ -113,7 +116,9 @@ def _hosts(records: list[Record]) -> tuple[str, ...]:
 
 
 def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[list[Shape], Counter[str]]:
-    shapes, unread = [], Counter[str]()
+    LOG.info("probing %d clips", len(records))
+    shapes: list[Shape] = []
+    unread: Counter[str] = Counter()
     with Fetcher(config.fetch, config.corpus, scratch, threading.Event()) as fetcher:
         for record in records:
             try:
@@ -122,6 +127,8 @@ def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[li
                 shapes.append(Shape(facts.display_width, facts.display_height, facts.duration_seconds))
             except ClipRejected as rejected:
                 unread[f"{rejected.rejection.stage}/{rejected.rejection.reason}"] += 1
+                if not shapes and unread.total() == _MAX_UNREAD:
+                    break  # a host that does not answer
     return shapes, unread
 
 

@@ -8,19 +8,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prep_runs import TINY, prep
 
-from preprocess.config import CorpusConfig
+from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.corpus.corpus import read_chunk
 from preprocess.corpus.layouts import find_layout, open_corpus
+from preprocess.corpus.records import Record
 from preprocess.demo.media import Media, make_media
+from preprocess.fetch.fetcher import Fetcher
 from preprocess.pipeline import build_shards
 from preprocess.plan.freeze import freeze_plan
 from preprocess.plan.plan import Plan
+from preprocess.rejection import ClipRejected
 from shards.errors import UserError
 from shards.read.dataset import open_dataset
 from shards.storage import open_storage
@@ -237,7 +241,7 @@ def test_a_parquet_file_cut_short_is_one_clear_error(tmp_path):
 
 LONG_LINE = """
 import resource, sys
-from preprocess.config import CorpusConfig
+from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.corpus.corpus import read_chunk
 from preprocess.corpus.layouts import open_corpus
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -338,3 +342,41 @@ MEDIA = {"raw_data_info": {"source_media_info": {"media_type": "video"}}}
 @functools.cache
 def _folder_arrays(clips: Path) -> dict[str, Any]:
     return arrays_of(clips, clips.parent / f"{clips.name}-out")
+
+
+def test_a_link_out_of_the_corpus_is_not_opened_by_a_build(tmp_path):
+    """The table's text stays within the root; where the path leads is seen when the clip is opened."""
+    outside = touch(tmp_path / "outside", "b.mp4")
+    root = touch(tmp_path / "media", "x")
+    (root / "linked").symlink_to(outside)
+    rows = [["path", "text"], ["linked/b.mp4", "words"], ["gone.mp4", "words"]]
+    corpus = CorpusConfig(location=str(write_csv(root / "t.csv", rows)))
+    records = [Record.model_validate(fields) for fields in fields_of(root / "t.csv").values()]
+    with Fetcher(FetchConfig(), corpus, tmp_path, threading.Event()) as fetcher:
+        reasons = []
+        for record in records:
+            with pytest.raises(ClipRejected) as caught, fetcher.fetched(record):
+                pass
+            reasons.append((caught.value.rejection.reason, caught.value.rejection.retryable))
+    assert reasons == [("fetch-outside-corpus", False), ("no-source", True)]
+
+
+def test_a_folder_on_s3(monkeypatch):
+    boto3 = pytest.importorskip("boto3")
+    from moto.server import ThreadedMotoServer
+
+    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_REGION", "us-east-1")):
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket="archive")
+        for name, data in {"a.mp4": b"x", "a.txt": b"words", "in/b.mp4": b"x", "notes.md": b"x"}.items():
+            client.put_object(Bucket="archive", Key=f"clips/{name}", Body=data)
+        found = fields_of(f"s3://archive/clips?endpoint={endpoint}")
+    finally:
+        server.stop()
+    assert found["a.mp4"]["object"] == ({"text": "words"},) and found["in/b.mp4"]["object"] == ()
+    assert found["a.mp4"]["url"] == "s3://archive/clips/a.mp4" and set(found) == {"a.mp4", "in/b.mp4"}
