@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def make_project(
         planned = Planned(None, problem=problem) if card is None else _ask_plan(text, sizes, choice, card, num_gpus)
         if planned.fits is not False:
             break
-    lines = [*_describe(survey, sizes, choice), *_describe_plan(planned, num_gpus)]
+    said = [*_describe(survey, sizes, choice), *_describe_plan(planned, num_gpus)]
+    lines = [part for line in said for part in textwrap.wrap(line, 78, subsequent_indent=" " * 11)]
     prep_text = _prep_text(folder, corpus, checkpoint, survey, sizes, choice)
     folder.mkdir(parents=True, exist_ok=True)
     for path, body in ((prep, prep_text), (train, text)):
@@ -133,7 +135,9 @@ def _describe(survey: Survey, sizes: Sizes, choice: Choice) -> list[str]:
     shares = zip(sizes.buckets, sizes.shares, strict=True)
     shown = ", ".join(f"{size.width}×{size.height} {share:.0%}" for size, share in shares)
     lines = [f"corpus     {survey.layout.kind}, because {survey.layout.why}"]
-    lines.append(f"clips      {survey.num_clips:,} with a caption" + (f"; refused: {refused}" if refused else ""))
+    lines.append(f"clips      {survey.num_clips:,} with a caption")
+    if refused:
+        lines.append(f"refused    {refused}")
     if seconds:
         source = "probed" if survey.is_probed else "declared"
         lines.append(f"lengths    {seconds[0]:.1f} to {seconds[-1]:.1f} s, of {len(seconds)} {source} clips")
