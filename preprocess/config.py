@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -19,13 +20,46 @@ CAPTION_LEVELS = ("object", "scene", "semantic", "application", "speech")
 """Levels of captions, the most visual first: the order in which they are kept when not all fit."""
 
 
+TABLE_FIELDS = (
+    "path", "id", "caption", *CAPTION_LEVELS, "start", "end", "seconds", "fps", "width", "height", "category",
+    "media_type",
+)  # fmt: skip
+"""What a column of a table can be; `caption` is the level `object`. All other columns are tags."""
+
+
 class CorpusConfig(Config):
-    """Where the annotations are."""
+    """Where the clips and their captions are; docs/corpus.md shows every layout."""
 
     location: str
-    """A folder, an `s3://bucket/prefix`, a `.jsonl` or `.jsonl.zst`, a `.zip` or `.tar` of JSON files."""
+    """A folder, an `s3://bucket/prefix`, a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`), or a `.jsonl`, `.jsonl.zst`,
+    `.zip` or `.tar` of annotations."""
+    format: Literal["auto", "mbc", "folder", "table"] = "auto"
+    """`mbc`: annotation JSON; `folder`: clips with a text file beside each; `table`: a row a clip; `auto`: look."""
+    caption_suffix: Annotated[str, Field(pattern=r"^\.[^/]+$")] = ".txt"
+    """`folder`: the ending of the caption beside a clip: `walk.mp4`, `walk.txt`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """`table`: the names of columns that are not found by themselves, such as `{path: clip_file, caption: text_en}`."""
+    root: str | None = None
+    """`table`: where relative paths start: a folder or a URL prefix; null: the folder of the table."""
     limit: Positive | None = None
     """Take the first N candidates of the full plan's order (a prefix that can grow into it)."""
+
+    @property
+    def media_root(self) -> Path | None:
+        """The folder that local clips are in; None where the corpus is not on this machine."""
+        place = self.root or self.location
+        if "://" in place:
+            return None
+        return Path(place) if self.root or Path(place).is_dir() else Path(place).parent
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> CorpusConfig:
+        for name in self.columns:
+            if name not in TABLE_FIELDS:
+                near = difflib.get_close_matches(name, TABLE_FIELDS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"columns: {name} is not one of {', '.join(TABLE_FIELDS)}{hint}")
+        return self
 
 
 class SieveConfig(Config):
@@ -88,6 +122,13 @@ class PictureSize(Config):
     width: Positive
     height: Positive
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_a_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError("a size is written {width: 832, height: 480}")
+        return value
+
     @model_validator(mode="after")
     def _whole_patches(self) -> PictureSize:
         if self.width % 32 or self.height % 32:
@@ -139,6 +180,8 @@ class CaptionsConfig(Config):
     """Levels in the order they are joined: `{object}`, `{scene}`, `{semantic}`, `{application}`, `{speech}`."""
     variants: tuple[Template, ...] = ()
     """Further templates; each makes another caption of the sample with its own embedding."""
+    prefix: str = ""
+    """Text before every caption that has words, such as a trigger word; it is never cut."""
     max_tokens: Annotated[int, Field(gt=1, le=512)] = 512
     """Most tokens, end token included."""
     negative_prompt: str | None = None

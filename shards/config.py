@@ -94,6 +94,18 @@ def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+def refuse_source_folder(folder: Path, name: str) -> None:
+    """Raise UserError where `folder` is inside a package of source code: an output there would travel with it."""
+    place = folder.absolute().resolve()
+    package = next((each for each in (place, *place.parents) if (each / "__init__.py").is_file()), None)
+    if package is not None:
+        raise UserError(
+            f"{name}: {folder} is inside the source package {package}",
+            expected="a folder outside the code",
+            fix=f"name another one, such as {package.parent / 'project'}",
+        )
+
+
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
     """Read a YAML file into `cls`, apply `a.b=c` overrides, validate. Raises UserError naming every bad key."""
     path = Path(path)
@@ -111,9 +123,31 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] =
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: the top level is {type(values).__name__}", expected="a mapping of keys to values")
+    _refuse_other_stage(cls, values, path)
+    return validate_config(cls, apply_overrides(values, overrides), origin=str(path))
+
+
+_STAGES = {"PrepConfig": ("wanprep", "corpus"), "TrainConfig": ("wantrain", "data")}
+"""Each stage's command, and a key that only its config has."""
+
+
+def _refuse_other_stage(cls: type[Config], values: dict[str, Any], path: Path) -> None:
+    """One sentence instead of a list of unknown keys where the config of the other stage is named."""
+    _, own_key = _STAGES.get(cls.__name__, ("", ""))
+    for name, (command, key) in _STAGES.items():
+        if own_key and name != cls.__name__ and key in values and own_key not in values:
+            raise UserError(
+                f"{path}: this is a config of `{command}`: it has the key {key!r}",
+                expected=f"a config with the key {own_key!r}",
+                fix="name the other file; `wanprep init` writes prep.yaml and train.yaml",
+            )
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`values` after `a.b=c` overrides, changed in place. Raises UserError."""
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(cls, values, origin=str(path))
+    return values
 
 
 def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) -> ConfigT:
@@ -176,6 +210,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"-o {override}: {parent} is {inner!r}, not a group of keys")
         place = inner
+    if text.startswith("{") and re.fullmatch(r"(\{\w+\}[^:]*)+", text):  # YAML reads {object} as a mapping
+        raise UserError(f"-o {override}: a text that begins with {{", fix=f"put it in quotes: -o '{key}=\"{text}\"'")
     place[leaf] = parse_yaml(text, f"-o {override}")
 
 

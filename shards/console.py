@@ -40,7 +40,7 @@ class CommandGroup(click.Group):
             click.echo(f"error: {failure}", err=True)
             ctx.exit(failure.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("interrupted; the same command continues where it stopped, unless it says otherwise", err=True)
             ctx.exit(130)
 
 

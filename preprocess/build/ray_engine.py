@@ -300,7 +300,9 @@ def _with_absolute_paths(config: PrepConfig) -> PrepConfig:
     return config.model_copy(
         update={
             "output": absolute(config.output),
-            "corpus": config.corpus.model_copy(update={"location": absolute(config.corpus.location)}),
+            "corpus": config.corpus.model_copy(
+                update={"location": absolute(config.corpus.location), "root": absolute(config.corpus.root)}
+            ),
             "fetch": config.fetch.model_copy(update={"cache": absolute(config.fetch.cache)}),
             "encoders": config.encoders.model_copy(update={"checkpoint": absolute(config.encoders.checkpoint)}),
         }

@@ -18,7 +18,7 @@ from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.plan.plan import open_plan
 from preprocess.rejection import Rejection
-from preprocess.text.captions import Captions, compose_all
+from preprocess.text.captions import Captions, compose_all, with_prefix
 from preprocess.text.clean import clean_text
 from shards.console import LOG
 from shards.errors import UserError
@@ -178,8 +178,9 @@ def check_settled_texts(identity: Mapping[str, Any], config: PrepConfig, where: 
 
 def _caption_identity(config: PrepConfig) -> dict[str, Any]:
     captions = config.captions
+    templates = (captions.template, *captions.variants)
     return {
-        "templates": [captions.template, *captions.variants],
+        "templates": [with_prefix(template, captions.prefix) for template in templates],  # no prefix changes nothing
         "max_tokens": captions.max_tokens,
         "negative_prompt": negative_prompt(config),
     }

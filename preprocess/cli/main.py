@@ -18,7 +18,7 @@ from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
     from preprocess.build.scratch import IfBusy
-    from preprocess.config import PrepConfig
+    from preprocess.config import EncodersConfig, PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -55,6 +55,7 @@ def main() -> None:
     """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
 
     \b
+    wanprep init FOLDER --corpus CLIPS               write the configs of both stages for your own clips
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
     wanprep scan CONFIG                              count the annotations: lengths, captions, defects
     wanprep plan CONFIG                              freeze the list of clips, and print how many they are
@@ -102,6 +103,46 @@ def serve_corpus(folder: Path, port: int) -> None:
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--corpus", required=True, metavar="LOCATION", help="A folder, table, archive or s3:// prefix of clips.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The model, official or Diffusers layout.")
+@click.option("--gpu", metavar="NAME", help="Plan for this GPU, such as rtx4090 or h100.  [default: this machine's]")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of corpus: -o corpus.format=table")
+@_QUIET
+def init(
+    folder: Path,
+    corpus: str,
+    checkpoint: Path | None,
+    gpu: str | None,
+    num_gpus: int,
+    overrides: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Write FOLDER/prep.yaml and FOLDER/train.yaml for a corpus, a checkpoint and a GPU.
+
+    The corpus is read and a few clips are probed; sizes, lengths, batch and held-out share fit what they are. Without
+    --checkpoint small encoders and a small model of random weights are named: good for a trial of the commands.
+
+    \b
+    wanprep init project --corpus clips --checkpoint /models/Wan2.2-TI2V-5B
+    wanprep init project --corpus clips.csv --checkpoint /models/Wan2.2-TI2V-5B --gpu rtx4090
+    wanprep init trial --corpus clips
+    """
+    from preprocess.build.progress import count_documents
+    from preprocess.config import CorpusConfig
+    from preprocess.project.project import make_project
+    from shards.config import apply_overrides, validate_config
+
+    _start(quiet)
+    values = apply_overrides({"corpus": {"location": corpus}}, overrides)
+    config = validate_config(CorpusConfig, values["corpus"], origin="--corpus")
+    with count_documents("records read", quiet=quiet) as progress:
+        made = make_project(folder, config, checkpoint, gpu, num_gpus, progress=progress)
+    click.echo("\n".join([*made.lines, "", "next:", *(f"  {command}" for command in made.commands)]))
+
+
+@main.command()
 @_CONFIG
 @OVERRIDES
 @_JSON
@@ -122,11 +163,11 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 
     _start(quiet)
     loaded = load_prep(config, overrides)
-    tokenizer = load_tokenizer(loaded.encoders)
+    encoders, note = _tokenizer_of(loaded)
+    tokenizer = load_tokenizer(encoders)
     with count_documents("annotations read", quiet=quiet) as progress:
         report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
     write_scan(report, out)
-    note = [] if loaded.encoders.checkpoint else ["caption tokens by the demonstration's tokenizer, not the model's"]
     _show(report.model_dump(mode="json"), [*describe_scan(report), *note, f"written to {out}"], as_json)
 
 
@@ -201,10 +242,11 @@ def plan(
     if card is not None:
         hardware = Hardware(card, num_gpus, mbit, cores or 4 * num_gpus)
         settled = find_precision(storage)
-        count_tokens = load_tokenizer(loaded.encoders).count
+        encoders, note = _tokenizer_of(loaded)
+        count_tokens = load_tokenizer(encoders).count
         mode = settled.mode if settled else None
         counts["forecast"] = forecast(frozen, loaded, counts, hardware, count_tokens, mode)
-        lines += describe_forecast(counts["forecast"])
+        lines += [*describe_forecast(counts["forecast"]), *note]
     _show(counts, lines, as_json)
 
 
@@ -374,6 +416,16 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     counts = count_dataset(storage, frozen, "default")
     counts["work"] = count_work(storage, loaded.output, counts)
     _show(counts, [*describe_build(counts), *describe_work(counts["work"])], as_json)
+
+
+def _tokenizer_of(config: PrepConfig) -> tuple[EncodersConfig, list[str]]:
+    """Whose tokenizer counts, and a note where it is not the model's: a scan needs no checkpoint of 34 GB."""
+    encoders = config.encoders
+    if encoders.checkpoint is None or not Path(encoders.checkpoint).exists():
+        why = f" ({encoders.checkpoint} is not here)" if encoders.checkpoint else ""
+        note = [f"caption tokens by the demonstration's tokenizer, not the model's{why}"]
+        return encoders.model_copy(update={"checkpoint": None}), note
+    return encoders, []
 
 
 def _start(quiet: bool) -> None:

@@ -153,9 +153,11 @@ def decode(
 
 def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     from preprocess.config import PrepConfig
-    from shards.config import load_config
+    from shards.config import load_config, refuse_source_folder
     from shards.storage.patience import set_patience
 
     config = load_config(PrepConfig, path, overrides)
     set_patience(config.storage)
+    if "://" not in config.output:
+        refuse_source_folder(Path(config.output), "output")
     return config

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 from preprocess.corpus.records import MAX_DOCUMENT_BYTES, too_large
 from preprocess.rejection import Rejection, short
@@ -40,6 +40,8 @@ class Document(NamedTuple):
     data: bytes
     rejection: Rejection | None = None
     """Why it could not be read; then `data` is empty."""
+    fields: dict[str, Any] | None = None
+    """A record's fields, as `records.read_fields` gives them, where the layout is not the JSON one; `data` is empty."""
 
 
 def iter_archive(location: str) -> Iterator[Document]:

@@ -44,6 +44,8 @@ class Chunk(NamedTuple):
     root: str | None
     """Folder that the names of `items` are in; None where the items are documents already."""
     items: tuple[str | Document, ...]
+    read: Callable[[str, str], Document] | None = None
+    """Makes a document of `root` and a name; None: `read_file`."""
 
 
 def iter_documents(location: str) -> Iterator[Document]:
@@ -62,30 +64,37 @@ def iter_chunks(location: str) -> Iterator[Chunk]:
         items = iter_archive(location)
     elif Path(location).is_dir():
         root = os.path.realpath(location)
-        items = _walk(root)
+        items = walk_tree(root)
     else:
         problem = "not a kind of corpus" if Path(location).exists() else "no such folder or file"
         raise UserError(
             f"corpus.location: {location}: {problem}",
             expected=f"a folder, s3://bucket/prefix, or a file that ends in {', '.join(ARCHIVE_SUFFIXES)}",
         )
+    yield from cut_chunks(root, items)
+
+
+def cut_chunks(
+    root: str | None, items: Iterator[str | Document], read: Callable[[str, str], Document] | None = None
+) -> Iterator[Chunk]:
+    """Items cut into chunks, in order."""
     while items_of_chunk := tuple(islice(items, CHUNK_DOCUMENTS)):
-        yield Chunk(root, items_of_chunk)
+        yield Chunk(root, items_of_chunk, read)
 
 
 def read_chunk(chunk: Chunk) -> Iterator[Document]:
     """The documents of a chunk."""
+    read = chunk.read or read_file
     for item in chunk.items:
-        yield item if isinstance(item, Document) else _read_file(chunk.root or "", item)
+        yield item if isinstance(item, Document) else read(chunk.root or "", item)
 
 
-def map_chunks(location: str, work: Callable[[Chunk], T], num_workers: int | None = None) -> Iterator[T]:
+def map_chunks(chunks: Iterator[Chunk], work: Callable[[Chunk], T], num_workers: int | None = None) -> Iterator[T]:
     """`work` over the chunks of a corpus, results in the corpus's order, in several processes where it is long.
 
     `work` must be picklable. `num_workers`: processes; None: one a core, at most `MAX_WORKERS`.
     """
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if num_workers is None else num_workers
-    chunks = iter_chunks(location)
     yield from map(work, islice(chunks, SERIAL_CHUNKS))
     first = next(chunks, None)
     if first is None:
@@ -119,8 +128,9 @@ def map_ahead(pool: Executor, work: Callable[[Item], T], items: Iterator[Item], 
             future.cancel()
 
 
-def _walk(root: str) -> Iterator[str | Document]:
-    """Names (relative, with `/`) of the JSON files below `root`, folder by folder in name order; rows for the rest."""
+def walk_tree(root: str, suffixes: tuple[str, ...] = (".json",)) -> Iterator[str | Document]:
+    """Names (relative, with `/`) of the files below `root` that end in one of `suffixes`, folder by folder in name
+    order; rows for those that cannot be read."""
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -128,38 +138,41 @@ def _walk(root: str) -> Iterator[str | Document]:
             with os.scandir(f"{root}/{folder}") as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            yield _unread(folder or ".", "unreadable", error.strerror or str(error), retryable=True)
+            yield unread(folder or ".", "unreadable", error.strerror or str(error), retryable=True)
             continue
         inner = []
         for entry in entries:
             source = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_symlink():
-                yield from _linked(root, source)
+                yield from _linked(root, source, suffixes)
             elif entry.is_dir(follow_symlinks=False):
                 inner.append(source)
-            elif entry.name.lower().endswith(".json"):
-                yield source if entry.is_file(follow_symlinks=False) else _unread(source, "unreadable", "not a file")
+            elif entry.name.lower().endswith(suffixes):
+                yield source if entry.is_file(follow_symlinks=False) else unread(source, "unreadable", "not a file")
         folders += reversed(inner)
 
 
-def _linked(root: str, source: str) -> Iterator[str | Document]:
-    """A symbolic link: its file if that is within the tree, else a row for the document or folder not followed."""
+def _linked(root: str, source: str, suffixes: tuple[str, ...]) -> Iterator[str | Document]:
+    """A symbolic link: its file where that lies within the tree; a row where a document or folder is left alone."""
     target = os.path.realpath(f"{root}/{source}")
     if Path(target).is_dir():
-        yield _unread(source, "symlink", "a linked folder is not followed; name it as a corpus of its own")
-    elif source.lower().endswith(".json"):
+        yield unread(source, "symlink", "a linked folder is not followed; name it as a corpus of its own")
+    elif source.lower().endswith(suffixes):
         inside = target.startswith(root.rstrip("/") + "/") and Path(target).is_file()
         if not inside:
-            yield _unread(source, "symlink", "leads out of the corpus, or nowhere")
+            yield unread(source, "symlink", "leads out of the corpus, or nowhere")
             return
-        read = _read_file(root, os.path.relpath(target, root))
+        if not source.lower().endswith(".json"):
+            yield source
+            return
+        read = read_file(root, os.path.relpath(target, root))
         yield Document(source, read.data, read.rejection)
 
 
-def _read_file(root: str, source: str) -> Document:
-    """One file of the tree, read up to the limit of a document."""
+def read_file(root: str, source: str) -> Document:
+    """One file of the tree, read up to the limit and not past it."""
     if not source.isascii() and not _is_encodable(source):
-        return _unread(source, "bad-file-name", "the name is not UTF-8")
+        return unread(source, "bad-file-name", "the name is not UTF-8")
     try:
         handle = os.open(f"{root}/{source}", _OPEN_FLAGS)
         try:
@@ -172,7 +185,7 @@ def _read_file(root: str, source: str) -> Document:
         finally:
             os.close(handle)
     except OSError as error:
-        return _unread(source, "unreadable", error.strerror or str(error), retryable=True)
+        return unread(source, "unreadable", error.strerror or str(error), retryable=True)
     return Document(source, data)
 
 
@@ -184,7 +197,7 @@ def _is_encodable(name: str) -> bool:
     return True
 
 
-def _unread(source: str, reason: str, detail: str, *, retryable: bool = False) -> Document:
+def unread(source: str, reason: str, detail: str, *, retryable: bool = False) -> Document:
     return Document(short(source), b"", Rejection("read", reason, detail, retryable))
 
 
@@ -198,7 +211,7 @@ def _iter_s3(storage: Storage) -> Iterator[Document]:
         try:
             return Document(name, storage.get(name, max_bytes=MAX_DOCUMENT_BYTES))
         except (MissingObject, ShardDamage, StorageFailure) as error:
-            return _unread(name, "unreadable", short(error.problem), retryable=True)
+            return unread(name, "unreadable", short(error.problem), retryable=True)
 
     names = ((entry.name, entry.size) for entry in storage.list() if entry.name.lower().endswith(".json"))
     with ThreadPoolExecutor(NUM_S3_READERS) as pool:

@@ -28,6 +28,8 @@ from preprocess.rejection import Rejection, short
 
 SIGNED_URL = "signed-url"
 """The defect of a URL that came with a signature, which is not kept: it would open the clip to who reads the plan."""
+LOCAL = "file:"
+"""Scheme of a record's URL that is a path relative to the corpus's root: moving the corpus changes no record."""
 MAX_CLIP_ID_CHARACTERS = 500
 MAX_URL_CHARACTERS = 4096
 MAX_SIDE = 65_535
@@ -42,8 +44,8 @@ _SIZE = re.compile(r"\s*([0-9]{1,5})\s*(?:[,xX×*:]|\s)\s*([0-9]{1,5})\s*(?:px)?
 _RATE = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,6}))?\s*(?:fps)?\s*", re.ASCII | re.IGNORECASE)
 _USER = re.compile(r"(?:[^/?#]*//)?[^/?#]*@")
 _KEYWORD_MARKS = re.compile(r"[,;#\n\r]+")
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-_VIDEO_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+VIDEO_SUFFIXES = frozenset(
     [
         *(".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".m2t", ".m4v"),
         *(".mpg", ".mpeg", ".vob", ".wmv", ".dv", ".flv", ".3gp"),
@@ -120,7 +122,7 @@ def read_media_type(value: Any, url: str | None, defects: set[str]) -> str | Non
         return name
     defects.add("unknown-media-type" if name else "missing-media-type")
     suffix = PurePosixPath((url or "").split("?", 1)[0]).suffix.lower()
-    return "video" if suffix in _VIDEO_SUFFIXES else "image" if suffix in _IMAGE_SUFFIXES else None
+    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
 def _number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.corpus.fields import SIGNED_URL
+from preprocess.corpus.fields import LOCAL, SIGNED_URL
 from preprocess.corpus.records import Record
 from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch.cache import ClipCache
@@ -92,6 +92,7 @@ class Fetcher:
     ) -> None:
         self._config = config
         self._folder = Path(corpus.location) if Path(corpus.location).is_dir() else None
+        self._root = corpus.media_root
         self._scratch = scratch
         self._stop = stop
         self._signer = open_signer(config.sign)
@@ -126,7 +127,7 @@ class Fetcher:
         Raises ClipRejected (stage `fetch`, with its reason code and attempts) and TransferStopped. A clip enters the
         cache after the block, unless a refusal by probe or decode passed through the block or through `Clip.judged`.
         """
-        beside = self._beside(record)
+        beside = self._local(record) or self._beside(record)
         if beside is not None:
             self._count("num_beside")
             yield Clip(beside, beside.stat().st_size, attempts=0)
@@ -245,12 +246,26 @@ class Fetcher:
         with self._lock:
             self._done[what] += 1
 
+    def _local(self, record: Record) -> Path | None:
+        """The clip that a `file:` URL names, within the corpus's root. Raises ClipRejected."""
+        if record.url is None or not record.url.startswith(LOCAL):
+            return None
+        if self._root is None:
+            raise ClipRejected(Rejection("fetch", "no-source", "a local path, and the corpus is not on this machine"))
+        root, name = self._root.resolve(), record.url.removeprefix(LOCAL)
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ClipRejected(Rejection("fetch", "fetch-outside-corpus", f"{name} leads out of {root}"))
+        if not path.is_file():
+            raise ClipRejected(Rejection("fetch", "no-source", f"{name}: no such file in {root}", retryable=True))
+        return path
+
     def _beside(self, record: Record) -> Path | None:
         """The media file of the record's kind with the JSON's stem in the JSON's folder, if there is one.
 
         A video's thumbnail is often there too; for a record of unknown kind any medium is taken, a video first.
         """
-        if self._folder is None:
+        if self._folder is None or not record.source.lower().endswith(".json"):
             return None
         source = self._folder / record.source
         kinds = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}

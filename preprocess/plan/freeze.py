@@ -26,6 +26,7 @@ import orjson
 from preprocess.config import PrepConfig, SieveConfig, frozen_choices
 from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
+from preprocess.corpus.layouts import open_corpus
 from preprocess.corpus.records import read_about, read_json, read_words
 from preprocess.plan.external_sort import EarlierRows, Row, scratch_database, write_frame, write_frames
 from preprocess.plan.filter import caption_texts, filter_captions, filter_metadata
@@ -126,7 +127,7 @@ def freeze_plan(
         scratch_database(Path(folder, "records")) as database,
     ):
         num_documents = 0
-        for result in map_chunks(config.corpus.location, work, num_workers):
+        for result in map_chunks(open_corpus(config.corpus), work, num_workers):
             num_documents += result.num_documents
             database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", result.candidates)
             database.executemany("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", result.refused)
@@ -176,17 +177,17 @@ def read_and_filter(chunk: Chunk, config: SieveConfig) -> ChunkResult:
 def _sort_document(document: Document, config: SieveConfig, result: ChunkResult) -> None:
     """Put one document among the candidates or the refused. Its captions are read only where the rest passes."""
     defects: set[str] = set()
-    root = document.rejection or read_json(document.data, defects)
+    root = document.rejection or document.fields or read_json(document.data, defects)
     if isinstance(root, Rejection):
         result.refused.append(refused_row("", document.source, root))
         return
-    about = read_about(root, document.source, defects)
+    about = document.fields or read_about(root, document.source, defects)
     if isinstance(about, Rejection):
         result.refused.append(refused_row("", document.source, about))
         return
     rejection = filter_metadata(about["media_type"], about["declared_seconds"], config)
     if rejection is None:
-        words = read_words(root, about, defects)
+        words = document.fields or read_words(root, about, defects)
         rejection = filter_captions(caption_texts(words), config)
     if rejection is not None:
         result.refused.append(refused_row(about["clip_id"], document.source, rejection))

@@ -15,6 +15,7 @@ import numpy as np
 
 from preprocess.config import PrepConfig, SieveConfig
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
+from preprocess.corpus.layouts import open_corpus
 from preprocess.corpus.records import read_fields
 from preprocess.plan.filter import TEXT_LEVELS, caption_texts, filter_captions, filter_metadata
 from preprocess.plan.plan import most_frequent
@@ -106,7 +107,7 @@ def scan_corpus(
     total = ScanCounts(Counter(), [], [], [], [])
     num_documents = 0
     work = partial(tally_chunk, config=config.sieve)
-    for num_read, tally in map_chunks(config.corpus.location, work, num_workers):
+    for num_read, tally in map_chunks(open_corpus(config.corpus), work, num_workers):
         num_documents += num_read
         total.counts.update(tally.counts)
         total.hashes.extend(tally.hashes)
@@ -125,7 +126,7 @@ def tally_chunk(chunk: Chunk, config: SieveConfig) -> tuple[int, ScanCounts]:
     tally = ScanCounts(Counter(), [], [], [], [])
     texts: list[tuple[int, str]] = []
     for document in read_chunk(chunk):
-        fields = document.rejection or read_fields(document.data, document.source)
+        fields = document.rejection or document.fields or read_fields(document.data, document.source)
         if isinstance(fields, Rejection):
             tally.counts["unreadable", f"{fields.stage}/{fields.reason}"] += 1
         else:

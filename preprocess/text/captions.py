@@ -73,7 +73,12 @@ def compose_all(
     skipped: list[Skipped] = []
     for template in (config.template, *config.variants):
         result = compose(
-            record, start_seconds, end_seconds, template, max_tokens=config.max_tokens, count_tokens=count_tokens
+            record,
+            start_seconds,
+            end_seconds,
+            with_prefix(template, config.prefix),
+            max_tokens=config.max_tokens,
+            count_tokens=count_tokens,
         )
         if isinstance(result, Rejection):
             if not composed:
@@ -118,6 +123,12 @@ def overlaps(caption: Caption, start_seconds: float, end_seconds: float) -> bool
     shared = min(last, end_seconds) - max(first, start_seconds)
     shorter = min(last - first, end_seconds - start_seconds)
     return shared >= 0 if shorter <= 0 else shared > 0 and shared >= MIN_OVERLAP * shorter
+
+
+def with_prefix(template: str, prefix: str) -> str:
+    """The template behind `captions.prefix`, cleaned like a caption, its braces taken as they are."""
+    plain = clean_text(prefix).replace("{", "{{").replace("}", "}}")
+    return f"{plain} {template}" if plain else template
 
 
 def _fields(template: str) -> set[str]:

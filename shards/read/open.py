@@ -83,7 +83,7 @@ def open_roots(
     kinds = [LATENTS, *([text_kind(text_set)] if text_set else [])]
     builders = {kind: TableBuilder(kind) for kind in (*kinds, "null")}
     pinned = Counter((kind, unit, seal) for kind, unit, seal in pin["commits"]) if pin else None
-    provenance: Counter[str] = Counter()
+    provenance: dict[str, Counter[str]] = {}
     for root, (storage, info) in enumerate(zip(storages, infos, strict=True)):
         _add_root(root, storage, info, kinds, builders, pinned, provenance)
     where = ", ".join(storage.url() for storage in storages)
@@ -93,7 +93,8 @@ def open_roots(
             f"{lost[:_MAX_NAMED]}",
             fix="restore these units, or start a new run on the current revision",
         )
-    _warn_provenance(provenance)
+    for kind, found in provenance.items():
+        _warn_provenance(kind, found)
     tables = {name: builder.table(where) for name, builder in builders.items()}
     opened = _join(storages, infos, text_set, tables)
     _refuse_doubled(opened)
@@ -134,7 +135,7 @@ def _add_root(
     kinds: list[str],
     builders: dict[str, TableBuilder],
     pinned: Counter[tuple[str, int, str]] | None,
-    provenance: Counter[str],
+    provenance: dict[str, Counter[str]],
 ) -> None:
     listing = list_root(storage, kinds)
     digests = {kind: canonical_digest(info.kind_identity(kind)) for kind in kinds}
@@ -152,7 +153,7 @@ def _add_root(
         if not (is_null and root > 0 and has_null):
             builders["null" if is_null else kind].add(root, columns, file)
         has_null = has_null or is_null
-        provenance[str(columns.get("provenance"))] += 1
+        provenance.setdefault(kind, Counter())[str(columns.get("provenance"))] += 1
 
 
 def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storage: Storage, file: str) -> None:
@@ -245,7 +246,8 @@ def _refuse_doubled(opened: Opened) -> None:
         seen[key] = shard
 
 
-def _warn_provenance(found: Counter[str]) -> None:
+def _warn_provenance(kind: str, found: Counter[str]) -> None:
+    """Latents and texts come of different libraries, so each is compared with its own."""
     if len(found) > 1:
         kinds = "; ".join(f"{count} shards: {text}" for text, count in found.most_common(4))
-        LOG.warning("shards of %d different provenances (versions or devices): %s", len(found), kinds)
+        LOG.warning("%s: shards of %d different provenances (versions or devices): %s", kind, len(found), kinds)

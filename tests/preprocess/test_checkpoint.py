@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_checkpoint import TEXT_TABLE, VAE_TABLE
 
 from preprocess.encoders.load import OFFICIAL_TEXT, OFFICIAL_VAE, load_text_encoder, load_tokenizer, load_vae
 from preprocess.encoders.random_weights import (
@@ -22,30 +23,6 @@ from preprocess.encoders.random_weights import (
 from preprocess.encoders.vae_config import vae_arguments
 from preprocess.encoders.weight_names import rename_text, rename_vae
 from shards.errors import UserError
-
-# [official name, diffusers name, published shape] of Wan2.2_VAE.pth: names and shapes as `WanVAE_` of vae2_2.py has
-# them; with this map, latents, pixels and embeddings agreed with the official modules to 1e-6 when it was written down.
-VAE_TABLE = json.loads((Path(__file__).parents[1] / "data" / "wan22_vae_names.json").read_text())
-TEXT_TABLE = {
-    "token_embedding.weight": "shared.weight",
-    "norm.weight": "encoder.final_layer_norm.weight",
-    **{
-        f"blocks.{n}.{official}.weight": f"encoder.block.{n}.layer.{theirs}.weight"
-        for n in range(24)
-        for official, theirs in {
-            "norm1": "0.layer_norm",
-            "attn.q": "0.SelfAttention.q",
-            "attn.k": "0.SelfAttention.k",
-            "attn.v": "0.SelfAttention.v",
-            "attn.o": "0.SelfAttention.o",
-            "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
-            "norm2": "1.layer_norm",
-            "ffn.gate.0": "1.DenseReluDense.wi_0",
-            "ffn.fc1": "1.DenseReluDense.wi_1",
-            "ffn.fc2": "1.DenseReluDense.wo",
-        }.items()
-    },
-}
 
 
 @pytest.fixture(scope="module")

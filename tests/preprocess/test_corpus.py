@@ -15,7 +15,7 @@ import zstandard
 from annotations import annotation, encode, numbered, write_tree
 
 from preprocess.corpus import corpus as corpus_module
-from preprocess.corpus.corpus import iter_documents, map_chunks
+from preprocess.corpus.corpus import iter_chunks, iter_documents, map_chunks
 from preprocess.corpus.records import MAX_DOCUMENT_BYTES
 from shards.errors import UserError
 
@@ -255,8 +255,8 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "CHUNK_DOCUMENTS", 3)
     monkeypatch.setattr(corpus_module, "SERIAL_CHUNKS", 2)
     location = str(write_tree(tmp_path / "corpus", numbered(40)))
-    alone = list(map_chunks(location, count_chunk, 1))
-    assert list(map_chunks(location, count_chunk, 3)) == alone
+    alone = list(map_chunks(iter_chunks(location), count_chunk, 1))
+    assert list(map_chunks(iter_chunks(location), count_chunk, 3)) == alone
     assert sum(map(len, alone)) == 40
 
 

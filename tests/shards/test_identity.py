@@ -198,7 +198,19 @@ def test_another_provenance_warns(root: Path, tmp_path: Path, caplog: pytest.Log
     logging.getLogger("wan").propagate = True
     with caplog.at_level(logging.WARNING, "wan"):
         assert open_dataset(root).revision == before
-    assert "different provenances" in caplog.text and "2.9.1" in caplog.text
+    assert "latents: shards of 2 different provenances" in caplog.text and "2.9.1" in caplog.text
+
+
+def test_latents_and_texts_of_different_libraries_are_no_difference(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in (root / "text" / "default").glob("*.json"):
+        body = open_document(path.read_bytes(), path.name)
+        path.write_bytes(seal_document({**body, "provenance": {**PROVENANCE, "transformers": "5.20"}}))
+    logging.getLogger("wan").propagate = True
+    with caplog.at_level(logging.WARNING, "wan"):
+        open_dataset(root)
+    assert "provenances" not in caplog.text
 
 
 def test_what_is_committed(tiny_shards: Path) -> None:

@@ -76,11 +76,12 @@ def fit(
     wantrain fit run.yaml --nproc-per-node 8
     wantrain fit run.yaml --nproc-per-node gpu --nnodes 2 --node-rank 0 --master node0:29500
     """
-    from train.config.train import TrainConfig
+    from train.config.train import TrainConfig, check_folders
     from train.launch.failure import Reported, end_now
 
     loaded = load_config(TrainConfig, config, overrides)
     output = Path(loaded.output)
+    check_folders(loaded)
     if nproc_per_node is not None:
         from train.config.train import check_split
         from train.launch.launch import launch, make_place, own_command

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shards.config import Config, StorageConfig
+from shards.config import Config, StorageConfig, refuse_source_folder
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig, Positive
 from train.config.sampling import SampleConfig
@@ -276,6 +277,19 @@ class TrainConfig(Config):
 def dataset_roots(config: DataConfig) -> tuple[str, ...]:
     """`data.root` as a tuple, whether it was given as one or as a list."""
     return (config.root,) if isinstance(config.root, str) else config.root
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raise UserError where a run would be within the source code, or a run and a dataset within each other."""
+    output = Path(config.output).resolve()
+    refuse_source_folder(output, "output")
+    for root in dataset_roots(config.data):
+        place = Path(root).resolve()
+        if "://" not in root and (place.is_relative_to(output) or output.is_relative_to(place)):
+            raise UserError(
+                f"output {config.output} and data.root {root}: one is within the other",
+                fix="give the run a folder beside the dataset",
+            )
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:

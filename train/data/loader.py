@@ -11,12 +11,13 @@ from __future__ import annotations
 import collections
 import fnmatch
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shards.errors import ShardDamage, StorageOutage, UserError
-from shards.format.keys import is_validation
+from shards.format.keys import clip_hash, is_validation
 from shards.storage.patience import abandon_waits, result_within
 from train.config.train import DataConfig, TrainConfig, slots_per_rank
 from train.data.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
@@ -31,8 +32,11 @@ LOG = logging.getLogger("wan.data")
 MAX_SUBSTITUTES = 8
 
 
-def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], list[int]]:
+def select_samples(dataset: Dataset, config: DataConfig, *, hold_out_one: bool = False) -> tuple[list[int], list[int]]:
     """Ordinals of the training and of the validation side, after include and exclude.
+
+    With `hold_out_one`, where no clip falls on the validation side, the clip with the smallest hash is put there: the
+    first one that a larger `validation_fraction` would hold out.
 
     Raises UserError that says why when nothing is left to train on.
     """
@@ -41,6 +45,8 @@ def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], lis
     for ordinal in chosen:
         held_out = is_validation(dataset.samples[ordinal].clip_id, config.validation_fraction)
         sides[held_out].append(ordinal)
+    if hold_out_one and not sides[1]:
+        sides = _hold_out_one(dataset, chosen, config)
     if sides[0]:
         return sides
     total = len(dataset.samples)
@@ -58,6 +64,24 @@ def select_samples(dataset: Dataset, config: DataConfig) -> tuple[list[int], lis
         f"data.validation_fraction {config.validation_fraction} puts all {len(chosen)} samples on the validation side",
         fix="lower data.validation_fraction",
     )
+
+
+def _hold_out_one(dataset: Dataset, chosen: list[int], config: DataConfig) -> tuple[list[int], list[int]]:
+    clip_ids = {dataset.samples[ordinal].clip_id for ordinal in chosen}
+    shares = {clip_id: clip_hash(clip_id, "split") / 2.0**64 for clip_id in clip_ids}
+    if len(shares) < 2:
+        return chosen, []
+    held_out = min(shares, key=lambda clip_id: (shares[clip_id], clip_id))
+    fraction = math.ceil(shares[held_out] * 10_000 + 1) / 10_000
+    LOG.warning(
+        "data.validation_fraction %g holds out none of %d clips, so %r is held out, the one with the smallest hash; "
+        "set data.validation_fraction: %g to hold it out for good, whatever clips are added",
+        config.validation_fraction, len(shares), held_out, fraction,
+    )  # fmt: skip
+    sides: tuple[list[int], list[int]] = ([], [])
+    for ordinal in chosen:
+        sides[dataset.samples[ordinal].clip_id == held_out].append(ordinal)
+    return sides
 
 
 def _included(clip_id: str, config: DataConfig) -> bool:

@@ -79,7 +79,7 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     yield Finding("text set", "ok", f"{text}, null captions of {empty} and {negative} tokens")
     for name, note in sorted(dataset.info.notes.items()):
         yield Finding("dataset note", "note", f"{name}: {note}")
-    train, validation = select_samples(dataset, config.data)
+    train, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
     order = Order([dataset.samples[ordinal] for ordinal in train], config.seed, config.data.global_batch)
     batches = order.num_batches(0)
     sides = f"{order.num_samples:,} samples to train on in {batches:,} batches, {len(validation):,} held out"

@@ -29,7 +29,7 @@ def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
 
     folder = Path(config.output)
     dataset = open_data(config, read_pin(folder) if (folder / PIN_FILE).exists() else None)
-    ordinals, _ = select_samples(dataset, config.data)
+    ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
     order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
     batch = order.batch(order.position_of_step(step))
     places = [ordinals[place] for place in batch.ordinals]

@@ -241,7 +241,7 @@ def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], s
 
     try:
         dataset = open_data(config)
-        ordinals, _ = select_samples(dataset, config.data)
+        ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
     except UserError as error:
         words = str(error).splitlines()[0]
         return [Size(REFERENCE_SIZE, 1.0)], f"the reference's, since the dataset cannot be read ({words})", "fp32"

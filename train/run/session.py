@@ -32,7 +32,7 @@ from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
 from train.evaluate import choose_held_out
 from train.parallel.ranks import ALONE, Ranks
-from train.run.trainee import Trainee, make_trainee, weights_digest
+from train.run.trainee import Trainee, make_trainee, resolve_dims, weights_digest
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -77,7 +77,7 @@ def open_session(
     dataset = open_data(config, None if start is None else read_pin(start))
     if verify and ranks.is_first:
         verify_dataset(config)
-    ordinals, validation = select_samples(dataset, config.data)
+    ordinals, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
     order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
     if order.too_small and ranks.is_first:
         LOG.warning(
@@ -86,10 +86,10 @@ def open_session(
             describe_buckets(order.too_small.items()),
         )
     held_out = choose_held_out(dataset, validation, config.eval) if config.eval else []
-    trainee = make_trainee(config, ranks, device_bytes)
-    dims = trainee.dims
+    dims = resolve_dims(config)  # what does not fit is found before the weights are built, which takes minutes
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)
+    trainee = make_trainee(config, ranks, device_bytes)
     folder = Path(config.output)
     return Session(folder, dataset, ordinals, held_out, order, trainee, full_identity(config, dataset, trainee), ranks)
 

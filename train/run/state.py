@@ -172,7 +172,8 @@ class TrainingState:
             self.session.identity,
             _without_reading(state.identity, self.session.identity),
             f"checkpoint {path}",
-            fix="undo the change, or start a new run in another output folder",
+            fix="undo the change, or start a new run in another output folder; to train these weights on with other "
+            f"settings, such as optim.lr, start it from them: lora.start_from={path}",
         )
         draws.check_draws_version(state.draws_version)
         order.check_order_version(state.order_version)
