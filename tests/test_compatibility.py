@@ -67,22 +67,41 @@ def say(differences: list[str]) -> None:
         )
 
 
-def test_a_half_built_dataset_is_finished_with_identical_bytes(folder: Path, differences: list[str]) -> None:
+BUILD = ["build-shards", "prep.yaml", "--serve", "corpus", "--quiet", "-o", "output=half-built"]
+
+
+def test_a_half_built_dataset_of_an_older_transform_is_refused_by_name_and_can_be_read(folder: Path) -> None:
+    """Its pixels were cut by other rules: it is read, verified, trained and recaptioned, and not grown."""
     dataset = folder / "half-built"
     shutil.copytree(GOLDEN / "half-built", dataset)
+    before = files_of(dataset)
+    assert_holds(make.reports(folder, "half-built"), json.loads((GOLDEN / "reports.json").read_text())["half-built"])
+    program = Path(sys.executable).with_name("wanprep")
+    done = subprocess.run(
+        [program, *BUILD], cwd=folder, env=make.ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "transform.version: there 1, expected 2" in done.stderr
+    assert "build into another output" in done.stderr
+    assert files_of(dataset) == before
+    assert "damaged" not in make.command(folder, "wanshards", "verify", "half-built", "--deep", "--partial")
+
+
+def test_a_half_built_dataset_is_finished_with_identical_bytes(folder: Path, differences: list[str]) -> None:
+    """Of the present transform: `tests/golden/transform-2`, made as before-rooms/make.py says."""
+    dataset, golden = folder / "half-built", GOLDEN.parent / "transform-2"
+    shutil.copytree(golden / "half-built", dataset)
     before = {name: (dataset / name).stat().st_mtime_ns for name in files_of(dataset) if name != "dataset.json"}
     assert {"latents/shard-000001.json", "text/default/shard-000000.json"} <= before.keys()
     assert not {"latents/shard-000002.json", "text/default/shard-000001.json"} & before.keys()
-    assert_holds(make.reports(folder, "half-built"), json.loads((GOLDEN / "reports.json").read_text())["half-built"])
 
-    words = ["build-shards", "prep.yaml", "--serve", "corpus", "--quiet", "-o", "output=half-built"]
-    make.command(folder, "wanprep", *words)
+    make.command(folder, "wanprep", *BUILD)
 
-    after, finished = files_of(dataset), files_of(GOLDEN / "half-built")
+    after, finished = files_of(dataset), files_of(golden / "half-built")
     for name, written in before.items():
         assert after[name] == finished[name], f"{name} was finished, and was changed"
         assert (dataset / name).stat().st_mtime_ns == written, f"{name} was finished, and was written again"
-    compare_datasets(after, files_of(GOLDEN / "undisturbed"), exact=not differences)
+    compare_datasets(after, files_of(golden / "undisturbed"), exact=not differences)
     say(differences)
 
 

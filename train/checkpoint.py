@@ -331,6 +331,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with named_errors(path):
+            path.stat()  # the library says "not found" of whatever it cannot open
             tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file: {error}", fix=OLDER) from None

@@ -256,8 +256,7 @@ def _read(dataset: Dataset, group: Sequence[int], text_len: int) -> tuple[Tensor
     import torch
 
     samples = [dataset.samples[ordinal] for ordinal in group]
-    channels = dataset.latent_shape(group[0])[0]
-    latents = [read_latent(dataset, ordinal, sample, channels) for ordinal, sample in zip(group, samples, strict=True)]
+    latents = [read_latent(dataset, ordinal, sample) for ordinal, sample in zip(group, samples, strict=True)]
     texts = [check_text(dataset.text(ordinal, 0), text_len, dataset.samples[ordinal].key) for ordinal in group]
     return torch.from_numpy(np.stack(latents)), pad_texts(texts, text_len)
 

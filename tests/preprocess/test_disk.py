@@ -7,7 +7,6 @@ import subprocess
 import pytest
 from prep_runs import TINY, build, files_of
 
-from preprocess.build.progress import PassProgress
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units
@@ -40,15 +39,16 @@ def after_the_first_unit(monkeypatch):
     """after_the_first_unit(action): called once, when the build has committed its first unit of latents."""
 
     def arrange(action):
-        real, done = PassProgress.unit, []
+        real, done = ShardWriter.seal, []
 
-        def unit(progress, number):
-            real(progress, number)
+        def seal(writer, *arguments):
+            commit = real(writer, *arguments)
             if not done:
-                done.append(number)
+                done.append(commit)
                 action()
+            return commit
 
-        monkeypatch.setattr(PassProgress, "unit", unit)
+        monkeypatch.setattr(ShardWriter, "seal", seal)
 
     return arrange
 

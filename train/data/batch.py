@@ -5,7 +5,6 @@ Shape letters: B slots, C latent channels, T H W latent frames and sides, S text
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,16 +81,14 @@ _FIX = (
 )
 
 
-def read_latent(dataset: Dataset, ordinal: int, sample: Sample, channels: int) -> np.ndarray:
+def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
     """A latent as C×T×H×W float32. Raises UserError when it is not of its bucket, not finite, or not normalised."""
     latent = to_float32(dataset.latent(ordinal))
     frames = (sample.frames - 1) // TEMPORAL_STRIDE + 1
-    expected = (channels, frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
-    if latent.shape != expected:
-        raise UserError(f"sample {sample.key}: its latent is {latent.shape}", expected=f"{expected}", fix=_FIX)
+    expected = (frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
+    if latent.shape[1:] != expected:
+        raise UserError(f"sample {sample.key}: its latent is {latent.shape}", expected=f"(C, {expected})", fix=_FIX)
     rms = float(np.sqrt(np.mean(np.square(latent, dtype=np.float64))))
-    if not math.isfinite(rms):
-        raise UserError(f"sample {sample.key}: its latent is not finite", fix=_FIX)
     if rms > LARGEST_RMS:
         problem = f"sample {sample.key}: the root mean square of its latent is {rms:.3g}"
         raise UserError(problem, expected=f"near 1, at most {LARGEST_RMS:g}: it is not normalised", fix=_FIX)

@@ -160,7 +160,7 @@ class Loader:
     ) -> None:
         share = slots_per_rank(config.data, dp_size)
         self._dataset, self._order, self._ordinals, self._config = dataset, order, train_ordinals, config
-        self._text_len, self._channels = text_len, dataset.latent_shape(train_ordinals[0])[0]
+        self._text_len = text_len
         self._slots = range(dp_rank * share, (dp_rank + 1) * share)
         self._step, self._position = step, position
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
@@ -257,7 +257,7 @@ class Loader:
             text = self._dataset.null_text(self._config.data.null_caption)
         else:
             text = self._dataset.text(plan.ordinal, plan.draws.caption)
-        latent = read_latent(self._dataset, plan.ordinal, sample, self._channels)
+        latent = read_latent(self._dataset, plan.ordinal, sample)
         noise = draw_noise(self._config.seed, step, plan.slot, latent.shape)
         return SlotItem(plan, sample.key, latent, noise, text, replaced)
 

@@ -206,7 +206,7 @@ def _first_frame(
     facts["first_frame"] = prompt.first_frame
     if prompt.first_frame == "sample" and dataset is not None:
         ordinal = dataset.ordinal(facts["key"])
-        values = read_latent(dataset, ordinal, dataset.samples[ordinal], shape[0])
+        values = read_latent(dataset, ordinal, dataset.samples[ordinal])
     else:
         values = read_latent_file(prompt.first_frame).values
     frame_CHW = torch.from_numpy(values[:, 0].copy())
