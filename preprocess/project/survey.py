@@ -69,7 +69,10 @@ def survey_corpus(corpus: CorpusConfig, progress: ReportDocuments | None = None)
                 continue
             records = [candidate.record for candidate in islice(plan.candidates(), _NUM_READ)]
             hosts = _hosts(records)
-            fetch = FetchConfig(allow_hosts=hosts, attempts=1, timeout_seconds=20.0, deadline_seconds=120.0)
+            # A host that does not answer is reported, not waited for.
+            fetch = FetchConfig(
+                allow_hosts=hosts, attempts=1, timeout_seconds=20.0, deadline_seconds=120.0, outage_minutes=0.0
+            )
             config = config.model_copy(update={"fetch": fetch})
             shapes, unread = _probe(records[:NUM_PROBED], config, Path(folder))
             return Survey(
