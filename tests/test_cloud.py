@@ -31,7 +31,9 @@ def _fit(words):
     """The config that `wantrain fit …` would load; the words are parsed by the command itself."""
     assert words[0].endswith("wantrain") and words[1] == "fit"
     words = [re.sub(r"\$\w+", "s3://bucket", word).removeprefix("/opt/wan-lora/") for word in words[2:]]
-    context = wantrain.commands["fit"].make_context("fit", words, parent=click.Context(wantrain))
+    context = wantrain.commands["fit"].make_context(
+        "fit", words, parent=click.Context(wantrain, **wantrain.context_settings)
+    )
     return load_config(TrainConfig, ROOT / context.params["config"], context.params["overrides"])
 
 
