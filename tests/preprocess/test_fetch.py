@@ -160,7 +160,7 @@ def test_redirects_stay_within_the_allowed_hosts(fetch):
         (f"http://foreign.example/a{SECRET}", "fetch-host-refused"),
         (f"http://127.0.0.1.foreign.example/a{SECRET}", "fetch-host-refused"),
         (f"s3://secret-bucket/a{SECRET}", "fetch-host-refused"),
-        ("file:///etc/passwd", "fetch-bad-url"),
+        ("file:///etc/passwd", "fetch-outside-corpus"),
         ("ftp://127.0.0.1/a", "fetch-bad-url"),
         ("http://user:hush@127.0.0.1/a", "fetch-bad-url"),
         ("http://127.0.0.1:port/a", "fetch-bad-url"),
