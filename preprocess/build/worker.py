@@ -147,6 +147,24 @@ class _OpenUnit:
     early: dict[int, tuple[_Task, Encoded | None]] = field(default_factory=dict)
 
 
+class ErrorsInARow:
+    """Counts internal errors in a row, in the order of writing. Raises UserError at the tenth."""
+
+    def __init__(self) -> None:
+        self._num = 0
+
+    def add(self, row: LedgerRow) -> None:
+        """Count a clip's row."""
+        self._num = self._num + 1 if row.reason == INTERNAL_ERROR else 0
+        if self._num == MAX_ERRORS_IN_A_ROW:
+            raise UserError(
+                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {row.clip_id} in stage "
+                f"{row.stage}: {row.detail}",
+                expected="an internal error now and then at most: this is the machine, or a defect of this program",
+                fix="read the tracebacks above, then run the same command: it resumes at the open unit",
+            )
+
+
 class _ClipStages:
     """The stages of `pools.py` for clips. Several units may be open; each is written in the plan's order."""
 
@@ -154,7 +172,7 @@ class _ClipStages:
         self._worker, self._on_row = worker, on_row
         self._preparer = Preparer(worker.config, fetcher, worker.tokenizer.count, worker.scratch)
         self._open: dict[int, _OpenUnit] = {}
-        self._num_errors_in_a_row = 0
+        self._errors = ErrorsInARow()
         self.held_bytes = 0
 
     def fetch(self, task: _Task) -> Fetched | None:
@@ -188,23 +206,13 @@ class _ClipStages:
             row = write_clip(clip, unit.shard, self._worker.config) if clip else None
             if row:
                 unit.rows.append(row)
-                self._count_errors(row)
+                self._errors.add(row)
             if written.is_last:
                 commit = unit.shard.seal(unit.rows)
                 self._open.pop(task.unit).shard.close()
                 yield commit
             if self._on_row is not None and row:
                 self._on_row(row)
-
-    def _count_errors(self, row: LedgerRow) -> None:
-        self._num_errors_in_a_row = self._num_errors_in_a_row + 1 if row.reason == INTERNAL_ERROR else 0
-        if self._num_errors_in_a_row == MAX_ERRORS_IN_A_ROW:
-            raise UserError(
-                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {row.clip_id} in stage "
-                f"{row.stage}: {row.detail}",
-                expected="an internal error now and then at most: this is the machine, or a defect of this program",
-                fix="read the tracebacks above, then run the same command: it resumes at the open unit",
-            )
 
     def close(self) -> None:
         """Drop the open units."""

@@ -112,7 +112,7 @@ def _ask_plan(text: str, sizes: Sizes, choice: Choice, card: Gpu, num_gpus: int)
     with tempfile.TemporaryDirectory(prefix="wanprep-init-") as place:
         path = Path(place, "train.yaml")
         path.write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", "train.cli", "plan", str(path), *words]
+        command = [sys.executable, "-P", "-m", "train.cli", "plan", str(path), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PLAN_SECONDS, check=False)
     if done.returncode:
         return Planned(card.name, problem=(done.stderr.strip() or "no answer").splitlines()[-1])

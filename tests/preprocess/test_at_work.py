@@ -16,6 +16,7 @@ from preprocess.build.scratch import AtWork, builds_at_work, scratch_folder
 from preprocess.build.summary import count_dataset, count_work, describe_build, describe_work
 from preprocess.demo.corpus import BASE_URL
 from preprocess.demo.server import served
+from preprocess.encoders import encoders
 from preprocess.pipeline import Part, build_shards
 from preprocess.plan.freeze import freeze_plan
 from preprocess.plan.plan import open_plan
@@ -94,6 +95,17 @@ def test_two_builds_share_the_units_and_do_none_twice(demo_corpus, tmp_path, mon
                 assert both.wait(120)  # the first goes on when the second has a unit
             yield unit
 
+    lock = threading.Lock()
+
+    def one_at_a_time(load):
+        def loaded(*arguments):
+            with lock:  # random weights come from the generator of the process: two threads must not draw at once
+                return load(*arguments)
+
+        return loaded
+
+    for name in ("load_text_encoder", "load_vae_encoder"):
+        monkeypatch.setattr(encoders, name, one_at_a_time(getattr(encoders, name)))
     sections = {**TINY, "corpus": {"limit": 8}}
     build(demo_corpus, tmp_path / "alone", **sections)  # first: two threads must not import the encoders at once
     monkeypatch.setattr(AtWork, "claim", counted)

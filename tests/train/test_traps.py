@@ -60,8 +60,8 @@ TRAPS = (
     ),
     Trap(
         3, "the residual stream rounded in the block that writes its own backward pass", "train/recompute/block.py",
-        "x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first)",
-        "x_BLD = add_gated_(x_BLD, down, mod[:, :, 5], shared.num_first).to(down.dtype).float()",
+        'x_BLD = add_gated_(x_BLD, down, _gate(mod, 5, parts, "ffn.2"), shared.num_first)',
+        'x_BLD = add_gated_(x_BLD, down, _gate(mod, 5, parts, "ffn.2"), shared.num_first).to(down.dtype).float()',
         ("train/test_checkpointing.py::test_the_residual_stream_and_its_gradient_are_never_rounded",),
     ),
     Trap(
