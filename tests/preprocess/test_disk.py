@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import threading
+import time
 
 import pytest
 from prep_runs import TINY, build, files_of
@@ -83,14 +85,23 @@ def check_stopped(output):
 def test_a_full_disk(disk, demo_corpus, whole, after_the_first_unit):
     output, filler = disk / "out", disk / "filler"
 
-    def fill():
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            while file.write(bytes(4096)):
-                pass
+    full, over = threading.Event(), threading.Event()
 
-    after_the_first_unit(fill)
+    def keep_full():
+        with filler.open("wb", buffering=0) as file:
+            while not over.is_set():
+                try:
+                    file.write(bytes(4096))
+                except OSError:  # what the build removes meanwhile is filled too
+                    full.set()
+                    time.sleep(0.0005)
+
+    keeper = threading.Thread(target=keep_full)
+    after_the_first_unit(lambda: (keeper.start(), full.wait()))
     with pytest.raises(UserError, match="no space left while writing") as caught:
         build(demo_corpus, output, **TINY)
+    over.set()
+    keeper.join()
     assert "run the same command" in str(caught.value)
     check_stopped(output)
     filler.unlink()

@@ -167,16 +167,16 @@ TRAPS = (
         ("train/test_weights.py::test_norm3_is_the_norm_before_cross_attention",),
     ),
     Trap(
-        12, "alpha lost at export", "train/lora/lora.py",
-        "out *= config.scale", "out *= 1",
+        12, "alpha lost at export", "train/lora/formats.py",
+        "(pair.up_Or.float() * pair.scale)", "(pair.up_Or.float() * 1)",
         (
             "train/test_lora.py::test_export_folds_the_scale_once",
             "train/test_lora.py::test_exported_file_loads_in_a_diffusers_pipeline_at_the_right_scale",
         ),
     ),
     Trap(
-        12, "alpha applied twice", "train/lora/lora.py",
-        "torch.tensor(float(config.rank))", "torch.tensor(float(config.rank * config.scale))",
+        12, "alpha applied twice", "train/lora/formats.py",
+        "torch.tensor(float(pair.rank))", "torch.tensor(float(pair.rank * pair.scale))",
         (
             "train/test_lora.py::test_export_folds_the_scale_once",
             "train/test_lora_formats.py::test_the_scale_is_folded_into_b_and_alpha_is_the_rank",
