@@ -120,7 +120,8 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         self._frames = ByteBudget(max_bytes, stop)
         self._ready: queue.SimpleQueue[_Ready | None] = queue.SimpleQueue()
         """What can be encoded; None: the writer has completed something."""
-        self._num_fetching = 0
+        self._num_decoding = 0
+        """Fetched and not decoded yet."""
         self._lock = threading.Lock()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Of the encoder's thread: `encode`, and what it waited for: `fetch`, `decode` or `write`."""
@@ -160,8 +161,6 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
             writer.close()
 
     def _begin(self, task: Task) -> None:
-        with self._lock:
-            self._num_fetching += 1
         self._fetchers.submit(self._fetch, task)
 
     def _fetch(self, task: Task) -> None:
@@ -170,9 +169,7 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         except BaseException as error:
             self._ready.put(_Ready(task, None, 0, error))
             return
-        finally:
-            with self._lock:
-                self._num_fetching -= 1
+        self._count_decoding(1)
         with suppress(RuntimeError):  # the pool is shut down: the run is being left
             self._decoders.submit(self._decode, task, fetched)
 
@@ -188,16 +185,20 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
             self._ready.put(_Ready(task, self._stages.decode(task, fetched, reserve), held, None))
         except BaseException as error:
             self._ready.put(_Ready(task, None, held, error))
+        finally:
+            self._count_decoding(-1)
+
+    def _count_decoding(self, change: int) -> None:
+        with self._lock:
+            self._num_decoding += change
 
     def _encode_next(self, writer: _Writer) -> bool:
         """Encode what is ready next; False where the writer has completed something first."""
         try:
             ready = self._ready.get_nowait()
         except queue.Empty:
-            # All that is begun is being fetched, or something is being decoded: that is what the encoder waits for.
-            with self._lock:
-                is_decoding = self._num_fetching < self._max_started and self._decoders._work_queue.qsize() > 0
-            ready = self._wait("decode" if is_decoding else "fetch", self._ready.get)
+            # Something is being decoded, or all that is begun is being fetched: that is what the encoder waits for.
+            ready = self._wait("decode" if self._num_decoding else "fetch", self._ready.get)
         if ready is None:
             return False
         if ready.error is not None:

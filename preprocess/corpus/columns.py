@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -19,12 +18,13 @@ from preprocess.corpus.fields import (
     MAX_CLIP_ID_CHARACTERS,
     MAX_URL_CHARACTERS,
     VIDEO_SUFFIXES,
+    length_of,
     read_fps,
     read_resolution,
     read_seconds,
     read_url,
 )
-from preprocess.corpus.timecode import MAX_SECONDS, NTSC, parse_length, parse_timecode
+from preprocess.corpus.timecode import MAX_SECONDS
 from preprocess.rejection import ClipRejected, Rejection, short
 
 GUESSES: dict[str, tuple[str, ...]] = {
@@ -197,23 +197,13 @@ def _captions(value: Any, span: dict[str, Any], level: str, defects: set[str]) -
     return tuple({"text": text} | span for text in texts)
 
 
-@functools.lru_cache(maxsize=65_536)
-def _mark_of(text: str) -> float | None:
-    for parse in (parse_length, functools.partial(parse_timecode, fps=NTSC)):
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return None
-
-
 def _mark(value: Any) -> float | None:
     """One end of a stretch in seconds; None where the cell is empty."""
     text = _text(value)
     if text is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    seconds = float(value) if is_number else _mark_of(text[:64])
+    seconds = float(value) if is_number else length_of(text[:64])
     if seconds is None or not 0 <= seconds < MAX_SECONDS:
         raise _refused("bad-timecode", f"{short(text, 60)} is not a time")
     return seconds

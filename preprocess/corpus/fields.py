@@ -135,7 +135,7 @@ def read_seconds(value: Any, defects: set[str]) -> float | None:
     """Declared length in seconds: a number, `HH:MM:SS.ss`, or a timecode."""
     if value is None or value == "":
         return None
-    seconds = _length_of(value) if isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS else _number(value)
+    seconds = length_of(value) if isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS else _number(value)
     if seconds is None or not 0 < seconds < MAX_SECONDS:
         defects.add("bad-length")
         return None
@@ -143,7 +143,8 @@ def read_seconds(value: Any, defects: set[str]) -> float | None:
 
 
 @functools.lru_cache(maxsize=65_536)
-def _length_of(text: str) -> float | None:
+def length_of(text: str) -> float | None:
+    """Seconds of a length or a timecode; None for other text."""
     for parse in (parse_length, functools.partial(parse_timecode, fps=NTSC)):
         try:
             return parse(text)
