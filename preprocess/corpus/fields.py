@@ -33,6 +33,7 @@ LOCAL = "file:"
 MAX_CLIP_ID_CHARACTERS = 500
 MAX_URL_CHARACTERS = 4096
 MAX_SIDE = 65_535
+MIN_FPS = 0.001  # below, a rate is nothing that a timecode can be divided by
 MAX_FPS = 1000.0
 MAX_LABEL_CHARACTERS = 32
 MAX_FIGURE_CHARACTERS = 64
@@ -157,7 +158,7 @@ def read_fps(value: Any, defects: set[str]) -> float | None:
     if value is None or value == "":
         return None
     fps = _rate_of(value) if isinstance(value, str) and len(value) <= MAX_FIGURE_CHARACTERS else _number(value)
-    if fps is None or not 0 < fps <= MAX_FPS:
+    if fps is None or not MIN_FPS <= fps <= MAX_FPS:
         defects.add("bad-frame-rate")
         return None
     return fps
