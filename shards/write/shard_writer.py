@@ -6,6 +6,7 @@ which `wanshards sweep` removes; the next run writes the same tar, byte for byte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -155,9 +156,11 @@ class ShardWriter:
         return commit
 
     def close(self) -> None:
-        """Remove the scratch file."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        """Remove the scratch file. What a full or lost disk refuses then is no news: `seal` flushes before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _finish(self, ledger: Sequence[LedgerRow] | None) -> Commit:
         members = [[member.name, member.offset, member.size, sha256] for member, sha256 in self._tar.members]

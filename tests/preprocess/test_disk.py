@@ -138,3 +138,15 @@ def test_a_disk_that_goes_away(disk, demo_corpus, whole, moment, request, tmp_pa
         assert not [path for path in kept.rglob("*") if ".tmp-" in path.name]
     finally:
         subprocess.run(["umount", "-l", str(kept)], check=True)
+
+
+def test_open_shards_are_dropped_on_a_full_disk(disk):
+    """Every file is closed and removed, though closing one means writing what its buffer holds."""
+    writers = [ShardWriter(open_storage(disk / "out"), "latents", unit, {"a": 1}, disk, {}) for unit in range(2)]
+    with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    for writer in writers:
+        writer.close()
+    assert [path.name for path in disk.iterdir()] == ["filler"]
+    assert all(writer._file.closed for writer in writers)
