@@ -259,6 +259,7 @@ def _terminate_cleanly() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C: scratch files are removed, the open unit is dropped, committed units stay."""
 
     def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the unwinding short
         abandon_waits()
         LOG.warning("asked to stop: the open unit is dropped, the next run does it again")
         sys.exit(128 + number)

@@ -109,9 +109,10 @@ def _receive(child: _Child) -> Any:
 def _end(children: Sequence[_Child]) -> None:
     """End the children that still run, as SIGTERM ends a build, and collect all of them."""
     for child in children:
-        child.pipe.close()
+        # First the signal, so that a child leaves by it and not by the end of the pipe: it would get both.
         if child.process.is_alive():
             child.process.terminate()
+        child.pipe.close()
     for child in children:
         child.process.join(_END_SECONDS)
         if child.process.is_alive():
@@ -130,8 +131,13 @@ def _work(
     level: int,
 ) -> None:
     """The child. SIGTERM unwinds it; the parent passes Ctrl-C on; the end of the parent ends it too."""
+
+    def leave(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the unwinding short
+        sys.exit(128 + number)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, leave)
     set_up_logging(f"[{device}] ", level)
     sending = threading.Lock()
 

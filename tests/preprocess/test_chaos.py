@@ -112,7 +112,8 @@ def test_killed_at_every_point_of_its_output(server, values_of, undisturbed, tmp
         for kind in ("latents", "text/default"):
             name = f"{kind}/shard-{unit:06d}.json"
             assert any(point.startswith(f"os.link {name}") for point in passed)
-            assert any(point.endswith(f"after {name}") for point in passed)
+            # Of two workers one is killed with the other, and may have been just behind its commit.
+            assert engine == "several" or any(point.endswith(f"after {name}") for point in passed)
     print(f"{len(passed)} kills")
     check_undisturbed(tmp_path / "out", undisturbed)
 

@@ -143,6 +143,7 @@ def test_a_build_through_an_outage_gives_the_same_tars(demo_corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["reset", "page"])
 def test_a_minute_of_outage_in_a_build(demo_corpus, tmp_path, kind):
     counts, _ = build_through(demo_corpus, tmp_path / "one", kind, 60.0)

@@ -201,6 +201,7 @@ def test_out_of_memory_says_what_to_set(clips):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, inside Inductor
 def test_compiled_it_gives_the_same_latents_up_to_rounding_under_an_identity_of_its_own(clips):
     compiled = load_vae_encoder(EncodersConfig(device="cpu", vae_compile=True))
     plain = load("fp32")
