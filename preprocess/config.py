@@ -275,9 +275,18 @@ class EncodersConfig(Config):
     """Memory format channels_last_3d, which GPUs' 16-bit kernels need to be fast; null: on a GPU."""
     vae_compile: bool = False
     """torch.compile of the VAE: minutes at the start for each picture size; it is part of the latents' identity."""
+    vae_low_traffic: bool = False
+    """Encode with 0.43 of the library's memory traffic; other last bits, so it is part of the latents' identity. Not
+    together with `vae_compile`."""
     text_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of UMT5; `auto`: bf16, or fp32 on a GPU that only emulates bf16 (V100, T4); a set that was begun is
     continued as it was. Never fp16."""
+
+    @model_validator(mode="after")
+    def _one_forward(self) -> EncodersConfig:
+        if self.vae_compile and self.vae_low_traffic:
+            raise ValueError("vae_compile and vae_low_traffic: choose one; Inductor fuses the library's encoder itself")
+        return self
 
 
 class ShardsConfig(Config):

@@ -44,12 +44,13 @@ class VaeEncoder:
         note: str | None = None,
         channels_last: bool = False,
         compiled: bool = False,
+        low_traffic: bool = False,
     ) -> None:
         import torch
 
         self.precision = precision
         self.note = note
-        self._compiled = compiled
+        self._variant = {"compiled": True} if compiled else {"low_traffic": True} if low_traffic else {}
         self._format = torch.channels_last_3d if channels_last else torch.contiguous_format
         self._dtype = getattr(torch, _DTYPES[precision])
         self._vae = vae.to(self._dtype)
@@ -61,6 +62,14 @@ class VaeEncoder:
             # A graph for the first frame, one for the next four, one for the rest: for each picture size.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             self._vae.encoder = torch.compile(self._vae.encoder, dynamic=False)
+        self._encode = self._encode_by_library
+        if low_traffic:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+            from preprocess.encoders.vae_forward import LowTrafficEncoder
+
+            encode = LowTrafficEncoder(self._vae)
+            self._encode = lambda pixels: encode(patchify(pixels, self._vae.config.patch_size)).chunk(2, dim=1)[0]
         self._device = device
         self._mean_C111 = torch.tensor(LATENT_MEAN, device=device).view(-1, 1, 1, 1)
         self._inverse_std_C111 = (1.0 / torch.tensor(LATENT_STD, device=device)).view(-1, 1, 1, 1)
@@ -80,7 +89,7 @@ class VaeEncoder:
             # TF32 would round the inputs of fp32 convolutions to ten bits; autotuning would pick kernels by chance.
             flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with torch.inference_mode(), flags:
-                mean_CTHW = self._vae.encode(pixels_1CTHW).latent_dist.mode()[0].float()
+                mean_CTHW = self._encode(pixels_1CTHW)[0].float()
                 return ((mean_CTHW - self._mean_C111) * self._inverse_std_C111).cpu().numpy()
         except torch.OutOfMemoryError:
             raise UserError(
@@ -88,6 +97,10 @@ class VaeEncoder:
                 fix="smaller buckets.sizes or window.num_frames; encoders.vae_precision=auto (16 bits need half "
                 "and are taken where they are right); nothing else on this device; or a larger device",
             ) from None
+
+    def _encode_by_library(self, pixels_1CTHW: torch.Tensor) -> torch.Tensor:
+        mode: torch.Tensor = self._vae.encode(pixels_1CTHW).latent_dist.mode()
+        return mode
 
     def provenance(self) -> dict[str, str]:
         """What a shard records of the device: a difference warns."""
@@ -102,7 +115,7 @@ class VaeEncoder:
             "precision": self.precision,
             "latent": "mode, normalised",
             "statistics_sha256": canonical_digest([list(LATENT_MEAN), list(LATENT_STD)]),
-            **({"compiled": True} if self._compiled else {}),
+            **self._variant,
         }
 
 
@@ -197,8 +210,9 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
         vae, note = checkpoints.load_vae(Path(config.checkpoint)), None
     channels_last = device.type == "cuda" if config.vae_channels_last is None else config.vae_channels_last
     return VaeEncoder(
-        vae, device=device, precision=precision, note=note, channels_last=channels_last, compiled=config.vae_compile
-    )
+        vae, device=device, precision=precision, note=note, channels_last=channels_last, compiled=config.vae_compile,
+        low_traffic=config.vae_low_traffic,
+    )  # fmt: skip
 
 
 def load_tokenizer(config: EncodersConfig) -> Tokenizer:

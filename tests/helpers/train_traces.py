@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,69 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, size: int) -> None:
         self.live -= size
+
+
+GEMMS = {
+    "mm", "addmm", "addmm_", "bmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+"""Operators whose traffic is not what limits them: GEMMs, convolutions and attention."""
+
+
+class Traffic(LiveBytes):
+    """Bytes that operators read and write, each operand once, by name and dtypes; and the peak of what is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func.overloadpacket.__name__
+        if func.is_view or func.namespace != "aten" or name.startswith(("empty", "new_empty", "detach")):
+            return out
+        given = {key: value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input")}
+        read = [each for each in tree_iter((args, given)) if isinstance(each, Tensor)]
+        written = [each for each in tree_iter(out) if isinstance(each, Tensor)]
+        if name in ("copy_", "fill_", "zero_"):  # what is overwritten is not read
+            read = read[1:]
+        dtypes = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in (*read, *written)}))
+        self.bytes[name, dtypes] += sum(_own_bytes(each) for each in (*read, *written))
+        return out
+
+    def between(self) -> int:
+        """Bytes outside GEMMs, convolutions and attention."""
+        return sum(count for (name, _), count in self.bytes.items() if name not in GEMMS)
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    """What an operator moves of a tensor: an expanded dimension once."""
+    elements = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(elements) * tensor.element_size()
+
+
+def vae_traffic(num_frames: int, size: tuple[int, int], *, low_traffic: bool) -> Traffic:
+    """An fp16 encode of one clip at the published VAE's widths, on fake tensors, channels last as on a GPU."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+    from preprocess.encoders.encoders import to_channels_last
+    from preprocess.encoders.vae_config import vae_arguments
+    from preprocess.encoders.vae_forward import LowTrafficEncoder
+
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(torch.float16)
+        try:
+            vae: Any = AutoencoderKLWan(**vae_arguments(base_dim=160)).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        to_channels_last(vae)
+        clip = torch.empty(1, 3, num_frames, *size, dtype=torch.float16)
+        clip = clip.contiguous(memory_format=torch.channels_last_3d)
+        encoder = LowTrafficEncoder(vae)
+        with Traffic() as traffic:
+            encoder(patchify(clip, vae.config.patch_size)) if low_traffic else vae.encode(clip)
+    return traffic
 
 
 def fake_model(dims: DiTConfig, lora: LoRAConfig | None, dtype: torch.dtype = torch.bfloat16) -> WanDiT:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from train_traces import vae_traffic
 
 from preprocess.build import vae_precision as gate
 from preprocess.build.vae_precision import (
@@ -22,6 +23,8 @@ from preprocess.build.vae_precision import (
 from preprocess.config import EncodersConfig
 from preprocess.encoders.encoders import VaeEncoder, load_vae_encoder, to_channels_last
 from preprocess.encoders.random_weights import build_random_vae
+from preprocess.encoders.vae_forward import LowTrafficEncoder
+from shards.config import validate_config
 from shards.errors import UserError
 from shards.storage import open_storage
 
@@ -207,3 +210,50 @@ def test_compiled_it_gives_the_same_latents_up_to_rounding_under_an_identity_of_
     plain = load("fp32")
     assert relative_error(compiled.encode(clips[0]), plain.encode(clips[0])) < 1e-4
     assert compiled.identity() == {**plain.identity(), "compiled": True}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+def test_fewer_passes_over_memory_give_the_same_latents(num_frames, channels_last):
+    """Within 1e-6 of the library's encoder in fp32, under an identity of its own."""
+    frames = np.random.default_rng(num_frames).integers(0, 256, (num_frames, 64, 96, 3), dtype=np.uint8)
+    config = EncodersConfig(device="cpu", vae_channels_last=channels_last)
+    library = load_vae_encoder(config)
+    ours = load_vae_encoder(config.model_copy(update={"vae_low_traffic": True}))
+    latent = ours.encode(frames)
+    assert relative_error(latent, library.encode(frames)) < 1e-6
+    assert np.array_equal(latent, ours.encode(frames)), "nothing of a clip is left for the next one"
+    assert ours.identity() == {**library.identity(), "low_traffic": True}
+    assert "low_traffic" not in library.identity()
+
+
+def test_in_16_bits_it_is_no_further_from_fp32_than_the_library():
+    """It rounds less often. Of one network chance decides, so a mean over a few."""
+    errors = []
+    for seed in range(8):
+        frames = np.random.default_rng(seed).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+        latents = [
+            VaeEncoder(build_random_vae(seed), device=torch.device("cpu"), precision=mode, low_traffic=low).encode(
+                frames
+            )
+            for mode, low in (("fp32", False), ("bf16", False), ("bf16", True))
+        ]
+        errors.append([relative_error(latent, latents[0]) for latent in latents[1:]])
+    library, ours = np.mean(errors, axis=0)
+    assert ours <= library
+
+
+def test_fewer_passes_over_memory_are_counted():
+    """At real widths on fake tensors: the bytes of an encode and its peak, against the library's."""
+    library, ours = vae_traffic(5, (64, 64), low_traffic=False), vae_traffic(5, (64, 64), low_traffic=True)
+    assert sum(ours.bytes.values()) < 0.6 * sum(library.bytes.values())
+    assert ours.peak <= library.peak
+
+
+def test_one_forward_at_a_time_and_one_form_of_vae():
+    with pytest.raises(UserError, match="choose one"):
+        validate_config(EncodersConfig, {"vae_compile": True, "vae_low_traffic": True}, origin="encoders")
+    vae = build_random_vae(0)
+    vae.register_to_config(is_residual=False)
+    with pytest.raises(ValueError, match=r"not Wan2\.2's"):
+        LowTrafficEncoder(vae)
