@@ -479,7 +479,10 @@ PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256))
         body(b"\x00\x01\x02\x03", Content_Type="text/html; charset=utf-8"),
         body(b"\x00\x01\x02\x03", Content_Type="application/problem+json"),
     ],
-    ids="text array pdf zip no-zip m3u8 sqlite tar euc-kr utf-16 gzip html-type json-type".split(),
+    ids=[
+        "text", "array", "pdf", "zip", "no-zip", "m3u8", "sqlite", "tar", "euc-kr", "utf-16", "gzip", "html-type",
+        "json-type",
+    ],
 )  # fmt: skip
 def test_no_document_is_a_clip_or_enters_the_cache(fetch, tmp_path, answer):
     cache = str(tmp_path / "cache")
