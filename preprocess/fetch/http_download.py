@@ -22,7 +22,8 @@ MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
 _REDIRECTS = (301, 302, 303, 307, 308)
-_BUSY = (408, 425, 429)
+_BUSY = (407, 408, 425, 429)
+"""Statuses below 500 that say nothing about the clip; 407 is a proxy's, which is not content with its password."""
 _UNSIGNED = ("fetch-401", "fetch-403")
 
 

@@ -447,7 +447,8 @@ def test_a_proxy_of_the_environment_is_used_and_said(fetch, proxy, caplog, monke
     assert headers["User-Agent"] == "archive/1.0"
     assert headers["Proxy-Authorization"] == "Basic " + base64.b64encode(b"user:hush").decode()
     assert "is not checked" in caplog.text and "hush" not in caplog.text
-    assert fetch.refused("https://a.cloudfront.net/x", attempts=1, **wild)[0].reason == "fetch-connection"
+    rejection, _ = fetch.refused("https://a.cloudfront.net/x", attempts=1, **wild)
+    assert rejection.reason == "fetch-connection" and "its proxy does not answer" in rejection.detail
     assert proxy.asked[1][0] == "CONNECT a.cloudfront.net:443"
     assert fetch.refused("http://evil.example/x", **wild)[0].reason == "fetch-host-refused"
     assert len(proxy.asked) == 2  # the list of hosts holds behind a proxy too
@@ -464,6 +465,32 @@ def test_a_proxy_of_a_kind_that_is_not_supported_is_refused(fetch, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
     with pytest.raises(UserError, match="HTTPS_PROXY: a proxy of kind socks5://"):
         fetch("https://a.cloudfront.net/x")
+
+
+@pytest.mark.parametrize("address", ["http://u:hush@proxy:99999", "http://pro xy:80", "http://[::1", "http://"])
+def test_a_proxy_that_is_no_url_is_refused(fetch, monkeypatch, address):
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", address)
+    with pytest.raises(UserError, match=r"(?s)HTTP_PROXY: .*expected: http://HOST:PORT") as caught:
+        fetch("http://a.cloudfront.net/x")
+    assert "hush" not in str(caught.value)
+
+
+def test_a_proxy_that_wants_another_password_costs_no_clip(fetch, monkeypatch):
+    """It is an outage: the clips are waited for, and are no rows for good."""
+    with odd_server(x=[status(407), status(407), whole]) as server:
+        server.answers = {
+            "http://a.cloudfront.net/x": server.answers["/x"],
+            "http://a.cloudfront.net/": [status(407), whole],
+        }
+        monkeypatch.delenv("http_proxy", raising=False)
+        monkeypatch.setenv("HTTP_PROXY", server.url)
+        monkeypatch.setattr("preprocess.fetch.hosts.FIRST_PAUSE_SECONDS", 0.05)
+        assert (
+            fetch("http://a.cloudfront.net/x", allow_hosts=("a.cloudfront.net",), attempts=1, outage_minutes=1.0)
+            == BODY
+        )
+        assert fetch.attempts == 1
 
 
 PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256))
