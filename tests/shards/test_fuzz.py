@@ -6,6 +6,7 @@ python tests/shards/test_fuzz.py 10000 [SEED]      that many of each kind; the s
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
 import sys
@@ -79,9 +80,9 @@ def _craft(draw: random.Random, document: Any) -> Any:
         elif kind == 3 and isinstance(holder[last], int):
             holder[last] += draw.choice((-1, 1, 512, 2**40))
         elif kind == 4 and isinstance(holder, dict):
-            holder["more"] = draw.choice(ODD)
+            holder["more"] = copy.deepcopy(draw.choice(ODD))
         else:
-            holder[last] = draw.choice(ODD)
+            holder[last] = copy.deepcopy(draw.choice(ODD))
     return document
 
 
