@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import JsonValue
@@ -83,6 +84,7 @@ class Inspection(Config):
     is_still: bool = False
     """A picture file."""
     pictures: tuple[MeasuredPicture, ...] = ()
+    """Not recorded with a rejection."""
     vbi_lines: int = 0
     """Lines above the picture that carry data or nothing."""
     vbi_ground: str = "pictures"
@@ -143,3 +145,11 @@ class ClipFacts(Config):
     """Times of shot changes; looked for only where the config asks."""
     decisions: dict[str, JsonValue]
     """One entry a decision: its value and its ground; and how the file differs from its annotation."""
+
+
+def recorded_facts(facts: ClipFacts | Inspection) -> dict[str, JsonValue]:
+    """What the ledger keeps of a rejected clip: no list that grows with the clip."""
+    lists = {"picture_seconds", "key_seconds", "corrupt_seconds", "cuts", "pictures", "problem", "detail"}
+    dumped = json.dumps(facts.model_dump(mode="json", exclude=lists, exclude_defaults=True))
+    recorded: dict[str, JsonValue] = json.loads(dumped, parse_constant=lambda name: None)  # a figure that is no number
+    return recorded

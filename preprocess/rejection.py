@@ -5,7 +5,7 @@ Reason codes are kebab-case and stable: `wanprep retry --reason …` and people'
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Stage = Literal["read", "sieve", "fetch", "probe", "window", "bucket", "decode", "caption", "encode"]
 """Where a record can end, in the order it passes them."""
@@ -36,6 +36,8 @@ class ClipRejected(Exception):
         self.rejection = rejection
         self.attempts = attempts
         """Attempts at a download that was given up; 0 at another stage."""
+        self.facts: dict[str, Any] | None = None
+        """What was read from the file before it was rejected."""
         super().__init__(f"{rejection.stage}: {rejection.reason}: {rejection.detail}")
 
     def __reduce__(self) -> tuple[type[ClipRejected], tuple[Rejection, int]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from shards import __version__
-from shards.console import CommandGroup, print_json, set_up_logging
+from shards.console import CommandGroup, as_typed, print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 
 @main.command()
 @ROOT
-@click.argument("key", metavar="KEY|CLIP")
+@click.argument("key", metavar="KEY|CLIP", callback=as_typed)
 @AS_JSON
 @click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
 def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,14 @@ from shards.errors import SystemFailure, UserError
 LOG = logging.getLogger("wan")
 REPORT_SECONDS = 30.0
 Item = TypeVar("Item")
+
+
+def as_typed(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A callback for text that is no path: under LC_ALL=C bytes beyond ASCII come as surrogates; they were UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 class CommandGroup(click.Group):

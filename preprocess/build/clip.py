@@ -24,7 +24,7 @@ import numpy as np
 
 from preprocess.config import PictureSize, PrepConfig
 from preprocess.corpus.records import Record
-from preprocess.facts import ClipFacts
+from preprocess.facts import ClipFacts, recorded_facts
 from preprocess.fetch.fetcher import Clip, Fetcher
 from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate
@@ -90,6 +90,8 @@ class Prepared(NamedTuple):
     attempts: int
     num_bytes: int
     seconds: dict[str, float]
+    inspected: dict[str, Any] | None = None
+    """What probe had read of a file that it rejected."""
 
 
 class Encoded(NamedTuple):
@@ -137,7 +139,7 @@ class Preparer:
         record, seconds, rejection = candidate.record, dict(fetched.seconds), fetched.rejection
         if clip is None:
             return Prepared(candidate, None, None, (), rejection, attempts, 0, seconds)
-        facts = bucket = None
+        facts = bucket = inspected = None
         decoded: tuple[Decoded, ...] = ()
         clock, stage = _Clock(seconds), "probe"
         try:
@@ -154,12 +156,12 @@ class Preparer:
                 decoded = tuple(each._replace(rejection=clip.judged(each.rejection)) for each in decoded)
                 clock.lap("decode")
         except ClipRejected as rejected:
-            rejection = rejected.rejection
+            rejection, inspected = rejected.rejection, rejected.facts
         except Exception as error:
             if propagates(error, self._scratch):
                 raise
             rejection = internal_error(stage, error, record.clip_id)
-        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, clip.num_bytes, seconds)
+        return Prepared(candidate, facts, bucket, decoded, rejection, attempts, clip.num_bytes, seconds, inspected)
 
     def _decode(
         self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
@@ -373,6 +375,7 @@ def _row(
     """A candidate is accepted when at least one of its windows is; else the first reason is its reason."""
     is_accepted = any(window.status == "accepted" for window in windows)
     why = None if is_accepted else rejection
+    facts = recorded_facts(prepared.facts) if prepared.facts else prepared.inspected
     return LedgerRow(
         candidate=prepared.candidate.ordinal,
         clip_id=prepared.candidate.record.clip_id,
@@ -386,6 +389,7 @@ def _row(
         windows=tuple(windows),
         seconds=seconds,
         bytes=prepared.num_bytes,
+        facts=None if is_accepted else facts,
     )
 
 

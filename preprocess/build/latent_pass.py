@@ -70,9 +70,7 @@ def build_latents(
     if config.engine.kind == "ray":
         from preprocess.build.ray_engine import run_ray
 
-        run_ray(
-            storage, config, list(units), on_description=on_description, on_row=progress.row, on_unit=progress.unit
-        )  # fmt: skip
+        run_ray(storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit)
         return
     devices = devices_of(config)
     if len(devices) > 1:

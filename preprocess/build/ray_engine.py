@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,14 +67,18 @@ def place_workers(config: PrepConfig, resources: dict[str, float]) -> Placement:
 class Coordinator:
     """Hands out the units and keeps what the workers report. An actor: one call at a time, from many machines."""
 
-    def __init__(self, units: Sequence[int]) -> None:
-        self._queue = WorkQueue(units)
+    def __init__(self) -> None:
+        self._queue = WorkQueue(())
         self._reports: list[LedgerRow | int] = []
         self._lost: set[str] = set()
 
     def next(self, worker: str) -> int | None:
         """See WorkQueue. A worker that was taken for lost and is only out of reach gets nothing more."""
         return None if worker in self._lost else self._queue.next(worker)
+
+    def add(self, units: list[int]) -> None:
+        """See WorkQueue."""
+        self._queue.add(units)
 
     def row(self, row: LedgerRow) -> None:
         """A candidate is written."""
@@ -150,7 +155,7 @@ class Worker:
 def run_ray(
     storage: Storage,
     config: PrepConfig,
-    units: Sequence[int],
+    units: Iterable[int],
     *,
     on_description: Callable[[Description], None],
     on_row: OnRow,
@@ -198,12 +203,13 @@ def _value_or_error(work: Callable[[PrepConfig], Result], config: PrepConfig) ->
 class _Driver:
     """The living workers, and what each is doing."""
 
-    def __init__(self, ray: Any, config: PrepConfig, placement: Placement, mark: str, units: Sequence[int]) -> None:
+    def __init__(self, ray: Any, config: PrepConfig, placement: Placement, mark: str, units: Iterable[int]) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._config, self._placement, self._mark = ray, config, placement, mark
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(list(units))
+        self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._units = iter(units)
         self._workers: dict[str, Any] = {}
         self._asked: dict[Any, tuple[str, str]] = {}
         """By the reference of its answer: the worker, and `describe` or `work`."""
@@ -217,6 +223,7 @@ class _Driver:
             reports, num_waiting, num_out = self._ray.get(self._coordinator.read.remote())
             for report in reports:
                 self._pass_on(report, on_row, on_unit)
+            num_waiting += self._take_more(num_waiting)
             if not num_waiting and not num_out:
                 return
             self._keep_busy(num_waiting, num_out)
@@ -231,6 +238,13 @@ class _Driver:
             self._ray.wait(closing, num_returns=len(closing), timeout=10) if closing else None
         for worker in (*self._workers.values(), self._coordinator):
             self._ray.kill(worker)
+
+    def _take_more(self, num_waiting: int) -> int:
+        """Take units so that one waits for each worker, and no more: another build may want to share the rest."""
+        units = list(islice(self._units, max(0, self._placement.num_workers - num_waiting)))
+        if units:
+            self._ray.get(self._coordinator.add.remote(units))
+        return len(units)
 
     def _pass_on(self, report: LedgerRow | int, on_row: OnRow, on_unit: Callable[[int], None]) -> None:
         if isinstance(report, int):

@@ -31,6 +31,10 @@ class WorkQueue:
         self._out[worker].append(unit)
         return unit
 
+    def add(self, units: Iterable[int]) -> None:
+        """Further units, for whoever asks next."""
+        self._waiting.extend(units)
+
     def done(self, worker: object, unit: int) -> None:
         """`worker` has committed `unit`."""
         self._out[worker].remove(unit)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import print_json
+from shards.console import as_typed, print_json
 
 if TYPE_CHECKING:
     from preprocess.plan.plan import Plan
 
 
 @click.command()
-@click.argument("clip")
+@click.argument("clip", callback=as_typed)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")

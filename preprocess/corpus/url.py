@@ -11,17 +11,23 @@ from typing import NamedTuple
 from urllib.parse import unquote_plus, urlsplit
 
 _SIGNATURES = {
-    "signature", "key-pair-id", "awsaccesskeyid", "x-amz-signature", "x-amz-credential", "x-amz-security-token",
-    "x-goog-signature", "x-goog-credential", "googleaccessid", "x-oss-signature", "x-oss-credential", "ossaccesskeyid",
-    "security-token", "hdnts", "hdnea", "hdntl", "hdnt", "__gda__", "__token__", "token", "access_token", "auth_token",
-    "authtoken", "auth", "authorization", "auth_key", "jwt", "sig", "sign", "hmac", "apikey", "api_key", "secret",
-    "password", "wssecret", "txsecret",
+    "keypairid", "awsaccesskeyid", "xamzcredential", "xgoogcredential", "googleaccessid", "xosscredential",
+    "ossaccesskeyid", "hdnts", "hdnea", "hdntl", "hdnt", "gda", "auth", "authorization", "authkey", "jwt", "sig",
+    "sign", "hmac", "apikey", "secret", "password", "wssecret", "txsecret",
 }  # fmt: skip
-"""Parameters that only a signed URL has, in lower case: CloudFront, S3, Google, Akamai, Azure, OSS and others."""
-_COMPANIONS = {"expires", "expire", "expiry", "exp", "policy", "hash-algorithm", "wstime", "txtime"}
+"""Parameters that only a signed URL has, as letters and digits in lower case, beside all whose names end in `token` or
+hold `signature`: CloudFront, S3, Google, Akamai, Azure, OSS and others."""
+_COMPANIONS = {"expires", "expire", "expiry", "exp", "policy", "hashalgorithm", "wstime", "txtime"}
 """Parameters that accompany a signature; alone they may mean anything."""
+_HASHES, _TIMES = {"md5", "st", "hash"}, {"expires", "expire", "expiry", "exp", "e"}
+"""nginx's secure links: one of the first is a signature where one of the second says a time in seconds since 1970."""
 _AZURE = {"se", "sp", "sv", "sr", "ss", "srt", "st", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks", "skv"}
 """Parameters that accompany Azure's `sig`."""
+_ENCODED = re.compile(
+    r"%(?:25)*(?:3f|26|3b|23)([^=%&;/?#]{1,60})(?:=|%(?:25)*3d)((?:(?!%(?:25)*(?:26|3b|23|2f))[^&;/?#])*)",
+    re.IGNORECASE,
+)
+"""A parameter behind an encoded `?`, `&`, `;` or `#`: of a URL within a URL, or of one that was encoded twice."""
 _SIGNED_VALUE = re.compile(r"(?:^|[~!&;,*])(?:hmac|signature|sig)=|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.")
 """A value that is a signature under any name: Akamai's `exp=…~hmac=…`, a JSON web token."""
 _HTTP = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
@@ -120,19 +126,25 @@ def unsigned(url: str) -> str:
 
     The rest of a query stays: it may name the clip. A lone `Expires` or `Policy` is not a signature.
     """
+    if "=" not in url and "%" not in url:
+        return url
+    if "%" in url:
+        url = _ENCODED.sub(lambda found: "" if _is_signature(f"{found[1]}={found[2]}") else found[0], url)
     before, hash_mark, fragment = url.partition("#")
     before, mark, query = before.partition("?")
     is_web = before[:4].lower() == "http"  # the key of an s3:// object may hold anything
     segments = before.split("/") if is_web else [before]
     items = [item for text in (*segments[3:], query, fragment) for item in re.split("[&;]", text)]
-    names = {_name(item) for item in items if _is_signature(item)}
-    if not names:
+    drop = {_name(item) for item in items if _is_signature(item)}
+    if any(_name(item) in _TIMES and re.fullmatch("[0-9]{9,11}", item.partition("=")[2]) for item in items):
+        drop |= {name for item in items if (name := _name(item)) in _HASHES}
+    if not drop:
         return url
-    drop = _COMPANIONS | (_AZURE if "sig" in names else set())
+    drop |= _COMPANIONS | (_AZURE if "sig" in drop else set()) | (_TIMES if drop & _HASHES else set())
 
     def keep(item: str) -> bool:
         name = _name(item)
-        return not (_is_signature(item) or name in drop or name.startswith(("x-amz-", "x-goog-", "x-oss-")))
+        return not (_is_signature(item) or name in drop or name.startswith(("xamz", "xgoog", "xoss")))
 
     def kept(text: str, separators: str = "&;") -> str:
         if not separators:
@@ -152,9 +164,22 @@ def cache_name(url: str) -> str:
 
 
 def _name(item: str) -> str:
-    return unquote_plus(item.partition("=")[0]).strip().lower()
+    """A parameter's name as its letters and digits, in lower case."""
+    return re.sub("[^a-z0-9]", "", _decoded(item).partition("=")[0].lower())
+
+
+def _decoded(item: str) -> str:
+    """An item, decoded; one without `=` may have been encoded as a whole."""
+    name, mark, value = item.partition("=")
+    return f"{unquote_plus(name)}{mark}{unquote_plus(value)}"
 
 
 def _is_signature(item: str) -> bool:
-    name, mark, value = item.partition("=")
-    return bool(mark) and (_name(name) in _SIGNATURES or bool(_SIGNED_VALUE.search(unquote_plus(value))))
+    if "=" not in item and "%" not in item:
+        return False
+    name, mark, value = _decoded(item).partition("=")
+    name = re.sub("[^a-z0-9]", "", name.lower())
+    is_named = name in _SIGNATURES or name.endswith("token") or "signature" in name
+    if name == "verify":
+        is_named = re.match("[0-9]{10}-", value) is not None
+    return bool(mark) and (is_named or bool(_SIGNED_VALUE.search(value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
+import os
 import re
 import sys
 import threading
@@ -66,12 +67,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with the file, or the asked part of it."""
         path = self._path()
-        if path is None:
+        try:
+            opened = path.open("rb") if path else None
+        except OSError:  # removed meanwhile, or not to be read
+            opened = None
+        if path is None or opened is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            tag = f'"{size:x}-{path.stat().st_mtime_ns:x}"'
+        with opened as file:
+            status = os.fstat(file.fileno())
+            size, tag = status.st_size, f'"{status.st_size:x}-{status.st_mtime_ns:x}"'
             start, end, is_part = self._range(size, tag)
             if start >= size > 0:
                 self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
@@ -106,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _range(self, size: int, tag: str) -> tuple[int, int, bool]:
         """Start, end (exclusive) and whether a part was requested; changed content is sent completely."""
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None or self.headers.get("If-Range", tag) != tag:
+        asked = re.fullmatch(r"bytes=([0-9]{1,18})-([0-9]{0,18})", self.headers.get("Range", ""))
+        if asked is None or self.headers.get("If-Range", tag) != tag or (asked[2] and int(asked[2]) < int(asked[1])):
             return 0, size, False
         return int(asked[1]), min(size, int(asked[2]) + 1 if asked[2] else size), True

@@ -11,16 +11,18 @@ import random
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.corpus.fields import LOCAL, SIGNED_URL
+from preprocess.corpus.fields import IMAGE_SUFFIXES, LOCAL, SIGNED_URL, VIDEO_SUFFIXES
 from preprocess.corpus.records import Record
 from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch.cache import ClipCache
@@ -33,15 +35,14 @@ from preprocess.fetch.transport import CHUNK_BYTES
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
 
-VIDEO_SUFFIXES = (
-    ".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".m2ts", ".mts", ".m2t", ".ts", ".m4v",
-    ".wmv", ".dv", ".flv", ".3gp", ".gif",
-)  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 _OF_SOUND_CLIPS = frozenset(
     {"too-short", "too-long", "too-large", "image", "hdr", "matrix-unsupported", "odd-rotation", "size-changes"}
 )
 """Reasons of probe that only a file read without error can have."""
+_PAGES = ("fetch-not-media", "fetch-empty")
+"""Reasons for which a clip is refused whose host sent something else."""
+MAX_REFUSED_IN_A_ROW = 8
+"""Clips of a host refused for a server's error, none coming between, before its earlier clips prove nothing."""
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 SIGN_FIX = "its annotation's URL came signed, and a plan keeps no signature: set fetch.sign, or a mirror to s3://"
@@ -99,6 +100,9 @@ class Fetcher:
         hosts = AllowedHosts(config.allow_hosts)
         self._host_limits = HostLimits(config.per_host, config.outage_minutes, scratch)
         self._known_good: dict[str, str] = {}
+        self._refused_in_a_row: Counter[str] = Counter()
+        self._wanted: Counter[str] = Counter()
+        """Sources that are being downloaded now, those that wait for their host too."""
         self._http = HttpSource(hosts, self._host_limits, self._signer, parallel, config.user_agent)
         self._s3 = S3Source(hosts, self._host_limits, config.s3_endpoint, parallel)
         self._cache = ClipCache(Path(config.cache), config.cache_gib) if config.cache else None
@@ -140,6 +144,16 @@ class Fetcher:
         finally:
             path.unlink(missing_ok=True)
 
+    @contextmanager
+    def _wanting(self, source: str) -> Iterator[None]:
+        with self._lock:
+            self._wanted[source] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._wanted -= Counter([source])
+
     def _kept(self, record: Record, url: str, path: Path, is_retry: bool) -> Iterator[Clip]:
         """The clip from the cache or the network; it is kept when the block has not refused it, and removed if so."""
         name = cache_name(url)
@@ -172,30 +186,33 @@ class Fetcher:
         host = _host_key(source)
         limits = self._limits()
         attempt, host_answers = 0, config.outage_minutes == 0
-        with path.open("xb", buffering=CHUNK_BYTES) as file:
-            partial = Partial(file, self._counter)
+        with path.open("xb", buffering=CHUNK_BYTES) as file, self._wanting(source):
+            part = Partial(file, self._counter)
             while True:
                 attempt += 1
-                error = self._attempt(source, partial, limits)
+                error = self._attempt(source, part, limits)
                 if self._stop.is_set():
                     raise TransferStopped
                 if error is None:
                     self._host_limits.succeeded(host)
                     self._known_good[host] = source
+                    self._refused_in_a_row[host] = 0
                     self._count("num_downloaded")
-                    return Clip(path, partial.num_bytes, attempt)
+                    return Clip(path, part.num_bytes, attempt)
                 wait_seconds = _wait_seconds(error, attempt)
                 is_last = attempt >= config.attempts or not error.again
                 is_last |= time.monotonic() + wait_seconds > limits.deadline
                 is_suspect = error.again and self._host_limits.failed(host)
                 if error.again and not host_answers and (is_last or is_suspect):
-                    if self._host_limits.wait_out(host, error.reason, lambda: self._answers(source), limits):
+                    answers = partial(self._answers, source, error.reason)
+                    if self._host_limits.wait_out(host, error.reason, answers, limits):
                         attempt = 0
                     else:  # the clip gets one attempt more: the host may have come back meanwhile
                         host_answers, attempt = True, min(attempt, config.attempts - 1)
                     limits = self._limits()
                     continue
                 if is_last:
+                    self._refused_in_a_row[host] += error.reason.startswith("fetch-5")
                     raise _rejected(self._explained(error, record), attempt)
                 LOG.debug("%s: %s, attempt %d, again in %.1f s", redact(url), error.reason, attempt, wait_seconds)
                 self._count("num_again")
@@ -208,13 +225,28 @@ class Fetcher:
             config.min_kib_per_second * 1024, self._stop.is_set,
         )  # fmt: skip
 
-    def _answers(self, url: str) -> bool:
-        """Whether the host of `url` answers: the last clip that came from it, else its root."""
-        limits = self._limits()
+    def _answers(self, url: str, reason: str) -> bool:
+        """Whether the host answers from which `url` failed for `reason`: by a clip that came from it, else its root.
+
+        Any clip that is wanted now decides where those are no proof: a CDN whose origin is down still has the clips
+        that came before; and a host that gives a page for a name that nobody has made gives one for its root too.
+        """
         if url.startswith("s3://"):
-            return self._s3.answers(url, limits)
-        known_good = self._known_good.get(_host_key(url))
-        return self._http.answers(known_good or urljoin(url, "/"), limits, is_clip=known_good is not None)
+            return self._s3.answers(url, self._limits())
+        host = _host_key(url)
+        known_good, asked, is_clip = self._known_good.get(host), urljoin(url, "/"), False
+        if known_good is not None:
+            asked, is_clip = known_good, True
+        elif reason in _PAGES:
+            asked, is_clip = urljoin(url, f"/{secrets.token_hex(16)}"), True
+        is_up = self._http.answers(asked, self._limits(), is_clip=is_clip)
+        if is_up and self._refused_in_a_row[host] < MAX_REFUSED_IN_A_ROW:
+            return True
+        if not is_up and (known_good is not None or reason not in _PAGES):
+            return False
+        with self._lock:
+            wanted = [source for source in self._wanted if _host_key(source) == host]
+        return any(self._http.answers(source, self._limits(), is_clip=True) for source in wanted)
 
     def _attempt(self, url: str, partial: Partial, limits: Limits) -> FetchError | None:
         """One attempt. The error is returned, not raised: its chain holds library errors that contain the full URL."""
@@ -268,8 +300,8 @@ class Fetcher:
         if self._folder is None or not record.source.lower().endswith(".json"):
             return None
         source = self._folder / record.source
-        kinds = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
-        suffixes = kinds.get(record.media_type or "", VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+        kinds = {"video": (*VIDEO_SUFFIXES, ".gif"), "image": IMAGE_SUFFIXES}
+        suffixes = kinds.get(record.media_type or "", (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
         names = (source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper()))
         return next((path for path in names if path.is_file()), None)
 
@@ -296,4 +328,4 @@ def _wait_seconds(error: FetchError, attempt: int) -> float:
 def _suffix(url: str) -> str:
     """The suffix of a URL's path if it is a medium's; ffmpeg needs it for formats without magic bytes."""
     suffix = splitext(urlsplit(url).path)[1].lower()
-    return suffix if suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES else ""
+    return suffix if suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES else ""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from preprocess.corpus.url import HttpUrl, redact, spell_url
@@ -25,6 +26,9 @@ SUSPECT_FAILURES = 3
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 """Between two questions to a host that is down: doubled each time."""
 _POLL_SECONDS = 0.1
+_METADATA = {ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")}
+"""Where clouds keep credentials, beside the link-local addresses."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class AllowedHosts:
@@ -51,15 +55,22 @@ class AllowedHosts:
         """Check the address that a connection to `host` has reached, before a request is sent. Raises FetchError.
 
         A name that only a wildcard allows must have a public address: the owner of a DNS zone must not be able to
-        direct the build at the machine's own network. Link-local addresses, where clouds keep credentials, are never
-        allowed.
+        direct the build at the machine's own network. Link-local addresses and others where clouds keep credentials are
+        never allowed.
         """
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip
-        if ip.is_link_local or (not ip.is_global and host.lower().rstrip(".") not in self._patterns):
+        ip = _innermost(ipaddress.ip_address(address.partition("%")[0]))
+        is_named = host.lower().rstrip(".") in self._patterns
+        if ip.is_link_local or ip in _METADATA or (not ip.is_global and not is_named):
             raise FetchError(
                 "fetch-address-refused", f"{host} leads to {ip}, which is not a public address", retryable=True
             )
+
+
+def _innermost(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """The IPv4 address that an IPv6 address leads to (mapped, 6to4, NAT64), or the address itself."""
+    if isinstance(ip, IPv4Address):
+        return ip
+    return ip.ipv4_mapped or ip.sixtofour or (IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip)
 
 
 def matches(host: str, patterns: Sequence[str]) -> bool:

@@ -22,7 +22,8 @@ MAX_REDIRECTS = 5
 MAX_LENGTH_DIGITS = 18
 _LENGTH = rf"(\d{{1,{MAX_LENGTH_DIGITS}}})"
 _REDIRECTS = (301, 302, 303, 307, 308)
-_BUSY = (408, 425, 429)
+_BUSY = (407, 408, 425, 429)
+"""Statuses below 500 that say nothing about the clip; 407 is a proxy's, which is not content with its password."""
 _UNSIGNED = ("fetch-401", "fetch-403")
 
 
@@ -129,12 +130,12 @@ def _range_headers(partial: Partial) -> dict[str, str]:
 
 
 def _check_answer(response: BaseHTTPResponse, limits: Limits, is_clip: bool) -> None:
-    """Raises FetchError for a server error, and where a clip was expected and a document came."""
+    """Raises FetchError for a server error, and where a clip was expected and a document or nothing came."""
     if response.status not in (200, 206, 416):
         raise refusal(response.status)
     start = next(iter(chunks_of(response, limits)), b"")
-    if is_clip and start and is_document(start[:64]):
-        raise FetchError("fetch-not-media", "a document instead of a clip", again=True)
+    if is_clip and response.status != 416 and (not start or is_document(start[:64], _content_type(response))):
+        raise FetchError("fetch-not-media", "a document or nothing instead of a clip", again=True)
 
 
 def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None:
@@ -153,9 +154,13 @@ def accept(response: BaseHTTPResponse, partial: Partial, limits: Limits) -> None
         return
     partial.restart()
     partial.validator = _validator(response)
-    partial.content_type = response.headers.get("Content-Type", "")
+    partial.content_type = _content_type(response)
     partial.total_bytes = _declared_length(response)
     limits.check_bytes(partial.total_bytes or 0)
+
+
+def _content_type(response: BaseHTTPResponse) -> str:
+    return response.headers.get("Content-Type", "")
 
 
 def _declared_length(response: BaseHTTPResponse) -> int | None:

@@ -83,19 +83,22 @@ class S3Source:
     def _ask(self, call: str, request: dict[str, Any], partial: Partial | None, limits: Limits) -> BaseHTTPResponse:
         """The response to a call of the client; of `get_object` its body is unread."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+        from botocore.parsers import ResponseParserError
 
         client = self._s3()
         self._current.limits = limits
         try:
-            getattr(client, call)(**request)
+            answer = getattr(client, call)(**request)
         except ClientError as error:
             raise _refusal(error, partial) from None
         except (NoCredentialsError, PartialCredentialsError) as error:
             fix = "AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role of the machine"
             raise UserError(f"s3://{request['Bucket']}: {error}", fix=fix) from None
-        except BotoCoreError as error:
+        except (BotoCoreError, ResponseParserError) as error:
             detail = f"s3://{request['Bucket']}: {type(error).__name__}"
             raise FetchError("fetch-s3", detail, again=True) from None
+        if call == "list_objects_v2" and "IsTruncated" not in answer:
+            raise FetchError("fetch-s3", f"s3://{request['Bucket']}: the answer is not an S3 server's", again=True)
         response: BaseHTTPResponse = self._current.response
         return response
 

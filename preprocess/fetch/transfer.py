@@ -13,10 +13,11 @@ from preprocess.rejection import short
 
 _SNIFFED_BYTES = 512
 _DOCUMENTS = (
-    b"<", b"{", b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"(\xb5/\xfd",
-    b"\x7fELF", b"MZ", b"\xff\xfe", b"\xfe\xff",
+    b"<", b"{", b"%PDF", b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf",
+    b"Rar!", b"(\xb5/\xfd", b"\x04\x22\x4d\x18", b"\x7fELF", b"MZ", b"\xff\xfe", b"\xfe\xff", b"#EXTM3U",
+    b"SQLite format 3", b"\xd0\xcf\x11\xe0", b"\xca\xfe\xba\xbe", b"\x00asm",
 )  # fmt: skip
-"""How HTML, XML, JSON, PDF, archives, programs and UTF-16 begin, and no video or picture."""
+"""How HTML, XML, JSON, PDF, archives, playlists, databases, programs and UTF-16 begin, and no video or picture."""
 _DOCUMENT_TYPES = re.compile(r"text/|application/(?:\w+\+)?(?:json|xml|pdf|zip|gzip|javascript|html)\b|multipart/")
 _MEDIA = re.compile(
     rb".{4}(?:ftyp|moov|mdat|wide|free|skip|jP  |G)|\x1aE\xdf\xa3|RIFF|G|\x00\x00\x01[\xb0-\xbf]|OggS|FLV|0&\xb2u"
@@ -153,7 +154,7 @@ def is_document(start: bytes, content_type: str = "") -> bool:
     """
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     # No container's first bytes are without control characters; text of any encoding is.
-    if text.startswith(_DOCUMENTS) or start.translate(None, _CONTROLS) == start:
+    if text.startswith(_DOCUMENTS) or start[257:262] == b"ustar" or start.translate(None, _CONTROLS) == start:
         return True
     return _MEDIA.match(start) is None and _DOCUMENT_TYPES.match(content_type.strip().lower()) is not None
 

@@ -116,9 +116,13 @@ class Transport:
 
     def _open_proxy(self, scheme: str, proxy: str) -> urllib3.ProxyManager:
         """Connections through a proxy of the environment. The proxy resolves the names: no address is checked."""
-        address = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        try:
+            address = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+        except urllib3.exceptions.LocationParseError:  # its text may hold the password
+            address = urllib3.util.Url()
         if address.scheme not in ("http", "https") or not address.host:
-            problem = f"{scheme.upper()}_PROXY: a proxy of kind {address.scheme}://"
+            kind = f"a proxy of kind {address.scheme}://" if address.scheme else "not a URL"
+            problem = f"{scheme.upper()}_PROXY: {kind}"
             raise UserError(problem, expected="http://HOST:PORT", fix="set NO_PROXY for the hosts of the clips")
         auth = urllib3.util.make_headers(proxy_basic_auth=unquote(address.auth)) if address.auth else None
         pools = urllib3.ProxyManager(
@@ -258,6 +262,8 @@ def _close_if_refused(connection: Any, getresponse: Callable[[], urllib3.HTTPRes
 def _as_fetch_error(error: urllib3.exceptions.HTTPError, host: str, limits: Limits) -> FetchError:
     kind = type(error).__name__
     match error:
+        case urllib3.exceptions.ProxyError():
+            return FetchError("fetch-connection", f"{host}: its proxy does not answer, or refuses", again=True)
         case urllib3.exceptions.NewConnectionError():  # a subclass of ConnectTimeoutError, but not a time-out
             return FetchError("fetch-connection", f"{host}: {kind}", again=True)
         case urllib3.exceptions.ConnectTimeoutError() | urllib3.exceptions.ReadTimeoutError():

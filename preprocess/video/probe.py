@@ -17,7 +17,8 @@ from pydantic import JsonValue
 
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
-from preprocess.facts import ClipFacts, Crop, Inspection
+from preprocess.facts import ClipFacts, Crop, Inspection, recorded_facts
+from preprocess.rejection import ClipRejected
 from preprocess.video.aspect import Raster, decide_aspect
 from preprocess.video.container import sniff_cut, sniff_playlist
 from preprocess.video.inspection import inspect_file, reject_clip
@@ -51,9 +52,13 @@ def probe_clip(path: Path, record: Record, config: PrepConfig) -> ClipFacts:
     inspection = inspect_file(path, config)
     if cut and not inspection.truncated:
         inspection = inspection.model_copy(update={"truncated": cut})
-    _refuse_unusable(inspection, config)
-    _refuse_length(inspection, config)
-    facts = weigh(inspection, record, config)
+    try:
+        _refuse_unusable(inspection, config)
+        _refuse_length(inspection, config)
+        facts = weigh(inspection, record, config)
+    except ClipRejected as rejected:
+        rejected.facts = recorded_facts(inspection)
+        raise
     if config.window.max_scene_score is None or facts.media == "image":
         return facts
     from preprocess.video.decode import find_cuts

@@ -18,7 +18,7 @@ from shards.format.dataset_info import read_info
 from shards.format.names import LATENTS, parse_name, text_kind
 from shards.read.index import list_root, text_sets
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage, lock_file
+from shards.storage.local import TEMPORARY, LocalStorage, lock_file
 from shards.storage.s3 import S3Storage
 
 
@@ -69,7 +69,7 @@ def sweep(storage: Storage, older_than_seconds: float, *, delete: bool) -> list[
     if isinstance(storage, LocalStorage):
         found += _sweep_temporaries(storage, newest, delete)
     elif isinstance(storage, S3Storage):
-        found += _sweep_uploads(storage, newest, delete)
+        found += _sweep_bucket(storage, newest, delete)
     return found
 
 
@@ -97,11 +97,17 @@ def sweep_committed(storage: LocalStorage) -> list[Orphan]:
     return found
 
 
-def _sweep_uploads(storage: S3Storage, newest: float, delete: bool) -> Iterator[Orphan]:
+def _sweep_bucket(storage: S3Storage, newest: float, delete: bool) -> Iterator[Orphan]:
     for upload in list(storage.uploads(newest)):  # all pages first: aborting changes them
         if delete:
             storage.abort_upload(upload)
         yield Orphan(f"{upload.name} (unfinished upload)", 0)
+    for entry in list(storage.list(TEMPORARY)):  # notes of builds that were killed
+        with contextlib.suppress(MissingObject):
+            if storage.modified(entry.name) <= newest:
+                if delete:
+                    storage.delete(entry.name)
+                yield Orphan(entry.name, entry.size)
 
 
 def _sweep_temporaries(storage: LocalStorage, newest: float, delete: bool) -> Iterator[Orphan]:

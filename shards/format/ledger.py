@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import zstandard
@@ -19,7 +19,18 @@ _FREE_LINE_BYTES, _MAX_RATIO = 2**20, 100
 """A line may be this long in any file, and this many times the file's bytes longer: a small file asks for little."""
 
 
-class WindowRow(Config):
+class _Row(Config):
+    """A row without what is null and was added later: it has the bytes that it had before there was such a field."""
+
+    _later: ClassVar[frozenset[str]] = frozenset()
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in self._later or value is not None}
+
+
+class WindowRow(_Row):
     """What became of one window of a candidate."""
 
     key: str | None
@@ -30,15 +41,10 @@ class WindowRow(Config):
     detail: str | None
     measured: dict[str, float] | None = None
     """Motion, black share and kept share of its pictures; null where none were decoded, or of an older build."""
-
-    @pydantic.model_serializer(mode="wrap")
-    def _without_absent(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A row that was never measured has the bytes that it had before there was such a field."""
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "measured" or value is not None}
+    _later: ClassVar[frozenset[str]] = frozenset({"measured"})
 
 
-class LedgerRow(Config):
+class LedgerRow(_Row):
     """What became of one candidate."""
 
     candidate: int
@@ -59,6 +65,9 @@ class LedgerRow(Config):
     """Seconds spent, by stage."""
     bytes: int
     """Bytes downloaded."""
+    facts: dict[str, pydantic.JsonValue] | None = None
+    """What the file of a rejected candidate says, and what was decided about it; null where it was not read."""
+    _later: ClassVar[frozenset[str]] = frozenset({"facts"})
 
 
 def write_ledger(rows: Iterable[LedgerRow]) -> bytes:

@@ -121,6 +121,7 @@ def describe_clip(found: dict[str, Any]) -> list[str]:
         for window in attempt["windows"]:
             reason = f": {window['reason']}: {window['detail']}" if window["reason"] else f": {window['key']}"
             lines.append(f"  window at {window['start_seconds']:.2f} s {window['status']}{reason}")
+        lines += _fact_lines(attempt.get("facts") or {})
     for sample in found["samples"]:
         lines.append(f"sample {sample['key']}")
         for name in ("probed", "window", "bucket", "decisions"):
@@ -129,6 +130,13 @@ def describe_clip(found: dict[str, Any]) -> list[str]:
         command = found["retry"]["command"]
         lines.append(f"a retry can help: `{command}`" if command else "a retry gives the same result")
     return lines
+
+
+def _fact_lines(facts: dict[str, Any]) -> list[str]:
+    decisions = facts.get("decisions")
+    found = {f"probed.{name}": value for name, value in facts.items() if name != "decisions"}
+    found |= {f"decisions.{name}": value for name, value in (decisions.items() if isinstance(decisions, dict) else ())}
+    return [f"  {name}: {value}" for name, value in found.items()]
 
 
 def _outcome(attempt: dict[str, Any]) -> str:

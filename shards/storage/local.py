@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -27,19 +28,22 @@ TEMPORARY = ".tmp-"
 """Prefix of the base name of an unfinished file or of a scratch folder; no listing shows them."""
 
 
-def temporary_name() -> str:
+_NAMED = re.compile(rf"{re.escape(TEMPORARY)}[a-z]+-([0-9a-f]{{8}})-([0-9]{{1,10}})-[0-9a-f]{{16}}")
+
+
+def temporary_name(kind: str = "put") -> str:
     """A new temporary name of this process."""
-    return f"{_here()}{os.getpid()}-{secrets.token_hex(8)}"
+    return f"{TEMPORARY}{kind}-{_here()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def is_dead(name: str) -> bool:
     """Whether a process of this machine made that name and has ended. False where that cannot be known."""
-    pid = name.removeprefix(_here()).partition("-")[0]
-    if not name.startswith(_here()) or not pid.isdecimal():
+    named = _NAMED.fullmatch(name)
+    if named is None or named[1] != _here():
         return False
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        os.kill(int(named[2]), 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:  # another user's
         return False
@@ -47,11 +51,11 @@ def is_dead(name: str) -> bool:
 
 
 def _here() -> str:
-    """Prefix for the scope in which a process id is unique: this machine and this PID namespace."""
+    """The scope in which a process id is unique: this machine and this PID namespace."""
     place = socket.gethostname()
     with contextlib.suppress(OSError):
         place += f" {Path('/proc/self/ns/pid').readlink()}"
-    return f"{TEMPORARY}put-{hashlib.sha256(place.encode()).hexdigest()[:8]}-"
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 _MAX_OPEN_FILES = 64

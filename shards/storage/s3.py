@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qs, urlsplit
 
 from shards.console import LOG
@@ -33,6 +33,12 @@ _DENIED = {"401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTo
 _NO_CONDITIONS = {"501", "NotImplemented"}
 _BEYOND = {"416", "InvalidRange"}
 _NO_UPLOADS = {"NoSuchUpload"}
+_MARKS = {
+    **dict.fromkeys(("head_object", "get_object", "put_object", "upload_part", "complete_multipart_upload"), "ETag"),
+    "create_multipart_upload": "UploadId",
+    "list": "IsTruncated",
+}
+"""What every S3 server's answer to an operation has, and the page of a proxy or of a captive network has not."""
 _FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
@@ -79,14 +85,16 @@ class S3Storage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["root"], state["part_bytes"])  # type: ignore[misc]
 
-    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False) -> bool:
-        """See Storage. Larger than a part: multipart, aborted when it fails."""
+    def put(self, name: str, data: bytes | Path, *, if_absent: bool = False, patient: bool = True) -> bool:
+        """See Storage. Larger than a part: multipart, aborted when it fails. `patient`: see Attempts."""
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         size = data.stat().st_size if isinstance(data, Path) else len(data)
         if size > self._part_bytes:
             return self._put_parts(name, data, size, condition)
         body = data.read_bytes() if isinstance(data, Path) else data
-        return self._finish_put(name, size, lambda extra: self._call("put_object", name, Body=body, **extra), condition)
+        return self._finish_put(
+            name, size, lambda extra: self._call("put_object", name, patient=patient, Body=body, **extra), condition
+        )
 
     def get(self, name: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
         """See Storage."""
@@ -145,9 +153,9 @@ class S3Storage:
         """See Storage."""
         return float(self._call("head_object", name)["LastModified"].timestamp())
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, patient: bool = True) -> None:
         """See Storage."""
-        self._call("delete_object", name)
+        self._call("delete_object", name, patient=patient)
 
     def url(self, name: str = "") -> str:
         """See Storage."""
@@ -264,13 +272,17 @@ class S3Storage:
     def _retry(self, operation: str, name: str, send: Callable[[Any], Result], patient: bool = True) -> Result:
         """Send, and again while errors are such that pass. ClientErrors that have a meaning go to the caller."""
         from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, MetadataRetrievalError
+        from botocore.parsers import ResponseParserError
 
         denied = False
         with Attempts(f"{self.url(name)}: {operation}", patient=patient) as attempts:
             while True:
                 client = self._s3()
                 try:
-                    return send(client)
+                    answer = send(client)
+                    if _MARKS.get(operation, "") in ("", *cast("dict[str, Any]", answer)):
+                        return answer
+                    attempts.failed("an answer with status 200 that is not an S3 server's")
                 except ClientError as error:
                     code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                     if code in _ABSENT:
@@ -284,6 +296,8 @@ class S3Storage:
                     if code not in _AGAIN and status < 500:
                         raise self._failure(operation, name, error) from None
                     attempts.failed(error)
+                except ResponseParserError as error:
+                    attempts.failed(f"an answer that is not an S3 server's: {error}")
                 except _connection_errors() as error:
                     if "CERTIFICATE_VERIFY_FAILED" in str(error):
                         raise self._failure(operation, name, error) from None

@@ -6,7 +6,7 @@
 
 A fault is a status code, or: "reset" (before the server sees the request), "lost" (the server answers, the client is
 reset), "cut" (half of the body, then the end), "break" (half of the body, then a reset), "hang" (no answer until
-`proxy.release` is set), "flip" (one bit of the body).
+`proxy.release` is set), "flip" (one bit of the body), "page" (status 200 with a page, as of a captive network).
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             proxy.release.wait(600)
         if fault in ("reset", "hang"):
             self._reset()
+        elif fault == "page":
+            self._send_page(request.number)
         elif isinstance(fault, int):
             self._refuse(fault)
         else:
@@ -103,6 +105,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", "0" if self.command == "HEAD" else str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send_page(self, number: int) -> None:
+        """By turns one that an XML parser reads and one that it does not."""
+        body = (
+            b"<html><body><p>Please log in</p></body></html>" if number % 2 else b"<!doctype html><p>Please log in<br>"
+        )
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

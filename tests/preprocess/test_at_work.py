@@ -6,10 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import yaml
 from prep_runs import ROOT, TINY, build, files_of, prep, prep_values, start_build
+from s3_servers import BUCKET, serve
 
 from preprocess.build import scratch
 from preprocess.build.scratch import AtWork, builds_at_work, scratch_folder
@@ -20,7 +23,9 @@ from preprocess.encoders import encoders
 from preprocess.pipeline import Part, build_shards
 from preprocess.plan.freeze import freeze_plan
 from preprocess.plan.plan import open_plan
-from shards.errors import UserError
+from shards.check.orphans import sweep
+from shards.errors import StorageFailure, StorageOutage, UserError
+from shards.format.dataset_info import DatasetInfo, write_info
 from shards.storage import open_storage
 
 
@@ -49,6 +54,10 @@ from preprocess.build.progress import PassProgress
 from preprocess.build import scratch
 from preprocess.build.scratch import AtWork, scratch_folder
 from shards.storage import open_storage
+from shards.storage import local
+if sys.argv[2:]:
+    local._here = lambda: sys.argv[2]  # as on another machine
+scratch.NOTE_SECONDS = scratch.BUCKET_NOTE_SECONDS = 0.5
 output = sys.argv[1]
 with scratch_folder(output) as folder, AtWork(open_storage(output), output, folder, {"latents"}, None) as at_work:
     at_work.begin("refuse")
@@ -164,6 +173,115 @@ def test_parts_that_do_not_overlap_do_not_wait(tmp_path):
                 overlapping = AtWork(storage, str(tmp_path), two, {"latents", "text/default"}, units)
                 with overlapping, pytest.raises(UserError, match="builds the same units"):
                     overlapping.begin("refuse")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """An output in a bucket, whose builds write and look often; an empty one."""
+    for name, value in {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "DEFAULT_REGION": "x"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(scratch, "BUCKET_NOTE_SECONDS", 0.2)
+    monkeypatch.setattr(scratch, "BUCKET_POLL_SECONDS", 0.1)
+    with serve("moto", tmp_path / "s3") as endpoint:
+        yield f"s3://{BUCKET}/data?endpoint={endpoint}"
+
+
+def hold(output, *machine):
+    """A process with unit 0 of a bucket's latents, on this machine or on another."""
+    command = [sys.executable, "-c", HOLDER, output, *machine]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    return process
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def in_bucket(output):
+    return [entry.name for entry in open_storage(output).list()]
+
+
+def test_a_build_of_another_machine_on_one_bucket_is_seen(bucket, monkeypatch):
+    """It is named, its unit is not done here, and is taken over when its note has not been refreshed for long."""
+    monkeypatch.setattr(scratch, "NOTE_SECONDS", 0.2)
+    monkeypatch.setattr(scratch, "STALE_SECONDS", 3.0)
+    storage, process = open_storage(bucket), hold(bucket, "0123abcd")
+    with (
+        scratch_folder(bucket) as folder, AtWork(storage, bucket, folder, {"latents"}, None) as at_work,
+        pytest.raises(UserError, match=f"process {process.pid} on .*, builds the same units"),
+    ):  # fmt: skip
+        at_work.begin("refuse")
+    assert [note["pid"] for note in builds_at_work(bucket)] == [process.pid]
+    with scratch_folder(bucket) as folder, AtWork(storage, bucket, folder, {"latents"}, None) as at_work:
+        at_work.begin("share")
+        assert list(at_work.claim("latents", range(3))) == [1, 2]
+        kill(process)
+        start = time.monotonic()
+        at_work.wait_for_others("latents", [0])
+        assert 1.0 < time.monotonic() - start < 30
+        assert list(at_work.claim("latents", [0])) == [0]
+    assert not builds_at_work(bucket)
+
+
+def test_a_killed_build_of_this_machine_on_a_bucket_is_gone_at_once(bucket):
+    storage, process = open_storage(bucket), hold(bucket)
+    kill(process)
+    left = in_bucket(bucket)
+    assert len(left) == 2 and not builds_at_work(bucket)
+    with scratch_folder(bucket) as folder, AtWork(storage, bucket, folder, {"latents"}, None) as at_work:
+        at_work.begin("refuse")
+        assert list(at_work.claim("latents", range(2))) == [0, 1]
+    assert not in_bucket(bucket)
+
+
+def test_each_unit_of_a_bucket_is_claimed_once(bucket):
+    """By eight builds that ask at the same time, after one that died with half of them."""
+    storage, process = open_storage(bucket), hold(bucket)
+    kill(process)
+    with ExitStack() as stack:
+        builds = []
+        for _ in range(8):
+            folder = stack.enter_context(scratch_folder(bucket))
+            builds.append(stack.enter_context(AtWork(storage, bucket, folder, {"latents"}, None)))
+        with ThreadPoolExecutor(8) as pool:
+            claimed = list(pool.map(lambda each: list(each.claim("latents", range(6))), builds))
+    assert sorted(unit for units in claimed for unit in units) == list(range(6))
+    assert not in_bucket(bucket)
+
+
+def test_what_killed_builds_left_in_a_bucket_is_swept(bucket):
+    storage = open_storage(bucket)
+    write_info(storage, DatasetInfo(identity={"vae": "x"}))
+    process = hold(bucket, "0123abcd")
+    kill(process)
+    assert [orphan.name for orphan in sweep(storage, 3600.0, delete=True)] == []
+    swept = [orphan.name for orphan in sweep(storage, -5.0, delete=True)]
+    assert len(swept) == 2 and all(name.startswith(".tmp-build-") for name in swept)
+    assert in_bucket(bucket) == ["dataset.json"]
+
+
+def test_a_bucket_that_fails_costs_no_build_its_note(bucket, monkeypatch, caplog):
+    """A refused note is said, and the build goes on; an outage of a later one is not even said."""
+    monkeypatch.setattr("preprocess.build.scratch.LOG.propagate", True)
+    storage = open_storage(bucket)
+    put, denied = type(storage).put, []
+
+    def refuse(self, name, data, **options):
+        if name.endswith("at-work.json"):
+            denied.append(name)
+            raise StorageFailure("denied") if len(denied) == 1 else StorageOutage("put", "reset", 1.0)
+        return put(self, name, data, **options)
+
+    monkeypatch.setattr(type(storage), "put", refuse)
+    monkeypatch.setattr(scratch, "NOTE_SECONDS", 0.05)
+    with scratch_folder(bucket) as folder, AtWork(storage, bucket, folder, {"latents"}, None) as at_work:
+        at_work.begin("refuse")
+        assert list(at_work.claim("latents", range(2))) == [0, 1]
+        until(lambda: len(denied) > 3)
+    assert caplog.text.count("other machines cannot see that this build is at work: denied") == 1
+    assert not in_bucket(bucket)
 
 
 def test_a_dead_builds_note_counts_no_longer(holder):

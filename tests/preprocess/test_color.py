@@ -94,3 +94,4 @@ def test_hdr_is_refused_with_its_own_reason(tmp_path: Path, transfer: str) -> No
     with pytest.raises(ClipRejected) as caught:
         probe_clip(path, a_record(), prep_config())
     assert (caught.value.rejection.stage, caught.value.rejection.reason) == ("probe", "hdr")
+    assert caught.value.facts["transfer"] in (16, 18) and caught.value.facts["width"] > 0

@@ -136,6 +136,14 @@ def test_the_server_gives_nothing_else(tmp_path, path):
         _get(url + path)
 
 
+@pytest.mark.parametrize("asked", ["bytes=5-2", f"bytes={'9' * 5000}-", "bytes=\u0663-", "bytes=-3", "bytes=1-2,4-5"])
+def test_an_odd_range_is_answered_with_the_file(tmp_path, asked):
+    (tmp_path / "a.txt").write_bytes(b"0123456789")
+    with served(tmp_path) as url:
+        status, _, body = _get(f"{url}a.txt", Range=asked.encode().decode("latin-1"))
+        assert (status, body) == (200, b"0123456789")
+
+
 def test_a_taken_port_and_a_missing_folder_are_named(tmp_path):
     with FolderServer(tmp_path) as server, pytest.raises(UserError, match=r"port \d+ on 127.0.0.1"):
         FolderServer(tmp_path, server.server_address[1])

@@ -49,6 +49,8 @@ def test_a_dealer_deals_each_unit_once():
     assert [dealer.next("a"), dealer.next("b"), dealer.next("a"), dealer.next("b")] == [3, 5, 8, None]
     dealer.done("a", 3)
     assert (dealer.num_waiting, dealer.num_out) == (0, 2)
+    dealer.add([9, 10])
+    assert dealer.num_waiting == 2 and [dealer.next("b"), dealer.next("a")] == [9, 10]
 
 
 def test_what_a_lost_worker_had_is_dealt_again_first():

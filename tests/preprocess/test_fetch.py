@@ -293,6 +293,22 @@ def test_a_backslash_reaches_no_host_behind_the_list(fetch, mark):
             "https://a.example/token/auth/c.mp4?st=3&policy=x#t=3",
         ),
         ("s3://bucket/token=1/c.mp4", "s3://bucket/token=1/c.mp4"),
+        ("https://a.example/c.mp4?access-token=hush&accessToken=hush&Signature[]=hush", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?X-Plex-Token=hush&signature_v2=hush&id=7", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4%3FSignature=hush%26Expires=1", "https://a.example/c.mp4%26Expires=1"),
+        ("https://a.example/v%3BSignature=hush/c.mp4", "https://a.example/v/c.mp4"),
+        ("https://a.example/c.mp4?id=7%26sig%3Dhush", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4?id=7%2526sig%253Dhush", "https://a.example/c.mp4?id=7"),
+        (
+            "https://a.example/g?url=https%3A%2F%2Fb%2Fc.mp4%3Fsig%3Dhush",
+            "https://a.example/g?url=https%3A%2F%2Fb%2Fc.mp4",
+        ),
+        ("https://a.example/c.mp4?hdnts%3Dexp%3D1~hmac%3Dhush", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?md5=hush&expires=1700000000&id=7", "https://a.example/c.mp4?id=7"),
+        ("https://a.example/c.mp4?st=hush&e=1700000000", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?verify=1700000000-hush", "https://a.example/c.mp4"),
+        ("https://a.example/c.mp4?st=1&e=5&md5=x&verify=yes", "https://a.example/c.mp4?st=1&e=5&md5=x&verify=yes"),
+        ("https://a.example/a%26b=c/c.mp4?q=50%25", "https://a.example/a%26b=c/c.mp4?q=50%25"),
     ],
 )
 def test_no_signature_of_any_kind_stays(signed, kept):
@@ -431,7 +447,8 @@ def test_a_proxy_of_the_environment_is_used_and_said(fetch, proxy, caplog, monke
     assert headers["User-Agent"] == "archive/1.0"
     assert headers["Proxy-Authorization"] == "Basic " + base64.b64encode(b"user:hush").decode()
     assert "is not checked" in caplog.text and "hush" not in caplog.text
-    assert fetch.refused("https://a.cloudfront.net/x", attempts=1, **wild)[0].reason == "fetch-connection"
+    rejection, _ = fetch.refused("https://a.cloudfront.net/x", attempts=1, **wild)
+    assert rejection.reason == "fetch-connection" and "its proxy does not answer" in rejection.detail
     assert proxy.asked[1][0] == "CONNECT a.cloudfront.net:443"
     assert fetch.refused("http://evil.example/x", **wild)[0].reason == "fetch-host-refused"
     assert len(proxy.asked) == 2  # the list of hosts holds behind a proxy too
@@ -450,6 +467,32 @@ def test_a_proxy_of_a_kind_that_is_not_supported_is_refused(fetch, monkeypatch):
         fetch("https://a.cloudfront.net/x")
 
 
+@pytest.mark.parametrize("address", ["http://u:hush@proxy:99999", "http://pro xy:80", "http://[::1", "http://"])
+def test_a_proxy_that_is_no_url_is_refused(fetch, monkeypatch, address):
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", address)
+    with pytest.raises(UserError, match=r"(?s)HTTP_PROXY: .*expected: http://HOST:PORT") as caught:
+        fetch("http://a.cloudfront.net/x")
+    assert "hush" not in str(caught.value)
+
+
+def test_a_proxy_that_wants_another_password_costs_no_clip(fetch, monkeypatch):
+    """It is an outage: the clips are waited for, and are no rows for good."""
+    with odd_server(x=[status(407), status(407), whole]) as server:
+        server.answers = {
+            "http://a.cloudfront.net/x": server.answers["/x"],
+            "http://a.cloudfront.net/": [status(407), whole],
+        }
+        monkeypatch.delenv("http_proxy", raising=False)
+        monkeypatch.setenv("HTTP_PROXY", server.url)
+        monkeypatch.setattr("preprocess.fetch.hosts.FIRST_PAUSE_SECONDS", 0.05)
+        assert (
+            fetch("http://a.cloudfront.net/x", allow_hosts=("a.cloudfront.net",), attempts=1, outage_minutes=1.0)
+            == BODY
+        )
+        assert fetch.attempts == 1
+
+
 PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256))
 
 
@@ -457,11 +500,16 @@ PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256))
     "answer",
     [
         body(b"Not found, sorry"), body(b"[1, 2, 3]"), body(PDF), body(b"PK\x03\x04" + bytes(600)),
+        body(b"PK\x05\x06" + bytes(18)), body(b"#EXTM3U\n#EXT-X-KEY:\x00\x01"), body(b"SQLite format 3\x00\x10\x00"),
+        body(b"a.mp4" + bytes(252) + b"ustar\x0000" + bytes(248)),
         body("찾을 수 없습니다".encode("euc-kr")), body("찾을 수 없습니다".encode("utf-16")), body(gzip.compress(b"x")),
         body(b"\x00\x01\x02\x03", Content_Type="text/html; charset=utf-8"),
         body(b"\x00\x01\x02\x03", Content_Type="application/problem+json"),
     ],
-    ids=["text", "array", "pdf", "zip", "euc-kr", "utf-16", "gzip", "html-type", "json-type"],
+    ids=[
+        "text", "array", "pdf", "zip", "no-zip", "m3u8", "sqlite", "tar", "euc-kr", "utf-16", "gzip", "html-type",
+        "json-type",
+    ],
 )  # fmt: skip
 def test_no_document_is_a_clip_or_enters_the_cache(fetch, tmp_path, answer):
     cache = str(tmp_path / "cache")

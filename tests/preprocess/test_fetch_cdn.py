@@ -283,6 +283,13 @@ def test_a_wildcard_reaches_no_private_address(fetch):
         (["a.example"], "a.example", "169.254.169.254", False),
         (["169.254.169.254"], "169.254.169.254", "169.254.169.254", False),
         (["a.example"], "a.example", "fe80::1%eth0", False),
+        (["a.example"], "a.example", "fd00:ec2::254", False),
+        (["a.example"], "a.example", "100.100.100.200", False),
+        (["a.example"], "a.example", "64:ff9b::a9fe:a9fe", False),
+        (["*.example"], "a.example", "64:ff9b::10.1.2.3", False),
+        (["*.example"], "a.example", "2002:a01:203::1", False),
+        (["*.example"], "a.example", "64:ff9b::93.184.216.34", True),
+        (["*.example"], "a.example", "2606:2800:220:1::1", True),
     ],
 )
 def test_which_addresses_may_be_asked(patterns, host, address, fits):

@@ -20,6 +20,7 @@ from preprocess.plan.retry import Wanted
 from shards.check.orphans import find_orphans
 from shards.check.verify import verify
 from shards.cli import main as shards_main
+from shards.errors import UserError
 from shards.format.commit import committed_units
 from shards.format.dataset_info import read_info
 from shards.read.dataset import open_dataset
@@ -243,6 +244,22 @@ def test_why_tells_every_attempt_at_a_clip_and_whether_a_retry_helps(demo_corpus
     assert unknown.exit_code == 2 and "no record of clip 'nobody'" in unknown.output
     unknown = CliRunner().invoke(shards_main, ["show", str(output), "nobody"])
     assert unknown.exit_code == 2 and "wanprep why" in unknown.output
+
+
+def test_why_tells_what_the_file_of_a_refused_clip_says(corpus, tmp_path):
+    """An accepted one has it in its sample."""
+    output, path = tmp_path / "out", tmp_path / "config.yaml"
+    still = {"window": TINY["window"] | {"min_motion": 1.0}}
+    path.write_text(yaml.safe_dump(prep_values(corpus, output, **(TINY | still))))
+    with pytest.raises(UserError, match="window/no-motion"):
+        _run(build_shards, corpus, output, **still)
+    outcomes = [row for _, row, _ in read_outcomes(open_storage(output))]
+    row = next(row for row in outcomes if row.reason == "no-motion")
+    assert row.facts["codec"] == "h264" and row.facts["decisions"]["matrix"]["ground"]
+    assert not row.facts.keys() & {"picture_seconds", "key_seconds", "pictures"}
+    said = CliRunner().invoke(main, ["why", row.clip_id, str(path)]).stdout
+    assert "probed.codec: h264" in said and "decisions.matrix: {" in said and "decisions.aspect: {" in said
+    assert all(row.facts is None for row in outcomes if row.stage == "fetch")
 
 
 def test_why_of_a_planned_clip_says_that_it_waits(corpus, tmp_path):

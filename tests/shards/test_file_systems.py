@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -182,3 +183,11 @@ def test_text_beyond_ascii_is_printed_under_the_plain_locale(tiny_shards: Path, 
         found = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
         assert b"Traceback" not in found.stderr and b"UnicodeEncodeError" not in found.stderr
         assert found.returncode == (2 if "없음" in arguments[-1] else 0), found.stderr
+
+
+def test_a_clip_id_beyond_ascii_is_found_under_the_plain_locale(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "root", num_units=1, prefix="한국-é", scratch=tmp_path / "scratch")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "shards.cli", "show", str(tmp_path / "root"), "한국-é-0-gone", "--json"]
+    found = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+    assert found.returncode == 0 and json.loads(found.stdout)["attempts"][0]["reason"] == "fetch-404", found.stderr

@@ -76,6 +76,9 @@ PLACES: dict[str, tuple[Injected, Callable[[Request], bool]]] = {
     "put": ("reset", lambda request: request.method == "PUT"),
     "lost-put": ("lost", lambda request: request.method == "PUT"),
     "everything": ("reset", lambda request: True),
+    "page": ("page", lambda request: True),
+    "page-of-a-listing": ("page", lambda request: "list-type" in request.path),
+    "page-of-a-body": ("page", lambda request: request.method == "GET" and ".tar" in request.path),
     "refused-for-a-moment": (403, lambda request: request.method == "GET"),
 }
 
@@ -116,7 +119,7 @@ def _with_default_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "refused-for-a-moment"])
+@pytest.mark.parametrize("place", [place for place in PLACES if "page" not in place and "refused" not in place])
 def test_two_minutes_of_outage_at_each_place(
     proxy: FaultProxy, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
