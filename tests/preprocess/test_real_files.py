@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -27,6 +28,7 @@ from preprocess.video.decode import decode_window
 from preprocess.video.ffmpeg import Result
 from preprocess.video.inspection import inspect_file
 from preprocess.video.measure import Measured, measure_window
+from preprocess.video.packets import read_packets
 from preprocess.video.probe import weigh
 from preprocess.video.window import Window, choose_windows
 
@@ -374,3 +376,24 @@ def test_a_shape_that_loses_most_of_its_picture_is_refused() -> None:
     portrait = facts.model_copy(update={"display_width": 540.0, "display_height": 960.0})
     only_wide = prep_config(((832, 480),)).buckets
     assert isinstance(choose_bucket(portrait, only_wide), Rejection)
+
+
+def test_a_stream_that_appears_in_mid_file_ends_nothing(folder: Path) -> None:
+    """A transport stream may announce a stream at any time; PyAV then mostly raises IndexError when it has read all."""
+    later = source(folder, "later.ts", (*SMALL, "-mpegts_start_pid", "400"), 80)
+    path = folder / "joined.ts"
+    path.write_bytes(source(folder, "first.ts", SMALL).read_bytes() * 3 + later.read_bytes())
+    config = prep_config(((160, 96),), window={"policy": "start"})
+    facts = probed(path, config)
+    window = choose_windows(facts, a_record(), config)[0]
+    assert read_number(decode_window(path, facts, window, only_bucket(config), config)[0]) == 0
+
+    class Ending:
+        def demux(self) -> Iterator[object]:
+            with av.open(str(path)) as container:
+                yield from container.demux()
+            raise IndexError("list index out of range")
+
+    with av.open(str(path)) as container:
+        packets, _, _ = read_packets(Ending(), container.streams.video[0], [])
+    assert len(packets) == 600
