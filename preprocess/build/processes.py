@@ -3,7 +3,7 @@
 The parent loads no encoder. A child says what it would write (its identity), waits for BEGIN, and then asks for one
 unit after the other; decoders, encoder and writer are those of `worker.py`.
 
-    child → parent   Description, then any of: ASK, LedgerRow, a committed unit's number; last END or an exception
+    child → parent   Description, then any of: ASK, ClipDone, a committed unit's number; last END or an exception
     parent → child   BEGIN, then a unit's number or None for each ASK
 """
 

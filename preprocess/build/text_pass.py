@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from preprocess.build.dataset_info import add_text_set, find_info
-from preprocess.build.latent_pass import devices_of
 from preprocess.build.processes import run_processes
 from preprocess.build.worker import Description, library_versions
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
+from preprocess.encoders.encoders import devices_of
 from preprocess.plan.plan import open_plan
 from preprocess.rejection import Rejection
 from preprocess.text.captions import Captions, compose_all, with_prefix

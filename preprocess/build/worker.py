@@ -34,12 +34,23 @@ from shards.errors import UserError
 from shards.format.commit import Commit
 from shards.format.ledger import LedgerRow
 from shards.format.names import LATENTS
+from shards.machine import usable_cores
 from shards.storage import open_storage
 from shards.storage.patience import set_patience
 from shards.write.shard_writer import ShardWriter
 
-OnRow = Callable[[LedgerRow], None]
 MAX_ERRORS_IN_A_ROW = 10
+
+
+class ClipDone(NamedTuple):
+    """A clip that is written."""
+
+    row: LedgerRow
+    pool_seconds: dict[str, float]
+    """Of the encoder's thread since the clip before: at work, and waiting for each other pool."""
+
+
+OnClip = Callable[[ClipDone], None]
 
 
 class Description(NamedTuple):
@@ -64,11 +75,13 @@ class UnitWorker:
     """
 
     def __init__(self, config: PrepConfig, scratch: Path, *, device: str | None = None, num_workers: int = 1) -> None:
-        from preprocess.encoders.encoders import load_tokenizer, load_vae_encoder
+        from preprocess.encoders.encoders import find_device, load_tokenizer, load_vae_encoder
 
         if device is not None:
             config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"device": device})})
         self.config, self.scratch, self._num_workers = config, scratch, num_workers
+        on_cpu = find_device(config.encoders.device).type == "cpu"
+        self._num_decoders = config.engine.num_decoders(usable_cores(), num_workers, on_cpu)
         set_patience(config.storage)
         self._storage = open_storage(config.output)
         self._plan = open_plan(self._storage)
@@ -82,27 +95,27 @@ class UnitWorker:
         (commit,) = self.commits([unit])
         return commit
 
-    def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
+    def commits(self, units: Iterable[int], on_row: OnClip | None = None) -> Generator[Commit, None, None]:
         """Encode units as they are handed out, beginning the next ahead: a unit's number is taken when it is needed.
 
         Commits come as units are complete, not in order: a clip that takes minutes holds up its own unit alone.
-        `on_row` is called with each candidate's row, by the writer's thread. Left by an exception (Ctrl-C too) it
+        `on_row` is called with each clip that is written, by the writer's thread. Left by an exception (Ctrl-C too) it
         drops the open units; what is committed stays. Raises UserError; a bad clip is a ledger row.
         """
         from preprocess.encoders.encoders import cpu_threads
 
         config, stop = self.config, threading.Event()
-        num_fetchers = max(config.fetch.per_host, config.engine.decoders)
+        num_fetchers = max(config.fetch.per_host, self._num_decoders)
         with (
             runs_that_end() as end_runs,
             Fetcher(config.fetch, config.corpus, self.scratch, stop, num_fetchers) as fetcher,
             closing(_ClipStages(self, fetcher, on_row)) as stages,
-            cpu_threads(config.engine.decoders, self._num_workers),
+            cpu_threads(self._num_decoders, self._num_workers),
         ):
             self.pools = Pools(
                 stages,
                 num_fetchers=num_fetchers,
-                num_decoders=config.engine.decoders,
+                num_decoders=self._num_decoders,
                 max_bytes=config.engine.max_queue_mib << 20,
                 stop=stop,
                 on_stop=end_runs,
@@ -168,7 +181,7 @@ class ErrorsInARow:
 class _ClipStages:
     """The stages of `pools.py` for clips. Several units may be open; each is written in the plan's order."""
 
-    def __init__(self, worker: UnitWorker, fetcher: Fetcher, on_row: OnRow | None) -> None:
+    def __init__(self, worker: UnitWorker, fetcher: Fetcher, on_row: OnClip | None) -> None:
         self._worker, self._on_row = worker, on_row
         self._preparer = Preparer(worker.config, fetcher, worker.tokenizer.count, worker.scratch)
         self._open: dict[int, _OpenUnit] = {}
@@ -212,7 +225,7 @@ class _ClipStages:
                 self._open.pop(task.unit).shard.close()
                 yield commit
             if self._on_row is not None and row:
-                self._on_row(row)
+                self._on_row(ClipDone(row, self._worker.pools.lap()))
 
     def close(self) -> None:
         """Drop the open units."""

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.build.pools import Pools
+from preprocess.build.pools import POOLS, Pools, find_bottleneck
+from preprocess.config import EngineConfig
 from preprocess.video.ffmpeg import run_killable, runs_that_end
 
 
@@ -220,3 +221,33 @@ def test_it_says_what_the_encoder_waited_for():
     decoded = pools(Work(decode=lambda task, reserve: time.sleep(0.1) or task), num_fetchers=8, num_decoders=1)
     assert len(list(decoded.run(range(8)))) == 8
     assert decoded.seconds["decode"] > 0.4 > decoded.seconds["fetch"]
+    laps = [decoded.lap(), decoded.lap()]
+    assert laps == [decoded.seconds, dict.fromkeys(POOLS, 0.0)]
+    assert [find_bottleneck(each.seconds) for each in (fetched, decoded)] == ["fetch", "decode"]
+
+
+def test_few_clips_between_two_decoders_are_still_a_wait_for_fetching():
+    """Each clip is decoded for as long as the next one is fetched; one of two decoders has nothing to do throughout."""
+    work = Work(fetch=lambda task: time.sleep(0.1) or task, decode=lambda task, reserve: time.sleep(0.09) or task)
+    slow = pools(work, num_fetchers=1, num_decoders=2)
+    assert len(list(slow.run(range(8)))) == 8
+    assert slow.seconds["fetch"] > 4 * slow.seconds["decode"] and find_bottleneck(slow.seconds) == "fetch"
+
+
+@pytest.mark.parametrize(
+    ("fetch", "decode", "encode", "write", "found"),
+    [(1, 2, 97, 0, "encode"), (5, 10, 80, 5, "decode"), (0, 0, 50, 50, "write"), (0, 0, 0, 0, None)],
+)
+def test_the_pool_that_limits_a_build_is_named(fetch, decode, encode, write, found):
+    assert find_bottleneck({"fetch": fetch, "decode": decode, "encode": encode, "write": write}) == found
+
+
+@pytest.mark.parametrize(
+    ("decoders", "cores", "encoders", "on_cpu", "number"),
+    [
+        (3, 64, 1, False, 3), ("auto", 8, 2, False, 3), ("auto", 4, 4, False, 1), ("auto", 208, 8, False, 16),
+        ("auto", 2, 1, True, 1), ("auto", 16, 1, True, 2), ("auto", 3, 8, True, 1),
+    ],
+)  # fmt: skip
+def test_each_encoder_has_its_share_of_the_cores_for_decoding(decoders, cores, encoders, on_cpu, number):
+    assert EngineConfig(decoders=decoders).num_decoders(cores, encoders, on_cpu) == number
