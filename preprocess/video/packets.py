@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+from av.stream import Disposition
 
 from preprocess.video.ffmpeg import file_url
 
@@ -27,7 +28,7 @@ def open_container(path: Path, formats: tuple[str, ...]) -> Any:
 
 def choose_stream(container: Any) -> tuple[Any, str]:
     """The largest video stream that is no cover picture, the first of equals; None where there is none."""
-    streams = [each for each in container.streams.video if "attached_pic" not in str(each.disposition)]
+    streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if len(streams) < 2:
         return (streams[0] if streams else None), "the only video stream"
     chosen = max(streams, key=lambda each: each.width * each.height)

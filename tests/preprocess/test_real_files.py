@@ -165,7 +165,7 @@ def test_copies_that_fill_a_gap_are_not_pictures(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
 def test_a_photo_is_turned_as_its_exif_asks(tmp_path: Path, orientation: int, suffix: str) -> None:
     if orientation not in (2, 5, 6) and suffix != "jpg":
         pytest.skip("one orientation of each sort is enough for the other formats")
@@ -205,8 +205,7 @@ def test_a_frame_whose_side_data_raises_costs_nothing(folder: Path) -> None:
         def side_data(self) -> object:
             raise ValueError("31 is not a valid Type")
 
-    assert inspector._display_matrix(Raising(), "h264", None) == (0, -1, 1, 0)
-    assert inspector._display_matrix(Raising(), "mjpeg", b"no picture") is None
+    assert inspector._display_matrix(Raising()) == (0, -1, 1, 0)
     assert probed(path, CONFIG).rotation == 0
 
 
@@ -252,6 +251,22 @@ def test_the_largest_of_two_video_streams_is_taken_and_recorded(folder: Path) ->
     assert (facts.width, facts.stream) == (320, 1)
     assert facts.decisions["stream"]["ground"] == "the largest of 2 video streams (0: 160×96, 1: 320×192)"
     assert decode_window(path, facts, Window(1.0, 49, "test"), only_bucket(CONFIG), CONFIG).shape == (49, 96, 160, 3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_cover_picture_is_no_video_stream_however_large(folder: Path, suffix: str) -> None:
+    small, path = source(folder, "plain200.mp4", SMALL), folder / f"cover.{suffix}"
+    Image.new("RGB", (640, 480), "red").save(folder / "cover.jpg")
+    cover = ("-i", folder / "cover.jpg", "-map", "0", "-map", "1", "-disposition:v:1", "attached_pic")
+    if suffix == "mkv":
+        cover = ("-attach", folder / "cover.jpg", "-metadata:s:t", "mimetype=image/jpeg")
+    ffmpeg_run("-i", small, *cover, "-c", "copy", path)
+    with av.open(str(path)) as container:
+        assert [stream.width for stream in container.streams.video] == [160, 640]
+    facts = probed(path, CONFIG)
+    assert (facts.width, facts.stream, facts.num_frames) == (160, 0, 200)
+    frames = decode_window(path, facts, Window(1.0, 49, "test"), only_bucket(CONFIG), CONFIG)
+    assert read_number(frames[0]) == 25
 
 
 def test_full_range_hd_without_a_flag_is_bt709_and_its_green_stays(tmp_path: Path) -> None:
