@@ -72,7 +72,7 @@ class Costs(NamedTuple):
 
 
 def find_costs(counts: Mapping[str, Any], hardware: Hardware) -> Costs:
-    """The constants, measured ones where the probe has them; of the encoders only if the forecast is of this machine."""
+    """The constants, measured ones where the probe has them; of the encoders only in a forecast for this machine."""
     measured = counts["probed"].get("measured", {}) if counts.get("probed") else {}
     keys = {
         "probe_seconds": ("decode", "probe_seconds_a_clip"),

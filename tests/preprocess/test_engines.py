@@ -6,12 +6,12 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zlib
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from engine_parts import served_after
 from prep_runs import TINY, build, files_of, prep
 
 from preprocess.build.work_queue import MAX_LOSSES, WorkQueue
@@ -79,30 +79,6 @@ def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
     assert not multiprocessing.active_children()
 
 
-@contextmanager
-def served_slowly(corpus, name, until):
-    """The corpus over HTTP; the clip `name` is sent when `until` is set."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if name in self.path:
-                until.wait(60)
-            super().do_GET()
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(corpus)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpus, tmp_path):
     """The other two units are committed while it is awaited, and all bytes are those of an undelayed build."""
     from preprocess.demo.corpus import BASE_URL
@@ -121,12 +97,33 @@ def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpu
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with served_slowly(demo_corpus, name, until) as url:
+    with served_after(demo_corpus, lambda path: name not in path or until.wait(60)) as url:
         fetch = {"mirrors": {BASE_URL: url}, "timeout_seconds": 60.0}
         build_shards(prep(demo_corpus, output, **TINY, fetch=fetch), quiet=True)
     watcher.join()
     assert seen == [1, 2]
     assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+@pytest.mark.parametrize("decoders", [1, "auto"])
+def test_times_with_a_heavy_tail_change_no_byte(alone, demo_corpus, tmp_path, decoders):
+    """Lognormal times: clips come in another order than that of the plan, and the tars are those of an even server."""
+    from preprocess.demo.corpus import BASE_URL
+
+    came = []
+
+    def wait(path):
+        time.sleep(min(2.0, float(np.random.default_rng(zlib.crc32(path.encode())).lognormal(-1.5, 1.5))))
+        came.append(path.rpartition("/")[2])
+
+    with served_after(demo_corpus, wait) as url:
+        config = prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}}, engine={"decoders": decoders})
+        build_shards(config, quiet=True)
+    plan = open_plan(open_storage(tmp_path))
+    planned = [each.record.url.rpartition("/")[2] for each in plan.candidates() if each.record.url]
+    assert sorted(set(came)) == sorted(planned) and came != planned
+    assert files_of(tmp_path, "**/*.tar") == files_of(alone, "**/*.tar")
+    assert list(ledgers(tmp_path)) == list(ledgers(alone))
 
 
 def test_the_text_pass_uses_every_device_and_writes_the_same_bytes(alone, demo_corpus, tmp_path, monkeypatch):
