@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig
-from preprocess.corpus.fields import LOCAL, SIGNED_URL
+from preprocess.corpus.fields import IMAGE_SUFFIXES, LOCAL, SIGNED_URL, VIDEO_SUFFIXES
 from preprocess.corpus.records import Record
 from preprocess.corpus.url import cache_name, redact
 from preprocess.fetch.cache import ClipCache
@@ -33,11 +33,7 @@ from preprocess.fetch.transport import CHUNK_BYTES
 from preprocess.rejection import ClipRejected, Rejection
 from shards.console import LOG
 
-VIDEO_SUFFIXES = (
-    ".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".m2ts", ".mts", ".m2t", ".ts", ".m4v",
-    ".wmv", ".dv", ".flv", ".3gp", ".gif",
-)  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+_FILM_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 _OF_SOUND_CLIPS = frozenset(
     {"too-short", "too-long", "too-large", "image", "hdr", "matrix-unsupported", "odd-rotation", "size-changes"}
 )
@@ -268,7 +264,7 @@ class Fetcher:
         if self._folder is None or not record.source.lower().endswith(".json"):
             return None
         source = self._folder / record.source
-        kinds = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
+        kinds = {"video": _FILM_SUFFIXES, "image": IMAGE_SUFFIXES}
         suffixes = kinds.get(record.media_type or "", VIDEO_SUFFIXES + IMAGE_SUFFIXES)
         names = (source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper()))
         return next((path for path in names if path.is_file()), None)

@@ -295,7 +295,7 @@ def test_wide_primaries_are_refused_by_name(folder: Path, primaries: int, reason
     assert caught.value.rejection[:2] == ("probe", "primaries-unsupported") and reason in caught.value.rejection.detail
 
 
-@pytest.mark.parametrize("suffix", ["mts", "m2t", "vob", "dv", "flv", "3gp", "gif", "avif", "MTS"])
+@pytest.mark.parametrize("suffix", ["mts", "m2t", "vob", "dv", "flv", "3gp", "gif", "avif", "MTS", "ogv", "3g2"])
 def test_a_clip_beside_its_json_is_found_whatever_its_suffix(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"clip.{suffix}").write_bytes(b"x")
     media = "image" if suffix == "avif" else "video"
