@@ -88,8 +88,7 @@ def build_latents(
         )  # fmt: skip
         return
     worker = UnitWorker(config, scratch, device=devices[0])
-    on_description(worker.description)
-    for commit in worker.commits(units, on_row):
+    for commit in worker.commits(units, on_row, on_description):
         progress.unit(commit.unit)
 
 

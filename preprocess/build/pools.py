@@ -112,6 +112,7 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         max_bytes: decoded frames that may be held, and again as much of encoded clips that wait for their turn.
         stop: set when the run is left early (an exception, Ctrl-C): work should look at it.
         on_stop: called then, to end what cannot look.
+        on_begun: called once, in the caller's thread, when the first tasks are begun: to load what encoding needs.
     """
 
     def __init__(
@@ -123,8 +124,9 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         max_bytes: int,
         stop: threading.Event,
         on_stop: Callable[[], None] = lambda: None,
+        on_begun: Callable[[], None] = lambda: None,
     ) -> None:
-        self._stages, self._stop, self._on_stop = stages, stop, on_stop
+        self._stages, self._stop, self._on_stop, self._on_begun = stages, stop, on_stop, on_begun
         self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix="fetcher")
         self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decoder")
         self._max_started = num_fetchers + num_decoders * WAITING_PER_DECODER
@@ -154,7 +156,7 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         finished = False
         writer = _Writer(self._stages, lambda: self._ready.put(None))
         try:
-            upcoming, started, more = iter(tasks), 0, True
+            upcoming, started, more, is_loaded = iter(tasks), 0, True, False
             while started or more:
                 while more and started < self._max_started and self._stages.held_bytes <= self._max_bytes:
                     task = next(upcoming, None)
@@ -163,6 +165,9 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
                         break
                     started += 1
                     self._begin(task)
+                if started and not is_loaded:
+                    is_loaded = True
+                    self._on_begun()
                 if started:
                     started -= self._encode_next(writer)
                 elif more:  # what is held waits for nothing but the writer

@@ -129,9 +129,9 @@ class Worker:
             share = max(1, int(len(os.sched_getaffinity(0)) // self._num_cpus))
             scratch = self._stack.enter_context(scratch_folder(self._config.output, on_this_machine=True))
             self._worker = UnitWorker(self._config, scratch, device=self._device, num_workers=share)
+            return self._worker.load()
         except (UserError, OSError) as error:
             return error
-        return self._worker.description
 
     def work(self, coordinator: Any) -> UserError | OSError | None:
         """Encode what the coordinator hands out until it has no more; an error that the user has to fix."""

@@ -1,5 +1,7 @@
 """The pools around the encoder: nobody waits for the order of clips, bytes are bounded, and all are gone at the end."""
 
+import logging
+import os
 import signal
 import threading
 import time
@@ -8,10 +10,13 @@ from contextlib import closing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prep_runs import prep
 
+from preprocess.build import latent_pass
 from preprocess.build.pools import POOLS, Pools, find_bottleneck
 from preprocess.config import EngineConfig
 from preprocess.video.ffmpeg import run_killable, runs_that_end
+from shards.machine import usable_cores
 
 
 class Work:
@@ -251,3 +256,21 @@ def test_the_pool_that_limits_a_build_is_named(fetch, decode, encode, write, fou
 )  # fmt: skip
 def test_each_encoder_has_its_share_of_the_cores_for_decoding(decoders, cores, encoders, on_cpu, number):
     assert EngineConfig(decoders=decoders).num_decoders(cores, encoders, on_cpu) == number
+
+
+def test_auto_is_resolved_once_and_said(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(latent_pass, "usable_cores", lambda: 16)
+    with caplog.at_level(logging.INFO, "wan"):
+        settled = latent_pass.settle_decoders(prep(tmp_path, tmp_path), ["cuda:0", "cuda:1"])
+        assert latent_pass.settle_decoders(settled, ["cuda:0"]) is settled
+    assert settled.engine.decoders == 7
+    assert caplog.messages == ["engine.decoders: auto is 7 for each of 2 encoders, on 16 cores"]
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1), ("x", None)]
+)
+def test_a_container_s_share_of_time_bounds_the_cores(tmp_path, text, most):
+    (tmp_path / "cpu.max").write_text(text)
+    cores = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path / "cpu.max") == (cores if most is None else min(cores, most))

@@ -126,6 +126,45 @@ def test_times_with_a_heavy_tail_change_no_byte(alone, demo_corpus, tmp_path, de
     assert list(ledgers(tmp_path)) == list(ledgers(alone))
 
 
+def test_clips_are_fetched_while_the_encoder_is_loaded(alone, demo_corpus, tmp_path, monkeypatch):
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.encoders import encoders
+
+    came, load = threading.Event(), encoders.load_vae_encoder
+
+    def load_late(config):
+        assert came.wait(60), "no clip was asked for before the encoder was there"
+        return load(config)
+
+    monkeypatch.setattr(encoders, "load_vae_encoder", load_late)
+    with served_after(demo_corpus, lambda path: came.set()) as url:
+        build_shards(prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}}), quiet=True)
+    assert files_of(tmp_path, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+@pytest.mark.parametrize("part", ["load_tokenizer", "load_vae_encoder"])
+def test_an_encoder_that_cannot_be_loaded_ends_the_build_at_once(demo_corpus, tmp_path, monkeypatch, part):
+    """Clips are being fetched and decoded meanwhile; none of them waits for the encoder for ever."""
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.encoders import encoders
+
+    came = threading.Event()
+
+    def fail(config):
+        came.wait(60)
+        time.sleep(0.5)
+        raise UserError("no such weights")
+
+    monkeypatch.setattr(encoders, part, fail)
+    threads = threading.active_count()
+    with served_after(demo_corpus, lambda path: came.set()) as url:
+        config = prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}})
+        with pytest.raises(UserError, match="no such weights"):
+            build_shards(config, quiet=True)
+    assert threading.active_count() == threads
+    assert not list(tmp_path.glob(".tmp*")) and not list(tmp_path.glob("latents/*"))
+
+
 def test_the_text_pass_uses_every_device_and_writes_the_same_bytes(alone, demo_corpus, tmp_path, monkeypatch):
     """A process each, one caption at a time; the null embeddings are handed out as a unit, once."""
     from preprocess.build import text_pass
@@ -201,8 +240,8 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
     output = tmp_path / "out"
     config = prep(demo_corpus, output, **TINY, **TWO)
 
-    def kill_one(row):
-        if row.candidate not in (0, 1):  # one time: both processes have work, or have yet to ask for it
+    def kill_one(clip):
+        if clip.row.candidate not in (0, 1):  # one time: both processes have work, or have yet to ask for it
             return
         child = next(child for child in multiprocessing.active_children() if child.is_alive())
         os.kill(child.pid, signal.SIGKILL)
