@@ -308,7 +308,11 @@ class RayConfig(Config):
     num_workers: Positive | None = None
     """Most workers; null: one a GPU of the cluster, or as many as its cores allow where it has none."""
     num_cpus: Positive | None = None
-    """Cores that a worker reserves; null: `engine.decoders` and one."""
+    """Cores that a worker reserves; null: `engine.decoders` and one, of `auto` the share of a GPU."""
+
+
+MAX_AUTO_DECODERS = 16
+"""The fastest card takes 0.2 s to encode a window, a core 0.9 s to decode it: more were of no use, and cost memory."""
 
 
 class EngineConfig(Config):
@@ -316,14 +320,25 @@ class EngineConfig(Config):
 
     kind: Literal["local", "ray"] = "local"
     """`local`: this machine's devices; `ray`: a worker per GPU of a Ray cluster (the extra `ray`)."""
-    decoders: Positive = 2
-    """Clips fetched and decoded at a time, for each encoder."""
+    decoders: Positive | Literal["auto"] = "auto"
+    """Clips decoded at a time, for each encoder; `auto`: its share of the cores but one, at most 16. Downloads have
+    threads of their own, `fetch.per_host`."""
     max_queue_mib: Positive = 2048
     """Decoded frames that may wait for each encoder."""
     devices: tuple[str, ...] = ()
     """Devices of this machine that encode latents, a process each, such as `[cuda:0, cuda:1]`; empty: every GPU where
     `encoders.device` is `auto`, else that device alone."""
     ray: RayConfig = RayConfig()
+
+    def num_decoders(self, num_cores: int, num_encoders: int, on_cpu: bool) -> int:
+        """`decoders`, with `auto` resolved for each of so many encoders that share so many cores.
+
+        One core is left to the encoder's own thread, the downloads and the writer; an encoder on the CPU gets most.
+        """
+        if self.decoders != "auto":
+            return self.decoders
+        share = num_cores // num_encoders
+        return max(1, min(2, share // 2) if on_cpu else min(MAX_AUTO_DECODERS, share - 1))
 
 
 class PrepConfig(Config):

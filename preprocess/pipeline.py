@@ -74,13 +74,15 @@ def build_shards(
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
         if part == WHOLE:
             plan = _retry_if_all_refused(storage, plan, config, scratch)
+        latent_pass = None
         if part.only != "text":
-            _latent_pass(storage, plan, config, scratch, style, part, at_work)
+            latent_pass = _latent_pass(storage, plan, config, scratch, style, part, at_work)
         if part.only != "latents":
             _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part, at_work)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         if part == WHOLE:  # one of several processes does not know what the others did
             set_totals(storage, plan, counts)
+    counts |= {"latent_pass": latent_pass} if latent_pass else {}
     if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
         problem = f"{config.output}: the dataset is empty: {reasons or 'the corpus has no records'}"
@@ -160,23 +162,24 @@ def retry(
         choice = choose_retries(plan, wanted, committed_units(storage, LATENTS))
         plan = freeze_retry(plan, config, choice, scratch)
         part = Part(units=retry_units(plan))
-        _latent_pass(storage, plan, config, scratch, style, part, at_work)
+        latent_pass = _latent_pass(storage, plan, config, scratch, style, part, at_work)
         _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part, at_work)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         set_totals(storage, plan, counts)
-    return Retried(choice, counts)
+    return Retried(choice, counts | ({"latent_pass": latent_pass} if latent_pass else {}))
 
 
 def _latent_pass(
     storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, style: Style, part: Part, at_work: AtWork
-) -> None:
+) -> dict[str, Any] | None:
+    """Its figures; None where nothing was left to do."""
     pending = pending_units(storage, plan, LATENTS, part.units)
     info = find_info(storage)
     if info is not None:
         check_settled_identity(info, config, f"the dataset at {storage.url()}")
     if not pending.units:
         LOG.info("latents: all %d units are done", len(chosen_units(plan, part.units)))
-        return
+        return None
     config = settle_precision(storage, config, measure_apart)
     while pending.units:
         num_units = len(pending.units)
@@ -188,6 +191,7 @@ def _latent_pass(
         at_work.wait_for_others(LATENTS, pending.units)
         pending = pending_units(storage, plan, LATENTS, part.units)
     _release_memory()
+    return progress.facts()
 
 
 def _text_pass(

@@ -30,6 +30,17 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
+def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it may run on, or what its container's share of time comes to."""
+    cores = len(os.sched_getaffinity(0))
+    try:  # cgroup v2: "max 100000", or microseconds of a period, such as "250000 100000"
+        quota, period = limit.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
 def check_python(version: tuple[int, ...]) -> Finding:
     """Python is new enough."""
     found = ".".join(map(str, version))

@@ -98,6 +98,7 @@ RUN = {
     ),
     "wanprep scan project/prep.yaml": None,
     "wanprep plan project/prep.yaml --gpu h200": None,
+    "wanprep plan project/prep.yaml --probe 50": None,
     "wanprep build-shards project/prep.yaml": None,
     "wanprep status project/prep.yaml": None,
     "wanprep retry project/prep.yaml --reason fetch-timeout": None,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from preprocess.build.dataset_info import grow_info
 from preprocess.build.progress import PassProgress
-from preprocess.build.worker import Description, UnitWorker
+from preprocess.build.worker import ClipDone, Description, UnitWorker
 from preprocess.config import PrepConfig
+from preprocess.encoders.encoders import devices_of
 from preprocess.plan.plan import Plan
 from shards.console import LOG
 from shards.errors import UserError
@@ -17,6 +18,7 @@ from shards.format.commit import committed_units
 from shards.format.dataset_info import DatasetInfo
 from shards.format.identity import refuse_mismatch
 from shards.format.sealed_json import canonical_json
+from shards.machine import usable_cores
 from shards.storage.base import Storage
 
 
@@ -63,6 +65,9 @@ def build_latents(
     """
     settled: list[Description] = []
 
+    def on_row(clip: ClipDone) -> None:
+        progress.row(clip.row, clip.pool_seconds)
+
     def on_description(about: Description) -> None:
         _settle(storage, plan, config, about, settled)
         progress.worker()
@@ -70,32 +75,32 @@ def build_latents(
     if config.engine.kind == "ray":
         from preprocess.build.ray_engine import run_ray
 
-        run_ray(storage, config, units, on_description=on_description, on_row=progress.row, on_unit=progress.unit)
+        run_ray(storage, config, units, on_description=on_description, on_row=on_row, on_unit=progress.unit)
         return
     devices = devices_of(config)
+    config = settle_decoders(config, devices)
     if len(devices) > 1:
         from preprocess.build.processes import run_processes
 
         run_processes(
             config, devices, units, scratch, UnitWorker,
-            on_description=on_description, on_row=progress.row, on_unit=progress.unit,
+            on_description=on_description, on_row=on_row, on_unit=progress.unit,
         )  # fmt: skip
         return
     worker = UnitWorker(config, scratch, device=devices[0])
-    on_description(worker.description)
-    for commit in worker.commits(units, progress.row):
+    for commit in worker.commits(units, on_row, on_description):
         progress.unit(commit.unit)
 
 
-def devices_of(config: PrepConfig) -> tuple[str, ...]:
-    """The devices of this machine that encode: those that `engine.devices` lists, or every GPU, or the CPU."""
-    if config.engine.devices:
-        return config.engine.devices
-    if config.encoders.device != "auto":
-        return (config.encoders.device,)
-    import torch
-
-    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+def settle_decoders(config: PrepConfig, devices: Sequence[str]) -> PrepConfig:
+    """The config with `engine.decoders: auto` replaced by the share of this machine's cores, which is reported."""
+    if config.engine.decoders != "auto":
+        return config
+    cores = usable_cores()
+    number = config.engine.num_decoders(cores, len(devices), on_cpu=not devices[0].startswith("cuda"))
+    each = f" for each of {len(devices)} encoders" if len(devices) > 1 else ""
+    LOG.info("engine.decoders: auto is %d%s, on %d cores", number, each, cores)
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"decoders": number})})
 
 
 def _settle(storage: Storage, plan: Plan, config: PrepConfig, about: Description, settled: list[Description]) -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -28,6 +27,19 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 WAITING_PER_DECODER = 4
 """Clips on disk or decoded, beside those that are being fetched, for each decoder."""
+POOLS = ("fetch", "decode", "encode", "write")
+BUSY_SHARE = 0.9
+"""An encoder that is at work for so much of the time is itself what limits a build."""
+
+
+def find_bottleneck(seconds: Mapping[str, float]) -> str | None:
+    """The pool that limits a build, by the seconds of the encoder's thread; None before anything was measured."""
+    total = sum(seconds.values())
+    if not total:
+        return None
+    if seconds["encode"] >= BUSY_SHARE * total:
+        return "encode"
+    return max((name for name in POOLS if name != "encode"), key=lambda name: seconds[name])
 
 
 class ByteBudget:
@@ -100,6 +112,7 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         max_bytes: decoded frames that may be held, and again as much of encoded clips that wait for their turn.
         stop: set when the run is left early (an exception, Ctrl-C): work should look at it.
         on_stop: called then, to end what cannot look.
+        on_begun: called once, in the caller's thread, when the first tasks are begun: to load what encoding needs.
     """
 
     def __init__(
@@ -111,8 +124,9 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         max_bytes: int,
         stop: threading.Event,
         on_stop: Callable[[], None] = lambda: None,
+        on_begun: Callable[[], None] = lambda: None,
     ) -> None:
-        self._stages, self._stop, self._on_stop = stages, stop, on_stop
+        self._stages, self._stop, self._on_stop, self._on_begun = stages, stop, on_stop, on_begun
         self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix="fetcher")
         self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decoder")
         self._max_started = num_fetchers + num_decoders * WAITING_PER_DECODER
@@ -120,11 +134,19 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         self._frames = ByteBudget(max_bytes, stop)
         self._ready: queue.SimpleQueue[_Ready | None] = queue.SimpleQueue()
         """What can be encoded; None: the writer has completed something."""
-        self._num_decoding = 0
-        """Fetched and not decoded yet."""
+        self._num_decoders = num_decoders
+        self._num_fetching = self._num_decoding = 0
+        """Begun and not fetched yet; fetched and not decoded yet."""
         self._lock = threading.Lock()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds = dict.fromkeys(POOLS, 0.0)
         """Of the encoder's thread: `encode`, and what it waited for: `fetch`, `decode` or `write`."""
+        self._last = dict(self.seconds)
+
+    def lap(self) -> dict[str, float]:
+        """`seconds` since the last lap. For one thread, which may be another than the encoder's."""
+        now, before = dict(self.seconds), self._last
+        self._last = now
+        return {name: now[name] - before[name] for name in POOLS}
 
     def run(self, tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """What the writer completes, as it completes it. Tasks are taken one at a time, when they are begun.
@@ -134,7 +156,7 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         finished = False
         writer = _Writer(self._stages, lambda: self._ready.put(None))
         try:
-            upcoming, started, more = iter(tasks), 0, True
+            upcoming, started, more, is_loaded = iter(tasks), 0, True, False
             while started or more:
                 while more and started < self._max_started and self._stages.held_bytes <= self._max_bytes:
                     task = next(upcoming, None)
@@ -143,6 +165,9 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
                         break
                     started += 1
                     self._begin(task)
+                if started and not is_loaded:
+                    is_loaded = True
+                    self._on_begun()
                 if started:
                     started -= self._encode_next(writer)
                 elif more:  # what is held waits for nothing but the writer
@@ -161,15 +186,17 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
             writer.close()
 
     def _begin(self, task: Task) -> None:
+        self._count(fetching=1)
         self._fetchers.submit(self._fetch, task)
 
     def _fetch(self, task: Task) -> None:
         try:
             fetched = self._stages.fetch(task)
         except BaseException as error:
+            self._count(fetching=-1)
             self._ready.put(_Ready(task, None, 0, error))
             return
-        self._count_decoding(1)
+        self._count(fetching=-1, decoding=1)
         with suppress(RuntimeError):  # the pool is shut down: the run is being left
             self._decoders.submit(self._decode, task, fetched)
 
@@ -186,19 +213,21 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         except BaseException as error:
             self._ready.put(_Ready(task, None, held, error))
         finally:
-            self._count_decoding(-1)
+            self._count(decoding=-1)
 
-    def _count_decoding(self, change: int) -> None:
+    def _count(self, fetching: int = 0, decoding: int = 0) -> None:
         with self._lock:
-            self._num_decoding += change
+            self._num_fetching += fetching
+            self._num_decoding += decoding
 
     def _encode_next(self, writer: _Writer) -> bool:
         """Encode what is ready next; False where the writer has completed something first."""
         try:
             ready = self._ready.get_nowait()
         except queue.Empty:
-            # Something is being decoded, or all that is begun is being fetched: that is what the encoder waits for.
-            ready = self._wait("decode" if self._num_decoding else "fetch", self._ready.get)
+            # A free decoder has nothing to do but to wait for a fetch.
+            is_fetch = self._num_fetching and self._num_decoding < self._num_decoders
+            ready = self._wait("fetch" if is_fetch else "decode", self._ready.get)
         if ready is None:
             return False
         if ready.error is not None:

@@ -1,10 +1,10 @@
 """Several devices on one machine: a process for each, units handed out as they are asked for.
 
-The parent loads no encoder. A child says what it would write (its identity), waits for BEGIN, and then asks for one
-unit after the other; decoders, encoder and writer are those of `worker.py`.
+The parent loads no encoder. A child asks for one unit after the other. When its encoder is loaded it says what it would
+write (its identity), and waits for BEGIN; decoders, encoder and writer are those of `worker.py`.
 
-    child → parent   Description, then any of: ASK, LedgerRow, a committed unit's number; last END or an exception
-    parent → child   BEGIN, then a unit's number or None for each ASK
+    child → parent   any of: ASK, Description (once), ClipDone, a committed unit's number; last END or an exception
+    parent → child   a unit's number or None for each ASK; BEGIN for the Description
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_processes(
 ) -> None:
     """Encode `units` on `devices`, a process each. Raises what a child raised, or UserError where one was killed.
 
-    `make_worker`, which can be pickled, makes a `UnitWorker` or what has its `description` and its `commits`. Left by
+    `make_worker`, which can be pickled, makes a `UnitWorker` or what has its `commits`. Left by
     an exception it ends the children, which drop their open units; what is committed stays.
     """
     children: list[_Child] = []
@@ -153,12 +153,14 @@ def _work(
                 return
             yield unit
 
-    try:
-        worker = make_worker(config, scratch, device=device, num_workers=num_workers)
-        send(worker.description)
+    def describe(about: Description) -> None:
+        send(about)
         if pipe.recv() != BEGIN:
             raise RuntimeError("the parent did not say to begin")
-        for commit in worker.commits(units(), on_row=send):
+
+    try:
+        worker = make_worker(config, scratch, device=device, num_workers=num_workers)
+        for commit in worker.commits(units(), on_row=send, on_description=describe):
             send(commit.unit)
         send(END)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended: nobody would read an error

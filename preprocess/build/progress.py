@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from preprocess.build.pools import POOLS, find_bottleneck
 from shards.console import LOG, duration_words
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class PassProgress:
         self.title, self.num_units, self.num_clips = title, num_units, num_clips
         self.num_workers = self.units = self.accepted = self.rejected = self.num_bytes = 0
         self._busy_seconds = 0.0
+        self._pool_seconds: Counter[str] = Counter()
         self._start = time.monotonic()
 
     def worker(self) -> None:
@@ -42,8 +46,9 @@ class PassProgress:
             self._start = time.monotonic()
         self.num_workers += 1
 
-    def row(self, row: LedgerRow) -> None:
-        """Count one finished candidate."""
+    def row(self, row: LedgerRow, pool_seconds: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Count one finished candidate, and what its encoder did and waited for since the one before."""
+        self._pool_seconds.update(pool_seconds)
         self.accepted += row.status == "accepted"
         self.rejected += row.status == "rejected"
         self.num_bytes += row.bytes
@@ -61,6 +66,7 @@ class PassProgress:
         clips = self.accepted + self.rejected
         done, total = (self.units, self.num_units) if self.num_clips is None else (clips, self.num_clips)
         rate = done / seconds
+        pools = sum(self._pool_seconds.values())
         return {
             "pass": self.title,
             "units": self.units,
@@ -72,6 +78,8 @@ class PassProgress:
             "bytes": self.num_bytes,
             "clips_per_second": round(clips / seconds, 3),
             "encoder_busy": round(self._busy_seconds / seconds / max(1, self.num_workers), 3),
+            "pools": {name: round(each / pools, 3) for name, each in self._pool_seconds.items()} if pools else {},
+            "bottleneck": find_bottleneck(self._pool_seconds),
             "seconds": round(seconds, 1),
             "seconds_left": round((total - done) / rate) if rate else None,
         }
@@ -125,8 +133,19 @@ def describe_facts(facts: dict[str, Any]) -> str:
         return left
     return (
         f", {facts['accepted']:,} accepted, {facts['rejected']:,} rejected, {facts['bytes'] / 2**20:,.0f} MiB fetched, "
-        f"{facts['clips_per_second']:.2f} clips/s, encoder busy {facts['encoder_busy']:.0%}{left}"
+        f"{facts['clips_per_second']:.2f} clips/s, encoder busy {facts['encoder_busy']:.0%}"
+        + (f", bound by {facts['bottleneck']}" if facts.get("bottleneck") else "")
+        + left
     )
+
+
+def describe_pools(facts: dict[str, Any]) -> list[str]:
+    """What the encoder did and waited for, as a line of text; none before anything was measured."""
+    if not facts.get("pools"):  # a note of an older release has none
+        return []
+    shares = {name: f"{share:.0%}" for name, share in facts["pools"].items()}
+    waits = ", ".join(f"{shares[name]} for {name}" for name in POOLS if name != "encode")
+    return [f"pools    encoder at work {shares['encode']}, waiting {waits}: bound by {facts['bottleneck']}"]
 
 
 @contextmanager

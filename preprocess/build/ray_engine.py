@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -21,11 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from preprocess.build.scratch import scratch_folder
 from preprocess.build.work_queue import WorkQueue
-from preprocess.build.worker import Description, OnRow, UnitWorker
+from preprocess.build.worker import ClipDone, Description, OnClip, UnitWorker
 from preprocess.config import PrepConfig
 from shards.console import LOG, set_up_logging
 from shards.errors import UserError
-from shards.format.ledger import LedgerRow
 from shards.storage import open_storage
 from shards.storage.base import Storage
 from shards.storage.local import TEMPORARY
@@ -33,6 +32,8 @@ from shards.storage.local import TEMPORARY
 Result = TypeVar("Result")
 _LOOK_SECONDS = 0.2
 _MAX_BROKEN_STARTS = 5
+CORES_ON_CPU = 4
+"""What a worker that encodes on the CPU is taken to share out, where nothing else is set: two decoders."""
 
 
 class Placement(NamedTuple):
@@ -44,21 +45,29 @@ class Placement(NamedTuple):
     device: str
 
 
-def place_workers(config: PrepConfig, resources: dict[str, float]) -> Placement:
-    """A worker per GPU of the cluster; where it has none, as many as its cores allow. Raises UserError for neither."""
-    num_cpus = config.engine.ray.num_cpus or config.engine.decoders + 1
-    num_gpus = int(resources.get("GPU", 0))
+def place_workers(config: PrepConfig, machines: Sequence[Mapping[str, float]]) -> Placement:
+    """A worker per GPU of the cluster; where it has none, as many as its cores allow. Raises UserError for neither.
+
+    `machines`: what each has, in `GPU` and `CPU`. For `engine.decoders: auto` the machine counts that has the fewest
+    cores a GPU.
+    """
+    resources = {name: sum(machine.get(name, 0) for machine in machines) for name in ("GPU", "CPU")}
+    num_gpus = int(resources["GPU"])
     on_cpu = config.encoders.device == "cpu" or (config.encoders.device == "auto" and not num_gpus)
+    num_cpus = config.engine.ray.num_cpus
+    if num_cpus is None:
+        shares = [int(each.get("CPU", 0) / each["GPU"]) for each in machines if not on_cpu and each.get("GPU", 0) >= 1]
+        num_cpus = 1 + config.engine.num_decoders(min(shares, default=CORES_ON_CPU), 1, on_cpu)
     if not on_cpu and not num_gpus:
         raise UserError(
             f"encoders.device: {config.encoders.device!r}, but no machine of the Ray cluster has a GPU to lend",
             fix="`ray status` lists what there is; encoders.device=cpu encodes on processors",
         )
-    room = int(resources.get("CPU", 0) // num_cpus) if on_cpu else num_gpus
+    room = int(resources["CPU"] // num_cpus) if on_cpu else num_gpus
     num_workers = config.engine.ray.num_workers or room
     if num_workers < 1:
         raise UserError(
-            f"a worker takes {num_cpus} cores, and the cluster has {resources.get('CPU', 0):g} in all",
+            f"a worker takes {num_cpus} cores, and the cluster has {resources['CPU']:g} in all",
             fix="lower engine.ray.num_cpus or engine.decoders, or add machines",
         )
     return Placement(num_workers, 0 if on_cpu else 1, num_cpus, "cpu" if on_cpu else "cuda")
@@ -69,7 +78,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._queue = WorkQueue(())
-        self._reports: list[LedgerRow | int] = []
+        self._reports: list[ClipDone | int] = []
         self._lost: set[str] = set()
 
     def next(self, worker: str) -> int | None:
@@ -80,9 +89,9 @@ class Coordinator:
         """See WorkQueue."""
         self._queue.add(units)
 
-    def row(self, row: LedgerRow) -> None:
+    def row(self, clip: ClipDone) -> None:
         """A candidate is written."""
-        self._reports.append(row)
+        self._reports.append(clip)
 
     def done(self, worker: str, unit: int) -> None:
         """A unit is committed. A lost worker's counts when it is handed out again, and found to be there."""
@@ -98,7 +107,7 @@ class Coordinator:
         except UserError as error:
             return error
 
-    def read(self) -> tuple[list[LedgerRow | int], int, int]:
+    def read(self) -> tuple[list[ClipDone | int], int, int]:
         """Reports since the last call; units that nobody has; units that somebody has."""
         reports, self._reports = self._reports, []
         return reports, self._queue.num_waiting, self._queue.num_out
@@ -125,9 +134,9 @@ class Worker:
             share = max(1, int(len(os.sched_getaffinity(0)) // self._num_cpus))
             scratch = self._stack.enter_context(scratch_folder(self._config.output, on_this_machine=True))
             self._worker = UnitWorker(self._config, scratch, device=self._device, num_workers=share)
+            return self._worker.load()
         except (UserError, OSError) as error:
             return error
-        return self._worker.description
 
     def work(self, coordinator: Any) -> UserError | OSError | None:
         """Encode what the coordinator hands out until it has no more; an error that the user has to fix."""
@@ -158,7 +167,7 @@ def run_ray(
     units: Iterable[int],
     *,
     on_description: Callable[[Description], None],
-    on_row: OnRow,
+    on_row: OnClip,
     on_unit: Callable[[int], None],
 ) -> None:
     """Encode `units` on the workers of a Ray cluster. Raises UserError: no Ray, no cluster, no shared output.
@@ -168,8 +177,10 @@ def run_ray(
     """
     config = _with_absolute_paths(config)
     with _connected(config) as ray, _marked(storage) as mark:
-        placement = place_workers(config, ray.cluster_resources())
-        LOG.info("ray: %d workers, each %g GPU and %g CPU", *placement[:3])
+        placement = place_workers(config, _machines(ray))
+        decoders = config.engine.num_decoders(int(placement.num_cpus), 1, on_cpu=False)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"decoders": decoders})})
+        LOG.info("ray: %d workers, each %g GPU, %g CPU and %d decoders", *placement[:3], decoders)
         driver = _Driver(ray, config, placement, mark, units)
         try:
             driver.run(on_description, on_row, on_unit)
@@ -181,7 +192,7 @@ def run_on_worker(config: PrepConfig, work: Callable[[PrepConfig], Result]) -> R
     """`work(config)` once, where a worker would run. Raises UserError as `run_ray` does, and what `work` raises."""
     config = _with_absolute_paths(config)
     with _connected(config) as ray:
-        where = place_workers(config, ray.cluster_resources())
+        where = place_workers(config, _machines(ray))
         encoders = config.encoders.model_copy(update={"device": where.device})
         engine = config.engine.model_copy(update={"devices": ()})
         config = config.model_copy(update={"encoders": encoders, "engine": engine})
@@ -191,6 +202,10 @@ def run_on_worker(config: PrepConfig, work: Callable[[PrepConfig], Result]) -> R
         raise answer
     result: Result = answer
     return result
+
+
+def _machines(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _value_or_error(work: Callable[[PrepConfig], Result], config: PrepConfig) -> Result | UserError | OSError:
@@ -217,7 +232,9 @@ class _Driver:
         self._num_started = self._num_broken = 0
         self._seen: set[int] = set()
 
-    def run(self, on_description: Callable[[Description], None], on_row: OnRow, on_unit: Callable[[int], None]) -> None:
+    def run(
+        self, on_description: Callable[[Description], None], on_row: OnClip, on_unit: Callable[[int], None]
+    ) -> None:
         """Until every unit is done."""
         while True:
             reports, num_waiting, num_out = self._ray.get(self._coordinator.read.remote())
@@ -246,11 +263,11 @@ class _Driver:
             self._ray.get(self._coordinator.add.remote(units))
         return len(units)
 
-    def _pass_on(self, report: LedgerRow | int, on_row: OnRow, on_unit: Callable[[int], None]) -> None:
+    def _pass_on(self, report: ClipDone | int, on_row: OnClip, on_unit: Callable[[int], None]) -> None:
         if isinstance(report, int):
             on_unit(report)
-        elif report.candidate not in self._seen:  # a unit that is done again reports its rows again
-            self._seen.add(report.candidate)
+        elif report.row.candidate not in self._seen:  # a unit that is done again reports its rows again
+            self._seen.add(report.row.candidate)
             on_row(report)
 
     def _keep_busy(self, num_waiting: int, num_out: int) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from preprocess.build.dataset_info import find_info
-from preprocess.build.progress import describe_facts
+from preprocess.build.progress import describe_facts, describe_pools
 from preprocess.build.scratch import builds_at_work, describe_note
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
@@ -67,7 +67,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
 
 
 def describe_build(counts: dict[str, Any]) -> list[str]:
-    """The counts as lines of text."""
+    """The counts as lines of text; of a build its `latent_pass` too (`PassProgress.facts`), if it had one."""
     units, text, is_done = counts["units"], counts["text"], not counts["waiting"]
     beyond = counts["beyond_limit"]
     lines = [
@@ -85,6 +85,7 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
+    lines += describe_pools(counts["latent_pass"]) if "latent_pass" in counts else []
     if counts["retried"] or counts["retries_waiting"]:
         waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
         lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")
@@ -126,6 +127,7 @@ def describe_work(work: dict[str, Any]) -> list[str]:
         )
         lines.append(f"at work  {describe_note(note)}")
         lines.append(f"         {what}{'' if progress is None else ' units' + describe_facts(progress)}")
+        lines += describe_pools(progress) if progress else []
         lines += [
             f"         {outage['host']} has not answered since {outage['since']} ({outage['reason']}): it is waited for"
             for outage in note["outages"]

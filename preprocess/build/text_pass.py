@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from preprocess.build.dataset_info import add_text_set, find_info
-from preprocess.build.latent_pass import devices_of
 from preprocess.build.processes import run_processes
 from preprocess.build.worker import Description, library_versions
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
+from preprocess.encoders.encoders import devices_of
 from preprocess.plan.plan import open_plan
 from preprocess.rejection import Rejection
 from preprocess.text.captions import Captions, compose_all, with_prefix
@@ -99,8 +99,7 @@ def build_texts(
         )  # fmt: skip
         return
     worker = make_worker(config, scratch, device=devices[0])
-    on_description(worker.description)
-    for _ in worker.commits(units, lambda row: on_unit(*row)):
+    for _ in worker.commits(units, lambda row: on_unit(*row), on_description):
         pass
 
 
@@ -120,10 +119,16 @@ class TextWorker:
         # A copy: torch allocates its array between what the forward pass frees, and the heap would grow with each text.
         self._embed = lru_cache(_REMEMBERED_TEXTS)(lambda text: encoder.embed(text).copy())
 
-    def commits(self, units: Iterable[int], on_row: Callable[[UnitTexts], None]) -> Iterator[Commit | UnitTexts]:
+    def commits(
+        self,
+        units: Iterable[int],
+        on_row: Callable[[UnitTexts], None],
+        on_description: Callable[[Description], None],
+    ) -> Iterator[Commit | UnitTexts]:
         """Embed units as they are handed out; `on_row` is given the counts of each. Raises UserError."""
         from preprocess.encoders.encoders import cpu_threads
 
+        on_description(self.description)
         with cpu_threads(1, self._num_workers):
             for unit in units:
                 if unit == NULL_UNIT:

@@ -149,8 +149,7 @@ def measure_modes(
 
 def measure_here(config: PrepConfig) -> VaePrecision:
     """Choose the mode on this machine's encoder device, with clips of the plan. Raises UserError."""
-    from preprocess.build.latent_pass import devices_of
-    from preprocess.encoders.encoders import find_device, load_vae_encoder
+    from preprocess.encoders.encoders import devices_of, find_device, load_vae_encoder
 
     encoders = config.encoders.model_copy(update={"device": devices_of(config)[0]})
     device = encoder_device(find_device(encoders.device))
@@ -168,7 +167,7 @@ def measure_apart(config: PrepConfig) -> VaePrecision:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from preprocess.build.latent_pass import devices_of
+    from preprocess.encoders.encoders import devices_of
 
     if config.engine.kind == "ray":
         from preprocess.build.ray_engine import run_on_worker

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from preprocess.build.clip import (
     Encoded,
@@ -26,7 +26,9 @@ from preprocess.build.clip import (
 )
 from preprocess.build.pools import Pools
 from preprocess.config import PrepConfig, with_choices
+from preprocess.encoders.encoders import devices_of
 from preprocess.fetch.fetcher import Fetcher
+from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate, Plan, open_plan
 from preprocess.rejection import INTERNAL_ERROR
 from preprocess.video.ffmpeg import ffmpeg_version, runs_that_end
@@ -34,12 +36,26 @@ from shards.errors import UserError
 from shards.format.commit import Commit
 from shards.format.ledger import LedgerRow
 from shards.format.names import LATENTS
+from shards.machine import usable_cores
 from shards.storage import open_storage
 from shards.storage.patience import set_patience
 from shards.write.shard_writer import ShardWriter
 
-OnRow = Callable[[LedgerRow], None]
+if TYPE_CHECKING:
+    from preprocess.encoders.encoders import Tokenizer
+
 MAX_ERRORS_IN_A_ROW = 10
+
+
+class ClipDone(NamedTuple):
+    """A clip that is written."""
+
+    row: LedgerRow
+    pool_seconds: dict[str, float]
+    """Of the encoder's thread since the clip before: at work, and waiting for each other pool."""
+
+
+OnClip = Callable[[ClipDone], None]
 
 
 class Description(NamedTuple):
@@ -54,7 +70,9 @@ class Description(NamedTuple):
 
 
 class UnitWorker:
-    """The loaded encoder and what goes with it. Called with a unit's number, it returns the unit's commit.
+    """An encoder and what goes with it. Called with a unit's number, it returns the unit's commit.
+
+    The encoder is loaded while the first clips are being fetched.
 
     Args:
         config: with `encoders.vae_precision` settled (not `auto`).
@@ -64,48 +82,80 @@ class UnitWorker:
     """
 
     def __init__(self, config: PrepConfig, scratch: Path, *, device: str | None = None, num_workers: int = 1) -> None:
-        from preprocess.encoders.encoders import load_tokenizer, load_vae_encoder
-
         if device is not None:
             config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"device": device})})
         self.config, self.scratch, self._num_workers = config, scratch, num_workers
+        on_cpu = not (device or devices_of(config)[0]).startswith("cuda")
+        self._num_decoders = config.engine.num_decoders(usable_cores(), num_workers, on_cpu)
         set_patience(config.storage)
         self._storage = open_storage(config.output)
         self._plan = open_plan(self._storage)
-        self.tokenizer = load_tokenizer(config.encoders)
-        self.vae = load_vae_encoder(config.encoders)
-        identity = latent_identity(config, self.vae)
-        self.description = Description(identity, self.vae.note, {**library_versions(), **self.vae.provenance()})
+        self._description: Description | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_tried = threading.Event()
+
+    def load(self) -> Description:
+        """Load the tokenizer and the encoder, once; what this worker would write. Raises UserError."""
+        from preprocess.encoders.encoders import load_tokenizer, load_vae_encoder
+
+        if self._description is None:
+            try:
+                self._tokenizer = load_tokenizer(self.config.encoders)
+            finally:
+                self._tokenizer_tried.set()
+            self.vae = load_vae_encoder(self.config.encoders)
+            identity = latent_identity(self.config, self.vae)
+            self._description = Description(identity, self.vae.note, {**library_versions(), **self.vae.provenance()})
+        return self._description
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text; the threads that decode wait here for the tokenizer. Raises TransferStopped without one."""
+        self._tokenizer_tried.wait()
+        if self._tokenizer is None:
+            raise TransferStopped("no tokenizer")
+        return self._tokenizer.count(text)
 
     def __call__(self, unit: int) -> Commit:
         """Encode one unit, and return the commit that is in the storage then. Raises UserError."""
         (commit,) = self.commits([unit])
         return commit
 
-    def commits(self, units: Iterable[int], on_row: OnRow | None = None) -> Generator[Commit, None, None]:
+    def commits(
+        self,
+        units: Iterable[int],
+        on_row: OnClip | None = None,
+        on_description: Callable[[Description], None] = lambda about: None,
+    ) -> Generator[Commit, None, None]:
         """Encode units as they are handed out, beginning the next ahead: a unit's number is taken when it is needed.
 
         Commits come as units are complete, not in order: a clip that takes minutes holds up its own unit alone.
-        `on_row` is called with each candidate's row, by the writer's thread. Left by an exception (Ctrl-C too) it
-        drops the open units; what is committed stays. Raises UserError; a bad clip is a ledger row.
+        `on_description` is called when the encoder is loaded, before anything is encoded; `on_row` with each clip that
+        is written, by the writer's thread. Left by an exception (Ctrl-C too) it drops the open units; what is committed
+        stays. Raises UserError; a bad clip is a ledger row.
         """
         from preprocess.encoders.encoders import cpu_threads
 
         config, stop = self.config, threading.Event()
-        num_fetchers = max(config.fetch.per_host, config.engine.decoders)
+        num_fetchers = max(config.fetch.per_host, self._num_decoders)
         with (
+            ExitStack() as stack,
             runs_that_end() as end_runs,
             Fetcher(config.fetch, config.corpus, self.scratch, stop, num_fetchers) as fetcher,
             closing(_ClipStages(self, fetcher, on_row)) as stages,
-            cpu_threads(config.engine.decoders, self._num_workers),
         ):
+
+            def load() -> None:
+                on_description(self.load())
+                stack.enter_context(cpu_threads(self._num_decoders, self._num_workers))
+
             self.pools = Pools(
                 stages,
                 num_fetchers=num_fetchers,
-                num_decoders=config.engine.decoders,
+                num_decoders=self._num_decoders,
                 max_bytes=config.engine.max_queue_mib << 20,
                 stop=stop,
                 on_stop=end_runs,
+                on_begun=load,
             )
             with closing(self.pools.run(_tasks(self._plan, units))) as commits:
                 yield from commits
@@ -116,7 +166,7 @@ class UnitWorker:
 
     def open_writer(self, unit: int) -> ShardWriter:
         """A writer of one unit of latents, with this worker's identity."""
-        about = self.description
+        about = self.load()
         return ShardWriter(self._storage, LATENTS, unit, about.identity, self.scratch, about.provenance)
 
 
@@ -168,9 +218,9 @@ class ErrorsInARow:
 class _ClipStages:
     """The stages of `pools.py` for clips. Several units may be open; each is written in the plan's order."""
 
-    def __init__(self, worker: UnitWorker, fetcher: Fetcher, on_row: OnRow | None) -> None:
+    def __init__(self, worker: UnitWorker, fetcher: Fetcher, on_row: OnClip | None) -> None:
         self._worker, self._on_row = worker, on_row
-        self._preparer = Preparer(worker.config, fetcher, worker.tokenizer.count, worker.scratch)
+        self._preparer = Preparer(worker.config, fetcher, worker.count_tokens, worker.scratch)
         self._open: dict[int, _OpenUnit] = {}
         self._errors = ErrorsInARow()
         self.held_bytes = 0
@@ -212,7 +262,7 @@ class _ClipStages:
                 self._open.pop(task.unit).shard.close()
                 yield commit
             if self._on_row is not None and row:
-                self._on_row(row)
+                self._on_row(ClipDone(row, self._worker.pools.lap()))
 
     def close(self) -> None:
         """Drop the open units."""

@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from preprocess.build.progress import STYLES, Style
-from preprocess.cli.model_commands import OVERRIDES, decode, doctor, embed, encode_image, fetch_model, load_prep
+from preprocess.cli.model_commands import (
+    OVERRIDES,
+    decode,
+    doctor,
+    embed,
+    encode_image,
+    fetch_model,
+    load_prep,
+    tokenizer_of,
+)
+from preprocess.cli.plan_command import plan
 from preprocess.cli.why_command import why
 from shards import __version__
 from shards.console import CommandGroup, print_json, set_up_logging
 
 if TYPE_CHECKING:
     from preprocess.build.scratch import IfBusy
-    from preprocess.config import EncodersConfig, PrepConfig
+    from preprocess.config import PrepConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _FILE = click.Path(path_type=Path, dir_okay=False)
-POSITIVE = click.FloatRange(min=0, min_open=True)
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 _PROGRESS = click.option(
@@ -163,91 +172,12 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 
     _start(quiet)
     loaded = load_prep(config, overrides)
-    encoders, note = _tokenizer_of(loaded)
+    encoders, note = tokenizer_of(loaded)
     tokenizer = load_tokenizer(encoders)
     with count_documents("annotations read", quiet=quiet) as progress:
         report = scan_corpus(loaded, count_tokens=tokenizer.count, progress=progress)
     write_scan(report, out)
     _show(report.model_dump(mode="json"), [*describe_scan(report), *note, f"written to {out}"], as_json)
-
-
-@main.command()
-@_CONFIG
-@OVERRIDES
-@_JSON
-@_QUIET
-@click.option(
-    "--probe",
-    "num_probed",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Fetch and probe N clips: buckets and bytes by the files themselves.",
-)
-@click.option("--gpu", metavar="NAME", help="Forecast the build on this GPU, such as v100-32gb, h100, or auto.")
-@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
-@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
-@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
-@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
-@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores that decode.  [default: 4 a GPU]")
-@click.option("--mbit", type=POSITIVE, default=1000.0, show_default=True, help="Network.")
-def plan(
-    config: Path,
-    overrides: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-    num_probed: int | None,
-    gpu: str | None,
-    memory_gib: float | None,
-    tflops: float | None,
-    bandwidth: float | None,
-    num_gpus: int,
-    cores: int | None,
-    mbit: float,
-) -> None:
-    """Read the corpus, filter the records, and freeze those that are kept as units of work.
-
-    Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu the
-    command prints how long the build will take there, what limits it, and what would make it shorter.
-
-    \b
-    wanprep plan configs/mbc_832x480.yaml
-    wanprep plan configs/mbc_832x480.yaml -o corpus.limit=1000
-    wanprep plan configs/mbc_832x480.yaml --probe 200
-    wanprep plan configs/mbc_832x480.yaml --gpu v100-32gb --gpus 2
-    """
-    from preprocess.build.progress import count_documents
-    from preprocess.build.scratch import scratch_folder
-    from preprocess.build.vae_precision import find_precision
-    from preprocess.encoders.encoders import load_tokenizer
-    from preprocess.forecast.forecast import Hardware, count_plan, describe_forecast, describe_plan, forecast
-    from preprocess.forecast.probe_some import describe_probe, probe_clips
-    from preprocess.plan.freeze import freeze_plan
-    from shards.gpus import find_gpu
-    from shards.storage import open_storage
-
-    _start(quiet)
-    by_hand = (memory_gib, tflops, bandwidth)
-    # Before the corpus is read for minutes.
-    card = find_gpu(gpu or "auto", *by_hand) if gpu is not None or any(by_hand) else None
-    loaded = load_prep(config, overrides)
-    storage = open_storage(loaded.output)
-    with scratch_folder(loaded.output) as scratch:
-        with count_documents("annotations read", quiet=quiet) as progress:
-            frozen = freeze_plan(storage, loaded, scratch=scratch, progress=progress)
-        counts = count_plan(frozen, loaded)
-        lines = describe_plan(counts)
-        if num_probed is not None:
-            counts["probed"] = probe_clips(frozen, loaded, num_probed, scratch)
-            lines += describe_probe(counts["probed"])
-    if card is not None:
-        hardware = Hardware(card, num_gpus, mbit, cores or 4 * num_gpus)
-        settled = find_precision(storage)
-        encoders, note = _tokenizer_of(loaded)
-        count_tokens = load_tokenizer(encoders).count
-        mode = settled.mode if settled else None
-        counts["forecast"] = forecast(frozen, loaded, counts, hardware, count_tokens, mode)
-        lines += [*describe_forecast(counts["forecast"]), *note]
-    _show(counts, lines, as_json)
 
 
 @main.command("build-shards")
@@ -418,16 +348,6 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     _show(counts, [*describe_build(counts), *describe_work(counts["work"])], as_json)
 
 
-def _tokenizer_of(config: PrepConfig) -> tuple[EncodersConfig, list[str]]:
-    """Whose tokenizer counts, and a note where it is not the model's: a scan needs no checkpoint of 34 GB."""
-    encoders = config.encoders
-    if encoders.checkpoint is None or not Path(encoders.checkpoint).exists():
-        why = f" ({encoders.checkpoint} is not here)" if encoders.checkpoint else ""
-        note = [f"caption tokens by the demonstration's tokenizer, not the model's{why}"]
-        return encoders.model_copy(update={"checkpoint": None}), note
-    return encoders, []
-
-
 def _start(quiet: bool) -> None:
     import logging
 
@@ -466,7 +386,7 @@ def _dry_run(config: PrepConfig, as_json: bool) -> None:
     _show(counts, [*describe_plan(counts), "dry run: nothing was written"], as_json)
 
 
-for command in (why, fetch_model, doctor, embed, encode_image, decode):
+for command in (plan, why, fetch_model, doctor, embed, encode_image, decode):
     main.add_command(command)
 
 

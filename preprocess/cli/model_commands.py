@@ -11,7 +11,7 @@ from shards.console import print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from preprocess.config import PrepConfig
+    from preprocess.config import EncodersConfig, PrepConfig
 
 _PATH = click.Path(path_type=Path)
 _CONFIG = click.option(
@@ -161,3 +161,13 @@ def load_prep(path: Path, overrides: tuple[str, ...]) -> PrepConfig:
     if "://" not in config.output:
         refuse_source_folder(Path(config.output), "output")
     return config
+
+
+def tokenizer_of(config: PrepConfig) -> tuple[EncodersConfig, list[str]]:
+    """Whose tokenizer counts, and a note where it is not the model's: a scan needs no checkpoint of 34 GB."""
+    encoders = config.encoders
+    if encoders.checkpoint is None or not Path(encoders.checkpoint).exists():
+        why = f" ({encoders.checkpoint} is not here)" if encoders.checkpoint else ""
+        note = [f"caption tokens by the demonstration's tokenizer, not the model's{why}"]
+        return encoders.model_copy(update={"checkpoint": None}), note
+    return encoders, []

@@ -18,7 +18,7 @@ from preprocess.rejection import Rejection, short
 from shards.errors import MissingObject, ShardDamage, StorageFailure
 from shards.storage import open_storage
 
-MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+MEDIA_SUFFIXES = tuple(sorted({*VIDEO_SUFFIXES, *IMAGE_SUFFIXES}))
 
 
 def folder_chunks(location: str, caption_suffix: str) -> Iterator[Chunk]:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 
-from preprocess.config import EncodersConfig
+from preprocess.config import EncodersConfig, PrepConfig
 from preprocess.encoders import load as checkpoints
 from preprocess.encoders import random_weights as random_encoders
 from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD
 from shards.console import LOG
 from shards.errors import UserError
 from shards.format.sealed_json import canonical_digest
+from shards.machine import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -301,6 +302,17 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def devices_of(config: PrepConfig) -> tuple[str, ...]:
+    """The devices of this machine that encode: those that `engine.devices` lists, or every GPU, or the CPU."""
+    if config.engine.devices:
+        return config.engine.devices
+    if config.encoders.device != "auto":
+        return (config.encoders.device,)
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+
+
 def to_channels_last(module: Any) -> None:
     """Lay the weights of convolutions out channels last, in two and in three dimensions, in place.
 
@@ -333,7 +345,7 @@ def cpu_threads(num_others: int, num_workers: int = 1) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers - num_others))
+    torch.set_num_threads(max(1, usable_cores() // num_workers - num_others))
     try:
         yield
     finally:

@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from preprocess.config import PictureSize, PrepConfig
+from preprocess.forecast.hardware import (
+    CONNECTION_MBIT,
+    DECODE_SECONDS,
+    PROBE_SECONDS,
+    REQUEST_SECONDS,
+    Costs,
+    Hardware,
+    find_costs,
+)
 from preprocess.plan.plan import Plan
 from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
@@ -71,9 +80,6 @@ def _bucket_of(width: int, height: int, config: PrepConfig) -> str:
 DAY_SECONDS = 86_400
 PROXY_MBIT = 3.0
 """Bit rate that a clip is taken to have where none was probed."""
-PROBE_SECONDS = 0.5
-DECODE_SECONDS = 0.35
-"""Of a core: to look into a clip, and to decode one window of it (docs/performance.md)."""
 _TEXT_TFLOP_PER_TOKEN = 4.85 / 512
 _TEXT_PARAMETERS = 5.68e9
 _TEXT_DIM = 4096
@@ -81,17 +87,6 @@ _SAMPLE_EXTRAS = 16_384
 """A sample's preview, JSON and tar headers, bytes."""
 _ZSTD_RATIO = {"float16": 0.919, "bfloat16": 0.777, "float32": 0.93}
 _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-class Hardware(NamedTuple):
-    """What the forecast is for."""
-
-    gpu: Gpu
-    num_gpus: int
-    network_mbit: float
-    """Download, 10⁶ bits a second in all."""
-    num_cores: int
-    """For decoding, in all."""
 
 
 def forecast(
@@ -113,6 +108,7 @@ def forecast(
         resolved: what `encoders.vae_precision: auto` was resolved to, if it was.
     """
     gpu, num_gpus = hardware.gpu, hardware.num_gpus
+    costs = find_costs(counts, hardware)
     samples = _samples_by_size(config, counts, plan)
     num_samples = sum(samples.values())
     tflop = sum(
@@ -121,21 +117,42 @@ def forecast(
     tokens, of_records = _caption_tokens(plan, config, count_tokens)
     num_clips = sum(samples.values()) / _windows_a_clip(config, plan) if num_samples else 0.0
     download = _download_bytes(plan, counts)
-    modes: dict[str, VaeMode] = {"fp32": "fp32", "fast": "fp16"}
-    encode = {name: gpu.encode_seconds(each, tflop) / num_gpus / DAY_SECONDS for name, each in modes.items()}
     text_mode = config.encoders.text_precision
     if text_mode == "auto":
-        text_mode = "fp32" if gpu.precision == "fp16" else "bf16"
+        text_mode = "fp32" if gpu is not None and gpu.precision == "fp16" else "bf16"
     mode: VaeMode = resolved or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
+    encode = _encode_days(samples, config, tflop, mode, hardware, costs)
+    decoders = config.engine.num_decoders(hardware.num_cores, num_gpus, on_cpu=gpu is None)
+    num_decoding = min(hardware.num_cores, decoders * num_gpus)
+    connections = config.fetch.per_host * num_gpus
+    # A connection's share: what a clip took when some were fetched, or what its bytes take on a usual connection.
+    a_clip = costs.fetch_seconds
+    if a_clip is None:
+        a_clip = REQUEST_SECONDS + download * 8 / (CONNECTION_MBIT * 1e6) / max(1, plan.num_candidates)
+    fetch_by = {
+        "network": download * 8 / (hardware.network_mbit * 1e6),
+        "connections": plan.num_candidates * a_clip / connections,
+    }
+    text_seconds = costs.text_seconds
+    if text_seconds is not None:
+        text_seconds *= 1 + len(config.captions.variants)
+    elif gpu is not None:
+        text_seconds = _text_seconds(gpu, text_mode, tokens, config)
+    num_text_gpus = hardware.num_text_gpus or num_gpus
     days = {
-        "fetch": download * 8 / (hardware.network_mbit * 1e6) / DAY_SECONDS,
-        "decode": (num_clips * PROBE_SECONDS + num_samples * DECODE_SECONDS) / hardware.num_cores / DAY_SECONDS,
-        "encode": gpu.encode_seconds(mode, tflop) / num_gpus / DAY_SECONDS,
+        "fetch": max(fetch_by.values()) / DAY_SECONDS,
+        "decode": (num_clips * costs.probe_seconds + num_samples * costs.decode_seconds) / num_decoding / DAY_SECONDS,
+        "encode": encode["fp32" if mode == "fp32" else "fast"],
     }
     bound = max(days, key=lambda name: days[name])
     result = {
-        "gpu": gpu.name,
+        "gpu": gpu.name if gpu else counts["probed"]["measured"]["encode"]["device"],
         "gpus": num_gpus,
+        "cores": hardware.num_cores,
+        "decoders": decoders,
+        "connections": connections,
+        "fetch_bound_by": max(fetch_by, key=lambda name: fetch_by[name]),
+        "text_gpus": num_text_gpus,
         "samples": num_samples,
         "samples_by_bucket": {f"{size.width}×{size.height}": count for size, count in samples.items()},
         "download_bytes": round(download),
@@ -150,9 +167,9 @@ def forecast(
         "days": {name: round(value, 3) for name, value in days.items()},
         "encode_days_by_mode": {name: round(value, 3) for name, value in encode.items()},
         "text_mode": text_mode,
-        "text_days": round(num_samples * _text_seconds(gpu, text_mode, tokens, config) / num_gpus / DAY_SECONDS, 3),
+        "text_days": round(num_samples * (text_seconds or 0.0) / num_text_gpus / DAY_SECONDS, 3),
         "bound": bound,
-        "assumed": _assumptions(counts, hardware, of_records),
+        "assumed": _assumptions(counts, hardware, costs, num_decoding, connections, of_records),
     }
     return {**result, "shorter": suggestions(result, config)}
 
@@ -161,16 +178,21 @@ def suggestions(result: Mapping[str, Any], config: PrepConfig) -> list[str]:
     """What would make the build shorter, most first; each with its figure."""
     days, bound = result["days"], result["bound"]
     second = max(value for name, value in days.items() if name != bound)
+    if bound == "fetch" and result["fetch_bound_by"] == "connections":
+        per_host = result["connections"] // result["gpus"]
+        return [f"fetch.per_host={4 * per_host}: {per_host} connections for each encoder do not fill the network"]
     if bound == "fetch":
         return [
             f"a faster network or a copy of the clips nearer by (fetch.mirrors): all else takes {second:.2f} days",
             "fetch.cache, where the same clips are read for several datasets",
         ]
+    if bound == "decode" and result["decoders"] * result["gpus"] < result["cores"]:
+        return [f"engine.decoders={result['cores'] // result['gpus']}: not all of {result['cores']} cores decode"]
     if bound == "decode":
         return [f"more cores: up to {days['decode'] / max(second, 1e-9):.1f} times as many are of use"]
     lines = []
     modes = result["encode_days_by_mode"]
-    if result["vae_mode"] == "fp32" and modes["fast"] < modes["fp32"] * 0.9:
+    if result["vae_mode"] == "fp32" and modes.get("fast", modes["fp32"]) < modes["fp32"] * 0.9:
         lines.append(
             f"encoders.vae_precision=auto: {modes['fast']:.2f} days in 16 bits, if their latents agree with fp32's on "
             "this card"
@@ -199,7 +221,9 @@ def describe_forecast(result: Mapping[str, Any]) -> list[str]:
         f"({result['caption_tokens']:,.0f} tokens a sample)",
         f"days       {max(days.values()):,.2f} on {result['gpus']} × {result['gpu']}, bound by {result['bound']}: "
         + ", ".join(f"{name} {value:,.2f}" for name, value in days.items())
-        + f"; then text {result['text_days']:,.2f} in {result['text_mode']}",
+        + f"; then text {result['text_days']:,.2f} in {result['text_mode']} on {result['text_gpus']}",
+        f"  with     {result['decoders']} decoders and {result['connections'] // result['gpus']} connections for each "
+        f"encoder, {result['cores']} cores",
         f"  encoding {modes}"
         + (
             " (`auto` measures both on the plan's clips when the build begins)"
@@ -209,6 +233,27 @@ def describe_forecast(result: Mapping[str, Any]) -> list[str]:
         *(f"  shorter  {line}" for line in result["shorter"]),
         *(f"  assumed  {line}" for line in result["assumed"]),
     ]
+
+
+def _encode_days(
+    samples: Mapping[PictureSize, int],
+    config: PrepConfig,
+    tflop: float,
+    mode: VaeMode,
+    hardware: Hardware,
+    costs: Costs,
+) -> dict[str, float]:
+    """By mode, `fp32` and `fast`; a measured mode alone is measured, another keeps its ratio to it in the table."""
+    gpu, found = hardware.gpu, {}
+    name = "fp32" if mode == "fp32" else "fast"
+    if gpu is not None:
+        found = {"fp32": gpu.encode_seconds("fp32", tflop), "fast": gpu.encode_seconds("fp16", tflop)}
+    if costs.encode_seconds is not None:
+        pixels = sum(count * size.width * size.height for size, count in samples.items()) * config.window.num_frames
+        seconds = pixels / 1e6 * costs.encode_seconds
+        ratio = seconds / found[name] if found.get(name) else 1.0
+        found = {**{each: value * ratio for each, value in found.items()}, name: seconds}
+    return {each: value / hardware.num_gpus / DAY_SECONDS for each, value in found.items()}
 
 
 def _text_seconds(gpu: Gpu, mode: str, tokens: float, config: PrepConfig) -> float:
@@ -265,15 +310,31 @@ def _caption_tokens(plan: Plan, config: PrepConfig, count_tokens: Callable[[str]
     return (sum(totals) / len(totals) if totals else 0.0), len(totals)
 
 
-def _assumptions(counts: Mapping[str, Any], hardware: Hardware, num_records: int) -> list[str]:
+def _assumptions(
+    counts: Mapping[str, Any], hardware: Hardware, costs: Costs, num_decoding: int, connections: int, num_records: int
+) -> list[str]:
     gpu = hardware.gpu
+    if gpu is None or costs.encode_seconds is not None:
+        speeds = f"encoding {costs.encode_seconds:.3g} s a megapixel"
+        speeds += "" if costs.text_seconds is None else f", text {costs.text_seconds:.3g} s a caption"
+        speeds += ", measured on this machine"
+    else:
+        speeds = (
+            f"{gpu.name}: {gpu.vae_fp32_tflops:g} TFLOP/s in fp32, {gpu.vae_fast_tflops:g} in 16 bits: estimates, not "
+            "measured"
+        )
+    fetching = f"{CONNECTION_MBIT:g} Mbit/s each"
+    if costs.fetch_seconds is not None:
+        fetching = f"{costs.fetch_seconds:.3g} s a clip, measured"
+    decoding = f"{costs.probe_seconds:.3g} s a clip and {costs.decode_seconds:.3g} s a window"
+    if (costs.probe_seconds, costs.decode_seconds) != (PROBE_SECONDS, DECODE_SECONDS):
+        decoding += ", measured"
     sizes = "probed" if counts.get("probed") else "declared (files may differ: --probe N looks)"
     rate = "" if counts.get("probed") else f" at {PROXY_MBIT:g} Mbit/s of video"
     return [
-        f"sizes as {sizes}; {hardware.network_mbit:,.0f} Mbit/s of network{rate}; {hardware.num_cores} cores that take "
-        f"{PROBE_SECONDS:g} s a clip and {DECODE_SECONDS:g} s a window",
-        f"{gpu.name}: {gpu.vae_fp32_tflops:g} TFLOP/s in fp32, {gpu.vae_fast_tflops:g} in 16 bits: estimates, not "
-        f"measured; captions of {num_records} records",
+        f"sizes as {sizes}; {hardware.network_mbit:,.0f} Mbit/s of network{rate}; {connections} connections of "
+        f"{fetching}; {num_decoding} of {hardware.num_cores} cores decode, {decoding}",
+        f"{speeds}; captions of {num_records} records",
     ]
 
 

@@ -65,9 +65,8 @@ def check_encoders(config: PrepConfig) -> Iterator[Finding]:
 
     import numpy as np
 
-    from preprocess.build.latent_pass import devices_of
     from preprocess.build.vae_precision import encoder_device, fast_modes
-    from preprocess.encoders.encoders import computes_bf16, find_device, load_tokenizer, load_vae_encoder
+    from preprocess.encoders.encoders import computes_bf16, devices_of, find_device, load_tokenizer, load_vae_encoder
 
     encoders = config.encoders.model_copy(update={"device": devices_of(config)[0]})
     device = find_device(encoders.device)

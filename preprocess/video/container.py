@@ -90,6 +90,6 @@ def _cut_boxes(file: BinaryIO, size: int) -> str | None:
         if at + length > size:
             return _beyond(f"{kind.decode('latin-1')} box", at + length, size)
         at += length
-    if b"mdat" in seen and not seen & {b"moov", b"moof"}:
+    if b"mdat" in seen and not seen & {b"moov", b"moof", b"meta"}:  # meta: the index of a still, such as AVIF
         return "media data without an index (moov)"
     return None

@@ -7,7 +7,6 @@ complains about.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import resource
@@ -19,6 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 
 from preprocess.facts import Inspection, MeasuredPicture
 from preprocess.video.aspect import is_sd
@@ -42,14 +42,9 @@ FIELD_VERDICTS = ("progressive", "tff", "bff", "unclear")
 BASE_MEMORY_MIB = 3072
 """Address space of Python and the libraries before a file is opened."""
 
-
-EXIF_ORIENTATION = 0x0112
-EXIF_CODECS = ("mjpeg", "png", "webp", "tiff")
-EXIF_MATRICES = {
-    2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0),
-    6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
-}  # fmt: skip
-"""The display matrix (a, b, c, d) that each EXIF orientation but the upright one stands for."""
+# libav attaches kinds of side data that PyAV's enumeration lacks (EXIF is one), and PyAV then raises for all of them.
+# Each unknown kind counts as one that nobody reads; the display matrix, which libav makes of EXIF too, is readable.
+Type._missing_ = classmethod(lambda cls, value: cls.VIDEO_HINT)  # type: ignore[method-assign,assignment]
 
 
 def main(arguments: list[str]) -> None:
@@ -219,13 +214,13 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
     """Decode a few pictures all over the clip and measure them."""
     zero = facts["zero_seconds"]
     pictures, lumas, matrix = [], [], None
-    for packet, frame, following in _sample_frames(codec, packets):
+    for frame, following in _sample_frames(codec, packets):
         luma = luma_of(frame)
         seconds = float((frame.pts or 0) * stream.time_base) - zero
         pictures.append(_picture(frame, luma, seconds))
         same_size = following is not None and (following.width, following.height) == (frame.width, frame.height)
         lumas.append((luma, luma_of(following) if same_size else None))
-        matrix = matrix or _display_matrix(frame, codec.name, packet)
+        matrix = matrix or _display_matrix(frame)
         facts = _flags_of_frame(frame, facts)
     if not pictures:
         return {"problem": "no-frames", "detail": "no picture could be decoded"}
@@ -273,8 +268,8 @@ def _flags_of_frame(frame: Any, facts: dict) -> dict:
     return facts
 
 
-def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any, Any]]:
-    """The packet decoded first, a frame, and the frame that follows, at key frames spread over the clip.
+def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any]]:
+    """A frame, and the frame that follows, at key frames spread over the clip.
 
     Where key frames are few, more frames are taken after each: a clip of one long group is looked at too.
     """
@@ -285,7 +280,7 @@ def _sample_frames(codec: Any, packets: list) -> Iterator[tuple[Any, Any, Any]]:
         stop = chosen[place + 1] if place + 1 < len(chosen) else len(packets)
         frames = list(decode_from(codec, packets[start:stop], num_frames))
         for n in range(0, len(frames), step):
-            yield packets[start], frames[n], frames[n + 1] if n + 1 < len(frames) else None
+            yield frames[n], frames[n + 1] if n + 1 < len(frames) else None
 
 
 def luma_of(frame: Any) -> np.ndarray:
@@ -299,30 +294,16 @@ def luma_of(frame: Any) -> np.ndarray:
     return (row >> (component.bits - 8)).astype(np.uint8) if wide else row.copy()
 
 
-def _display_matrix(frame: Any, codec: str, packet: Any) -> tuple[float, float, float, float] | None:
-    """How the frame asks to be turned. PyAV raises on side data of a kind that it does not know, EXIF among them."""
+def _display_matrix(frame: Any) -> tuple[float, float, float, float] | None:
+    """How the frame asks to be turned, whether by a display matrix or by EXIF."""
     try:
-        for entry in frame.side_data.keys():  # noqa: SIM118 - PyAV's container iterates over values
-            if getattr(entry.type, "name", "") == "DISPLAYMATRIX":
+        for entry in frame.side_data:
+            if entry.type is Type.DISPLAYMATRIX:
                 values = np.frombuffer(entry, "<i4")[:9] / 65536
                 return (float(values[0]), float(values[1]), float(values[3]), float(values[4]))
-    except Exception:
-        if codec in EXIF_CODECS:
-            return EXIF_MATRICES.get(_exif_orientation(bytes(packet)))
-        # Beside unknown side data PyAV still tells the angle of the display matrix, though not whether it mirrors.
+    except Exception:  # unknown optional metadata never costs a clip: PyAV still tells the angle
         return {-90: (0, 1, -1, 0), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -180: (-1, 0, 0, -1)}.get(frame.rotation)
     return None
-
-
-def _exif_orientation(picture: bytes) -> int:
-    """EXIF orientation 1 to 8 of a picture file; 1, upright, where it says nothing that can be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(picture), formats=("JPEG", "PNG", "WEBP", "TIFF")) as image:
-            return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # metadata is optional, and Pillow raises errors of many types on damaged EXIF
-        return 1
 
 
 def _idet(codec: Any, stream: Any, packets: list) -> dict[str, int]:

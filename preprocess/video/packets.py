@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import av
+from av.stream import Disposition
 
 from preprocess.video.ffmpeg import file_url
 
@@ -26,7 +28,7 @@ def open_container(path: Path, formats: tuple[str, ...]) -> Any:
 
 def choose_stream(container: Any) -> tuple[Any, str]:
     """The largest video stream that is no cover picture, the first of equals; None where there is none."""
-    streams = [each for each in container.streams.video if "attached_pic" not in str(each.disposition)]
+    streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if len(streams) < 2:
         return (streams[0] if streams else None), "the only video stream"
     chosen = max(streams, key=lambda each: each.width * each.height)
@@ -48,7 +50,7 @@ def read_packets(container: Any, stream: Any, log: list) -> tuple[list, float, l
     packets: list = []
     reported: list[list[str]] = []
     end, num_logged = 0.0, len(log)
-    for packet in container.demux():
+    for packet in _demuxed(container):
         time = packet.pts if packet.pts is not None else packet.dts
         if time is not None and packet.time_base:
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
@@ -61,6 +63,13 @@ def read_packets(container: Any, stream: Any, log: list) -> tuple[list, float, l
         if len(packets) > MAX_PACKETS:
             break
     return packets, end, reported
+
+
+def _demuxed(container: Any) -> Iterator[Any]:
+    # PyAV ends with an empty packet for each stream, and raises IndexError there for one that appeared in mid-file (a
+    # transport stream may announce one at any time). By then all packets have been read.
+    with suppress(IndexError):
+        yield from container.demux()
 
 
 def decode_from(codec: Any, packets: list, num_frames: int, max_packets: int | None = None) -> Iterator[Any]:

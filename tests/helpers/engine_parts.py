@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +73,51 @@ def copied_frames() -> Iterator[None]:
         parts.probe_clip, parts.decode_window = probe, decode
 
 
-def write_clips(root: Path, count: int, size: str, seconds: float, distinct: int = 4) -> Path:
-    """A corpus of `count` records, each with its clip beside it; the clips are `distinct` files, linked."""
+def seconds_of(number: int, kind: str) -> float:
+    """How late a server answers for a clip: 0.2 s, one in a hundred 100 times as long; or lognormal around 0.2 s."""
+    rng = np.random.default_rng(number)
+    if kind == "rare":
+        return 20.0 if rng.random() < 0.01 or number == 7 else 0.2  # one at least, however few clips there are
+    return float(rng.lognormal(np.log(0.2), 1.5))
+
+
+TAILS: dict[str, Callable[[str], None]] = {
+    "none": lambda path: None,
+    "rare": lambda path: time.sleep(seconds_of(int(Path(path).stem), "rare")),
+    "lognormal": lambda path: time.sleep(seconds_of(int(Path(path).stem), "lognormal")),
+}
+"""By name, what a server does before it sends a clip, `0000012.mp4`."""
+
+
+@contextmanager
+def served_after(folder: Path, wait: Callable[[str], None]) -> Iterator[str]:
+    """A folder over HTTP on a free port; `wait(path)` returns when a file may be sent."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wait(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def write_clips(root: Path, count: int, size: str, seconds: float, distinct: int = 4, cdn: Path | None = None) -> Path:
+    """A corpus of `count` records; each clip is beside its record, or in `cdn`. They are `distinct` files, linked."""
     media = root.parent / f"{root.name}-media"
     media.mkdir(parents=True, exist_ok=True)
+    if cdn is not None:
+        cdn.mkdir(parents=True, exist_ok=True)
     for number in range(distinct):
         source = f"testsrc2=s={size}:r=30000/1001:d={seconds}"
         look = f"hue=h={90 * number},setsar=1"
@@ -89,7 +133,7 @@ def write_clips(root: Path, count: int, size: str, seconds: float, distinct: int
             labeling_data_info__caption_info={"object_level": [{"text": f"{CAPTION} {number}."}]},
         )
         (folder / f"{clip}.json").write_bytes(encode(record))
-        os.link(media / f"{number % distinct}.mp4", folder / f"{clip}.mp4")
+        os.link(media / f"{number % distinct}.mp4", (cdn or folder) / f"{clip}.mp4")
     return root
 
 

@@ -15,7 +15,7 @@ PACKAGES = ("preprocess", "shards", "train")
 # The list in `docs/architecture.md` is made of it.
 ORDER = {
     "preprocess": """
-        cli pipeline tools build project forecast plan demo video text fetch encoders corpus config facts rejection
+        cli pipeline tools forecast build project plan demo video text fetch encoders corpus config facts rejection
     """,
     "shards": """
         cli report show stats check write read files format storage page config console machine gpus errors

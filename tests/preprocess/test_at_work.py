@@ -15,6 +15,7 @@ from prep_runs import ROOT, TINY, build, files_of, prep, prep_values, start_buil
 from s3_servers import BUCKET, serve
 
 from preprocess.build import scratch
+from preprocess.build.progress import PassProgress
 from preprocess.build.scratch import AtWork, builds_at_work, scratch_folder
 from preprocess.build.summary import count_dataset, count_work, describe_build, describe_work
 from preprocess.demo.corpus import BASE_URL
@@ -26,6 +27,7 @@ from preprocess.plan.plan import open_plan
 from shards.check.orphans import sweep
 from shards.errors import StorageFailure, StorageOutage, UserError
 from shards.format.dataset_info import DatasetInfo, write_info
+from shards.format.ledger import LedgerRow
 from shards.storage import open_storage
 
 
@@ -50,8 +52,8 @@ def first_at_work(demo_corpus, tmp_path):
 
 HOLDER = """
 import sys
-from preprocess.build.progress import PassProgress
 from preprocess.build import scratch
+from preprocess.build.progress import PassProgress
 from preprocess.build.scratch import AtWork, scratch_folder
 from shards.storage import open_storage
 from shards.storage import local
@@ -311,6 +313,21 @@ def test_status_of_a_build_at_work(holder, demo_corpus):
     assert "stayed empty" not in said
     (note,) = json.loads(status(output, values, "--json"))["work"]["builds"]
     assert note["pid"] == process.pid and note["progress"]["of_units"] == 6 and note["outages"] == [outage]
+
+
+def test_status_names_the_pool_that_limits_a_build_at_work():
+    progress = PassProgress("latents", 6, 12)
+    waiting = {"fetch": 6.0, "decode": 1.0, "encode": 3.0, "write": 0.0}
+    row = {"candidate": 0, "clip_id": "0", "source": "", "status": "accepted", "attempts": 1, "windows": (), "bytes": 9}
+    progress.row(LedgerRow(**row, stage=None, reason=None, detail=None, retryable=False, seconds={}), waiting)
+    note = {"key": [0.0, 1], "pid": 1, "host": "here", "progress": progress.facts(), "outages": []}
+    said = describe_work({"builds": [note], "units_left": 6})
+    assert ", bound by fetch, " in said[1]
+    assert (
+        said[2] == "pools    encoder at work 30%, waiting 60% for fetch, 10% for decode, 0% for write: bound by fetch"
+    )
+    del note["progress"]["pools"], note["progress"]["bottleneck"]  # as an older release writes it
+    assert len(describe_work({"builds": [note], "units_left": 6})) == 2
 
 
 def test_status_of_an_unfinished_build_says_how_long_the_rest_takes(demo_corpus, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from footage import footage
 from prep_runs import build, files_of, prep, start_build
 
+from preprocess.build.summary import describe_build
 from preprocess.config import CaptionsConfig
 from preprocess.demo.corpus import write_corpus
 from preprocess.pipeline import recaption, retry
@@ -67,6 +68,15 @@ def test_every_record_is_accounted_for(built, demo_corpus):
     assert counts["records"] == len(list(demo_corpus.rglob("*.json"))) == len(rows) == 16
     assert counts["accepted"] + counts["rejected"] == counts["records"] and counts["waiting"] == 0
     assert sorted({row.candidate for row in rows if row.candidate >= 0}) == list(range(11))
+
+
+def test_the_summary_names_the_pool_that_limited_the_build(built):
+    counts = built[1]
+    pools, bottleneck = counts["latent_pass"]["pools"], counts["latent_pass"]["bottleneck"]
+    assert sum(pools.values()) == pytest.approx(1, abs=0.01) and bottleneck in pools
+    (line,) = [line for line in describe_build(counts) if line.startswith("pools ")]
+    assert line.endswith(f"bound by {bottleneck}")
+    assert "latent_pass" not in read_info(open_storage(built[0])).totals
 
 
 def test_each_bad_clip_has_a_row_with_its_own_reason(built):

@@ -1,5 +1,7 @@
 """The pools around the encoder: nobody waits for the order of clips, bytes are bounded, and all are gone at the end."""
 
+import logging
+import os
 import signal
 import threading
 import time
@@ -8,9 +10,13 @@ from contextlib import closing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prep_runs import prep
 
-from preprocess.build.pools import Pools
+from preprocess.build import latent_pass
+from preprocess.build.pools import POOLS, Pools, find_bottleneck
+from preprocess.config import EngineConfig
 from preprocess.video.ffmpeg import run_killable, runs_that_end
+from shards.machine import usable_cores
 
 
 class Work:
@@ -220,3 +226,51 @@ def test_it_says_what_the_encoder_waited_for():
     decoded = pools(Work(decode=lambda task, reserve: time.sleep(0.1) or task), num_fetchers=8, num_decoders=1)
     assert len(list(decoded.run(range(8)))) == 8
     assert decoded.seconds["decode"] > 0.4 > decoded.seconds["fetch"]
+    laps = [decoded.lap(), decoded.lap()]
+    assert laps == [decoded.seconds, dict.fromkeys(POOLS, 0.0)]
+    assert [find_bottleneck(each.seconds) for each in (fetched, decoded)] == ["fetch", "decode"]
+
+
+def test_few_clips_between_two_decoders_are_still_a_wait_for_fetching():
+    """Each clip is decoded for as long as the next one is fetched; one of two decoders has nothing to do throughout."""
+    work = Work(fetch=lambda task: time.sleep(0.1) or task, decode=lambda task, reserve: time.sleep(0.09) or task)
+    slow = pools(work, num_fetchers=1, num_decoders=2)
+    assert len(list(slow.run(range(8)))) == 8
+    assert slow.seconds["fetch"] > 4 * slow.seconds["decode"] and find_bottleneck(slow.seconds) == "fetch"
+
+
+@pytest.mark.parametrize(
+    ("fetch", "decode", "encode", "write", "found"),
+    [(1, 2, 97, 0, "encode"), (5, 10, 80, 5, "decode"), (0, 0, 50, 50, "write"), (0, 0, 0, 0, None)],
+)
+def test_the_pool_that_limits_a_build_is_named(fetch, decode, encode, write, found):
+    assert find_bottleneck({"fetch": fetch, "decode": decode, "encode": encode, "write": write}) == found
+
+
+@pytest.mark.parametrize(
+    ("decoders", "cores", "encoders", "on_cpu", "number"),
+    [
+        (3, 64, 1, False, 3), ("auto", 8, 2, False, 3), ("auto", 4, 4, False, 1), ("auto", 208, 8, False, 16),
+        ("auto", 2, 1, True, 1), ("auto", 16, 1, True, 2), ("auto", 3, 8, True, 1),
+    ],
+)  # fmt: skip
+def test_each_encoder_has_its_share_of_the_cores_for_decoding(decoders, cores, encoders, on_cpu, number):
+    assert EngineConfig(decoders=decoders).num_decoders(cores, encoders, on_cpu) == number
+
+
+def test_auto_is_resolved_once_and_said(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(latent_pass, "usable_cores", lambda: 16)
+    with caplog.at_level(logging.INFO, "wan"):
+        settled = latent_pass.settle_decoders(prep(tmp_path, tmp_path), ["cuda:0", "cuda:1"])
+        assert latent_pass.settle_decoders(settled, ["cuda:0"]) is settled
+    assert settled.engine.decoders == 7
+    assert caplog.messages == ["engine.decoders: auto is 7 for each of 2 encoders, on 16 cores"]
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1), ("x", None)]
+)
+def test_a_container_s_share_of_time_bounds_the_cores(tmp_path, text, most):
+    (tmp_path / "cpu.max").write_text(text)
+    cores = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path / "cpu.max") == (cores if most is None else min(cores, most))

@@ -6,12 +6,12 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zlib
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from engine_parts import served_after
 from prep_runs import TINY, build, files_of, prep
 
 from preprocess.build.work_queue import MAX_LOSSES, WorkQueue
@@ -81,30 +81,6 @@ def test_two_processes_write_the_same_bytes(alone, demo_corpus, tmp_path):
     assert not multiprocessing.active_children()
 
 
-@contextmanager
-def served_slowly(corpus, name, until):
-    """The corpus over HTTP; the clip `name` is sent when `until` is set."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if name in self.path:
-                until.wait(60)
-            super().do_GET()
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(corpus)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpus, tmp_path):
     """The other two units are committed while it is awaited, and all bytes are those of an undelayed build."""
     from preprocess.demo.corpus import BASE_URL
@@ -123,12 +99,72 @@ def test_a_clip_that_is_slow_to_come_delays_its_own_unit_alone(alone, demo_corpu
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with served_slowly(demo_corpus, name, until) as url:
+    with served_after(demo_corpus, lambda path: name not in path or until.wait(60)) as url:
         fetch = {"mirrors": {BASE_URL: url}, "timeout_seconds": 60.0}
         build_shards(prep(demo_corpus, output, **TINY, fetch=fetch), quiet=True)
     watcher.join()
     assert seen == [1, 2]
     assert files_of(output, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+@pytest.mark.parametrize("decoders", [1, "auto"])
+def test_times_with_a_heavy_tail_change_no_byte(alone, demo_corpus, tmp_path, decoders):
+    """Lognormal times: clips come in another order than that of the plan, and the tars are those of an even server."""
+    from preprocess.demo.corpus import BASE_URL
+
+    came = []
+
+    def wait(path):
+        time.sleep(min(2.0, float(np.random.default_rng(zlib.crc32(path.encode())).lognormal(-1.5, 1.5))))
+        came.append(path.rpartition("/")[2])
+
+    with served_after(demo_corpus, wait) as url:
+        config = prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}}, engine={"decoders": decoders})
+        build_shards(config, quiet=True)
+    plan = open_plan(open_storage(tmp_path))
+    planned = [each.record.url.rpartition("/")[2] for each in plan.candidates() if each.record.url]
+    assert sorted(set(came)) == sorted(planned) and came != planned
+    assert files_of(tmp_path, "**/*.tar") == files_of(alone, "**/*.tar")
+    assert list(ledgers(tmp_path)) == list(ledgers(alone))
+
+
+def test_clips_are_fetched_while_the_encoder_is_loaded(alone, demo_corpus, tmp_path, monkeypatch):
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.encoders import encoders
+
+    came, load = threading.Event(), encoders.load_vae_encoder
+
+    def load_late(config):
+        assert came.wait(60), "no clip was asked for before the encoder was there"
+        return load(config)
+
+    monkeypatch.setattr(encoders, "load_vae_encoder", load_late)
+    with served_after(demo_corpus, lambda path: came.set()) as url:
+        build_shards(prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}}), quiet=True)
+    assert files_of(tmp_path, "**/*.tar") == files_of(alone, "**/*.tar")
+
+
+@pytest.mark.parametrize("part", ["load_tokenizer", "load_vae_encoder"])
+def test_an_encoder_that_cannot_be_loaded_ends_the_build_at_once(demo_corpus, tmp_path, monkeypatch, part):
+    """Clips are being fetched and decoded meanwhile; none of them waits for the encoder for ever."""
+    from preprocess.demo.corpus import BASE_URL
+    from preprocess.encoders import encoders
+
+    came = threading.Event()
+
+    def fail(config):
+        came.wait(60)
+        time.sleep(0.5)
+        raise UserError("no such weights")
+
+    monkeypatch.setattr(encoders, part, fail)
+    threads = threading.active_count()
+    with served_after(demo_corpus, lambda path: came.set()) as url:
+        config = prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}})
+        with pytest.raises(UserError, match="no such weights"):
+            build_shards(config, quiet=True)
+    assert threading.active_count() == threads
+    assert not list(tmp_path.glob(".tmp*")) and not list(tmp_path.glob("latents/*"))
 
 
 def test_the_text_pass_uses_every_device_and_writes_the_same_bytes(alone, demo_corpus, tmp_path, monkeypatch):
@@ -207,7 +243,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
     output, killed = tmp_path / "out", threading.Event()
     config = prep(demo_corpus, output, **TINY, **TWO)
 
-    def kill(row):
+    def kill(clip):
         """At the first row. Who wrote it cannot be done: it waits for a clip that is sent afterwards."""
         for child in multiprocessing.active_children():
             if not killed.is_set():
@@ -226,7 +262,7 @@ def test_a_process_that_is_killed_is_told_and_costs_its_open_units(alone, demo_c
     withheld = [each.record.url for unit in range(3) for each in plan.unit(unit) if each.record.url]
     name = withheld[-1].rpartition("/")[2]
     with (
-        served_slowly(demo_corpus, name, killed) as url,
+        served_after(demo_corpus, lambda path: name not in path or killed.wait(60)) as url,
         pytest.raises(UserError, match="on cpu was ended by SIGKILL"),
     ):
         mirrored = config.model_copy(update={"fetch": config.fetch.model_copy(update={"mirrors": {BASE_URL: url}})})

@@ -9,7 +9,8 @@ from prep_runs import prep, prep_values
 
 from preprocess.cli.main import main
 from preprocess.config import PrepConfig
-from preprocess.forecast.forecast import Hardware, count_plan, describe_forecast, forecast
+from preprocess.forecast.forecast import count_plan, describe_forecast, forecast
+from preprocess.forecast.hardware import Hardware, find_hardware
 from preprocess.plan.plan import Plan
 from shards.config import validate_config
 from shards.errors import UserError
@@ -151,6 +152,93 @@ def test_the_command_says_it_to_people_and_to_programs(demo_corpus, tmp_path):
     assert found["candidates"] == 11 and found["forecast"]["gpus"] == 2
     assert 20 < found["forecast"]["caption_tokens"] <= 160
     assert describe_forecast(found["forecast"])[0].split()[2] == str(found["forecast"]["samples"])
+
+
+def test_the_forecast_reads_connections_and_decoders_from_the_config():
+    """10,000 clips of 3.75 MB, 0.7 s each on a connection of 50 Mbit/s; 0.85 s each on a core."""
+    plan = a_plan(10_000)
+    few = foretell(plan, a_config(fetch={"per_host": 2}), gpu="h100", gpus=1, cores=64)
+    assert few["days"]["fetch"] == pytest.approx(10_000 * 0.7 / 2 / 86_400, rel=0.02) and few["connections"] == 2
+    assert "network" in foretell(plan, a_config(fetch={"per_host": 64}), mbit=100.0)["fetch_bound_by"]
+    decoding = foretell(plan, a_config(engine={"decoders": 1}), gpu="h200", gpus=4, cores=64)
+    assert decoding["days"]["decode"] == pytest.approx(10_000 * 0.85 / 4 / 86_400, rel=0.02)
+    auto = foretell(plan, a_config(), gpu="h200", gpus=4, cores=64)
+    assert (auto["decoders"], auto["days"]["decode"]) == (15, pytest.approx(10_000 * 0.85 / 60 / 86_400, abs=6e-4))
+    many = foretell(plan, a_config(engine={"decoders": 64}), gpu="h200", gpus=4, cores=64)
+    assert many["days"]["decode"] == pytest.approx(10_000 * 0.85 / 64 / 86_400, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "told"),
+    [
+        (
+            {"fetch": {"per_host": 1}, "encoders": {"vae_precision": "fp16"}},
+            {"gpu": "b200", "gpus": 1, "cores": 64},
+            "fetch.per_host=4: 1 connections",
+        ),
+        (
+            {"engine": {"decoders": 1}, "encoders": {"vae_precision": "fp16"}},
+            {"gpu": "b200", "gpus": 1, "cores": 64},
+            "engine.decoders=64",
+        ),
+    ],
+)
+def test_a_setting_that_bounds_the_build_is_what_is_suggested(sections, options, told):
+    assert any(told in line for line in foretell(a_plan(10_000), a_config(**sections), **options)["shorter"])
+
+
+def test_the_forecast_reads_the_devices_from_the_config():
+    gpu = find_gpu("v100-32gb")
+    two = a_config(engine={"devices": ["cuda:0", "cuda:3"]})
+    assert find_hardware(two, gpu, False, None, None, 1000.0)[1:4] == (2, 1000.0, 8)
+    with pytest.raises(UserError, match=r"--gpus 4, but the config encodes on cuda:0, cuda:3"):
+        find_hardware(two, gpu, False, 4, None, 1000.0)
+    assert find_hardware(a_config(encoders={"device": "cuda:1"}), gpu, False, None, 6, 1.0)[1:4] == (1, 1.0, 6)
+    assert find_hardware(a_config(), gpu, False, 3, None, 1.0).num_gpus == 3
+    # Ray spreads latents over the cluster; captions are embedded where the driver is.
+    ray = a_config(engine={"kind": "ray", "ray": {"num_workers": 8}})
+    hardware = find_hardware(ray, gpu, False, 16, None, 1000.0)
+    assert (hardware.num_gpus, hardware.num_text_gpus) == (8, 1)
+    found = forecast(a_plan(1000), ray, count_plan(a_plan(1000), ray), hardware, len)
+    local = foretell(a_plan(1000), a_config(), gpus=8)
+    assert found["text_days"] == pytest.approx(8 * local["text_days"], rel=0.05) and found["text_gpus"] == 1
+
+
+MEASURED = {
+    "fetch": {"seconds_a_clip": 4.0}, "decode": {"probe_seconds_a_clip": 0.1, "decode_seconds_a_window": 0.2},
+    "encode": {"device": "cuda:0", "seconds_a_megapixel": 0.1}, "text": {"seconds_a_caption": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", [None, "h100"])
+def test_what_was_measured_on_this_machine_takes_the_place_of_what_is_assumed(gpu):
+    plan, config = a_plan(1000), a_config(captions={"variants": ["{object}"]})
+    probed = {"estimate_by_bucket": {"1280×704": 1000}, "estimate_download_gib": 1.0, "measured": MEASURED}
+    counts = count_plan(plan, config) | {"probed": probed}
+    card = find_gpu(gpu) if gpu else None
+    found = forecast(plan, config, counts, Hardware(card, 1, 1000.0, 3, is_here=True), len)
+    decoders = 2 if card else 1  # without a GPU its cores are the encoder's
+    assert found["days"] == {
+        "fetch": pytest.approx(1000 * 4.0 / 16 / 86_400, abs=6e-4),
+        "decode": pytest.approx(1000 * 0.3 / decoders / 86_400, abs=6e-4),
+        "encode": pytest.approx(1000 * 1280 * 704 * 49 / 1e6 * 0.1 / 86_400, abs=6e-4),
+    }
+    assert found["text_days"] == pytest.approx(1000 * 2 * 2.0 / 86_400, abs=6e-4)
+    assert found["gpu"] == (gpu or "cuda:0") and "measured on this machine" in found["assumed"][1]
+    assert "4 s a clip, measured" in found["assumed"][0] and describe_forecast(found)
+
+
+def test_another_card_is_not_taken_to_encode_as_this_machine_does():
+    plan, config = a_plan(1000), a_config()
+    probed = {"estimate_by_bucket": {"1280×704": 1000}, "estimate_download_gib": 1.0}
+    before = foretell(plan, config, gpu="h100", probed=probed)
+    found = foretell(plan, config, gpu="h100", probed=probed | {"measured": MEASURED})
+    assert found["days"]["encode"] == before["days"]["encode"] and found["text_days"] == before["text_days"]
+    assert found["days"]["decode"] < before["days"]["decode"] and "estimates, not measured" in found["assumed"][1]
+    here = {**MEASURED, "fetch": {"not_measured": "no clip came over the network"}}
+    assert (
+        foretell(plan, config, probed=probed | {"estimate_download_gib": 0.0, "measured": here})["days"]["fetch"] == 0
+    )
 
 
 def test_without_gpu_nothing_is_foretold(demo_corpus, tmp_path):

@@ -41,21 +41,24 @@ def test_rates_count_from_the_first_encoder_and_are_shared_by_all(clock):
         progress.worker()
         for candidate in range(4):
             clock.now += 2
-            progress.row(row(candidate, "rejected" if candidate == 1 else "accepted"))
+            waited = {"fetch": 0.5, "decode": 0.0, "encode": 1.5, "write": 0.0}
+            progress.row(row(candidate, "rejected" if candidate == 1 else "accepted"), waited)
         progress.unit(0)
     assert progress.facts() == {
         "pass": "latents", "units": 1, "of_units": 2, "clips": 4, "of_clips": 10, "accepted": 3, "rejected": 1,
         "bytes": 4 * 2**20, "clips_per_second": 0.5, "encoder_busy": 12 / 8 / 2, "seconds": 8.0, "seconds_left": 12,
+        "pools": {"fetch": 0.25, "decode": 0.0, "encode": 0.75, "write": 0.0}, "bottleneck": "fetch",
     }  # fmt: skip
 
 
 def test_words_for_people():
     facts = {
         "clips": 1500, "accepted": 1400, "rejected": 100, "bytes": 2**31, "clips_per_second": 0.143,
-        "encoder_busy": 0.968, "seconds_left": 3 * 86_400 + 7300,
+        "encoder_busy": 0.968, "bottleneck": "encode", "seconds_left": 3 * 86_400 + 7300,
     }  # fmt: skip
-    said = ", 1,400 accepted, 100 rejected, 2,048 MiB fetched, 0.14 clips/s, encoder busy 97%, 3 d 2 h left"
-    assert describe_facts(facts) == said
+    said = ", 1,400 accepted, 100 rejected, 2,048 MiB fetched, 0.14 clips/s, encoder busy 97%"
+    assert describe_facts(facts) == f"{said}, bound by encode, 3 d 2 h left"
+    assert describe_facts(facts | {"bottleneck": None}) == f"{said}, 3 d 2 h left"
     assert describe_facts({"clips": 0, "seconds_left": 3700}) == ", 1 h 01 min left"
     assert describe_facts({"clips": 0, "seconds_left": None}) == ""
 

@@ -150,11 +150,12 @@ def test_without_ray_it_says_what_to_install(demo_corpus, tmp_path, monkeypatch)
 
 def test_a_worker_goes_to_each_gpu_or_to_the_cores_where_there_is_none(tmp_path):
     config = prep(tmp_path, tmp_path)
-    assert place_workers(config, {"GPU": 5.0, "CPU": 64.0}) == (5, 1, 3, "cuda")
-    assert place_workers(config, {"CPU": 64.0}) == (21, 0, 3, "cpu")
+    assert place_workers(config, [{"GPU": 4.0, "CPU": 20.0}, {"GPU": 1.0, "CPU": 44.0}]) == (5, 1, 5, "cuda")
+    assert place_workers(prep(tmp_path, tmp_path, engine={"decoders": 2}), [{"GPU": 5.0, "CPU": 64.0}])[2] == 3
+    assert place_workers(config, [{"CPU": 60.0}, {"CPU": 4.0}]) == (21, 0, 3, "cpu")
     on_cpu = prep(tmp_path, tmp_path, encoders={"device": "cpu"}, engine={"ray": {"num_cpus": 8, "num_workers": 3}})
-    assert place_workers(on_cpu, {"GPU": 5.0, "CPU": 64.0}) == (3, 0, 8, "cpu")
+    assert place_workers(on_cpu, [{"GPU": 5.0, "CPU": 64.0}]) == (3, 0, 8, "cpu")
     with pytest.raises(UserError, match="no machine of the Ray cluster has a GPU"):
-        place_workers(prep(tmp_path, tmp_path, encoders={"device": "cuda"}), {"CPU": 64.0})
+        place_workers(prep(tmp_path, tmp_path, encoders={"device": "cuda"}), [{"CPU": 64.0}])
     with pytest.raises(UserError, match="a worker takes 3 cores, and the cluster has 2"):
-        place_workers(config, {"CPU": 2.0})
+        place_workers(config, [{"CPU": 2.0}])
