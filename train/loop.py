@@ -17,12 +17,13 @@ from typing import NamedTuple
 from shards.console import LOG
 from shards.errors import UserError
 from shards.storage.patience import on_wait
-from train import checkpoint, evaluate
+from train import checkpoint
 from train.config.train import TrainConfig
 from train.data.loader import Loader
 from train.device import available_memory, choose_device, device_info, explained_out_of_memory
 from train.estimate.layout import choose_layout
 from train.estimate.saves import GIB
+from train.evaluate import describe_held_out
 from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
@@ -47,7 +48,7 @@ from train.run.throughput import Throughput
 from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
-from train.step import backward, num_batch_tokens, over_ranks, sigma_density
+from train.step import backward, num_batch_tokens, over_ranks
 
 SAMPLES_FOLDER = "samples"
 
@@ -124,6 +125,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
         )
+        if session.held_out is not None:
+            stack.enter_context(contextlib.closing(session.held_out))
         pictures: list[Ready] = []
         if config.sample is not None:
             pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
@@ -138,7 +141,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         if start is not None:
             progress.mark_saved()
         else:
-            progress.pending = progress.due()
+            progress.pending = progress.due(0)
         with _saved_on_error(progress, log, stop):
             # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
             if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
@@ -146,6 +149,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
                 began = time.perf_counter()
                 watch.at(progress.step + 1, "reading its batch")
+                if session.held_out is not None and "evaluation" in progress.due(progress.step + 1):
+                    session.held_out.read_ahead()
                 batch, position = next(loader)
                 waited = time.perf_counter() - began
                 if progress.telemetry is not None:
@@ -310,21 +315,12 @@ def _run_pending(progress: TrainingState, log: RunLog | None, pictures: list[Rea
 
 def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
-    config, session, trainee = progress.config, progress.session, progress.trainee
-    if config.eval is None:
+    session, trainee = progress.session, progress.trainee
+    if session.held_out is None:
         return False
     began = time.perf_counter()
     with trainee.inference(), trainee.holding(progress.average):
-        held_out = evaluate.evaluate(
-            trainee.model,
-            session.dataset,
-            session.held_out,
-            config.eval,
-            sigma_density(config.objective),
-            trainee.dims.text_len,
-            trainee.device,
-            check_stop,
-        )
+        held_out = session.held_out.take(trainee.model, check_stop)
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     progress.eval_seconds += seconds
@@ -332,7 +328,7 @@ def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[
         before = log.evaluations()
         log.write_held_out(progress.step, held_out, seconds)
         share = 100 * progress.eval_seconds / progress.seconds
-        found = evaluate.describe_held_out(held_out, before[0] if before else None)
+        found = describe_held_out(held_out, before[0] if before else None)
         LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
 

@@ -18,8 +18,8 @@ from train_runs import checkpoint_bytes, make_config, read_metrics, send_when
 from shards.config import dump_config
 from shards.errors import UserError
 from shards.storage import open_storage
-from train import evaluate
 from train.checkpoint import find_checkpoints, read_checkpoint
+from train.evaluate import Evaluator
 from train.launch.launch import own_command
 from train.loop import fit
 
@@ -57,7 +57,7 @@ def test_an_error_of_the_evaluation_saves_the_step_and_the_resume_takes_it_again
     def config(name):
         return make_config(tiny_shards, tmp_path / name, eval={"num_clips": 2, "every_steps": 4})
 
-    original, calls = evaluate.evaluate, []
+    original, calls = Evaluator.take, []
 
     def failing(*arguments):
         calls.append(1)
@@ -65,14 +65,14 @@ def test_an_error_of_the_evaluation_saves_the_step_and_the_resume_takes_it_again
             raise RuntimeError("a kernel failed")
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, "evaluate", failing)
+    monkeypatch.setattr(Evaluator, "take", failing)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         fit(config("run"))
     (path,) = find_checkpoints(tmp_path / "run/checkpoints")
     state = read_checkpoint(path)
     assert (state.step, state.owed) == (4, ("evaluation",))
     fit(config("run"))
-    monkeypatch.setattr(evaluate, "evaluate", original)
+    monkeypatch.setattr(Evaluator, "take", original)
     fit(config("straight"))
     for name in ("metrics.jsonl", "held_out.jsonl"):
         assert read_metrics(tmp_path / "run", name) == read_metrics(tmp_path / "straight", name)

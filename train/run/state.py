@@ -110,7 +110,7 @@ class TrainingState:
     def finish_step(self, step: int, position: Position) -> None:
         """The update of `step` is done: from here on the state is that of the step, with what is pending after it."""
         self.step, self.position = step, position
-        self.pending = self.due()
+        self.pending = self.due(step)
         self.is_exact = self.may_agree = True
 
     @property
@@ -137,11 +137,11 @@ class TrainingState:
                 fix="start in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
-    def due(self) -> tuple[Owed, ...]:
-        """What the configuration asks for after this step; both also before the first and after the last step."""
+    def due(self, step: int) -> tuple[Owed, ...]:
+        """What the configuration asks for after a step; both also before the first and after the last step."""
         sections: dict[Owed, Any] = {"evaluation": self.config.eval, "pictures": self.config.sample}
-        last = self.step == self.config.max_steps
-        return tuple(name for name, its in sections.items() if its and (last or self.step % its.every_steps == 0))
+        last = step == self.config.max_steps
+        return tuple(name for name, its in sections.items() if its and (last or step % its.every_steps == 0))
 
     def judge(self, held_out_loss: float) -> bool:
         """Record an evaluation; return whether it is the best so far."""
