@@ -339,9 +339,9 @@ def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable
         return
     trainee, began = progress.trainee, time.perf_counter()
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
+    sampler, layout = progress.config.sample.sampler, progress.session.ranks.layout
     with trainee.holding(progress.average):
-        first = progress.session.ranks.is_first
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
+        sample_prompts(trainee.model, pictures, sampler, folder, check_stop, layout)
     progress.seconds += time.perf_counter() - began
 
 
