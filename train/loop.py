@@ -26,7 +26,6 @@ from train.estimate.saves import GIB
 from train.evaluate import describe_held_out
 from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
-from train.lora.export import export_metadata
 from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
 from train.run.events import write_event
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
@@ -95,7 +94,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
-        trainee, progress = session.trainee, TrainingState(session)
+        trainee, progress = session.trainee, stack.enter_context(contextlib.closing(TrainingState(session)))
         if start is not None:
             progress.restore(start)
         stop = stack.enter_context(stop_signals(StopSignal(ranks, watch.pulse)))
@@ -199,10 +198,12 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
                     _save(progress, log)
                     stop.checkpoint = False
+                _note_written(progress, log)
             if stop.failed is not None:
                 raise RankLost(f"rank {stop.failed} failed")
             if not progress.is_saved:
                 _save(progress, log)
+            _note_written(progress, log, to_end=True)
         for line in meter.after():
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
@@ -246,6 +247,7 @@ def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
     try:
         if progress.is_exact and progress.step > 0 and not progress.is_saved:
             _save(progress, log, sync=False)
+        _note_written(progress, log, to_end=True)
         log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
     except Exception as another:  # not this one
         LOG.error("after the error below, nothing could be saved of step %d: %s", progress.step, another)
@@ -351,14 +353,21 @@ def _exhausted(progress: TrainingState) -> bool:
 
 
 def _save(progress: TrainingState, log: RunLog | None, *, sync: bool = True) -> None:
-    """Write a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
+    """Begin a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
     if log is not None:
+        _note_written(progress, log, to_end=True)  # one at a time
         if sync:
             log.sync()
-        path = progress.save()
-        LOG.info("checkpoint %s", path)
-        log.event("checkpoint", progress.step, path=str(path))
+        progress.save()
     progress.mark_saved()
+
+
+def _note_written(progress: TrainingState, log: RunLog | None, *, to_end: bool = False) -> None:
+    """Report the checkpoint whose write has ended, or raise what it raised; `to_end` waits for it."""
+    saved = progress.written(to_end=to_end)
+    if saved is not None and log is not None:
+        LOG.info("checkpoint %s", saved.path)
+        log.event("checkpoint", saved.step, path=str(saved.path))
 
 
 def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:
@@ -379,23 +388,8 @@ def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
     words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"
     LOG.info("%s, held-out loss %.0f %%", words, share)
-    path = _export(progress)
+    path = progress.export()
     LOG.info("exported %s", path)
     reason = "patience" if stopped_early else "done"
     log.event("stop", progress.step, reason=reason, signal=None, error=None, export=str(path))
     return FitResult(progress.step, before, after, path, None)
-
-
-def _export(progress: TrainingState) -> Path:
-    """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
-    trainee, step = progress.trainee, progress.step
-    tensors = progress.average or trainee.tensors()
-    if progress.config.checkpoint.export == "best" and progress.best_step is not None and progress.best_step != step:
-        step = progress.best_step
-        folder = progress.folder / checkpoint.checkpoint_name(step)
-        tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
-    config = progress.config
-    metadata = export_metadata(progress.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
-    path = progress.session.folder / trainee.file_name
-    trainee.export(path, tensors, metadata)
-    return path
