@@ -13,10 +13,11 @@ from ranks import in_a_group, run_ranks
 from train_runs import DIMS, finish, make_config, read_metrics
 
 from shards.console import set_up_logging
+from train import loop
 from train.cli.main import main
 from train.config.model import DiTConfig
 from train.config.sampling import Prompt, SamplerConfig
-from train.evaluate import HeldOut, changes
+from train.evaluate import Evaluator, HeldOut, changes
 from train.loop import fit
 from train.lora.formats import read_lora
 from train.lora.merge import merge_checkpoint
@@ -213,6 +214,27 @@ def test_the_figures_are_those_of_one_process_on_every_layout(tiny_shards, tmp_p
             assert sorted(one for _, _, _, made in by_rank for one in made) == names
             made = {path.name: path.read_bytes() for path in (tmp_path / f"{size} {name}").iterdir()}
             assert made == pictures if ulysses == 1 else made.keys() == pictures.keys()
+
+
+def test_its_first_clips_are_read_while_the_step_before_it_runs(tiny_shards, tmp_path, monkeypatch):
+    order = []
+
+    def noting(owner, name, note):
+        original = getattr(owner, name)
+
+        def noted(*arguments):
+            order.append(note(arguments))
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(Evaluator, "read_ahead", lambda arguments: "read ahead")
+    noting(Evaluator, "take", lambda arguments: "take")
+    noting(loop, "backward", lambda arguments: arguments[1].step)
+    fit(make_config(tiny_shards, tmp_path, max_steps=5, eval={"num_clips": 1, "every_steps": 3}))
+    firsts = [one for before, one in zip([None, *order], order, strict=False) if one != before]  # one a pass follows
+    assert firsts == ["take", "read ahead", 1, 2, "read ahead", 3, "take", "read ahead", 4, "read ahead", 5, "take",
+                      "read ahead"]  # fmt: skip
 
 
 def fit_and_stop(config, looks):
