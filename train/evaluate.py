@@ -4,7 +4,7 @@ Nine noise levels represent the density that is trained on: the 10 %, 20 % … 9
 each level as text-to-video and, where it has more than one latent frame, as image-to-video, with its first caption.
 The mean is over clips, then levels, then modes, and carries no loss weight.
 
-    clips → groups of a bucket → passes (group, level, mode) ─ dealt to the ranks, round by round ─▶ losses ─▶ means
+    clips → groups of a bucket → passes (group, level, mode) ─ divided among ranks, round by round ─▶ losses ─▶ means
 
 A pass holds the same clips on every layout, and each clip's own loss is exchanged, not a sum: the figures are those of
 one process. Threads read and draw for the next passes while the model works on one.
@@ -132,7 +132,7 @@ class Evaluator:
             for level in range(NUM_QUANTILES)
             for mode in modes[group]
         ]
-        self._own = _deal(passes, ranks.layout)
+        self._own = _divide(passes, ranks.layout)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="held-out")
         self._left: Iterator[Pass] | None = None
         """Passes of the next evaluation that nothing is read for yet; None: it has not begun."""
@@ -379,7 +379,7 @@ def _groups(dataset: Dataset, ordinals: Sequence[int], size: int) -> list[list[i
     return [some[start : start + size] for _, some in sorted(buckets.items()) for start in range(0, len(some), size)]
 
 
-def _deal(passes: Sequence[Pass], layout: Layout) -> list[Pass | None]:
+def _divide(passes: Sequence[Pass], layout: Layout) -> list[Pass | None]:
     """This rank's passes, one a round. Those of a round are neighbours, most of them of one bucket: no rank waits long
     for another. In the last round some ranks have none; of a sharded base these repeat the last one."""
     size = layout.dp_size

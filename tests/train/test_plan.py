@@ -146,7 +146,7 @@ def test_the_held_out_loss_takes_at_most_a_fiftieth_on_any_number_of_gpus(name: 
         assert 0.005 < make_plan(shipped, GPUS[gpu], num_gpus, sizes, num_nodes=num_nodes).held_out_share <= 0.02
 
 
-def test_held_out_passes_are_dealt_round_by_round() -> None:
+def test_held_out_passes_are_divided_round_by_round() -> None:
     """288 of 16 clips; on 64 ranks five rounds of 64; a clip of one frame has nine; a sharded base is gathered once."""
 
     def days(num_gpus: int, *sizes: Size, **changes: Any) -> float:

@@ -368,7 +368,8 @@ def _tokens(dims: DiTConfig, bucket: Bucket) -> int:
 def _held_out_seconds(basis: Basis, mesh: Mesh) -> tuple[float, float]:
     """Of all evaluations of a run on one GPU: seconds of work, and of exchanges.
 
-    Forward passes are dealt to the ranks round by round (train/evaluate.py), so that a round takes a pass's seconds."""
+    Forward passes are divided among the ranks round by round (train/evaluate.py), a pass's seconds each.
+    """
     config, dims = basis.config, basis.dims
     if config.eval is None:
         return 0.0, 0.0

@@ -108,9 +108,9 @@ def sample_prompts(
 ) -> list[Path]:
     """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode meanwhile.
 
-    Prompts are dealt to the ranks round by round, and each writes its own; ranks that share a sample's tokens make one
-    together. In the last round some have none: of a sharded base they repeat the last prompt and write nothing. Every
-    rank calls `look_up` before each step of the solver and at the end; where it raises, what is written is complete.
+    Prompts are divided among the ranks round by round, and each writes its own; ranks that share a sample's tokens make
+    one together. In the last round some have none: of a sharded base they repeat the last prompt and write nothing.
+    Every rank calls `look_up` before each step of the solver and at the end; where it raises, what is written is whole.
     """
     was_training = model.training
     model.eval()
