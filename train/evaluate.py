@@ -3,20 +3,29 @@
 Nine noise levels represent the density that is trained on: the 10 %, 20 % … 90 % quantiles of it. Each clip is seen at
 each level as text-to-video and, where it has more than one latent frame, as image-to-video, with its first caption.
 The mean is over clips, then levels, then modes, and carries no loss weight.
+
+    clips → groups of a bucket → passes (group, level, mode) ─ divided among ranks, round by round ─▶ losses ─▶ means
+
+A pass holds the same clips on every layout, and each clip's own loss is exchanged, not a sum: the figures are those of
+one process. Threads read and draw for the next passes while the model works on one.
 """
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from shards.errors import UserError
-from train.config.train import EvalConfig
+from shards.storage.patience import abandon_waits, result_within
+from train.config.train import DataConfig, EvalConfig
 from train.data.batch import check_text, pad_texts, read_latent
 from train.data.draws import Purpose, draw_noise
 from train.data.sampler import hash_key
-from train.geometry import Bucket
+from train.geometry import TEMPORAL_STRIDE, Bucket
+from train.parallel.ranks import ALONE, Layout, Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -74,54 +83,164 @@ def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfi
     return [first[clip] for clip in sorted(first, key=hash_key)[: config.num_clips]]
 
 
-def evaluate(
-    forward: Forward,
-    dataset: Dataset,
-    ordinals: Sequence[int],
-    config: EvalConfig,
-    density: SigmaDensity,
-    text_len: int,
-    device: torch.device,
-    check_stop: Callable[[], None] = lambda: None,
-) -> HeldOut:
-    """The held-out loss of `forward` over the samples `ordinals`. `check_stop` is called on the way; it may raise."""
-    import torch
+class Pass(NamedTuple):
+    """One forward pass of an evaluation."""
 
-    from train.objective import sample_sigma
+    group: int
+    """Which clips: of one bucket, `eval.batch` at most."""
+    level: int
+    image_first: bool
+    counts: bool = True
+    """False: another rank's, done only because ranks that share the base must run the model equally often."""
 
-    quantiles = torch.arange(1, NUM_QUANTILES + 1, dtype=torch.float64) / (NUM_QUANTILES + 1)
-    sigmas = sample_sigma(quantiles, density)
-    sums = {mode: torch.zeros(NUM_QUANTILES, dtype=torch.float64) for mode in (False, True)}
-    counts = {False: 0, True: 0}
-    clips: dict[bool, list[Tensor]] = {False: [], True: []}
-    moving: list[bool] = []
-    for group in _groups(dataset, ordinals, config.batch):
-        latent, text = _read(dataset, group, text_len)
-        modes = (False, True) if latent.shape[2] > 1 else (False,)
-        moving += [len(modes) > 1] * len(group)
-        for rows in clips.values():
-            rows.append(torch.zeros(len(group), NUM_QUANTILES, dtype=torch.float64))
-        for level, sigma in enumerate(sigmas):
-            check_stop()
-            noise = _noise(dataset, group, level, latent.shape[1:])
-            for mode in modes:
-                losses = _losses(forward, latent, noise, text, float(sigma), mode, device)
-                sums[mode][level] += losses.sum()
-                clips[mode][-1][:, level] = losses
-        for mode in modes:
-            counts[mode] += len(group)
-    t2v, i2v = (tuple((sums[mode] / counts[mode]).tolist()) if counts[mode] else () for mode in (False, True))
-    means = [math.fsum(losses) / len(losses) for losses in (t2v, i2v) if losses]
-    return HeldOut(
-        mean=sum(means) / len(means),
-        t2v=t2v,
-        i2v=i2v,
-        num_clips=counts[False],
-        sigmas=tuple(sigmas.tolist()),
-        t2v_clips=torch.cat(clips[False]),
-        i2v_clips=torch.cat(clips[True]),
-        moving=torch.tensor(moving),
-    )
+
+class Evaluator:
+    """Takes the held-out loss of one set of clips again and again.
+
+    Args:
+        ordinals: the clips, from `choose_held_out`.
+        data: how many threads read and draw, how many passes ahead, and the longest wait for them.
+        ranks: the processes that share the passes; all of them call `take` together.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        ordinals: Sequence[int],
+        config: EvalConfig,
+        data: DataConfig,
+        density: SigmaDensity,
+        text_len: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        import torch
+
+        from train.objective import sample_sigma
+
+        self._dataset, self._data, self._text_len, self._device, self._ranks = dataset, data, text_len, device, ranks
+        self._sigmas = sample_sigma(
+            torch.arange(1, NUM_QUANTILES + 1, dtype=torch.float64) / (NUM_QUANTILES + 1), density
+        )
+        self._groups = _groups(dataset, ordinals, config.batch)
+        frames = [dataset.samples[group[0]].frames for group in self._groups]
+        modes = [(False, True) if count > TEMPORAL_STRIDE else (False,) for count in frames]
+        self._moving = [len(modes[place]) > 1 for place, group in enumerate(self._groups) for _ in group]
+        passes = [
+            Pass(group, level, mode)
+            for group in range(len(self._groups))
+            for level in range(NUM_QUANTILES)
+            for mode in modes[group]
+        ]
+        self._own = _divide(passes, ranks.layout)
+        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="held-out")
+        self._left: Iterator[Pass] | None = None
+        """Passes of the next evaluation that nothing is read for yet; None: it has not begun."""
+        self._ahead: collections.deque[_Ahead] = collections.deque()
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that are evaluated."""
+        return len(self._moving)
+
+    def read_ahead(self) -> None:
+        """Begin to read and draw for the next evaluation, as many passes ahead as configured."""
+        if self._left is None:
+            self._left = iter([one for one in self._own if one is not None])
+        while len(self._ahead) <= self._data.prefetch_steps and (one := next(self._left, None)) is not None:
+            self._ahead.append(self._begin(one))
+
+    def take(self, forward: Forward, check_stop: Callable[[], None] = lambda: None) -> HeldOut:
+        """The held-out loss of `forward`. Every rank calls `check_stop` before each of its passes and after the last;
+        it may raise."""
+        import torch
+
+        losses = torch.zeros(2, len(self._moving), NUM_QUANTILES, dtype=torch.float64)
+        starts = [sum(map(len, self._groups[:place])) for place in range(len(self._groups))]
+        try:
+            for one in self._own:
+                inputs = None if one is None else self._next()
+                check_stop()
+                if one is None or inputs is None:
+                    continue
+                taken = self._losses(forward, one, *inputs)
+                if one.counts:
+                    losses[int(one.image_first), starts[one.group] : starts[one.group] + len(taken), one.level] = taken
+            check_stop()  # who failed in the last round meets the others here, not in the exchange
+        finally:
+            self._left = None
+            self._ahead.clear()
+        if self._ranks.layout.ulysses_rank:  # the ranks of a sequence have the same losses
+            losses.zero_()
+        # One rank has each clip's loss, the others a zero: the order of this sum changes nothing.
+        exchanged = self._ranks.all_reduce_sum(*losses.flatten().tolist())
+        return self._summary(*torch.tensor(exchanged, dtype=torch.float64).view(losses.shape))
+
+    def close(self) -> None:
+        """Stop reading ahead. Safe to call twice."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        abandon_waits()
+        self._pool.shutdown(wait=True)
+
+    def _begin(self, one: Pass) -> _Ahead:
+        """What the pass before has read or drawn already is taken from it."""
+        before = self._ahead[-1] if self._ahead else None
+        group = self._groups[one.group]
+        if before is not None and before.one.group == one.group:
+            clips = before.clips
+        else:
+            clips = self._pool.submit(_read, self._dataset, group, self._text_len)
+        if before is not None and before.one[:2] == one[:2]:
+            return _Ahead(one, clips, before.noise)
+        # Behind its clips in the queue, so that when it runs they are done or running: it cannot wait for itself.
+        return _Ahead(one, clips, self._pool.submit(_draw, self._dataset, group, one.level, clips))
+
+    def _next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latent, text and noise of the next pass. Raises what reading raised, UserError where nothing arrives."""
+        self.read_ahead()
+        _, clips, noise = self._ahead.popleft()
+        limit = self._data.read_timeout_seconds
+        try:
+            return *result_within(clips, limit), result_within(noise, limit)
+        except TimeoutError:
+            raise UserError(
+                f"the held-out loss: its clips did not arrive within {limit:g} s",
+                fix="see whether the storage answers, or raise data.read_timeout_seconds",
+            ) from None
+
+    def _losses(self, forward: Forward, one: Pass, latent: Tensor, text: Tensor, noise: Tensor) -> Tensor:
+        """Of each clip of the pass, float64."""
+        import torch
+
+        from train.objective import add_noise, model_timestep, slot_losses
+
+        device = self._device
+        sigma_B = self._sigmas[one.level].expand(len(latent))
+        image_first_B = torch.full((len(latent),), one.image_first)
+        with torch.no_grad():
+            noisy, target = add_noise(latent.to(device), noise.to(device), sigma_B.to(device), image_first_B.to(device))
+            velocity = forward(noisy, model_timestep(sigma_B).to(device), image_first_B, text.to(device))
+            return slot_losses(velocity, target, image_first_B.to(device)).double().cpu()
+
+    def _summary(self, t2v_clips: Tensor, i2v_clips: Tensor) -> HeldOut:
+        import torch
+
+        moving = torch.tensor(self._moving)
+        t2v, i2v = (
+            tuple(math.fsum(level) / len(rows) for level in rows.T.tolist()) if len(rows) else ()
+            for rows in (t2v_clips, i2v_clips[moving])
+        )
+        means = [math.fsum(levels) / len(levels) for levels in (t2v, i2v) if levels]
+        return HeldOut(
+            mean=sum(means) / len(means),
+            t2v=t2v,
+            i2v=i2v,
+            num_clips=len(moving),
+            sigmas=tuple(self._sigmas.tolist()),
+            t2v_clips=t2v_clips,
+            i2v_clips=i2v_clips,
+            moving=moving,
+        )
 
 
 class Change(NamedTuple):
@@ -243,12 +362,30 @@ def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -
     return "; ".join(parts)
 
 
+class _Ahead(NamedTuple):
+    """A pass that is being read and drawn for."""
+
+    one: Pass
+    clips: Future[tuple[Tensor, Tensor]]
+    """Latent and text."""
+    noise: Future[Tensor]
+
+
 def _groups(dataset: Dataset, ordinals: Sequence[int], size: int) -> list[list[int]]:
     buckets: dict[Bucket, list[int]] = {}
     for ordinal in ordinals:
         sample = dataset.samples[ordinal]
         buckets.setdefault(Bucket(sample.frames, sample.height, sample.width), []).append(ordinal)
     return [some[start : start + size] for _, some in sorted(buckets.items()) for start in range(0, len(some), size)]
+
+
+def _divide(passes: Sequence[Pass], layout: Layout) -> list[Pass | None]:
+    """This rank's passes, one a round. Those of a round are neighbours, most of them of one bucket: no rank waits long
+    for another. In the last round some ranks have none; of a sharded base these repeat the last one."""
+    size = layout.dp_size
+    places = range(layout.dp_rank, -(-len(passes) // size) * size, size)
+    beyond = passes[-1]._replace(counts=False) if layout.base_shards > 1 else None
+    return [passes[place] if place < len(passes) else beyond for place in places]
 
 
 def _read(dataset: Dataset, group: Sequence[int], text_len: int) -> tuple[Tensor, Tensor]:
@@ -261,25 +398,11 @@ def _read(dataset: Dataset, group: Sequence[int], text_len: int) -> tuple[Tensor
     return torch.from_numpy(np.stack(latents)), pad_texts(texts, text_len)
 
 
-def _noise(dataset: Dataset, group: Sequence[int], level: int, shape: Sequence[int]) -> Tensor:
+def _draw(dataset: Dataset, group: Sequence[int], level: int, clips: Future[tuple[Tensor, Tensor]]) -> Tensor:
     import numpy as np
     import torch
 
+    shape = clips.result()[0].shape[1:]
     keys = [hash_key(dataset.samples[ordinal].key) for ordinal in group]
     drawn = [draw_noise(HELD_OUT_SEED, key, level, shape, Purpose.HELD_OUT_NOISE) for key in keys]
     return torch.from_numpy(np.stack(drawn))
-
-
-def _losses(
-    forward: Forward, latent: Tensor, noise: Tensor, text: Tensor, sigma: float, mode: bool, device: torch.device
-) -> Tensor:
-    import torch
-
-    from train.objective import add_noise, model_timestep, slot_losses
-
-    sigma_B = torch.full((len(latent),), sigma, dtype=torch.float64)
-    image_first_B = torch.full((len(latent),), mode)
-    with torch.no_grad():
-        noisy, target = add_noise(latent.to(device), noise.to(device), sigma_B.to(device), image_first_B.to(device))
-        velocity = forward(noisy, model_timestep(sigma_B).to(device), image_first_B, text.to(device))
-        return slot_losses(velocity, target, image_first_B.to(device)).double().cpu()

@@ -17,15 +17,15 @@ from typing import NamedTuple
 from shards.console import LOG
 from shards.errors import UserError
 from shards.storage.patience import on_wait
-from train import checkpoint, evaluate
+from train import checkpoint
 from train.config.train import TrainConfig
 from train.data.loader import Loader
 from train.device import available_memory, choose_device, device_info, explained_out_of_memory
 from train.estimate.layout import choose_layout
 from train.estimate.saves import GIB
+from train.evaluate import describe_held_out
 from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
-from train.lora.export import export_metadata
 from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
 from train.run.events import write_event
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
@@ -47,7 +47,7 @@ from train.run.throughput import Throughput
 from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
-from train.step import backward, num_batch_tokens, over_ranks, sigma_density
+from train.step import backward, num_batch_tokens, over_ranks
 
 SAMPLES_FOLDER = "samples"
 
@@ -94,7 +94,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         ranks = make_ranks(*choose_layout(config, world, free))
         start = _choose_start(folder, resume, ranks)
         session = open_session(config, verify=verify, start=start, ranks=ranks, device_bytes=free)
-        trainee, progress = session.trainee, TrainingState(session)
+        trainee, progress = session.trainee, stack.enter_context(contextlib.closing(TrainingState(session)))
         if start is not None:
             progress.restore(start)
         stop = stack.enter_context(stop_signals(StopSignal(ranks, watch.pulse)))
@@ -124,6 +124,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 )
             )
         )
+        if session.held_out is not None:
+            stack.enter_context(contextlib.closing(session.held_out))
         pictures: list[Ready] = []
         if config.sample is not None:
             pictures = prepare_prompts(config.sample.prompts, config.sample.sampler, trainee.dims, session.dataset)
@@ -138,7 +140,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
         if start is not None:
             progress.mark_saved()
         else:
-            progress.pending = progress.due()
+            progress.pending = progress.due(0)
         with _saved_on_error(progress, log, stop):
             # Step 0 may stay the best, and an evaluation that a signal interrupted may turn out to be.
             if _run_pending(progress, log, pictures, stop) and (start or config.checkpoint.export == "best"):
@@ -146,6 +148,8 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             while progress.step < config.max_steps and not stop.sync() and not _exhausted(progress):
                 began = time.perf_counter()
                 watch.at(progress.step + 1, "reading its batch")
+                if session.held_out is not None and "evaluation" in progress.due(progress.step + 1):
+                    session.held_out.read_ahead()
                 batch, position = next(loader)
                 waited = time.perf_counter() - began
                 if progress.telemetry is not None:
@@ -194,10 +198,12 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                 if last or is_best or stop.checkpoint or progress.step % config.checkpoint.every_steps == 0:
                     _save(progress, log)
                     stop.checkpoint = False
+                _note_written(progress, log)
             if stop.failed is not None:
                 raise RankLost(f"rank {stop.failed} failed")
             if not progress.is_saved:
                 _save(progress, log)
+            _note_written(progress, log, to_end=True)
         for line in meter.after():
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
@@ -241,6 +247,7 @@ def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
     try:
         if progress.is_exact and progress.step > 0 and not progress.is_saved:
             _save(progress, log, sync=False)
+        _note_written(progress, log, to_end=True)
         log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
     except Exception as another:  # not this one
         LOG.error("after the error below, nothing could be saved of step %d: %s", progress.step, another)
@@ -310,21 +317,12 @@ def _run_pending(progress: TrainingState, log: RunLog | None, pictures: list[Rea
 
 def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[[], None]) -> bool:
     """Take the held-out loss, of the moving average where there is one; return whether it is the best so far."""
-    config, session, trainee = progress.config, progress.session, progress.trainee
-    if config.eval is None:
+    session, trainee = progress.session, progress.trainee
+    if session.held_out is None:
         return False
     began = time.perf_counter()
     with trainee.inference(), trainee.holding(progress.average):
-        held_out = evaluate.evaluate(
-            trainee.model,
-            session.dataset,
-            session.held_out,
-            config.eval,
-            sigma_density(config.objective),
-            trainee.dims.text_len,
-            trainee.device,
-            check_stop,
-        )
+        held_out = session.held_out.take(trainee.model, check_stop)
     seconds = time.perf_counter() - began
     progress.seconds += seconds
     progress.eval_seconds += seconds
@@ -332,7 +330,7 @@ def _evaluate(progress: TrainingState, log: RunLog | None, check_stop: Callable[
         before = log.evaluations()
         log.write_held_out(progress.step, held_out, seconds)
         share = 100 * progress.eval_seconds / progress.seconds
-        found = evaluate.describe_held_out(held_out, before[0] if before else None)
+        found = describe_held_out(held_out, before[0] if before else None)
         LOG.info("step %d  %s; %.0f %% of the time", progress.step, found, share)
     return progress.judge(held_out.mean)
 
@@ -343,9 +341,9 @@ def _sample(progress: TrainingState, pictures: list[Ready], check_stop: Callable
         return
     trainee, began = progress.trainee, time.perf_counter()
     folder = progress.session.folder / SAMPLES_FOLDER / checkpoint.checkpoint_name(progress.step)
+    sampler, layout = progress.config.sample.sampler, progress.session.ranks.layout
     with trainee.holding(progress.average):
-        first = progress.session.ranks.is_first
-        sample_prompts(trainee.model, pictures, progress.config.sample.sampler, folder if first else None, check_stop)
+        sample_prompts(trainee.model, pictures, sampler, folder, check_stop, layout)
     progress.seconds += time.perf_counter() - began
 
 
@@ -355,14 +353,21 @@ def _exhausted(progress: TrainingState) -> bool:
 
 
 def _save(progress: TrainingState, log: RunLog | None, *, sync: bool = True) -> None:
-    """Write a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
+    """Begin a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
     if log is not None:
+        _note_written(progress, log, to_end=True)  # one at a time
         if sync:
             log.sync()
-        path = progress.save()
-        LOG.info("checkpoint %s", path)
-        log.event("checkpoint", progress.step, path=str(path))
+        progress.save()
     progress.mark_saved()
+
+
+def _note_written(progress: TrainingState, log: RunLog | None, *, to_end: bool = False) -> None:
+    """Report the checkpoint whose write has ended, or raise what it raised; `to_end` waits for it."""
+    saved = progress.written(to_end=to_end)
+    if saved is not None and log is not None:
+        LOG.info("checkpoint %s", saved.path)
+        log.event("checkpoint", saved.step, path=str(saved.path))
 
 
 def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:
@@ -383,23 +388,8 @@ def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
     words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"
     LOG.info("%s, held-out loss %.0f %%", words, share)
-    path = _export(progress)
+    path = progress.export()
     LOG.info("exported %s", path)
     reason = "patience" if stopped_early else "done"
     log.event("stop", progress.step, reason=reason, signal=None, error=None, export=str(path))
     return FitResult(progress.step, before, after, path, None)
-
-
-def _export(progress: TrainingState) -> Path:
-    """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
-    trainee, step = progress.trainee, progress.step
-    tensors = progress.average or trainee.tensors()
-    if progress.config.checkpoint.export == "best" and progress.best_step is not None and progress.best_step != step:
-        step = progress.best_step
-        folder = progress.folder / checkpoint.checkpoint_name(step)
-        tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if progress.average else trainee.file_name))
-    config = progress.config
-    metadata = export_metadata(progress.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
-    path = progress.session.folder / trainee.file_name
-    trainee.export(path, tensors, metadata)
-    return path

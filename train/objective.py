@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from train.config.train import ObjectiveConfig
+
 NUM_TIMESTEPS = 1000
 
 
@@ -27,6 +29,11 @@ class SigmaDensity(NamedTuple):
     """Of the logit, for logit_normal."""
     mode_scale: float = 1.29
     """For mode: 0 is uniform, up to 1.75 heavier in the middle."""
+
+
+def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
+    """The configured distribution of noise levels."""
+    return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
 
 
 def shift_sigma(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:

@@ -108,9 +108,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if key in CODE_BOOKS:
-                tensors[key] = value.detach().cpu()
+                tensors[key] = value.detach()
             else:
-                tensors[f"{name}.{key}"] = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+                tensors[f"{name}.{key}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
 
 

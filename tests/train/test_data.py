@@ -13,6 +13,7 @@ from train_runs import make_config, read_metrics
 from shards.errors import UserError
 from shards.read.dataset import open_dataset
 from train.config.train import slots_per_rank
+from train.data import loader as loader_module
 from train.data.batch import pad_texts, to_float32
 from train.data.draws import draw_noise
 from train.data.loader import Loader, plan_step, select_samples
@@ -69,6 +70,20 @@ def test_prefetch_and_workers_change_nothing_and_any_position_is_reached(tiny_sh
     assert all(same(first[0], second[0]) and first[1] == second[1] for first, second in zip(one, many, strict=True))
     resumed = take(make_config(tiny_shards, tmp_path), 4, step=6, position=one[4][1])
     assert all(same(first[0], second[0]) for first, second in zip(one[5:], resumed, strict=True))
+
+
+def test_the_first_batch_is_read_before_it_is_asked_for(tiny_shards, tmp_path, monkeypatch):
+    """While a run still takes its first held-out loss."""
+    original, read = loader_module.read_latent, threading.Event()
+
+    def noted(*arguments):
+        read.set()
+        return original(*arguments)
+
+    monkeypatch.setattr(loader_module, "read_latent", noted)
+    loader = open_loader(make_config(tiny_shards, tmp_path))[-1]
+    assert read.wait(60)
+    loader.close()
 
 
 @pytest.mark.parametrize("dp_size", [2, 4])

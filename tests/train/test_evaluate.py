@@ -1,23 +1,38 @@
-"""`wantrain evaluate`: the held-out loss of a run again, of a merged base, of two LoRAs on the same draws."""
+"""The held-out loss on any layout of processes; `wantrain evaluate`: of a run again, of a merged base, of two LoRAs."""
 
+import contextlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from train_runs import DIMS, make_config, read_metrics
+from ranks import in_a_group, run_ranks
+from train_runs import DIMS, finish, make_config, read_metrics
 
+from shards.console import set_up_logging
+from train import loop
 from train.cli.main import main
 from train.config.model import DiTConfig
-from train.evaluate import HeldOut, changes
+from train.config.sampling import Prompt, SamplerConfig
+from train.evaluate import Evaluator, HeldOut, changes
 from train.loop import fit
 from train.lora.formats import read_lora
 from train.lora.merge import merge_checkpoint
 from train.model.dit import build_model
 from train.model.load import save_dit
+from train.parallel.ranks import Layout, make_ranks
+from train.run.session import StopSignal, open_session
+from train.sampling.sample import prepare_prompts, sample_prompts
 
 EVAL = {"every_steps": 3, "num_clips": 3, "batch": 2}
+LAYOUTS = {
+    2: {"replicate": (1, 1), "shard": (2, 1), "ulysses": (1, 2)},
+    4: {"replicate": (1, 1), "shard": (4, 1), "two copies": (2, 1), "ulysses": (1, 2), "all": (4, 2)},
+}
+"""By processes: over how many the base is sharded, and how many share a sample's tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +149,124 @@ def test_the_interval_is_over_clips_and_paired():
         one = changes(_held(ones, ones, [True] * 40), _held(after, after, [True] * 40))[-1]
         inside += one.low < -0.05 < one.high
     assert 50 <= inside <= 60
+
+
+def held_out_on(config, ranks, folder):
+    """Held-out figures of a model that is the same on every layout, the passes that were run here, and pictures."""
+    session = open_session(config, ranks=ranks)
+    trainee = session.trainee
+    finish(trainee.model, trainee.policy)
+    forwards = []
+
+    def forward(*inputs):
+        forwards.append(tuple(inputs[0].shape))
+        return trainee.model(*inputs)
+
+    with trainee.inference(), contextlib.closing(session.held_out):
+        session.held_out.read_ahead()
+        first, again = (session.held_out.take(forward) for _ in range(2))
+    assert first.as_dict() == again.as_dict()
+    assert torch.equal(first.t2v_clips, again.t2v_clips) and torch.equal(first.i2v_clips, again.i2v_clips)
+    prompts = [Prompt(name=f"p{seed}", key="*", seed=seed) for seed in range(3)]
+    sampler = SamplerConfig(steps=2)
+    ready = prepare_prompts(prompts, sampler, trainee.dims, session.dataset)
+    written = sample_prompts(trainee.model, ready, sampler, folder, layout=ranks.layout)
+    clips = [first.t2v_clips.tolist(), first.i2v_clips.tolist()]
+    return first.as_dict(), clips, len(forwards) // 2, [path.name for path in written]
+
+
+def held_out_on_ranks(config, layouts, folder):
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def work():
+        found = {}
+        for name, (base_shards, ulysses) in layouts.items():
+            layout = Layout(rank, size, rank, base_shards, ulysses)
+            found[name] = held_out_on(config, make_ranks(layout), folder / f"{size} {name}")
+        return found
+
+    return in_a_group(work)
+
+
+def test_the_figures_are_those_of_one_process_on_every_layout(tiny_shards, tmp_path):
+    """And the pictures. Replicated and sharded to the bit: a pass holds the same clips, a sum the same numbers."""
+    config = make_config(
+        tiny_shards, tmp_path, data__validation_fraction=0.4, data__global_batch=8, data__micro_batch=1, eval=EVAL,
+        model={"dims": {**DIMS, "dim": 192, "num_heads": 24}},
+    )  # fmt: skip
+    (one,) = run_ranks(1, held_out_on_ranks, config, {"alone": (1, 1)}, tmp_path)
+    figures, clips, num_passes, names = one["alone"]
+    assert num_passes % 4 and names == ["p0.safetensors", "p1.safetensors", "p2.safetensors"], "every rank has as many"
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "1 alone").iterdir()}
+    for size, layouts in LAYOUTS.items():
+        results = run_ranks(size, held_out_on_ranks, config, layouts, tmp_path)
+        for name, (base_shards, ulysses) in layouts.items():
+            by_rank = [result[name] for result in results]
+            groups = size // ulysses
+            for found, found_clips, _, _ in by_rank:
+                if ulysses == 1:
+                    assert (found, found_clips) == (figures, clips), (size, name)
+                for part in ("mean", "t2v", "i2v"):
+                    np.testing.assert_allclose(found[part], figures[part], rtol=1e-6, atol=0)
+            rounds, fewer = -(-num_passes // groups), num_passes // groups
+            done = [passes for _, _, passes, _ in by_rank]
+            assert set(done) == ({rounds} if base_shards > 1 else {rounds, fewer}), (size, name, done)
+            assert sorted(one for _, _, _, made in by_rank for one in made) == names
+            made = {path.name: path.read_bytes() for path in (tmp_path / f"{size} {name}").iterdir()}
+            assert made == pictures if ulysses == 1 else made.keys() == pictures.keys()
+
+
+def test_its_first_clips_are_read_while_the_step_before_it_runs(tiny_shards, tmp_path, monkeypatch):
+    order = []
+
+    def noting(owner, name, note):
+        original = getattr(owner, name)
+
+        def noted(*arguments):
+            order.append(note(arguments))
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(Evaluator, "read_ahead", lambda arguments: "read ahead")
+    noting(Evaluator, "take", lambda arguments: "take")
+    noting(loop, "backward", lambda arguments: arguments[1].step)
+    fit(make_config(tiny_shards, tmp_path, max_steps=5, eval={"num_clips": 1, "every_steps": 3}))
+    firsts = [one for before, one in zip([None, *order], order, strict=False) if one != before]  # one a pass follows
+    assert firsts == ["take", "read ahead", 1, 2, "read ahead", 3, "take", "read ahead", 4, "read ahead", 5, "take",
+                      "read ahead"]  # fmt: skip
+
+
+def fit_and_stop(config, looks):
+    """One rank of a run; the second gets a signal at its so manieth look for one."""
+    original, done = StopSignal.raise_if_asked, []
+
+    def look(stop):
+        done.append(1)
+        if len(done) == looks and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(stop)
+
+    StopSignal.raise_if_asked = look
+    set_up_logging(terminal=False)
+    result = fit(config)
+    return result.step, result.stopped_by, len(done)
+
+
+def test_an_evaluation_that_a_signal_stopped_gives_the_same_figures_after_the_resume(tiny_shards, tmp_path):
+    """On two processes, in the middle of the second evaluation."""
+
+    def config(name):
+        return make_config(
+            tiny_shards, tmp_path / name, max_steps=4, data__micro_batch=1, data__validation_fraction=0.4,
+            optim__lr=2e-2, eval=EVAL,
+        )  # fmt: skip
+
+    (*_, in_all), _ = run_ranks(2, fit_and_stop, config("straight"), None)
+    assert in_all % 3 == 0, "evaluations before the first step, after the third and the last"
+    stopped = run_ranks(2, fit_and_stop, config("run"), in_all // 3 + 5)
+    assert stopped == [(3, signal.SIGTERM, in_all // 3 + 5)] * 2
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "held_out.jsonl")] == [0]
+    run_ranks(2, fit_and_stop, config("run"), None)
+    straight, resumed = (read_metrics(tmp_path / name, "held_out.jsonl") for name in ("straight", "run"))
+    assert resumed == straight and len({line["mean"] for line in straight}) == 3

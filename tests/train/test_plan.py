@@ -9,18 +9,27 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from shards.config import load_config
 from shards.errors import UserError
 from shards.gpus import GPUS, by_driver_name, find_gpu
 from train.cli.main import main
 from train.config.model import TI2V_5B, LoRAConfig
-from train.config.train import CheckpointingConfig, DataConfig, ModelConfig, PrecisionConfig, TrainConfig
-from train.estimate.flops import step_flops, step_work
-from train.estimate.memory import num_lora_parameters, num_parameters
+from train.config.train import (
+    CheckpointingConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
+from train.estimate.flops import forward_work, step_flops, step_work
+from train.estimate.memory import block_bytes, num_lora_parameters, num_parameters
 from train.estimate.plan import Estimate, Size, make_plan, parse_size
 from train.estimate.plan_text import describe_estimate
 from train.estimate.saves import GIB, make_chooser, rank_groups, run_memory, total_kept
 from train.geometry import SAVE_GROUPS, Bucket, Shape
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CLIP = Size(Bucket(49, 704, 1280), 1.0)
 
 
@@ -124,6 +133,36 @@ def test_the_held_out_share_counts_its_forward_passes() -> None:
     forward, step = 151.3, 16 * 377.4
     held_out = 21 * 16 * 18 * forward
     assert share == pytest.approx(held_out / (held_out + 10_000 * step), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("1xh200", "h200"), ("8xh100", "h100"), ("2xv100", "v100-32gb"), ("1xrtx4090", "rtx4090")]
+)
+def test_the_held_out_loss_takes_at_most_a_fiftieth_on_any_number_of_gpus(name: str, gpu: str) -> None:
+    """Of the shipped configs; each replica took all of it once: 10 % on 8 GPUs."""
+    shipped = load_config(TrainConfig, CONFIGS / f"ti2v_5b_{name}.yaml", ["model.checkpoint=/nowhere"])
+    sizes = [Size(Bucket(17, 480, 832), 1.0)]  # the smallest: where the share is largest
+    for num_gpus, num_nodes in ((1, 1), (8, 1), (64, 8)):
+        assert 0.005 < make_plan(shipped, GPUS[gpu], num_gpus, sizes, num_nodes=num_nodes).held_out_share <= 0.02
+
+
+def test_held_out_passes_are_divided_round_by_round() -> None:
+    """288 of 16 clips; on 64 ranks five rounds of 64; a clip of one frame has nine; a sharded base is gathered once."""
+
+    def days(num_gpus: int, *sizes: Size, **changes: Any) -> float:
+        plan = make_plan(config(data=DataConfig(root="x", global_batch=64), **changes), GPUS["h100"], num_gpus, sizes)
+        return plan.held_out_share * plan.train_days
+
+    one = days(1, CLIP)
+    assert days(8, CLIP) == pytest.approx(one / 8)
+    assert days(64, CLIP) == pytest.approx(one * 5 / 288)
+    image = Size(Bucket(1, 704, 1280), 1.0)
+    still = make_plan(config(), GPUS["h100"], 1, [image])
+    forward = forward_work(TI2V_5B, Shape(1, 880), LoRAConfig()).seconds(GPUS["h100"], 2)
+    assert still.held_out_share * still.train_days * 86_400 == pytest.approx(21 * 16 * 9 * sum(forward))
+    sharded = days(8, CLIP, parallel=ParallelConfig(shard="full"))
+    gathered = TI2V_5B.num_layers * block_bytes(TI2V_5B, 2, 8) * 7 / 8 / (1e9 * GPUS["h100"].link_gb_per_second)
+    assert (sharded - one / 8) * 86_400 == pytest.approx(21 * 36 * gathered)
 
 
 def test_sizes_are_weighted_and_the_largest_decides_memory() -> None:

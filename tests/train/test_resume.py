@@ -250,8 +250,9 @@ def test_a_signal_within_a_step_is_answered_before_the_next_micro_batch(tiny_sha
     assert checkpoint_bytes(tmp_path / "stopped", 10) == checkpoint_bytes(tmp_path / "straight", 10)
 
 
-EVALUATION, PICTURES = 2 * 9, 2 * 4
-"""Looks for a signal: one a clip and noise level, one a prompt and step of the solver."""
+EVALUATION, PICTURES = (2 + 1) * 9 + 1, 2 * 4 + 1
+"""Looks for a signal: one a clip, noise level and mode (one clip is an image), one a prompt and step of the solver; and
+one at the end."""
 SETTLED = EVALUATION + PICTURES
 
 

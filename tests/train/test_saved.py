@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from shards_data import flip_a_latent, write_dataset
 from train_runs import checkpoint_bytes, make_config, read_metrics, send_when
 
 from shards.config import dump_config
-from shards.errors import UserError
+from shards.errors import SystemFailure, UserError
 from shards.storage import open_storage
-from train import evaluate
+from train import checkpoint, loop
 from train.checkpoint import find_checkpoints, read_checkpoint
+from train.evaluate import Evaluator
 from train.launch.launch import own_command
 from train.loop import fit
+from train.run.log import RunLog
 
 
 def newest(folder: Path) -> int:
@@ -57,7 +60,7 @@ def test_an_error_of_the_evaluation_saves_the_step_and_the_resume_takes_it_again
     def config(name):
         return make_config(tiny_shards, tmp_path / name, eval={"num_clips": 2, "every_steps": 4})
 
-    original, calls = evaluate.evaluate, []
+    original, calls = Evaluator.take, []
 
     def failing(*arguments):
         calls.append(1)
@@ -65,14 +68,14 @@ def test_an_error_of_the_evaluation_saves_the_step_and_the_resume_takes_it_again
             raise RuntimeError("a kernel failed")
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, "evaluate", failing)
+    monkeypatch.setattr(Evaluator, "take", failing)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         fit(config("run"))
     (path,) = find_checkpoints(tmp_path / "run/checkpoints")
     state = read_checkpoint(path)
     assert (state.step, state.owed) == (4, ("evaluation",))
     fit(config("run"))
-    monkeypatch.setattr(evaluate, "evaluate", original)
+    monkeypatch.setattr(Evaluator, "take", original)
     fit(config("straight"))
     for name in ("metrics.jsonl", "held_out.jsonl"):
         assert read_metrics(tmp_path / "run", name) == read_metrics(tmp_path / "straight", name)
@@ -183,3 +186,80 @@ def test_sighup_is_a_signal_like_sigterm(tiny_shards, tmp_path):
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGHUP
     assert newest(tmp_path / "run") == len(read_metrics(tmp_path / "run"))
+
+
+@pytest.fixture
+def held_write(monkeypatch):
+    """Writes of checkpoints wait until a step is in the metrics: with it the function that says for which."""
+    original, write_step, at, reached = checkpoint.write_checkpoint, RunLog.write_step, [0], threading.Event()
+
+    def held(folder, state, *rest):
+        assert state.step >= at[0] or reached.wait(120), "the steps wait for the checkpoint"
+        return original(folder, state, *rest)
+
+    def noted(log, record):
+        write_step(log, record)
+        if record.step >= at[0]:
+            reached.set()
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", held)
+    monkeypatch.setattr(RunLog, "write_step", noted)
+    return lambda step: at.__setitem__(0, step)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_change_nothing_in_it(tiny_shards, tmp_path, held_write):
+    """Step 5's is written when step 8 is done: weights, moments, average and counters are those of step 5."""
+    changes = {"optim__ema_decay": 0.9, "optim__lr": 1e-2}
+    fit(make_config(tiny_shards, tmp_path / "straight", **changes))
+    held_write(8)
+    fit(make_config(tiny_shards, tmp_path / "run", **changes))
+    for step in (5, 10):
+        assert checkpoint_bytes(tmp_path / "run", step) == checkpoint_bytes(tmp_path / "straight", step)
+    kinds = [(event["event"], event["step"]) for event in events(tmp_path / "run")]
+    assert kinds[-3:] == [("checkpoint", 5), ("checkpoint", 10), ("stop", 10)]
+
+
+def test_an_error_of_the_write_ends_the_run_and_a_later_step_is_saved(tiny_shards, tmp_path, held_write, monkeypatch):
+    """A disk that refused for a moment: the same error as without the thread, and no step is lost."""
+    held, refused = checkpoint.write_checkpoint, []
+
+    def refusing(folder, state, *rest):
+        if not refused:
+            refused.append(state.step)
+            raise SystemFailure(OSError(28, "No space left on device", str(folder)))
+        return held(folder, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", refusing)
+    with pytest.raises(SystemFailure, match="No space left on device") as caught:
+        fit(make_config(tiny_shards, tmp_path / "run", max_steps=1000))
+    assert caught.value.exit_code == 75 and refused == [5]
+    assert newest(tmp_path / "run") == len(read_metrics(tmp_path / "run")) >= 5
+    assert [event["event"] for event in events(tmp_path / "run")][-2:] == ["checkpoint", "stop"]
+
+
+@pytest.mark.parametrize("way", ["signal", "error", "interrupt"])
+def test_every_way_out_waits_for_a_checkpoint_that_is_being_written(
+    tiny_shards, tmp_path, held_write, monkeypatch, way
+):
+    held_write(6)
+    original = loop.backward
+
+    def leaving(trainee, batch, *rest):
+        if batch.step == 7:
+            if way == "error":
+                raise RuntimeError("a kernel failed")
+            if way == "interrupt":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainee, batch, *rest)
+
+    monkeypatch.setattr(loop, "backward", leaving)
+    expected = {"error": RuntimeError, "interrupt": KeyboardInterrupt}.get(way)
+    if expected is None:
+        assert fit(make_config(tiny_shards, tmp_path / "run")).stopped_by == signal.SIGTERM
+    else:
+        with pytest.raises(expected):
+            fit(make_config(tiny_shards, tmp_path / "run"))
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-0000005"] + ([] if way == "interrupt" else ["step-0000006"])
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,12 +184,11 @@ def evaluate_models(
     from train.config.train import EvalConfig, TrainConfig, dataset_roots
     from train.data.loader import select_samples
     from train.data.open import open_data
-    from train.evaluate import Evaluation, choose_held_out
-    from train.evaluate import evaluate as held_out_loss
+    from train.evaluate import Evaluation, Evaluator, choose_held_out
     from train.lora.export import locate_lora
     from train.lora.formats import read_lora
     from train.lora.lora import attach_lora, detach
-    from train.step import sigma_density
+    from train.objective import sigma_density
 
     # A run's folder, or that of the run that a checkpoint or its file lies in.
     around = (source, *source.resolve().parents[:3])
@@ -210,7 +210,9 @@ def evaluate_models(
 
     def take(model: WanDiT) -> Any:
         device, density = next(model.parameters()).device, sigma_density(loaded.objective)
-        return held_out_loss(model, opened, held_out, settings, density, model.config.text_len, device)
+        evaluator = Evaluator(opened, held_out, settings, loaded.data, density, model.config.text_len, device)
+        with contextlib.closing(evaluator):
+            return evaluator.take(model)
 
     model = load_base(loaded.model, loaded.precision)
     results = {"the base": take(model)}

@@ -165,14 +165,14 @@ class Loader:
         self._step, self._position = step, position
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
         self._pending: collections.deque[_Pending] = collections.deque()
+        self._read_ahead()  # the first batch is read while the run still evaluates or writes its settings
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         return self
 
     def __next__(self) -> tuple[Batch, Position]:
         """The next batch and the position after it. Raises what reading raised, UserError for a bad sample."""
-        while len(self._pending) <= self._config.data.prefetch_steps:
-            self._enqueue()
+        self._read_ahead()
         pending = self._pending.popleft()
         limit = self._config.data.read_timeout_seconds
         try:
@@ -190,6 +190,10 @@ class Loader:
         abandon_waits()
         self._pool.shutdown(wait=True)
         self._pending.clear()
+
+    def _read_ahead(self) -> None:
+        while len(self._pending) <= self._config.data.prefetch_steps:
+            self._enqueue()
 
     def _enqueue(self) -> None:
         chosen = self._order.batch(self._position)

@@ -215,11 +215,24 @@ def count_exchange(
     n, s, p = mesh.num_gpus, mesh.base_shards, mesh.ulysses
     gradients = 8 * trained * (n - 1) / n
     base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
-    held = local_shape(shape, p).all_tokens * (p - 1) / p
-    velocity = 4 * held * p * dims.out_channels * dims.patch[1] * dims.patch[2]
-    tokens = (4 * held * dims.dim * compute_bytes * num_passes(dims, config.lora, saves) + velocity) * micro_steps
+    tokens = micro_steps * _token_bytes(dims, shape, p, num_passes(dims, config.lora, saves), compute_bytes)
     seconds = gradients / mesh.link(gpu, n) + base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
     return Exchange(gradients, base, tokens, seconds)
+
+
+def forward_exchange_seconds(dims: DiTConfig, mesh: Mesh, gpu: Gpu, shape: Shape, compute_bytes: int) -> float:
+    """Seconds that a rank exchanges in a forward pass without gradients: the base once, tokens once a block."""
+    s, p = mesh.base_shards, mesh.ulysses
+    base = dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s
+    tokens = _token_bytes(dims, shape, p, dims.num_layers, compute_bytes)
+    return base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
+
+
+def _token_bytes(dims: DiTConfig, shape: Shape, ulysses: int, num_passes: int, compute_bytes: int) -> float:
+    """What comes in over the wire of a sample that is shared: tokens at every pass of a block, the velocity once."""
+    held = local_shape(shape, ulysses).all_tokens * (ulysses - 1) / ulysses
+    velocity = 4 * held * ulysses * dims.out_channels * dims.patch[1] * dims.patch[2]
+    return 4 * held * dims.dim * compute_bytes * num_passes + velocity
 
 
 def num_passes(dims: DiTConfig, lora: LoRAConfig | None, saves: Sequence[Collection[str]]) -> int:

@@ -8,6 +8,7 @@ at the rate that is expected of the GPU (shards/gpus.py); the optimistic and pes
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +23,18 @@ from train.estimate.communication import (
     candidates,
     choose_mesh,
     count_exchange,
+    forward_exchange_seconds,
     local_shape,
     rank_work,
 )
 from train.estimate.flops import Work, forward_work
 from train.estimate.memory import Memory
 from train.estimate.saves import GIB, Saves, describe_saves, make_chooser, run_memory
-from train.geometry import SAVE_GROUPS, Bucket, Shape, num_tokens
+from train.geometry import SAVE_GROUPS, TEMPORAL_STRIDE, Bucket, Shape, num_tokens
 
 DAY_SECONDS = 86_400
-HELD_OUT_PASSES = 18
-"""Forward passes of one held-out clip: nine quantiles, text-to-video and image-to-video."""
+NUM_LEVELS = 9
+"""Noise levels of the held-out loss; at each a clip of several latent frames is seen in two modes."""
 OPTIMISTIC, PESSIMISTIC = 0.76, 1.4
 """The range of the likely seconds: every kernel near its best, and every kernel at the worst that was reported."""
 REFERENCE_SIZE = Bucket(49, 704, 1280)
@@ -157,13 +159,16 @@ def make_plan(
         notes.append(
             f"{chosen.name} does not fit a {gpu.name}: lower data.micro_batch or set checkpointing.policy: auto"
         )
-    # Every replica evaluates all held-out clips.
-    held_out = sum(_work_seconds(basis, _held_out_work(config, dims, sizes))) / mesh.ulysses
+    held_out, held_out_exchange = _held_out_seconds(basis, mesh)
     training = chosen.seconds * config.max_steps
     samples = config.max_steps * config.data.global_batch
     encode = {mode: _encode_days(gpu, mode, sizes, samples, num_gpus) for mode in ("fp32", "fp16")}
     encode_days = encode["fp32" if vae_mode == "fp32" else "fp16"]
-    low, high = (chosen.days(config.max_steps, f) + f * held_out / DAY_SECONDS for f in (OPTIMISTIC, PESSIMISTIC))
+    low, high = (
+        chosen.days(config.max_steps, f) + (f * held_out + held_out_exchange) / DAY_SECONDS
+        for f in (OPTIMISTIC, PESSIMISTIC)
+    )
+    held_out += held_out_exchange
     return Estimate(
         gpu=gpu,
         num_gpus=num_gpus,
@@ -360,13 +365,25 @@ def _tokens(dims: DiTConfig, bucket: Bucket) -> int:
         raise UserError(f"size {bucket}: {error}") from None
 
 
-def _held_out_work(config: TrainConfig, dims: DiTConfig, sizes: Sequence[Size]) -> Work:
+def _held_out_seconds(basis: Basis, mesh: Mesh) -> tuple[float, float]:
+    """Of all evaluations of a run on one GPU: seconds of work, and of exchanges.
+
+    Forward passes are divided among the ranks round by round (train/evaluate.py), a pass's seconds each.
+    """
+    config, dims = basis.config, basis.dims
     if config.eval is None:
-        return Work(0, 0, 0, 0)
+        return 0.0, 0.0
+    work, exchanged, passes = 0.0, 0.0, 0.0
+    for bucket, share in basis.sizes:
+        num_modes = 2 if bucket.frames > TEMPORAL_STRIDE else 1
+        here = share * config.eval.num_clips / config.eval.batch * NUM_LEVELS * num_modes
+        shape = Shape(config.eval.batch, _tokens(dims, bucket))
+        work += here * sum(_work_seconds(basis, forward_work(dims, shape, config.lora))) / mesh.ulysses
+        exchanged += here * forward_exchange_seconds(dims, mesh, basis.gpu, shape, basis.compute_bytes)
+        passes += here
     evaluations = 1 + -(-config.max_steps // config.eval.every_steps)
-    passes = HELD_OUT_PASSES * config.eval.num_clips * evaluations
-    parts = (forward_work(dims, Shape(1, _tokens(dims, bucket)), config.lora).scaled(share) for bucket, share in sizes)
-    return Work(*map(sum, zip(*parts, strict=True))).scaled(passes)
+    times = evaluations * math.ceil(passes / mesh.dp_size) / passes
+    return times * work, times * exchanged
 
 
 def _encode_days(gpu: Gpu, mode: VaeMode, sizes: Sequence[Size], num_samples: int, num_gpus: int) -> float:

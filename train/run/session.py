@@ -30,7 +30,8 @@ from train.config.train import TrainConfig, dataset_roots, run_identity, slots_p
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
-from train.evaluate import choose_held_out
+from train.evaluate import Evaluator, choose_held_out
+from train.objective import sigma_density
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, resolve_dims, weights_digest
 
@@ -45,8 +46,8 @@ class Session:
     dataset: Dataset
     ordinals: list[int]
     """The training side."""
-    held_out: list[int]
-    """Samples of the held-out loss."""
+    held_out: Evaluator | None
+    """Takes the held-out loss; None without `eval`."""
     order: Order
     trainee: Trainee
     identity: dict[str, Any]
@@ -90,8 +91,14 @@ def open_session(
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)
     trainee = make_trainee(config, ranks, device_bytes)
-    folder = Path(config.output)
-    return Session(folder, dataset, ordinals, held_out, order, trainee, full_identity(config, dataset, trainee), ranks)
+    evaluator = None
+    if config.eval is not None:
+        density = sigma_density(config.objective)
+        evaluator = Evaluator(
+            dataset, held_out, config.eval, config.data, density, dims.text_len, trainee.device, ranks
+        )
+    identity = full_identity(config, dataset, trainee)
+    return Session(Path(config.output), dataset, ordinals, evaluator, order, trainee, identity, ranks)
 
 
 def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> dict[str, Any]:
@@ -269,7 +276,7 @@ def describe_data(session: Session) -> list[str]:
     return [
         f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, the first epoch has {batches:,} batches "
         f"of {batch}; revision {dataset.revision[:12]}",
-        f"held out: {len(session.held_out)} clips" if session.held_out else "held out: nothing, no held-out loss",
+        f"held out: {session.held_out.num_clips} clips" if session.held_out else "held out: nothing, no held-out loss",
     ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from train.checkpoint import Owed
 from train.data import draws
 from train.data import sampler as order
 from train.data.sampler import Position
+from train.lora.export import export_metadata
 from train.optim import (
     clip_gradients,
     learning_rate,
@@ -28,6 +31,16 @@ from train.optim import (
 from train.precision import LossScaler, OverflowTelemetry, has_overflow
 from train.run.session import Session, provenance
 from train.run.trainee import check_names
+
+COPIED_BYTES = 4 << 30
+"""The largest state that is copied, into the host's memory, so that the next step need not wait for its checkpoint."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is complete."""
+
+    step: int
+    path: Path
 
 
 class TrainingState:
@@ -55,6 +68,8 @@ class TrainingState:
         self.may_agree = True
         """Whether an error of this rank can be agreed on at the others' next sync: not from backward to the update."""
         self._saved: tuple[int, tuple[Owed, ...]] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Saved] | None = None
         self.seconds = 0.0
         """Wall clock of all steps and evaluations."""
         self.eval_seconds = 0.0
@@ -110,12 +125,12 @@ class TrainingState:
     def finish_step(self, step: int, position: Position) -> None:
         """The update of `step` is done: from here on the state is that of the step, with what is pending after it."""
         self.step, self.position = step, position
-        self.pending = self.due()
+        self.pending = self.due(step)
         self.is_exact = self.may_agree = True
 
     @property
     def is_saved(self) -> bool:
-        """Whether the newest checkpoint holds this very state."""
+        """Whether the newest checkpoint holds this very state, or will when it is written."""
         return self._saved == (self.step, self.pending)
 
     def mark_saved(self) -> None:
@@ -137,11 +152,11 @@ class TrainingState:
                 fix="start in another output with a lower optim.lr, from the last good weights: lora.start_from=FILE",
             )
 
-    def due(self) -> tuple[Owed, ...]:
-        """What the configuration asks for after this step; both also before the first and after the last step."""
+    def due(self, step: int) -> tuple[Owed, ...]:
+        """What the configuration asks for after a step; both also before the first and after the last step."""
         sections: dict[Owed, Any] = {"evaluation": self.config.eval, "pictures": self.config.sample}
-        last = self.step == self.config.max_steps
-        return tuple(name for name, its in sections.items() if its and (last or self.step % its.every_steps == 0))
+        last = step == self.config.max_steps
+        return tuple(name for name, its in sections.items() if its and (last or step % its.every_steps == 0))
 
     def judge(self, held_out_loss: float) -> bool:
         """Record an evaluation; return whether it is the best so far."""
@@ -152,8 +167,11 @@ class TrainingState:
         self.evaluations_since_best += 1
         return False
 
-    def save(self) -> Path:
-        """Write a checkpoint and remove those that need not be kept."""
+    def save(self) -> None:
+        """Begin to write a checkpoint in a thread, which then removes those that need not be kept: see `written`.
+
+        What the next step changes is copied first; a state that is too large for that is written before this returns.
+        """
         names = {weight: name for name, weight in self.trainee.weights.items()}
         tensors = {
             self.trainee.file_name: self.trainee.tensors(),
@@ -161,8 +179,46 @@ class TrainingState:
         }
         if self.average is not None:
             tensors[checkpoint.AVERAGE_FILE] = self.average
-        path = checkpoint.write_checkpoint(self.folder, self._state(), tensors, self.session.dataset.pin())
-        checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.best_step)
+        size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        if size <= COPIED_BYTES:
+            tensors = {
+                file: {name: x.to("cpu", copy=True) for name, x in named.items()} for file, named in tensors.items()
+            }
+        self._writing = self._writer.submit(self._write, self._state(), tensors)
+        if size > COPIED_BYTES:
+            wait([self._writing])
+
+    def _write(self, state: checkpoint.CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Saved:
+        path = checkpoint.write_checkpoint(self.folder, state, tensors, self.session.dataset.pin())
+        checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, state.best_step)
+        return Saved(state.step, path)
+
+    def written(self, *, to_end: bool = False) -> Saved | None:
+        """The checkpoint whose write has ended since the last call; `to_end` waits for it. Raises its error."""
+        writing = self._writing
+        if writing is None or not (to_end or writing.done()):
+            return None
+        wait([writing])
+        self._writing = None
+        if writing.exception() is not None:
+            self._saved = None
+        return writing.result()
+
+    def close(self) -> None:
+        """Wait for the end of a checkpoint's write, whatever it comes to."""
+        self._writer.shutdown(wait=True)
+
+    def export(self) -> Path:
+        """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
+        trainee, config, step = self.trainee, self.config, self.step
+        tensors = self.average or trainee.tensors()
+        if config.checkpoint.export == "best" and self.best_step is not None and self.best_step != step:
+            step = self.best_step
+            folder = self.folder / checkpoint.checkpoint_name(step)
+            tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if self.average else trainee.file_name))
+        metadata = export_metadata(self.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
+        path = self.session.folder / trainee.file_name
+        trainee.export(path, tensors, metadata)
         return path
 
     def restore(self, path: Path) -> None:

@@ -29,6 +29,7 @@ from train.config.sampling import Prompt, SamplerConfig
 from train.data.batch import pad_texts, read_latent
 from train.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from train.model.dit import WanDiT
+from train.parallel.ranks import ALONE, Layout
 from train.sampling.solver import make_grid, make_solver
 
 
@@ -101,28 +102,37 @@ def sample_prompts(
     model: WanDiT,
     prompts: Sequence[Ready],
     sampler: SamplerConfig,
-    folder: Path | None,
+    folder: Path,
     look_up: Callable[[], None] = lambda: None,
+    layout: Layout = ALONE.layout,
 ) -> list[Path]:
     """Make a latent of each prompt, `folder/NAME.safetensors`. The model is in inference mode meanwhile.
 
-    Ranks that share the base or the tokens all make it; a rank whose folder is None writes nothing. `look_up` is called
-    before each step of the solver; where it raises, what is written by then is complete.
+    Prompts are divided among the ranks round by round, and each writes its own; ranks that share a sample's tokens make
+    one together. In the last round some have none: of a sharded base they repeat the last prompt and write nothing.
+    Every rank calls `look_up` before each step of the solver and at the end; where it raises, what is written is whole.
     """
     was_training = model.training
     model.eval()
     written = []
     try:
-        for prompt, text_SE, null_SE, shape, first_CHW, facts in prompts:
+        for place in range(layout.dp_rank, -(-len(prompts) // layout.dp_size) * layout.dp_size, layout.dp_size):
+            is_own = place < len(prompts)
+            if not is_own and layout.base_shards == 1:
+                for _ in range(sampler.steps):
+                    look_up()
+                continue
+            prompt, text_SE, null_SE, shape, first_CHW, facts = prompts[min(place, len(prompts) - 1)]
             began = time.perf_counter()
             noise_CTHW = draw_start(prompt.seed, shape)
             latent_CTHW = sample_latent(model, noise_CTHW, text_SE, null_SE, sampler, first_CHW, look_up)
-            if folder is not None:
+            if is_own and layout.ulysses_rank == 0:
                 path = folder / f"{prompt.name}.safetensors"
                 about = {**facts, "sampler": sampler.model_dump_json(), "seed": str(prompt.seed)}
                 write_latent(path, latent_CTHW.cpu().numpy(), about)
                 LOG.info("sampled %s in %.1f s", path, time.perf_counter() - began)
                 written.append(path)
+        look_up()  # here all ranks learn of one that could not write its own
     finally:
         model.train(was_training)
     return written
