@@ -9,7 +9,7 @@ import click
 from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
-from shards.console import print_json, set_up_logging
+from shards.console import LOG, print_json, set_up_logging
 from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
 from train.config.train import BaseModelConfig, ComputeConfig
@@ -73,6 +73,7 @@ def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
     """
     loaded = load_config(SampleRun, config, overrides)
     set_up_logging()
+    LOG.info("loading torch")
     for path in sample_run(loaded, compare=compare):
         click.echo(str(path))
     if compare:
@@ -102,6 +103,7 @@ def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
     dataset = None
     if config.data is not None:
         roots = (config.data.root,) if isinstance(config.data.root, str) else config.data.root
+        LOG.info("opening the dataset: %s", ", ".join(roots))
         dataset = open_dataset(roots, config.data.text_set)
     ready = prepare_prompts(config.prompts, config.sampler, dims, dataset)
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
@@ -140,6 +142,7 @@ def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
     device = choose_device(precision.device)
     dtype = resolve_precision(precision.compute, device_info(device)).dtype
     dims = config.dims or read_dit_config(str(config.checkpoint))
+    LOG.info("loading the base: %s", config.checkpoint or f"random weights, seed {config.random_seed}")
     model = build_model(dims, dtype, device, seed=config.random_seed if config.checkpoint is None else None)
     if config.checkpoint is not None:
         load_dit(model, config.checkpoint)
@@ -168,6 +171,7 @@ def evaluate(
     wantrain evaluate theirs.safetensors demo/shards -c configs/demo/train.yaml -o eval.num_clips=64 --json
     """
     set_up_logging()
+    LOG.info("loading torch")
     evaluation = evaluate_models(source, dataset, against, config, overrides)
     if as_json:
         print_json(evaluation.as_dict())
