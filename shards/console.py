@@ -84,7 +84,7 @@ ShowProgress = Callable[..., None]
 
 
 @contextmanager
-def live_bar(title: str, total: float | None, done: float = 0, state: str = "") -> Iterator[ShowProgress]:
+def live_bar(title: str, total: float | None, done: int = 0, state: str = "") -> Iterator[ShowProgress]:
     """A line at the foot of the terminal, the time that is left first; log lines go above it, each on its own line.
 
     `state` is in the place of the time at first. Where `total` is not known there is no bar. Of a line that is wider

@@ -33,8 +33,13 @@ class Row(NamedTuple):
     cells: dict[str, Any] | Rejection
 
 
-def iter_table(path: Path, config: CorpusConfig) -> Iterator[Document]:
-    """A document a row. Raises UserError where the table as a whole cannot be read."""
+def iter_table(path: Path, config: CorpusConfig, root: str, name: str) -> Iterator[Document]:
+    """A document a row of one file. Raises UserError where the file as a whole cannot be read.
+
+    Args:
+        root: where relative paths start.
+        name: of the table that the file is, or is a shard of.
+    """
     rows = _iter_rows(path)
     found: dict[tuple[str, ...], Columns] = {}
     for row in rows:
@@ -50,7 +55,7 @@ def iter_table(path: Path, config: CorpusConfig) -> Iterator[Document]:
                 LOG.info("table %s: %s", path.name, columns.describe())
             if len(found) < MAX_COLUMNS:  # the rows of JSON lines may differ in their keys
                 found[names] = columns
-        yield row_document(row.cells, columns, path, row.where, config.root)
+        yield row_document(row.cells, columns, name, row.where, root)
 
 
 def _check_first(columns: Columns, names: tuple[str, ...], path: Path, config: CorpusConfig) -> None:
