@@ -212,23 +212,24 @@ def evaluate_models(
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
     loras = {path: None if _model_in(path) else read_lora(locate_lora(path)[0]) for path in (source, against) if path}
 
-    def take(model: WanDiT) -> Any:
+    def take(model: WanDiT, name: str) -> Any:
+        LOG.info("evaluating %s on %d clips", name, len(held_out))
         device, density = next(model.parameters()).device, sigma_density(loaded.objective)
         return held_out_loss(model, opened, held_out, settings, density, model.config.text_len, device)
 
     model = load_base(loaded.model, loaded.precision)
-    results = {"the base": take(model)}
+    results = {"the base": take(model, "the base")}
     for path, lora in loras.items():
         if lora is not None:
             attach_lora(model, lora)
-            results[str(path)] = take(model)
+            results[str(path)] = take(model, str(path))
             detach(model)
     for path, lora in loras.items():
         if lora is None:
             merged = loaded.model.model_copy(update={"checkpoint": str(_model_in(path))})
             del model
             model = load_base(merged, loaded.precision)
-            results[str(path)] = take(model)
+            results[str(path)] = take(model, str(path))
     return Evaluation(", ".join(dataset_roots(loaded.data)), opened.revision, results)
 
 
