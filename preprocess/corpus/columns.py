@@ -110,7 +110,8 @@ def row_document(cells: Mapping[str, Any], columns: Columns, table: str, where: 
 def _read_row(cells: Mapping[str, Any], columns: Columns, table: str, root: str) -> dict[str, Any]:
     defects: set[str] = set()
     row = {field: cells.get(name) for field, name in columns.by_field.items()}
-    path = _text(row.get("path"))
+    place = row.get("path")
+    path = _text(place.get("path") if isinstance(place, dict) else place)  # Hugging Face's {"path": …, "bytes": …}
     if path is None:
         raise _refused("no-media-path", f"column {columns.path!r} is empty" if columns.path else "no column says where")
     url, name = locate(path, root, defects)

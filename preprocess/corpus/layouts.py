@@ -73,6 +73,8 @@ def find_layout(config: CorpusConfig) -> Layout:  # noqa: PLR0911 - one for each
     if path.is_dir():
         table = _find_table(path, config)
         return _table_in_it(table) if table else _find_in_folder(path, config)
+    if path.exists() and not path.is_file():
+        raise UserError(f"corpus.location: {location}: neither a file nor a folder", expected="a file that can be read")
     if not path.exists() or not location.lower().endswith(TABLE_SUFFIXES):
         if config.format == "table":
             raise UserError(

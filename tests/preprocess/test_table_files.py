@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,24 @@ def test_two_tables_in_a_folder_are_asked_about(tmp_path):
     assert "no file matches" in error_of(f"{tmp_path}/none-*.parquet")
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt is no table" in error_of(f"{tmp_path}/*")
+
+
+def test_clips_within_a_table_are_found_by_the_path_beside_them(tmp_path, caplog):
+    rows = [{"video": {"path": "a.mp4", "bytes": b"x"}, "poster": b"y", "caption": "words"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text('{"video": {"path": "a.mp4"}, "caption": "words"}')
+    with caplog.at_level("INFO", "wan"):
+        found = records_of(tmp_path / "t.parquet")
+    assert found["t.parquet#a.mp4"] == records_of(tmp_path / "t.jsonl")["t.jsonl#a.mp4"]
+    assert "not read: poster, which holds files themselves" in caplog.text
+    parquet.write_table(pyarrow.table({"video": [b"x"], "caption": ["words"]}), tmp_path / "t.parquet")
+    assert "no column says where the clip is; its columns: caption" in error_of(tmp_path / "t.parquet")
+
+
+def test_a_pipe_in_place_of_a_table_is_not_waited_for(tmp_path):
+    for name in ("t.csv", "t.jsonl", "t.parquet"):
+        os.mkfifo(tmp_path / name)
+        assert "neither a file nor a folder" in error_of(tmp_path / name)
 
 
 @pytest.fixture
