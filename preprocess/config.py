@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
@@ -27,12 +29,17 @@ TABLE_FIELDS = (
 """What a column of a table can be; `caption` is the level `object`. All other columns are tags."""
 
 
+def fixed_part(path: Path) -> Path:
+    """The folders of a path before the first that has a wildcard."""
+    return Path(*takewhile(lambda part: not has_magic(part), path.parts[:-1]))
+
+
 class CorpusConfig(Config):
     """Where the clips and their captions are; docs/corpus.md shows every layout."""
 
     location: str
-    """A folder, an `s3://bucket/prefix`, a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`), or a `.jsonl`, `.jsonl.zst`,
-    `.zip` or `.tar` of annotations."""
+    """A folder, an `s3://bucket/prefix`, a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`: a path, a URL, or a pattern of
+    its shards such as `data/train-*.parquet`), or a `.jsonl`, `.jsonl.zst`, `.zip` or `.tar` of annotations."""
     format: Literal["auto", "mbc", "folder", "table"] = "auto"
     """`mbc`: annotation JSON; `folder`: clips with a text file beside each; `table`: a row a clip; `auto`: look."""
     caption_suffix: Annotated[str, Field(pattern=r"^\.[^/]+$")] = ".txt"
@@ -50,7 +57,11 @@ class CorpusConfig(Config):
         place = self.root or self.location
         if "://" in place:
             return None
-        return Path(place) if self.root or Path(place).is_dir() else Path(place).parent
+        path = Path(place)
+        if self.root or path.is_dir():
+            return path
+        # Of a location with wildcards what comes before them.
+        return path.parent if path.exists() or not has_magic(place) else fixed_part(path)
 
     @model_validator(mode="after")
     def _known_fields(self) -> CorpusConfig:

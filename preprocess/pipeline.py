@@ -223,7 +223,8 @@ def _text_pass(
             progress.unit(unit)
 
         while units:
-            build_texts(storage, set_name, at_work.claim(kind, units), config, scratch, on_unit=on_unit)
+            claimed = at_work.claim(kind, units)
+            build_texts(storage, set_name, claimed, config, scratch, on_unit=on_unit, on_worker=progress.worker)
             units = at_work.wait_for_others(kind, units)
 
 

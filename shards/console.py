@@ -7,14 +7,20 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
 from shards.errors import SystemFailure, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOG = logging.getLogger("wan")
 REPORT_SECONDS = 30.0
@@ -70,16 +76,88 @@ def duration_words(seconds: float) -> str:
 
 def with_progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
     """The items, with a bar on standard error where that is a terminal, and elsewhere a log line every 30 seconds."""
-    if sys.stderr.isatty():
-        with click.progressbar(items, total, label, file=sys.stderr) as bar:
-            yield from bar
+    began = said = time.monotonic()
+    with live_bar(label, total) if sys.stderr.isatty() else nullcontext() as show:
+        for number, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if show is not None:
+                show(number, (now - began) / number * (total - number))
+            elif now - said > REPORT_SECONDS:
+                said = now
+                LOG.info("%s: %d of %d", label, number, total)
+
+
+ShowProgress = Callable[..., None]
+"""`show(done, left, facts, count)`, all but `done` optional; `left`: seconds, or a word such as `loading`."""
+
+
+@contextmanager
+def live_bar(title: str, total: float | None, done: int = 0, state: str = "") -> Iterator[ShowProgress]:
+    """A line at the foot of the terminal, the time that is left first; log lines go above it, each on its own line.
+
+    `state` is in the place of the time at first. Where `total` is not known there is no bar. Of a line that is wider
+    than the terminal the end is cut off: the last of the facts.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    from rich.table import Column
+
+    def column(name: str, **options: Any) -> TextColumn:
+        return TextColumn(name, markup=False, table_column=Column(no_wrap=True, **options))
+
+    def show(done: float, left: float | str = "", facts: str = "", count: str = "") -> None:
+        left = left if isinstance(left, str) else f"{duration_words(left)} left"
+        bar.update(task, completed=done, left=left, count=count or count_of(done), facts=facts)
+
+    def count_of(done: float) -> str:
+        return f"{done:,.0f}" if total is None else f"{done:,.0f}/{total:,.0f}"
+
+    terminals = [handler for handler in LOG.handlers if isinstance(handler, _Terminal)]
+    if any(handler.console is not None for handler in terminals):  # one bar at a time
+        yield lambda *_: None
         return
-    said = time.monotonic()
-    for number, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - said > REPORT_SECONDS:
-            said = time.monotonic()
-            LOG.info("%s: %d of %d", label, number, total)
+    title_column, count_column = column("{task.description}"), column("{task.fields[count]}")
+    columns: list[ProgressColumn] = [title_column, count_column]
+    if total is not None:
+        columns = [column("{task.fields[left]}"), title_column, BarColumn(bar_width=12), count_column]
+    columns.append(column("{task.fields[facts]}", ratio=1, overflow="ellipsis"))
+    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, left=state, count=count_of(done), facts="")
+        try:
+            for handler in terminals:
+                handler.console = bar.console
+            yield show
+        finally:
+            for handler in terminals:
+                handler.console = None
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Log lines on standard error, on a terminal broken between words; above the bar while one is shown."""
+
+    console: Console | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with breaks where the terminal would break within a word; a long word (a path) stays whole."""
+        text = super().format(record)
+        if not self.stream.isatty():
+            return text
+        width = shutil.get_terminal_size().columns - 1
+        lines = (
+            textwrap.wrap(
+                line, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False, tabsize=1
+            )
+            for line in text.split("\n")
+        )
+        return "\n".join("\n".join(line) for line in lines)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, whatever it holds, without cutting or colouring it."""
+        if self.console is None:
+            super().emit(record)
+        else:
+            self.console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def set_up_logging(prefix: str = "", level: int = logging.INFO, *, terminal: bool = True) -> None:
@@ -87,7 +165,7 @@ def set_up_logging(prefix: str = "", level: int = logging.INFO, *, terminal: boo
 
     Without `terminal` it goes only to handlers added later: of several processes one writes to the terminal.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Terminal(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     LOG.handlers[:] = [handler] if terminal else []
     LOG.setLevel(level)

@@ -91,6 +91,7 @@ RUN = {
         "wanprep status configs/mbc_832x480.yaml -o corpus.location=demo/corpus -o output=data/shards"
     ),
     "wantrain plan configs/ti2v_5b_8xh100.yaml --gpu h100 --gpus 8": None,
+    "wantrain doctor": "wantrain doctor || test $? = 1",  # 1: it found something, such as no GPU
     # A project over a few clips and a small checkpoint in the official layout; the run is cut to twenty steps.
     "wanprep init trial --corpus clips": None,
     "wanprep init project --corpus clips --checkpoint /models/Wan2.2-TI2V-5B --gpu h200": (
@@ -189,6 +190,55 @@ def test_every_command_is_run_by_a_test_or_needs_what_tests_lack():
     documented = {line for _, line in ALL_COMMANDS}
     assert not set(RUN) - documented, "RUN lists what no document says"
     assert all(any(mark in line for line in documented - run) for mark in NEEDS), "NEEDS lists what is not needed"
+
+
+# Command lines of other programs: by their beginning, why no test runs them as they stand.
+OTHERS = {
+    "make ": "CI runs `make lint` and `make test`; the others take minutes, or a GPU",
+    "python3 -m venv": "CI and tests/test_wheel.py make environments",
+    ". .venv/bin/activate": "it changes the user's shell",
+    "pip install": "a network; tests/test_wheel.py installs the wheel",
+    ".venv/bin/pip install": "a network; tests/test_wheel.py installs the wheel",
+    ".venv/bin/python -m pytest": "the tests themselves",
+    "WRITE_GOLDEN=1 ": "it would write the golden losses",
+    "sbatch ": "Slurm; tests/train/test_many.py runs the script; parsed below",
+    "srun ": "Slurm",
+    "LOCAL_WORLD_SIZE": "Slurm; the second line of `srun`",
+    "export ": "it changes the user's shell",
+}
+
+
+def _others():
+    """Command lines of other programs, in blocks of any kind."""
+    first = "|".join(
+        sorted({re.escape(mark.split()[0]) for mark in OTHERS} | {"docker", "kubectl", "sky", "hf", "git"})
+    )
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:sh|text|)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                if re.match(rf"\s*(?:{first})(?:[ =]|$)", line):
+                    yield path.name, line.strip()
+
+
+def test_every_line_of_another_program_has_a_reason_and_names_what_there_is():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    seen = set()
+    for document, line in _others():
+        marks = [mark for mark in OTHERS if line.startswith(mark)]
+        assert marks, f"{document}: {line}: neither run nor listed in OTHERS"
+        seen |= set(marks)
+        words = [] if line.startswith(("srun", "LOCAL_WORLD")) else shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert words[1] in targets, f"{document}: {line}"
+        for name in re.findall(r"\[([\w,]+)\]", line) if "pip install" in line else ():
+            assert set(name.split(",")) <= extras, f"{document}: {line}"
+        assert all((ROOT / word).exists() for word in words if word.startswith(("tests/", "configs/"))), line
+        if words[:1] == ["sbatch"]:
+            place = next(n for n, word in enumerate(words) if word.endswith(".sbatch"))
+            wantrain.commands["fit"].make_context("fit", words[place + 1 :])
+    assert seen == set(OTHERS), "OTHERS lists what no document says"
 
 
 def _tutorial():

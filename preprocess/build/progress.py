@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from preprocess.build.pools import POOLS, find_bottleneck
-from shards.console import LOG, duration_words
+from shards.console import LOG, ShowProgress, duration_words, live_bar
 
 if TYPE_CHECKING:
     from shards.format.ledger import LedgerRow
@@ -115,27 +115,37 @@ class _Documents(_Lines):
 
 
 class _Bar(PassProgress):
-    def __init__(self, title: str, num_units: int, num_clips: int | None, bar: Any) -> None:
+    def __init__(self, title: str, num_units: int, num_clips: int | None, show: ShowProgress) -> None:
         super().__init__(title, num_units, num_clips)
-        self._bar = bar
-        self._task = bar.add_task(title, total=num_units if num_clips is None else num_clips, facts="")
+        self._show = show
+
+    def worker(self) -> None:
+        super().worker()
+        self._changed(False)
 
     def _changed(self, is_last: bool) -> None:
         facts = self.facts()
         done = facts["units"] if self.num_clips is None else facts["clips"]
-        self._bar.update(self._task, completed=done, facts=describe_facts(facts).removeprefix(", "))
+        self._show(
+            done, "first clips" if facts["seconds_left"] is None else facts["seconds_left"], describe_clips(facts)
+        )
 
 
 def describe_facts(facts: dict[str, Any]) -> str:
-    """The figures as text behind a comma; with clips, rate and bytes for a pass over clips."""
-    left = "" if facts["seconds_left"] is None else f", {duration_words(facts['seconds_left'])} left"
+    """The figures as text behind a comma, the time that is left first; with clips, rates for a pass over clips."""
+    left = "" if facts["seconds_left"] is None else f"{duration_words(facts['seconds_left'])} left"
+    return "".join(f", {part}" for part in (left, describe_clips(facts)) if part)
+
+
+def describe_clips(facts: dict[str, Any]) -> str:
+    """The figures of a pass over clips; nothing for another pass."""
     if not facts["clips"]:
-        return left
+        return ""
     return (
-        f", {facts['accepted']:,} accepted, {facts['rejected']:,} rejected, {facts['bytes'] / 2**20:,.0f} MiB fetched, "
-        f"{facts['clips_per_second']:.2f} clips/s, encoder busy {facts['encoder_busy']:.0%}"
+        f"{facts['accepted']:,} accepted, {facts['rejected']:,} rejected, {facts['clips_per_second']:.2f} clips/s, "
+        f"encoder busy {facts['encoder_busy']:.0%}"
         + (f", bound by {facts['bottleneck']}" if facts.get("bottleneck") else "")
-        + left
+        + f", {facts['bytes'] / 2**20:,.0f} MiB fetched"
     )
 
 
@@ -157,18 +167,8 @@ def show_progress(title: str, *, num_units: int, num_clips: int | None, style: S
     if style == "auto":
         style = "bar" if sys.stderr.isatty() else "lines"
     if style == "bar":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-        )
-        with RichProgress(*columns, console=Console(stderr=True)) as bar:
-            yield _Bar(title, num_units, num_clips, bar)
+        with live_bar(title, num_units if num_clips is None else num_clips, state="loading") as show:
+            yield _Bar(title, num_units, num_clips, show)
     else:
         yield {"none": PassProgress, "lines": _Lines, "json": _Documents}[style](title, num_units, num_clips)
 
@@ -181,14 +181,15 @@ def count_documents(title: str, *, quiet: bool) -> Iterator[Callable[[int], None
     elif not sys.stderr.isatty():
         yield _counted_lines(title)
     else:
-        from rich.console import Console
-        from rich.progress import Progress as RichProgress
-        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+        with live_bar(title, None) as show:
+            num_read = 0
 
-        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f}"), TimeElapsedColumn())
-        with RichProgress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda number: bar.update(task, advance=number)
+            def add(number: int) -> None:
+                nonlocal num_read
+                num_read += number
+                show(num_read)
+
+            yield add
 
 
 def _counted_lines(title: str) -> Callable[[int], None]:

@@ -71,10 +71,11 @@ def build_texts(
     scratch: Path,
     *,
     on_unit: Callable[[int, TextCounts], None],
+    on_worker: Callable[[], None] = lambda: None,
 ) -> None:
     """Embed the captions of `units`, whose latents are committed, into text set `set_name`, on every GPU here.
 
-    Raises UserError.
+    `on_worker` is called for each encoder that is loaded. Raises UserError.
     """
     config = _settle_precision(storage, set_name, config)
     if not is_committed(storage, text_kind(set_name), NULL_UNIT):
@@ -82,6 +83,7 @@ def build_texts(
     first: list[Description] = []
 
     def on_description(about: Description) -> None:
+        on_worker()
         if first:
             refuse_mismatch(about.identity, first[0].identity, "another worker of this pass")
             return

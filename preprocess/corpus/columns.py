@@ -97,8 +97,9 @@ def find_columns(names: tuple[str, ...], given: Mapping[str, str]) -> Columns:
     return Columns(by_field, tuple(name for name in names if name and name not in taken))
 
 
-def row_document(cells: Mapping[str, Any], columns: Columns, table: Path, where: str, root: str | None) -> Document:
-    """The record of one row, or the row's rejection. Its source is the id, which does not change as rows move."""
+def row_document(cells: Mapping[str, Any], columns: Columns, table: str, where: str, root: str) -> Document:
+    """The record of one row, or the row's rejection. Its source is the table's name and the id, which does not change
+    as rows move."""
     try:
         fields = _read_row(cells, columns, table, root)
     except ClipRejected as rejected:
@@ -106,13 +107,14 @@ def row_document(cells: Mapping[str, Any], columns: Columns, table: Path, where:
     return Document(fields["source"], b"", fields=fields)
 
 
-def _read_row(cells: Mapping[str, Any], columns: Columns, table: Path, root: str | None) -> dict[str, Any]:
+def _read_row(cells: Mapping[str, Any], columns: Columns, table: str, root: str) -> dict[str, Any]:
     defects: set[str] = set()
     row = {field: cells.get(name) for field, name in columns.by_field.items()}
-    path = _text(row.get("path"))
+    place = row.get("path")
+    path = _text(place.get("path") if isinstance(place, dict) else place)  # Hugging Face's {"path": …, "bytes": …}
     if path is None:
         raise _refused("no-media-path", f"column {columns.path!r} is empty" if columns.path else "no column says where")
-    url, name = locate(path, str(table.parent) if root is None else root, defects)
+    url, name = locate(path, root, defects)
     start, end = _mark(row.get("start")), _mark(row.get("end"))
     if start is not None and end is not None and end <= start:
         raise _refused("reversed-timecode", f"start {start:g} s, end {end:g} s")
@@ -139,7 +141,7 @@ def _read_row(cells: Mapping[str, Any], columns: Columns, table: Path, root: str
     media_type = (_text(row.get("media_type")) or "").lower()
     if media_type in ("video", "image"):
         found["media_type"] = media_type
-    return make_fields(clip_id, f"{table.name}#{clip_id}", url, **found, defects=tuple(sorted(defects)))
+    return make_fields(clip_id, f"{table}#{clip_id}", url, **found, defects=tuple(sorted(defects)))
 
 
 def locate(path: str, root: str, defects: set[str]) -> tuple[str, str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from preprocess.config import CorpusConfig
-from preprocess.corpus.archives import ARCHIVE_SUFFIXES, iter_archive
+from preprocess.corpus.archives import ARCHIVE_SUFFIXES, Document, iter_archive
 from preprocess.corpus.corpus import Chunk, cut_chunks, iter_chunks, read_file, walk_tree
 from preprocess.corpus.folder import MEDIA_SUFFIXES, folder_chunks, is_hidden
 from preprocess.corpus.records import read_json
 from preprocess.corpus.table import TABLE_SUFFIXES, iter_table
+from preprocess.corpus.table_files import TableFiles, choose_files, find_pattern, is_table, local_copy, split_s3
 from shards.console import LOG
 from shards.errors import UserError
 from shards.storage import open_storage
@@ -26,7 +27,6 @@ EXAMPLES = """one of these:
     folder   clips/walk.mp4 and clips/walk.txt, which holds the caption   (corpus.location: clips)
     table    clips/metadata.csv with the lines "file_name,caption" and "walk.mp4,A man walks."
     mbc      mbc/video/batch_0001/3338987.json with source_data_info, labeling_data_info, raw_data_info"""
-_METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 _MBC_KEYS = frozenset({"file_id", "source_data_info", "labeling_data_info", "raw_data_info"})
 _NUM_LOOKED_AT = 2000
 _NUM_PARSED = 20
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
     kind: Literal["mbc", "folder", "table"]
     why: str
-    table: Path | None = None
+    table: TableFiles | None = None
 
 
 def open_corpus(config: CorpusConfig) -> Iterator[Chunk]:
@@ -46,24 +46,35 @@ def open_corpus(config: CorpusConfig) -> Iterator[Chunk]:
     if config.format == "auto" and layout.kind != "mbc":
         LOG.info("corpus.format: %s, because %s", layout.kind, layout.why)
     if layout.table is not None:
-        return cut_chunks(None, iter_table(layout.table, config))
+        return cut_chunks(None, _iter_rows(layout.table, config))
     if layout.kind == "folder":
         return folder_chunks(config.location, config.caption_suffix)
     return iter_chunks(config.location)
 
 
-def find_layout(config: CorpusConfig) -> Layout:
+def _iter_rows(table: TableFiles, config: CorpusConfig) -> Iterator[Document]:
+    """The rows of a table's files, one file after another."""
+    for file in table.files:
+        with local_copy(file) as path:
+            yield from iter_table(path, config, config.root or table.root, table.name)
+
+
+def find_layout(config: CorpusConfig) -> Layout:  # noqa: PLR0911 - one for each kind of location
     """The layout that `corpus.format` names, or the one that the location shows. Raises UserError."""
     location, path = config.location, Path(config.location)
     if config.format in ("mbc", "folder"):
         if config.format == "folder" and "://" not in location and not path.is_dir():
             raise UserError(f"corpus.location: {location}: no such folder", expected="a folder of clips")
         return Layout(config.format, "the config says so")
+    if (table := find_pattern(location)) is not None:
+        return Layout("table", f"{len(table.files)} files match", table)
     if "://" in location:
         return _find_remote(config)
     if path.is_dir():
         table = _find_table(path, config)
-        return Layout("table", f"{table.name} is in it", table) if table else _find_in_folder(path, config)
+        return _table_in_it(table) if table else _find_in_folder(path, config)
+    if path.exists() and not path.is_file():
+        raise UserError(f"corpus.location: {location}: neither a file nor a folder", expected="a file that can be read")
     if not path.exists() or not location.lower().endswith(TABLE_SUFFIXES):
         if config.format == "table":
             raise UserError(
@@ -73,28 +84,44 @@ def find_layout(config: CorpusConfig) -> Layout:
         return Layout("mbc", "it is an archive")  # or nothing at all, which its reader says
     if config.format == "auto" and location.lower().endswith(ARCHIVE_SUFFIXES) and _lines_are_mbc(location):
         return Layout("mbc", "its lines are annotations")
-    return Layout("table", "it is one", path)
+    return Layout("table", "it is one", TableFiles((location,), str(path.parent)))
 
 
-def _find_table(folder: Path, config: CorpusConfig) -> Path | None:
-    """The table of a folder: Hugging Face's metadata file, or the only table there is beside no annotations."""
-    names = sorted(
-        name for name in (path.name for path in folder.iterdir() if path.is_file()) if not name.startswith(".")
-    )
-    metadata = [name for name in names if name.lower() in _METADATA]
-    tables = metadata or [name for name in names if name.lower().endswith(TABLE_SUFFIXES)]
-    if len(tables) == 1 and (metadata or config.format == "table" or not any(map(_is_json, names))):
-        table = folder / tables[0]
-        is_archive = table.name.lower().endswith(ARCHIVE_SUFFIXES)
-        return None if config.format == "auto" and is_archive and _lines_are_mbc(str(table)) else table
-    if len(tables) > 1 and (metadata or config.format == "table"):
-        raise UserError(
-            f"corpus.location: {folder}: {len(tables)} tables: {', '.join(tables[:5])}",
-            fix=f"name the one to take: corpus.location: {folder / tables[0]}",
-        )
+def _table_in_it(table: TableFiles) -> Layout:
+    few = len(table.files) == 1
+    return Layout("table", f"{table.name} is in it" if few else f"{len(table.files)} × {table.name} are in it", table)
+
+
+def _find_table(folder: Path, config: CorpusConfig) -> TableFiles | None:
+    """The table of a folder, or of `data/` in it: Hugging Face's metadata file, or the only table there is, in one file
+    or in shards, beside no annotations."""
+    for place in (folder, folder / "data"):
+        names = sorted(path.name for path in place.iterdir() if path.is_file()) if place.is_dir() else []
+        tables = choose_tables([name for name in names if not name.startswith(".")], str(place), config)
+        is_archive = bool(tables) and tables[0].lower().endswith(ARCHIVE_SUFFIXES)
+        if config.format == "auto" and is_archive and _lines_are_mbc(str(place / tables[0])):
+            return None
+        if tables:
+            return TableFiles(tuple(str(place / name) for name in tables), str(folder))
+        if config.format == "auto" and any(_is_json(name) or name.lower().endswith(MEDIA_SUFFIXES) for name in names):
+            break  # another layout: what is in data/ belongs to it
     if config.format == "table":
-        raise UserError(f"corpus.location: {folder}: no table in it", expected=f"a {', '.join(_METADATA)} …")
+        raise UserError(f"corpus.location: {folder}: no table in it", expected="a metadata.csv, .jsonl, .parquet …")
     return None
+
+
+def choose_tables(names: list[str], where: str, config: CorpusConfig) -> list[str]:
+    """The names of a folder's table; none where the other names show another layout: then several are no error."""
+    if config.format == "table" or any(name.lower().startswith("metadata.") and is_table(name) for name in names):
+        return choose_files(names, where)
+    if any(map(_is_json, names)):
+        return []
+    try:
+        return choose_files(names, where)
+    except UserError:
+        if any(name.lower().endswith(MEDIA_SUFFIXES) for name in names):
+            return []
+        raise
 
 
 def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
@@ -122,21 +149,49 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
 
 
 def _find_remote(config: CorpusConfig) -> Layout:
-    """An `s3://` prefix by its first names."""
+    """A table behind a URL, or an `s3://` prefix by its first names."""
     location = config.location
-    if config.format == "table" or not location.startswith("s3://"):
+    if not location.startswith("s3://"):
+        if is_table(location) or (config.format == "table" and location.startswith(("http://", "https://"))):
+            return Layout("table", "it is one", TableFiles((location,), location.partition("?")[0].rpartition("/")[0]))
         raise UserError(
-            f"corpus.location: {location}: a table is read from this machine",
-            fix="download the table; clips stay there",
+            f"corpus.location: {location}: not a corpus that is read over the network",
+            expected=f"s3://bucket/prefix, or the URL of a table: {', '.join(TABLE_SUFFIXES)}",
         )
-    if location.lower().endswith(ARCHIVE_SUFFIXES):
-        return Layout("mbc", "it is an archive")
-    names = [entry.name.lower() for entry in islice(open_storage(location).list(), _NUM_LOOKED_AT)]
+    address, _, endpoint = location.partition("?")
+    if is_table(location):
+        if config.format == "auto" and address.lower().endswith(ARCHIVE_SUFFIXES):
+            with local_copy(location) as path:
+                if _lines_are_mbc(str(path)):
+                    raise _no_archive(location)
+        return Layout("table", "it is one", TableFiles((location,), split_s3(location)[0].partition("?")[0]))
+    if address.lower().endswith(ARCHIVE_SUFFIXES):
+        raise _no_archive(location)
+    found = sorted(entry.name for entry in islice(open_storage(location).list(), _NUM_LOOKED_AT))
+    for place in ("", "data/"):
+        inside = [name[len(place) :] for name in found if name.startswith(place) and "/" not in name[len(place) :]]
+        tables = choose_tables(inside, f"{address.rstrip('/')}/{place}", config)
+        if tables:
+            ends, root = f"?{endpoint}" if endpoint else "", address.rstrip("/")
+            every = [entry.name for entry in open_storage(location).list(place)]  # more than were looked at
+            inside = [name[len(place) :] for name in every if "/" not in name[len(place) :]]
+            files = tuple(f"{root}/{place}{name}{ends}" for name in choose_tables(inside, f"{root}/{place}", config))
+            return _table_in_it(TableFiles(files, root))
+    if config.format == "table":
+        raise UserError(f"corpus.location: {location}: no table in it", expected="a metadata.csv, .jsonl, .parquet …")
+    names = [name.lower() for name in found]
     clips = [name for name in names if name.endswith(MEDIA_SUFFIXES)]
     texts = any(name.endswith(config.caption_suffix.lower()) for name in names)
     if clips and texts and not any(map(_is_json, names)):
         return Layout("folder", f"clips and {config.caption_suffix} files are in it")
     return Layout("mbc", "it is a prefix of annotations")
+
+
+def _no_archive(location: str) -> UserError:
+    return UserError(
+        f"corpus.location: {location}: an archive of annotations is read from this machine",
+        fix="copy it here; clips stay where they are",
+    )
 
 
 def _lines_are_mbc(location: str) -> bool:

@@ -33,8 +33,13 @@ class Row(NamedTuple):
     cells: dict[str, Any] | Rejection
 
 
-def iter_table(path: Path, config: CorpusConfig) -> Iterator[Document]:
-    """A document a row. Raises UserError where the table as a whole cannot be read."""
+def iter_table(path: Path, config: CorpusConfig, root: str, name: str) -> Iterator[Document]:
+    """A document a row of one file. Raises UserError where the file as a whole cannot be read.
+
+    Args:
+        root: where relative paths start.
+        name: of the table that the file is, or is a shard of.
+    """
     rows = _iter_rows(path)
     found: dict[tuple[str, ...], Columns] = {}
     for row in rows:
@@ -50,7 +55,7 @@ def iter_table(path: Path, config: CorpusConfig) -> Iterator[Document]:
                 LOG.info("table %s: %s", path.name, columns.describe())
             if len(found) < MAX_COLUMNS:  # the rows of JSON lines may differ in their keys
                 found[names] = columns
-        yield row_document(row.cells, columns, path, row.where, config.root)
+        yield row_document(row.cells, columns, name, row.where, root)
 
 
 def _check_first(columns: Columns, names: tuple[str, ...], path: Path, config: CorpusConfig) -> None:
@@ -178,8 +183,12 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
             names = file.schema_arrow.names
             if len(names) > MAX_COLUMNS:
                 raise UserError(f"{path}: {len(names):,} columns", expected=f"at most {MAX_COLUMNS:,}")
-            # Pictures and clips within the table are not read: their columns are binary, alone or in a struct.
-            wanted = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
+            # Pictures and clips within the table are not read: their columns are binary, alone or in a struct, of which
+            # Hugging Face's has the path beside the bytes.
+            files = {field.name: _path_beside(field) for field in file.schema_arrow if _is_binary(field.type)}
+            wanted = [files.get(name, name) for name in names if files.get(name, name)]
+            if unread := [name for name, path in files.items() if path is None]:
+                LOG.info("table %s: not read: %s, which holds files themselves", path.name, ", ".join(unread))
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
                 for cells in batch.to_pylist():
                     number += 1
@@ -190,6 +199,14 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
             expected="a complete parquet file: half a corpus would freeze half a plan",
             fix="get the file again, and compare its size and digest with the original's",
         ) from None
+
+
+def _path_beside(field: Any) -> str | None:
+    """`video.path` of a column of Hugging Face's, a struct of bytes and path; None for another column of bytes."""
+    from pyarrow import types
+
+    has_path = types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+    return f"{field.name}.path" if has_path else None
 
 
 def _is_binary(kind: Any) -> bool:

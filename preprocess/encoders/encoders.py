@@ -198,6 +198,7 @@ class TextEncoder:
 
 def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
     """Load the VAE that the config names; small random weights without a checkpoint."""
+    LOG.info("loading the VAE: %s", config.checkpoint or random_encoders.NOTE)
     device = find_device(config.device)
     precision = config.vae_precision
     if precision == "auto":  # a build has resolved it before (precision.py); a single picture is encoded safely
@@ -218,6 +219,7 @@ def load_vae_encoder(config: EncodersConfig) -> VaeEncoder:
 
 def load_tokenizer(config: EncodersConfig) -> Tokenizer:
     """Load the tokenizer that the config names, without the encoder's weights."""
+    LOG.info("loading the tokenizer")
     quiet_libraries()
     if config.checkpoint is None:
         model_bytes = random_encoders.train_tokenizer_model()
@@ -228,6 +230,7 @@ def load_tokenizer(config: EncodersConfig) -> Tokenizer:
 
 def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncoder:
     """Load the text encoder that the config names; small random weights without a checkpoint."""
+    LOG.info("loading the text encoder: %s", config.checkpoint or random_encoders.NOTE)
     device = find_device(config.device)
     quiet_libraries()
     if config.checkpoint is None:

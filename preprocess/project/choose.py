@@ -71,7 +71,8 @@ def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
     num_samples = survey.num_clips * max_windows
     rarest = min(share for share in sizes.shares if share) * num_samples
     batch = num_gpus
-    while 2 * batch <= min(16, 0.8 * rarest):
+    # Half of the rarest size: some clips are held out, and some will be refused when they are decoded.
+    while 2 * batch <= min(16, 0.5 * rarest):
         batch *= 2
     fraction, num_held_out = _held_out(survey)
     longest = max(seconds, default=0.0)

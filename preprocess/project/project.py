@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,8 @@ def make_project(
     folder: Path, corpus: CorpusConfig, checkpoint: Path | None, gpu: str | None, num_gpus: int, **progress: Any
 ) -> Project:
     """Look at the corpus and the card and write the two configs. Raises UserError; writes over nothing."""
-    folder, prep, train = folder.absolute(), folder.absolute() / "prep.yaml", folder.absolute() / "train.yaml"
+    typed, folder = folder, folder.absolute()
+    prep, train = folder / "prep.yaml", folder / "train.yaml"
     corpus = _absolute(corpus)
     _check_folder(folder, corpus, (prep, train))
     if checkpoint is not None and not checkpoint.exists():
@@ -67,7 +69,7 @@ def make_project(
         comment = "".join(f"# {line}\n" for line in lines)
         path.write_text(f"# Written by `wanprep init`; every value may be changed.\n{comment}{body}", encoding="utf-8")
     load_config(PrepConfig, prep)
-    return Project(lines, (f"wanprep build-shards {prep}", fit_command(train, num_gpus)))
+    return Project(lines, (f"wanprep build-shards {typed / prep.name}", fit_command(typed / train.name, num_gpus)))
 
 
 def fit_command(train: Path, num_gpus: int) -> str:
@@ -77,7 +79,9 @@ def fit_command(train: Path, num_gpus: int) -> str:
 
 def _absolute(corpus: CorpusConfig) -> CorpusConfig:
     values = {name: getattr(corpus, name) for name in ("location", "root")}
-    here = {name: str(Path(text).absolute()) for name, text in values.items() if text and "://" not in text}
+    here = {
+        name: os.path.normpath(Path(text).absolute()) for name, text in values.items() if text and "://" not in text
+    }
     return corpus.model_copy(update=here)
 
 
@@ -149,7 +153,7 @@ def _describe(survey: Survey, sizes: Sizes, choice: Choice) -> list[str]:
 
 def _describe_plan(planned: Planned, num_gpus: int) -> list[str]:
     if planned.gpu is None:
-        return [f"memory     not planned: {planned.problem}"]
+        return [f"memory     not planned ({planned.problem}); --gpu NAME plans for a card that is elsewhere"]
     if planned.problem:
         return [f"memory     not planned for {planned.gpu}: {planned.problem}"]
     fits = "" if planned.fits else "; this does NOT fit: lower data.micro_batch or the sizes"

@@ -72,6 +72,7 @@ class VaeDecoder:
 
 def load_decoder(config: EncodersConfig) -> VaeDecoder:
     """Load the VAE that the config names; small random weights without a checkpoint."""
+    LOG.info("loading the VAE: %s", config.checkpoint or random_encoders.NOTE)
     device = find_device(config.device)
     quiet_libraries()
     if config.checkpoint is None:

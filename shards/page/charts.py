@@ -14,6 +14,8 @@ from shards.page.html_page import Child, Html, details, join, table, tag
 WIDTH, HEIGHT = 480, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
 _MAX_TABLE_ROWS = 200
+_LETTER = 10
+"""Width of a letter of the labels, at most, as a phone draws them."""
 NUM_COLOURS = 6
 """Series beyond these repeat a colour with another dash."""
 
@@ -73,15 +75,23 @@ def line_chart(
         join(
             (
                 tag("line", x1=_short(frame.x(m.x)), x2=_short(frame.x(m.x)), y1=TOP, y2=frame.bottom, class_="mark"),
-                tag("text", m.label, x=_short(frame.x(m.x) + 3), y=TOP + 10),
+                _mark_label(frame, m),
             )
         )
         for m in marks
     ]
     most = max(20, _MAX_TABLE_ROWS // len(lines))
     rows = [(line.name, x, y) for line in lines for x, y in _thinned(line, most)]
-    svg = frame.svg(caption, [*signs, *drawn], x_label, y_label)
+    svg = frame.svg(caption, [*signs, *drawn], x_label, y_label, pointed=True)
     return _figure(caption, svg, table(("series", x_label, y_label), rows, caption), _legend(lines))
+
+
+def _mark_label(frame: _Frame, mark: Mark) -> Html:
+    """Right of its line, left of it where the drawing ends."""
+    x = frame.x(mark.x)
+    if x > WIDTH - RIGHT - _LETTER * len(mark.label):
+        return tag("text", mark.label, x=_short(x - 3), y=TOP + 10, text_anchor="end")
+    return tag("text", mark.label, x=_short(x + 3), y=TOP + 10)
 
 
 def spark(values: Sequence[float | None], label: str) -> Html:
@@ -118,7 +128,10 @@ class _Frame:
         low, high = self._y
         return self.bottom - (value - low) / (high - low) * (self.bottom - TOP)
 
-    def svg(self, caption: str, drawn: Sequence[Html], x_label: str, y_label: str = "") -> Html:
+    def svg(
+        self, caption: str, drawn: Sequence[Html], x_label: str, y_label: str = "", *, pointed: bool = False
+    ) -> Html:
+        """The drawing; `pointed`: `page.js` shows the values under the pointer, by the scale that is given to it."""
         grid = [
             join(
                 (
@@ -128,16 +141,25 @@ class _Frame:
             )
             for t in self.y_ticks
         ]
-        feet = [
-            tag("text", _tick(t, self.x_ticks), x=_short(self.x(t)), y=self.bottom + 16, text_anchor="middle")
-            for t in self.x_ticks
-        ]
+        feet = [self._foot(t) for t in self.x_ticks]
         labels = [
             tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="axis"),
             tag("text", y_label, x=4, y=-6, class_="axis") if y_label else None,
         ]
         view = f"0 {-20 if y_label else 0} {WIDTH} {HEIGHT + (20 if y_label else 0)}"
-        return tag("svg", *grid, *feet, *labels, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart")
+        scale = " ".join(map(str, (LEFT, WIDTH - RIGHT, *self._x, TOP, self.bottom))) if pointed else None
+        return tag(
+            "svg", *grid, *feet, *labels, *drawn, viewBox=view, role="img", aria_label=caption, class_="chart",
+            data_scale=scale,
+        )  # fmt: skip
+
+    def _foot(self, tick: float) -> Html:
+        """A label under the axis, within the drawing."""
+        words, x = _tick(tick, self.x_ticks), self.x(tick)
+        half = _LETTER * len(words) / 2
+        if x + half > WIDTH:
+            return tag("text", words, x=WIDTH, y=self.bottom + 16, text_anchor="end")
+        return tag("text", words, x=_short(x), y=self.bottom + 16, text_anchor="middle")
 
 
 def _figure(caption: str, svg: Html, numbers: Html, legend: Html | None = None) -> Html:

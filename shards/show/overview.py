@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shards.check.verify import Level, Report, total_bytes, verify
+from shards.console import live_bar
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.format.commit import dataset_revision, read_commit
 from shards.format.dataset_info import read_info, text_command
@@ -169,14 +173,22 @@ def print_sample(found: dict[str, Any]) -> None:
 
 def run_verify(root: str, level: Level, jobs: int, partial: bool) -> Report:
     """Verify with a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    storage, done, began, lock = open_storage(root), 0, time.monotonic(), threading.Lock()
+    total = total_bytes(storage) if level != "fast" else None
+    with live_bar("verify", total) if sys.stderr.isatty() else nullcontext() as show:
 
-    storage = open_storage(root)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("verify", *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("verify", total=total_bytes(storage) if level != "fast" else None)
-        return verify(storage, level, jobs=jobs, partial=partial, progress=lambda done: progress.advance(task, done))
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            if show is None:
+                return
+            with lock:  # several threads read
+                done += num_bytes
+                rate = done / max(time.monotonic() - began, 1e-9)
+                left = "" if total is None or not rate else max(0, total - done) / rate
+                of = f"{done / 2**30:.2f}" + ("" if total is None else f"/{total / 2**30:.2f}")
+                show(done, left, f"{rate / 2**20:,.0f} MiB/s", f"{of} GiB")
+
+        return verify(storage, level, jobs=jobs, partial=partial, progress=advance)
 
 
 def print_report(report: Report) -> None:

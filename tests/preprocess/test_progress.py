@@ -1,9 +1,17 @@
 """Progress: the right figures, as a bar, as lines, as JSON lines, or nothing."""
 
+import contextlib
+import fcntl
 import io
 import json
 import logging
+import os
+import pty
+import re
+import struct
+import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -56,9 +64,9 @@ def test_words_for_people():
         "clips": 1500, "accepted": 1400, "rejected": 100, "bytes": 2**31, "clips_per_second": 0.143,
         "encoder_busy": 0.968, "bottleneck": "encode", "seconds_left": 3 * 86_400 + 7300,
     }  # fmt: skip
-    said = ", 1,400 accepted, 100 rejected, 2,048 MiB fetched, 0.14 clips/s, encoder busy 97%"
-    assert describe_facts(facts) == f"{said}, bound by encode, 3 d 2 h left"
-    assert describe_facts(facts | {"bottleneck": None}) == f"{said}, 3 d 2 h left"
+    said = ", 3 d 2 h left, 1,400 accepted, 100 rejected, 0.14 clips/s, encoder busy 97%"
+    assert describe_facts(facts) == f"{said}, bound by encode, 2,048 MiB fetched"
+    assert describe_facts(facts | {"bottleneck": None}) == f"{said}, 2,048 MiB fetched"
     assert describe_facts({"clips": 0, "seconds_left": 3700}) == ", 1 h 01 min left"
     assert describe_facts({"clips": 0, "seconds_left": None}) == ""
 
@@ -109,3 +117,49 @@ def test_on_a_terminal_a_bar(clock, monkeypatch):
             progress.row(row(candidate, encode=0.5))
     said = terminal.getvalue()
     assert "latents" in said and "2/2" in said and "2 accepted" in said and "encoder busy 50%" in said
+
+
+def in_a_terminal(code: str, columns: int) -> bytes:
+    """What a program writes to a real terminal of so many columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=follower, stdout=follower, stderr=follower,
+        env={**environment, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(follower)
+    written = b""
+    with contextlib.suppress(OSError):  # the end of a terminal on Linux
+        while read := os.read(leader, 65_536):
+            written += read
+    os.close(leader)
+    assert process.wait() == 0, written.decode()
+    return written
+
+
+def test_at_80_columns_the_time_left_comes_first_and_a_note_has_its_own_line():
+    written = in_a_terminal(
+        """
+from preprocess.build.progress import show_progress
+from shards.console import LOG, set_up_logging
+from shards.format.ledger import LedgerRow
+set_up_logging()
+note = "a note that is longer than the terminal is wide, with a path /data/" + "x" * 60
+with show_progress("text a-long-name", num_units=2, num_clips=12_000, style="auto") as progress:
+    progress.worker()
+    LOG.info("%s", note)
+    progress.row(LedgerRow(candidate=0, clip_id="0", source="", status="accepted", stage=None, reason=None, detail=None,
+        retryable=False, attempts=1, windows=(), seconds={"encode": 0.1}, bytes=2**20))
+""",
+        80,
+    )
+    # A line is what stands between two line ends once the terminal's own commands are taken out.
+    plain = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", written).decode()
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    at = next(number for number, line in enumerate(lines) if "a note that" in line)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d a note that .* with a path", lines[at]), lines[at]
+    assert lines[at + 1] == " " * 9 + "/data/" + "x" * 60, "a line is broken between words, and a path stays whole"
+    bars = [line for line in lines if "a-long-name" in line]
+    assert bars[0].startswith("loading") and all(len(line) <= 80 for line in bars)
+    assert re.match(r"\d.* left text a-long-name \S+ +1/12,000 1 accepted, 0 rejected", bars[-1]), bars[-1]

@@ -137,8 +137,11 @@ def test_a_batch_fits_the_rarest_size_and_short_clips_shorten_the_window():
     shapes = [Shape(853, 480, 1.0)] * 9 + [Shape(480, 853, 1.5)]
     found = survey(shapes, 100)
     choice = choose(found, fitting_sizes(found)[0], 1)
-    assert (choice.num_frames, choice.global_batch, choice.max_seconds) == (21, 8, 30.0)
+    assert (choice.num_frames, choice.global_batch, choice.max_seconds) == (21, 4, 30.0)
     assert choice.min_seconds <= choice.num_frames / 24 < choice.min_seconds + 0.01
+    # Of twenty clips one is held out, and some are refused when they are decoded: sixteen would then be too many.
+    few = survey([Shape(853, 480, 2.0)], 20)
+    assert choose(few, fitting_sizes(few)[0], 1).global_batch == 8
 
 
 @pytest.mark.parametrize("num_clips", [2, 5, 33, 100, 3000])

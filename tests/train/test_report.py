@@ -33,7 +33,7 @@ from train.loop import fit
 from train.report.curves import hard_samples, look_up_levels, smooth, thin
 from train.report.page import summarise, write_run_report
 from train.report.read_run import read_history, read_run, read_steps
-from train.run.events import write_event
+from train.run.events import EVENTS_FILE, write_event
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 JPEG, MP4 = b"\xff\xd8\xff picture ", b"video "
@@ -290,6 +290,59 @@ def test_in_a_browser_the_page_is_whole_and_foreign_markup_is_text(copy, tmp_pat
         heading = driver.find_elements("css selector", "section h2")
         assert [h.text for h in heading][:3] == ["Sampled videos", "Overview", "Loss"]
     assert open_dataset(read_run(copy).config.data.root).ordinal(key) >= 0
+
+
+CLIPPED = """
+return [...document.querySelectorAll('svg.chart')].flatMap((svg) => {
+  const frame = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter((text) => {
+    const at = text.getBoundingClientRect();
+    const wide = at.left < frame.left - .5 || at.right > frame.right + .5;
+    return wide || at.top < frame.top - .5 || at.bottom > frame.bottom + .5;
+  }).map((text) => `${svg.getAttribute('aria-label')}: ${text.textContent}`);
+});
+"""
+ROWS = """
+return [...document.querySelectorAll('.charts, .hard, .facts')].map((group) => {
+  const rows = {};
+  for (const card of group.children) { const top = Math.round(card.offsetTop / 4); rows[top] = (rows[top] ?? 0) + 1; }
+  return Object.values(rows);
+});
+"""
+POINTED = """
+const svg = document.querySelector('#loss svg.chart'), at = svg.getBoundingClientRect();
+const place = {clientX: at.left + .6 * at.width, clientY: at.top + 50, bubbles: true};
+svg.dispatchEvent(new PointerEvent('pointermove', place));
+return document.querySelector('.values').textContent;
+"""
+
+
+@pytest.mark.timeout(300)
+def test_labels_are_complete_rows_are_full_and_values_are_under_the_pointer(copy, tmp_path):
+    """On a desktop and on a phone; a run that was resumed at its last steps has its mark at the right edge."""
+    events = [json.loads(line) for line in (copy / EVENTS_FILE).read_text().splitlines()]
+    late = [{**event, "step": 11} if event["event"] == "resume" else event for event in events]
+    (copy / EVENTS_FILE).write_text("".join(json.dumps(event) + "\n" for event in late))
+    write_run_report(read_run(copy), tmp_path / "run.html")
+    with browser(tmp_path) as driver:
+        for size in (DESKTOP, PHONE):
+            open_page(driver, tmp_path / "run.html", size)
+            assert driver.execute_script(CLIPPED) == [] and not scrolls_sideways(driver)
+            if size == DESKTOP:
+                assert [rows for rows in driver.execute_script(ROWS) if sum(rows) > 1 and 1 in rows] == []
+            at, *values = driver.execute_script(POINTED).split("\n")
+            assert re.fullmatch(r"step \d+", at) and re.fullmatch(r"each step: \d\.\d+", values[0])
+            step = int(at.split()[1])
+            lines = map(json.loads, (copy / "metrics.jsonl").read_text().splitlines())
+            losses = {line["step"]: line["loss"] for line in lines}
+            assert float(values[0].split()[-1]) == pytest.approx(losses[step], rel=1e-3)
+        assert not console(driver)
+    text = (tmp_path / "run.html").read_text()
+    assert text.count(">resumed</text>") >= 4
+    never = [event for event in events if event["event"] != "resume"]
+    (copy / EVENTS_FILE).write_text("".join(json.dumps(event) + "\n" for event in never))
+    write_run_report(read_run(copy), tmp_path / "run.html")
+    assert ">resumed</text>" not in (tmp_path / "run.html").read_text()
 
 
 def test_from_a_clip_to_its_steps_and_back(run):

@@ -9,7 +9,7 @@ import click
 
 from shards import __version__
 from shards.config import load_config
-from shards.console import CommandGroup, print_json, set_up_logging
+from shards.console import LOG, CommandGroup, print_json, set_up_logging
 from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
 from train.cli.report_commands import report, show_clip, verify
@@ -95,6 +95,7 @@ def fit(
         raise UserError("--nnodes, --node-rank and --master belong to --nproc-per-node", fix="add --nproc-per-node")
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(terminal=rank == 0)
+    LOG.info("loading torch")
     with Reported():
         from train.loop import fit as run
 

@@ -10,7 +10,7 @@ import click
 from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
-from shards.console import print_json, set_up_logging
+from shards.console import LOG, print_json, set_up_logging
 from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
 from train.config.train import BaseModelConfig, ComputeConfig
@@ -74,6 +74,7 @@ def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
     """
     loaded = load_config(SampleRun, config, overrides)
     set_up_logging()
+    LOG.info("loading torch")
     for path in sample_run(loaded, compare=compare):
         click.echo(str(path))
     if compare:
@@ -103,6 +104,7 @@ def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
     dataset = None
     if config.data is not None:
         roots = (config.data.root,) if isinstance(config.data.root, str) else config.data.root
+        LOG.info("opening the dataset: %s", ", ".join(roots))
         dataset = open_dataset(roots, config.data.text_set)
     ready = prepare_prompts(config.prompts, config.sampler, dims, dataset)
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
@@ -141,6 +143,7 @@ def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
     device = choose_device(precision.device)
     dtype = resolve_precision(precision.compute, device_info(device)).dtype
     dims = config.dims or read_dit_config(str(config.checkpoint))
+    LOG.info("loading the base: %s", config.checkpoint or f"random weights, seed {config.random_seed}")
     model = build_model(dims, dtype, device, seed=config.random_seed if config.checkpoint is None else None)
     if config.checkpoint is not None:
         load_dit(model, config.checkpoint)
@@ -169,6 +172,7 @@ def evaluate(
     wantrain evaluate theirs.safetensors demo/shards -c configs/demo/train.yaml -o eval.num_clips=64 --json
     """
     set_up_logging()
+    LOG.info("loading torch")
     evaluation = evaluate_models(source, dataset, against, config, overrides)
     if as_json:
         print_json(evaluation.as_dict())
@@ -208,25 +212,26 @@ def evaluate_models(
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
     loras = {path: None if _model_in(path) else read_lora(locate_lora(path)[0]) for path in (source, against) if path}
 
-    def take(model: WanDiT) -> Any:
+    def take(model: WanDiT, name: str) -> Any:
+        LOG.info("evaluating %s on %d clips", name, len(held_out))
         device, density = next(model.parameters()).device, sigma_density(loaded.objective)
         evaluator = Evaluator(opened, held_out, settings, loaded.data, density, model.config.text_len, device)
         with contextlib.closing(evaluator):
             return evaluator.take(model)
 
     model = load_base(loaded.model, loaded.precision)
-    results = {"the base": take(model)}
+    results = {"the base": take(model, "the base")}
     for path, lora in loras.items():
         if lora is not None:
             attach_lora(model, lora)
-            results[str(path)] = take(model)
+            results[str(path)] = take(model, str(path))
             detach(model)
     for path, lora in loras.items():
         if lora is None:
             merged = loaded.model.model_copy(update={"checkpoint": str(_model_in(path))})
             del model
             model = load_base(merged, loaded.precision)
-            results[str(path)] = take(model)
+            results[str(path)] = take(model, str(path))
     return Evaluation(", ".join(dataset_roots(loaded.data)), opened.revision, results)
 
 

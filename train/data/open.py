@@ -16,6 +16,7 @@ def open_data(config: TrainConfig, pin: dict[str, Any] | None = None) -> Dataset
     set_patience(config.storage)
     data = config.data
     cache = None if data.cache is None else Path(data.cache)
+    LOG.info("opening the dataset: %s", ", ".join(dataset_roots(data)))
     dataset = open_dataset(dataset_roots(data), data.text_set, revision=data.revision, pin=pin, cache=cache)
     if missing := dataset.missing_units():
         LOG.warning("%s: %s; `wanshards verify` names the others", data.root, missing)

@@ -14,6 +14,8 @@ import yaml
 from shards.config import parse_yaml
 from shards.errors import UserError
 from train.lora.export import NOT_STATED, locate_lora
+from train.lora.formats import read_lora
+from train.lora.info import base_model
 
 CARD_NAME = "README.md"
 PICTURES = ("contact-sheet.jpg", "side-by-side.mp4")
@@ -43,7 +45,7 @@ def write_card(source: Path, out: Path, metadata: Mapping[str, str], step: int |
         shutil.copyfile(picture, out.with_name(picture.name))
     parts = [
         _front_matter(metadata),
-        f"# {out.stem}\n\nA LoRA of Wan2.2-TI2V-5B, for text-to-video and image-to-video.",
+        f"# {out.stem}\n\nA LoRA of {base_model(read_lora(out))}, for text-to-video and image-to-video.",
         _pictures(pictures),
         _use(out),
         "## Training\n\n" + _table("setting", "value", _settings(config, identity or {}, metadata, found_step)),

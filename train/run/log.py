@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from shards.console import LOG
+from shards.console import LOG, live_bar
 from shards.errors import SystemFailure, UserError
 from shards.files.write_file import named_errors
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
 from train.run.events import EventName, read_json_lines, write_event
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 METRICS_FILE = "metrics.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
@@ -87,7 +85,7 @@ class RunLog:
         values["tokens_per_second"] = record.tokens / max(record.seconds, 1e-9)
         values["data_wait_share"] = record.data_wait_seconds / max(record.seconds, 1e-9)
         self._curves({f"train/{name}": value for name, value in values.items() if value is not None}, record.step)
-        self._bar.advance(record.step)
+        self._bar.advance(record)
 
     def event(self, event: EventName, step: int, **values: Any) -> None:
         """One line of events.jsonl."""
@@ -159,45 +157,24 @@ def describe_step(record: StepRecord) -> str:
 
 
 class _Bar:
-    """A progress bar on a terminal, with the log's lines above it; elsewhere nothing."""
+    """A progress line on a terminal, with the log's lines above it; elsewhere nothing."""
 
     def __init__(self, done: int, total: int) -> None:
-        self._progress = None
-        self._handlers = list(LOG.handlers)
+        self._first, self._total, self._began = done, total, time.monotonic()
+        self._stack = contextlib.ExitStack()
+        self._show = None
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+            self._show = self._stack.enter_context(live_bar("training", total, done, "first step"))
 
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True))
-            self._task = self._progress.add_task("training", completed=done, total=total)
-            # Only the terminal's handler is exchanged: logs/rank-0.log gets every line, as without a bar.
-            for place, handler in enumerate(self._handlers):
-                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-                    LOG.handlers[place] = _AboveBar(self._progress.console, handler.formatter)
-            self._progress.start()
-
-    def advance(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done)
+    def advance(self, record: StepRecord) -> None:
+        if self._show is not None:
+            # Of all steps so far, evaluations and checkpoints included: a step may take minutes.
+            each = (time.monotonic() - self._began) / max(1, record.step - self._first)
+            facts = f"loss {record.loss:.4f}  {record.seconds:.2f} s/step"
+            self._show(record.step, each * (self._total - record.step), facts)
 
     def close(self) -> None:
-        if self._progress is not None:
-            LOG.handlers[:] = self._handlers
-            self._progress.stop()
-
-
-class _AboveBar(logging.Handler):
-    """The terminal's handler while a bar is drawn there."""
-
-    def __init__(self, console: Console, formatter: logging.Formatter | None) -> None:
-        super().__init__()
-        self._console = console
-        self.setFormatter(formatter)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one line, whatever it holds, without cutting or colouring it."""
-        self._console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._stack.close()
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:
