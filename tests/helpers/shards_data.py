@@ -46,6 +46,7 @@ def write_dataset(
     identity: dict | None = None,
     scratch: Path | None = None,
     max_variants: int = 2,
+    plan: bytes = b"a plan",
 ) -> None:
     """Write `num_units` units of latents and of the text set `default`, the null embeddings and dataset.json."""
     storage = open_storage(root)
@@ -61,10 +62,10 @@ def write_dataset(
         storage, "default", TEXT_IDENTITY, *null, scratch=scratch, provenance=PROVENANCE, negative_prompt="blurred"
     )
     num_all = first_unit + num_units
-    storage.put("plan/gen-000.jsonl.zst", b"a plan")
+    storage.put("plan/gen-000.jsonl.zst", plan)
     generation = Generation(
         name="gen-000",
-        plan_sha256=hashlib.sha256(b"a plan").hexdigest(),
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
         first_unit=0,
         num_units=num_all,
         num_candidates=num_all * (samples_per_unit + 1),

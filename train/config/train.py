@@ -58,6 +58,9 @@ class DataConfig(Config):
     """Globs over clip ids: only these clips; empty: all."""
     exclude: tuple[str, ...] = ()
     """Globs over clip ids: without these clips."""
+    weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
+    """How often samples are seen in an epoch, by globs over clip ids, `category:GLOB` or `tag:GLOB`: 2.5 is twice or
+    three times, 0 never. Several that match multiply; what none matches is seen once. Held-out clips have no weight."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the clips, by a hash of their id, that are held out and never trained on."""
     global_batch: Positive = 16
@@ -292,6 +295,10 @@ def check_folders(config: TrainConfig) -> None:
             )
 
 
+LATER_KEYS: dict[str, tuple[str, ...]] = {"data": ("weights",)}
+"""Keys that came after the first checkpoints: one at its default enters no identity, so that these are resumed."""
+
+
 def run_identity(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers of a run, as JSON values.
 
@@ -309,8 +316,16 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     identity["precision"] = {
         name: values["precision"][name] for name in ("compute", "initial_scale", "scale_growth_updates")
     }
+    for section, names in LATER_KEYS.items():
+        for name in names:
+            if identity[section][name] == _default(getattr(config, section), name):
+                del identity[section][name]
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
+
+
+def _default(section: Config, name: str) -> Any:
+    return type(section).model_fields[name].get_default(call_default_factory=True)
 
 
 def check_split(config: TrainConfig, num_processes: int) -> None:

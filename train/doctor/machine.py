@@ -69,7 +69,8 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     """The dataset opens; its identity, its text set, its sides, its buckets."""
     from train.data.loader import select_samples
     from train.data.open import open_data
-    from train.data.sampler import Order, describe_buckets
+    from train.data.sampler import describe_buckets
+    from train.data.weights import describe_shares, expected_shares, make_order
 
     dataset = open_data(config)
     identity, revision = dataset.identity_digest[:12], dataset.revision[:12]
@@ -80,10 +81,13 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     for name, note in sorted(dataset.info.notes.items()):
         yield Finding("dataset note", "note", f"{name}: {note}")
     train, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-    order = Order([dataset.samples[ordinal] for ordinal in train], config.seed, config.data.global_batch)
+    order = make_order(dataset, train, config)
     batches = order.num_batches(0)
     sides = f"{order.num_samples:,} samples to train on in {batches:,} batches, {len(validation):,} held out"
     yield Finding("order", "ok", sides)
+    if config.data.weights:
+        for line in describe_shares(expected_shares(dataset, train, order, config.data.weights)):
+            yield Finding("data.weights", "ok", f"{line} expected")
     if order.too_small:
         few = describe_buckets(order.too_small.items())
         yield Finding("order", "note", f"left out: {few}", "lower data.global_batch, or build more shards")

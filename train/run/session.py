@@ -30,6 +30,7 @@ from train.config.train import TrainConfig, dataset_roots, run_identity, slots_p
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
+from train.data.weights import describe_shares, expected_shares, make_order
 from train.evaluate import choose_held_out
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, resolve_dims, weights_digest
@@ -78,7 +79,7 @@ def open_session(
     if verify and ranks.is_first:
         verify_dataset(config)
     ordinals, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-    order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
+    order = make_order(dataset, ordinals, config)
     if order.too_small and ranks.is_first:
         LOG.warning(
             "left out, too few samples for a batch of %d: %s",
@@ -264,11 +265,13 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 def describe_data(session: Session) -> list[str]:
     """What is about to be trained on, for people."""
-    order, dataset = session.order, session.dataset
+    order, dataset, weights = session.order, session.dataset, session.trainee.config.data.weights
     batches, batch = order.num_batches(0), order.global_batch
+    shares = expected_shares(dataset, session.ordinals, order, weights) if weights else []
     return [
         f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, the first epoch has {batches:,} batches "
         f"of {batch}; revision {dataset.revision[:12]}",
+        *(f"data.weights: {line} expected" for line in describe_shares(shares)),
         f"held out: {len(session.held_out)} clips" if session.held_out else "held out: nothing, no held-out loss",
     ]
 
