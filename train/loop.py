@@ -26,6 +26,7 @@ from train.estimate.saves import GIB
 from train.launch.failure import RankLost
 from train.launch.heartbeat import HeartbeatWatch
 from train.lora.export import export_metadata
+from train.objective import sigma_density
 from train.parallel.ranks import Ranks, make_ranks, process_group, read_world, smallest, use_step_timeout
 from train.run.events import write_event
 from train.run.log import HELD_OUT_FILE, METRICS_FILE, RunLog, StepRecord, describe_step
@@ -47,7 +48,7 @@ from train.run.throughput import Throughput
 from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
-from train.step import backward, num_batch_tokens, over_ranks, sigma_density
+from train.step import backward, num_batch_tokens, over_ranks
 
 SAMPLES_FOLDER = "samples"
 

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.config.train import ObjectiveConfig
 from train.data.batch import Batch
-from train.objective import SigmaDensity, add_noise, loss_weight, model_timestep, sample_sigma, slot_losses
+from train.objective import add_noise, loss_weight, model_timestep, sample_sigma, sigma_density, slot_losses
 from train.parallel.ranks import Ranks
 from train.run.trainee import Trainee
 
@@ -106,11 +105,6 @@ def losses(trainee: Trainee, batch: Batch, rows: slice) -> Tensor:
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Move to the device; to a GPU from pinned memory, so that the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
-    """The distribution of noise levels."""
-    return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
 
 
 def num_batch_tokens(trainee: Trainee, batch: Batch) -> int:

@@ -188,7 +188,7 @@ def evaluate_models(
     from train.lora.export import locate_lora
     from train.lora.formats import read_lora
     from train.lora.lora import attach_lora, detach
-    from train.step import sigma_density
+    from train.objective import sigma_density
 
     # A run's folder, or that of the run that a checkpoint or its file lies in.
     around = (source, *source.resolve().parents[:3])

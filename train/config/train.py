@@ -104,10 +104,22 @@ class ObjectiveConfig(Config):
     """Standard deviation of `logit_normal`."""
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
     """Scale of `mode`; beyond these bounds σ would leave 0…1."""
+    sigma_min: Share = 0.0
+    """No noise level below this, after the shift; the density between the two bounds keeps its shape."""
+    sigma_max: Share = 1.0
+    """No noise level above this, after the shift."""
+    stratified: bool = False
+    """Spread a step's noise levels: of N equal parts of the density each slot of a global batch of N takes another."""
     weighting: Literal["none", "bell"] = "none"
-    """Weight of a slot's loss by its timestep."""
+    """Weight of a slot's loss by its timestep: `bell` is DiffSynth-Studio's."""
     image_to_video_share: Share = 0.4
     """Share of the slots trained with a clean first frame; samples of one frame never are."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
+        return self
 
 
 class OptimConfig(Config):
@@ -260,6 +272,11 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
     storage: StorageConfig = StorageConfig()
 
+    @property
+    def num_strata(self) -> int:
+        """Equal parts of the density of noise levels that a step's slots are spread over."""
+        return self.data.global_batch if self.objective.stratified else 1
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.eval is not None and self.data.validation_fraction == 0:
@@ -295,7 +312,7 @@ def check_folders(config: TrainConfig) -> None:
             )
 
 
-LATER_KEYS: dict[str, tuple[str, ...]] = {"data": ("weights",)}
+LATER_KEYS: dict[str, tuple[str, ...]] = {"data": ("weights",), "objective": ("sigma_min", "sigma_max", "stratified")}
 """Keys that came after the first checkpoints: one at its default enters no identity, so that these are resumed."""
 
 

@@ -133,6 +133,7 @@ def _draw(config: TrainConfig, sample: Sample, step: int, slot: int) -> SlotDraw
         image_to_video_share=config.objective.image_to_video_share,
         num_captions=sample.num_variants,
         caption_dropout=config.data.caption_dropout,
+        num_strata=config.num_strata,
     )
     # One latent frame would be all condition and nothing to learn.
     return draws._replace(image_to_video=draws.image_to_video and sample.frames > 1)

@@ -24,8 +24,7 @@ def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
 
     from train.checkpoint import PIN_FILE, read_pin
     from train.data.open import open_data
-    from train.objective import loss_weight, model_timestep, sample_sigma
-    from train.step import sigma_density
+    from train.objective import loss_weight, model_timestep, sample_sigma, sigma_density
 
     folder = Path(config.output)
     dataset = open_data(config, read_pin(folder) if (folder / PIN_FILE).exists() else None)

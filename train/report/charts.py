@@ -162,8 +162,7 @@ def _fifth_names(config: TrainConfig) -> list[str]:
     """`σ 0.00–0.56` of each fifth of the noise levels, as the objective draws them."""
     import torch
 
-    from train.objective import sample_sigma
-    from train.step import sigma_density
+    from train.objective import sample_sigma, sigma_density
 
     edges = torch.linspace(0, 1, NUM_LEVELS + 1, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
     sigmas = sample_sigma(edges, sigma_density(config.objective)).tolist()

@@ -32,6 +32,7 @@ from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
 from train.data.weights import describe_shares, expected_shares, make_order
 from train.evaluate import choose_held_out
+from train.objective import sigma_density
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, resolve_dims, weights_digest
 
@@ -75,6 +76,7 @@ def open_session(
             "parallel.offload: true, but every process holds the full base here: only a sharded base can be offloaded",
             fix="set parallel.offload=false; or shard the base: --nproc-per-node 2 or more, parallel.shard=full",
         )
+    sigma_density(config.objective)  # bounds that hold nothing are refused before the weights are built
     dataset = open_data(config, None if start is None else read_pin(start))
     if verify and ranks.is_first:
         verify_dataset(config)
