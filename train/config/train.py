@@ -10,13 +10,11 @@ from pydantic import Field, model_validator
 
 from shards.config import Config, StorageConfig, refuse_source_folder
 from shards.errors import UserError
-from train.config.model import DiTConfig, LoRAConfig, Positive
+from train.config.model import DiTConfig, LoRAConfig, Positive, PositiveNumber, Share
+from train.config.optim import OptimConfig
 from train.config.sampling import SampleConfig
 
-PositiveNumber = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 _PASSWORD = re.compile(r"://[^/?#]*@|[?&]endpoint=[^&]*(@|%40)", re.IGNORECASE)
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BaseModelConfig(Config):
@@ -120,33 +118,6 @@ class ObjectiveConfig(Config):
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         return self
-
-
-class OptimConfig(Config):
-    """How the weights move."""
-
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW with fp32 state, or bitsandbytes' with 8-bit state."""
-    lr: Annotated[float, Field(ge=0)] = 1e-4
-    """Learning rate after the warm-up."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the first and the second moment."""
-    eps: PositiveNumber = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises from zero, in a line."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
-    final_lr_share: Share = 0.0
-    """Share of `lr` that `cosine` and `linear` end at."""
-    max_grad_norm: PositiveNumber | None = 1.0
-    """Gradients longer than this are scaled down to it; null: never."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, used by the held-out loss and the export."""
-    min_8bit_size: Positive = 4096
-    """Tensors of fewer elements keep fp32 state under `adamw8bit`."""
 
 
 class ComputeConfig(Config):
@@ -312,7 +283,11 @@ def check_folders(config: TrainConfig) -> None:
             )
 
 
-LATER_KEYS: dict[str, tuple[str, ...]] = {"data": ("weights",), "objective": ("sigma_min", "sigma_max", "stratified")}
+LATER_KEYS: dict[str, tuple[str, ...]] = {
+    "data": ("weights",),
+    "objective": ("sigma_min", "sigma_max", "stratified"),
+    "optim": ("args",),
+}
 """Keys that came after the first checkpoints: one at its default enters no identity, so that these are resumed."""
 
 

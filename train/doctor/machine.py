@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import platform
 import shutil
@@ -31,6 +32,8 @@ def examine(config: TrainConfig | None) -> Iterator[Finding]:
     if config is None:
         return
     yield check_disk(Path(config.output))
+    if not config.optim.is_own:
+        yield check_optimizer(config)
     yield from guarded("dataset", lambda: check_dataset(config))
     yield from guarded("one step", lambda: check_step(config))
 
@@ -52,6 +55,17 @@ def check_bitsandbytes(config: TrainConfig | None) -> Finding:
         return Finding("bitsandbytes", "ok", str(import_bitsandbytes().__version__))
     except UserError as error:
         return Finding("bitsandbytes", "problem" if needed else "note", error.problem, error.fix or "")
+
+
+def check_optimizer(config: TrainConfig) -> Finding:
+    """Another optimizer is imported, tried on two small matrices, and saved and restored there."""
+    from train.optim import probe_optimizer
+
+    try:
+        num_bytes = probe_optimizer(config.optim.name, json.dumps(config.optim.args))
+    except UserError as error:
+        return Finding("optimizer", "problem", error.problem, error.fix or error.expected or "")
+    return Finding("optimizer", "ok", f"{config.optim.name}, {num_bytes:.3g} bytes of state a trained number")
 
 
 def check_shared_memory(place: Path) -> Finding:

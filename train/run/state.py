@@ -17,12 +17,16 @@ from train.data import draws
 from train.data import sampler as order
 from train.data.sampler import Position
 from train.optim import (
+    averaged_weights,
     clip_gradients,
+    has_modes,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    pack_optimizer,
     set_learning_rate,
+    unpack_optimizer,
     update_average,
 )
 from train.precision import LossScaler, OverflowTelemetry, has_overflow
@@ -66,10 +70,19 @@ class TrainingState:
             max_skips=config.precision.max_skipped_in_a_row,
         )
         self.telemetry = OverflowTelemetry(trainee.model) if trainee.precision.scales_loss else None
-        self.average: dict[str, Tensor] | None = None
-        """Moving average of the trained weights."""
+        self._moving_average: dict[str, Tensor] | None = None
         if config.optim.ema_decay is not None:
-            self.average = {name: weight.clone() for name, weight in trainee.tensors().items()}
+            if has_modes(self.optimizer):
+                raise UserError(
+                    f"optim.ema_decay: {config.optim.name} averages the weights itself", fix="set optim.ema_decay=null"
+                )
+            self._moving_average = {name: weight.clone() for name, weight in trainee.tensors().items()}
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """What evaluation, pictures and the export use where it is not the trained weights: their moving average, or
+        copies of the weights in a schedule-free optimizer's evaluation mode."""
+        return self._moving_average or averaged_weights(self.optimizer, self.trainee.weights)
 
     @property
     def folder(self) -> Path:
@@ -101,8 +114,8 @@ class TrainingState:
             self.optimizer.step()
             self.updates += 1
             self.skipped_in_a_row = 0
-            if self.average is not None and self.config.optim.ema_decay is not None:
-                update_average(self.average, self.trainee.tensors(), self.config.optim.ema_decay, self.updates)
+            if self._moving_average is not None and self.config.optim.ema_decay is not None:
+                update_average(self._moving_average, self.trainee.tensors(), self.config.optim.ema_decay, self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow)
         return rate, norm, blamed
@@ -155,13 +168,14 @@ class TrainingState:
     def save(self) -> Path:
         """Write a checkpoint and remove those that need not be kept."""
         names = {weight: name for name, weight in self.trainee.weights.items()}
-        tensors = {
-            self.trainee.file_name: self.trainee.tensors(),
-            checkpoint.OPTIMIZER_FILE: optimizer_tensors(self.optimizer, names),
-        }
-        if self.average is not None:
-            tensors[checkpoint.AVERAGE_FILE] = self.average
-        path = checkpoint.write_checkpoint(self.folder, self._state(), tensors, self.session.dataset.pin())
+        if self.config.optim.is_own:
+            moments, values = optimizer_tensors(self.optimizer, names), {}
+        else:
+            moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
+        tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
+        if (average := self.average) is not None:
+            tensors[checkpoint.AVERAGE_FILE] = average
+        path = checkpoint.write_checkpoint(self.folder, self._state(values), tensors, self.session.dataset.pin())
         checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.best_step)
         return path
 
@@ -182,11 +196,15 @@ class TrainingState:
                 LOG.warning("resuming on another %s: was %s, is %s; the last bits may differ", name, was, now)
         self.trainee.load(checkpoint.load_tensors(path / self.trainee.file_name))
         names = {weight: name for name, weight in self.trainee.weights.items()}
-        load_optimizer_tensors(self.optimizer, names, checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE))
-        if self.average is not None:
+        moments = checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE)
+        if self.config.optim.is_own:
+            load_optimizer_tensors(self.optimizer, names, moments)
+        else:
+            unpack_optimizer(self.optimizer, self.trainee.weights, moments, state.optimizer)
+        if self._moving_average is not None:
             loaded = checkpoint.load_tensors(path / checkpoint.AVERAGE_FILE)
-            check_names(self.average, loaded, "the checkpoint's average")
-            for name, kept in self.average.items():
+            check_names(self._moving_average, loaded, "the checkpoint's average")
+            for name, kept in self._moving_average.items():
                 kept.copy_(loaded[name])
         self.scaler.load_state_dict(state.scaler)
         if self.telemetry is not None:
@@ -198,7 +216,7 @@ class TrainingState:
         self.evaluations_since_best, self.pending = state.evaluations_since_best, state.owed
         self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
 
-    def _state(self) -> checkpoint.CheckpointState:
+    def _state(self, optimizer: dict[str, Any]) -> checkpoint.CheckpointState:
         return checkpoint.CheckpointState(
             step=self.step,
             updates=self.updates,
@@ -214,6 +232,7 @@ class TrainingState:
             owed=self.pending,
             seconds=self.seconds,
             eval_seconds=self.eval_seconds,
+            optimizer=optimizer,
             draws_version=draws.DRAWS_VERSION,
             order_version=order.ORDER_VERSION,
             identity=self.session.identity,
