@@ -61,7 +61,7 @@ def find_class(config: OptimConfig) -> type[torch.optim.Optimizer]:
         raise UserError(f"optim.name: {config.name} is no optimizer", expected="a subclass of torch.optim.Optimizer")
     known: list[str] = []
     for cls in found.__mro__:
-        given = list(inspect.signature(cls.__init__).parameters.values())
+        given = list(inspect.signature(cls.__init__).parameters.values())  # type: ignore[misc]
         known += [one.name for one in given[1:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
         if not any(one.kind == one.VAR_KEYWORD for one in given):
             break
