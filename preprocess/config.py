@@ -101,8 +101,8 @@ class SieveConfig(Config):
 class WindowConfig(Config):
     """Which stretch of a clip becomes a sample."""
 
-    num_frames: Positive = 49
-    """Frames of a window, 4k+1 (1 for images)."""
+    num_frames: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 49
+    """Frames of a window, 4k+1 (1 for images); or a list: the longest that fits the clip and its captions is taken."""
     fps: Literal[24] = 24
     """Frame rate of the window; the model's own."""
     policy: Literal["captions", "start", "middle", "tile", "random"] = "captions"
@@ -117,11 +117,19 @@ class WindowConfig(Config):
     max_black_share: Share = 0.999
     """Largest share of a window's pixels that are black; the default refuses what is black all over, 1 nothing."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Frames that a window may have, the fewest first."""
+        return (self.num_frames,) if isinstance(self.num_frames, int) else tuple(sorted(self.num_frames))
+
     @model_validator(mode="after")
     def _whole_latents(self) -> WindowConfig:
-        if self.num_frames % 4 != 1:
-            below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
-            raise ValueError(f"num_frames {self.num_frames} is not 4k+1; the nearest are {below} and {below + 4}")
+        for length in self.lengths:
+            if length % 4 != 1:
+                below = max(1, (length - 1) // 4 * 4 + 1)
+                raise ValueError(f"num_frames {length} is not 4k+1; the nearest are {below} and {below + 4}")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"num_frames {', '.join(map(str, self.lengths))}: a length is there twice")
         if self.policy in ("start", "middle") and self.max_windows > 1:
             raise ValueError(f"policy {self.policy} takes one window of a clip, not {self.max_windows}; see tile")
         return self
@@ -372,6 +380,7 @@ class PrepConfig(Config):
     storage: StorageConfig = StorageConfig()
 
 
+Choice = int | float | tuple[int, ...]
 FROZEN: dict[str, tuple[str, ...]] = {
     "window": ("num_frames", "min_motion", "max_black_share"),
     "buckets": ("min_kept_share",),
@@ -379,12 +388,14 @@ FROZEN: dict[str, tuple[str, ...]] = {
 """Keys that enter no identity: each generation of a plan is built with those that it was frozen with."""
 
 
-def frozen_choices(config: PrepConfig) -> dict[str, int | float]:
-    """The values of the `FROZEN` keys, by their dotted names."""
-    return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in _frozen_names()}
+def frozen_choices(config: PrepConfig) -> dict[str, Choice]:
+    """The values of the `FROZEN` keys, by their dotted names; one length is a number, however it was written."""
+    choices = {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in _frozen_names()}
+    lengths = config.window.lengths
+    return choices | {"window.num_frames": lengths[0] if len(lengths) == 1 else lengths}
 
 
-def with_choices(config: PrepConfig, choices: Mapping[str, int | float]) -> PrepConfig:
+def with_choices(config: PrepConfig, choices: Mapping[str, Choice]) -> PrepConfig:
     """`config` with frozen choices in place of its own; one that is absent counts as its default."""
     sections: dict[str, Config] = {"window": config.window, "buckets": config.buckets}
     for section, name in _frozen_names():

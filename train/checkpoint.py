@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: safetensors and JSON, written under a temporary name, synced, renamed.
 
     checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors for a full model)
-                             average.safetensors    their moving average, where there is one
+                             average.safetensors    their average (moving, or schedule-free), where there is one
                              optimizer.safetensors  moments, or 8-bit codes with their scales
                              state.json             step, updates, position in the order, loss scale, identity;
                                                     versions, sha256 of the other files; sealed as commits of shards are
@@ -81,6 +81,8 @@ class CheckpointState(Config):
     """Wall-clock seconds of training so far, held-out loss included."""
     eval_seconds: float = 0.0
     """Of them, seconds spent on the held-out loss."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """What of another optimizer's state is no tensor, and where its tensors belong; empty for ours."""
     draws_version: int
     """Version of the random draws."""
     order_version: int

@@ -6,15 +6,19 @@ Shapes: B slots, C channels, T H W latent frames, rows, columns.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from shards.errors import UserError
 from train.config.train import ObjectiveConfig
 
 NUM_TIMESTEPS = 1000
+LEAST_SHARE = 1e-6
+"""Of a density, between the configured bounds: with less, neighbouring draws would be the same noise level."""
 
 
 class SigmaDensity(NamedTuple):
@@ -29,11 +33,24 @@ class SigmaDensity(NamedTuple):
     """Of the logit, for logit_normal."""
     mode_scale: float = 1.29
     """For mode: 0 is uniform, up to 1.75 heavier in the middle."""
+    low: float = 0.0
+    """Least noise level, shifted."""
+    high: float = 1.0
+    """Greatest noise level, shifted."""
 
 
 def sigma_density(config: ObjectiveConfig) -> SigmaDensity:
-    """The configured distribution of noise levels."""
-    return SigmaDensity(config.sigma, config.shift, config.logit_mean, config.logit_std, config.mode_scale)
+    """The distribution of noise levels. Raises UserError where nothing of it lies between the configured bounds."""
+    kind, shift, low, high = config.sigma, config.shift, config.sigma_min, config.sigma_max
+    density = SigmaDensity(kind, shift, config.logit_mean, config.logit_std, config.mode_scale, low, high)
+    first, last = _bounds(density)
+    if (held := abs(last - first)) < LEAST_SHARE:
+        raise UserError(
+            f"objective.sigma_min {low:g} and sigma_max {high:g} hold {held:.1g} of {kind}, shift {shift:g}",
+            expected=f"at least {LEAST_SHARE:g} of it",
+            fix="widen the bounds, or choose another objective.sigma",
+        )
+    return density
 
 
 def shift_sigma(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
@@ -43,11 +60,33 @@ def shift_sigma(sigma: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "
 
 def sample_sigma(u_B: Float[Tensor, "*shape"], density: SigmaDensity) -> Float[Tensor, "*shape"]:
     """Noise levels from uniform numbers in (0, 1), float64: the inverse distribution function, so that quantiles of u
-    are quantiles of σ (`mode` runs downwards).
+    are quantiles of σ (`mode` runs downwards). Between bounds it is the same density without what lies outside.
 
     Sources: logit-normal and mode, Esser et al. 2024 (arXiv:2403.03206), section 3.1.
     """
     u_B = u_B.double()
+    if (density.low, density.high) != (0.0, 1.0):
+        first, last = _bounds(density)
+        u_B = first + (last - first) * u_B
+    return _unbounded(u_B, density)
+
+
+@lru_cache(maxsize=16)
+def _bounds(density: SigmaDensity) -> tuple[float, float]:
+    """The quantiles of the complete density where its bounds lie, by bisection: every density is monotonic in u."""
+    falls = density.kind == "mode"
+    found = []
+    for bound in (density.low, density.high):
+        low, high = 0.0, 1.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            is_below = _unbounded(torch.tensor(middle, dtype=torch.float64), density).item() < bound
+            low, high = (middle, high) if is_below != falls else (low, middle)
+        found.append((low + high) / 2 if 0 < bound < 1 else float((bound == 1) != falls))
+    return (found[1], found[0]) if falls else (found[0], found[1])
+
+
+def _unbounded(u_B: Tensor, density: SigmaDensity) -> Tensor:
     if density.kind == "logit_normal":
         sigma_B = torch.sigmoid(density.mean + density.std * torch.special.ndtri(u_B))
     elif density.kind == "mode":

@@ -135,10 +135,9 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
         )
         refuse_mismatch(newer, info.identity, where, fix)
     frames = {bucket.frames for bucket in info.buckets}
-    if frames and config.window.num_frames not in frames:
-        refuse_mismatch(
-            {"window": {"num_frames": config.window.num_frames}}, {"window": {"num_frames": min(frames)}}, where
-        )
+    if frames and not frames.issuperset(config.window.lengths):
+        ours, theirs = (list(config.window.lengths), sorted(frames))
+        refuse_mismatch({"window": {"num_frames": _alone(ours)}}, {"window": {"num_frames": _alone(theirs)}}, where)
     ours: dict[str, Any] = {
         **info.identity,
         "transform": transform_identity(config),
@@ -146,6 +145,10 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
     }
     # A round trip through JSON, as what is stored went through one.
     refuse_mismatch(_plain(ours), info.identity, where)
+
+
+def _alone(lengths: list[int]) -> int | list[int]:
+    return lengths[0] if len(lengths) == 1 else lengths
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

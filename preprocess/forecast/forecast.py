@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from preprocess.config import PictureSize, PrepConfig
+from preprocess.config import PictureSize, PrepConfig, with_choices
 from preprocess.forecast.hardware import (
     CONNECTION_MBIT,
     DECODE_SECONDS,
@@ -26,11 +26,13 @@ from preprocess.rejection import Rejection
 from preprocess.text.captions import compose_all
 from preprocess.video.aspect import is_sd
 from preprocess.video.bucket import choose_size
+from preprocess.video.window import declared_lengths
 from shards.gpus import Gpu, VaeMode, vae_encode_tflop
 
 # What a plan promises before it runs: candidates, units, samples per bucket, and what the upscaling limit excludes.
 
 TOO_SMALL = "too small for every bucket"
+TOO_SHORT = "too short for every length"
 UNKNOWN = "size not declared"
 
 
@@ -50,7 +52,23 @@ def count_plan(plan: Plan, config: PrepConfig) -> dict[str, Any]:
         "generations": len(plan.generations),
         "declared_hours": round(sum(each.declared_seconds for each in plan.generations) / 3600, 3),
         "candidates_by_bucket": dict(buckets),
-    }
+    } | ({"windows_by_length": count_lengths(plan, config)} if len(config.window.lengths) > 1 else {})
+
+
+def count_lengths(plan: Plan, config: PrepConfig) -> dict[str, int]:
+    """Windows by frames, and clips too short for one, as the records declare lengths and captions; shots are not known.
+
+    What declares no length is taken to be as long as the sieve allows at least. Each unit counts with its own lengths.
+    """
+    counts: Counter[str] = Counter({str(frames): 0 for frames in config.window.lengths})
+    for number in range(plan.num_units):
+        own = with_choices(config, plan.choices(number))
+        for candidate in plan.unit(number):
+            record = candidate.record
+            seconds = record.declared_seconds or config.sieve.min_seconds
+            frames = [1] if record.media_type == "image" else declared_lengths(seconds, record, own)
+            counts.update(map(str, frames) if frames else [TOO_SHORT])
+    return dict(counts)
 
 
 def describe_plan(counts: dict[str, Any]) -> list[str]:
@@ -64,7 +82,15 @@ def describe_plan(counts: dict[str, Any]) -> list[str]:
         f"{counts['declared_hours']:,.2f} h of video by their records",
         "buckets    by the declared sizes; the files may differ, and the build's summary tells the truth",
         *(f"  {count:>9,}  {name}" for name, count in counts["candidates_by_bucket"].items()),
+        *_length_lines(counts.get("windows_by_length", {})),
     ]
+
+
+def _length_lines(counts: Mapping[str, int]) -> list[str]:
+    if not counts:
+        return []
+    lines = ["lengths    windows by frames, as the records declare lengths and captions; shot changes may shorten more"]
+    return lines + [f"  {count:>9,}  {name}" for name, count in counts.items()]
 
 
 def _bucket_of(width: int, height: int, config: PrepConfig) -> str:
@@ -111,11 +137,10 @@ def forecast(
     costs = find_costs(counts, hardware)
     samples = _samples_by_size(config, counts, plan)
     num_samples = sum(samples.values())
-    tflop = sum(
-        count * vae_encode_tflop(size.width, size.height, config.window.num_frames) for size, count in samples.items()
-    )
+    shares = _length_shares(config, counts)
+    tflop = sum(count * _tflop(size.width, size.height, shares) for size, count in samples.items())
     tokens, of_records = _caption_tokens(plan, config, count_tokens)
-    num_clips = sum(samples.values()) / _windows_a_clip(config, plan) if num_samples else 0.0
+    num_clips = sum(samples.values()) / _windows_a_clip(config, plan, counts) if num_samples else 0.0
     download = _download_bytes(plan, counts)
     text_mode = config.encoders.text_precision
     if text_mode == "auto":
@@ -157,7 +182,7 @@ def forecast(
         "samples_by_bucket": {f"{size.width}×{size.height}": count for size, count in samples.items()},
         "download_bytes": round(download),
         "disk_bytes": {
-            "latents": round(sum(count * _latent_bytes(size, config) for size, count in samples.items())),
+            "latents": round(sum(count * _latent_bytes(size, config, shares) for size, count in samples.items())),
             "text": round(num_samples * tokens * _TEXT_DIM * 2),
         },
         "caption_tokens": round(tokens, 1),
@@ -171,10 +196,10 @@ def forecast(
         "bound": bound,
         "assumed": _assumptions(counts, hardware, costs, num_decoding, connections, of_records),
     }
-    return {**result, "shorter": suggestions(result, config)}
+    return {**result, "shorter": suggestions(result, config, shares)}
 
 
-def suggestions(result: Mapping[str, Any], config: PrepConfig) -> list[str]:
+def suggestions(result: Mapping[str, Any], config: PrepConfig, shares: Mapping[int, float]) -> list[str]:
     """What would make the build shorter, most first; each with its figure."""
     days, bound = result["days"], result["bound"]
     second = max(value for name, value in days.items() if name != bound)
@@ -200,8 +225,8 @@ def suggestions(result: Mapping[str, Any], config: PrepConfig) -> list[str]:
     lines.append(
         f"more GPUs, here or on other machines (engine.kind=ray): {days['encode'] / 2:.2f} days on twice as many"
     )
-    if config.window.num_frames > 17:
-        share = vae_encode_tflop(1280, 704, 17) / vae_encode_tflop(1280, 704, config.window.num_frames)
+    if max(shares) > 17:
+        share = vae_encode_tflop(1280, 704, 17) / _tflop(1280, 704, shares)
         lines.append(f"window.num_frames=17: {days['encode'] * share:.2f} days")
     largest = max(config.buckets.sizes, key=lambda size: size.width * size.height)
     if largest.width * largest.height > 832 * 480:
@@ -264,9 +289,25 @@ def _text_seconds(gpu: Gpu, mode: str, tokens: float, config: PrepConfig) -> flo
     return max(reading, tokens * _TEXT_TFLOP_PER_TOKEN / rate)
 
 
-def _windows_a_clip(config: PrepConfig, plan: Plan) -> int:
+def _length_shares(config: PrepConfig, counts: Mapping[str, Any]) -> dict[int, float]:
+    """The share of the windows that has so many frames."""
+    lengths = config.window.lengths
+    found = {int(name): count for name, count in counts.get("windows_by_length", {}).items() if name != TOO_SHORT}
+    total = sum(found.values())
+    if not total:
+        return {lengths[0]: 1.0}
+    return {frames: count / total for frames, count in found.items() if count}
+
+
+def _tflop(width: int, height: int, shares: Mapping[int, float]) -> float:
+    return sum(share * vae_encode_tflop(width, height, frames) for frames, share in shares.items())
+
+
+def _windows_a_clip(config: PrepConfig, plan: Plan, counts: Mapping[str, Any]) -> float:
+    if by_length := counts.get("windows_by_length"):
+        return sum(count for name, count in by_length.items() if name != TOO_SHORT) / max(1, plan.num_candidates)
     seconds = sum(each.declared_seconds for each in plan.generations) / max(1, plan.num_candidates)
-    room = int(seconds * config.window.fps // config.window.num_frames)
+    room = int(seconds * config.window.fps // config.window.lengths[0])
     return max(1, min(config.window.max_windows, room))
 
 
@@ -278,10 +319,11 @@ def _samples_by_size(config: PrepConfig, counts: Mapping[str, Any], plan: Plan) 
     clips.pop(TOO_SMALL, None)
     unknown = clips.pop(UNKNOWN, 0)
     known = sum(clips.values())
-    windows = _windows_a_clip(config, plan)
+    windows = _windows_a_clip(config, plan, counts)
     if not known:
-        return {next(iter(names.values())): unknown * windows} if unknown else {}
-    return {names[name]: round(count * (known + unknown) / known) * windows for name, count in clips.items() if count}
+        return {next(iter(names.values())): round(unknown * windows)} if unknown else {}
+    scale = (known + unknown) / known
+    return {names[name]: round(round(count * scale) * windows) for name, count in clips.items() if count}
 
 
 def _download_bytes(plan: Plan, counts: Mapping[str, Any]) -> float:
@@ -291,8 +333,9 @@ def _download_bytes(plan: Plan, counts: Mapping[str, Any]) -> float:
     return sum(each.declared_seconds for each in plan.generations) * PROXY_MBIT * 1e6 / 8
 
 
-def _latent_bytes(size: PictureSize, config: PrepConfig) -> float:
-    elements = 48 * ((config.window.num_frames - 1) // 4 + 1) * (size.height // 16) * (size.width // 16)
+def _latent_bytes(size: PictureSize, config: PrepConfig, shares: Mapping[int, float]) -> float:
+    latent_frames = sum(share * ((frames - 1) // 4 + 1) for frames, share in shares.items())
+    elements = 48 * latent_frames * (size.height // 16) * (size.width // 16)
     dtype = config.shards.latent_dtype
     return elements * _ELEMENT_BYTES[dtype] * _ZSTD_RATIO[dtype] + _SAMPLE_EXTRAS
 

@@ -233,7 +233,7 @@ def _warn_of_changes(plan: Plan, config: PrepConfig) -> None:
     choices = plan.last_read.choices if plan.last_read is not None else {}
     for name, value in frozen_choices(config).items():
         if choices.get(name, value) != value:
-            LOG.warning("%s is %g, the plan was frozen with %g: its units keep that", name, value, choices[name])
+            LOG.warning("%s is %s, the plan was frozen with %s: its units keep that", name, value, choices[name])
 
 
 @dataclass

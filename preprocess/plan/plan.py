@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import pydantic
 
-from preprocess.config import SieveConfig
+from preprocess.config import Choice, SieveConfig
 from preprocess.corpus.records import Record
 from shards.config import Config, validate_config
 from shards.errors import ShardDamage, UserError
@@ -94,7 +94,7 @@ class GenerationInfo(Config):
     """Sum over the candidates that declare a length."""
     limit: int | None
     sieve: SieveConfig
-    choices: dict[str, int | float] = pydantic.Field(default_factory=dict)
+    choices: dict[str, Choice] = pydantic.Field(default_factory=dict)
     """Lengths and thresholds that its units are built with (`preprocess.config.FROZEN`); empty: an older plan."""
     retried: tuple[int, ...] = ()
     """Of a retry: the ordinals of its candidates, in order, all of earlier generations; it read no records."""
@@ -198,7 +198,7 @@ class Plan:
             if self._has(number, ordinal):
                 yield ordinal, line, file
 
-    def choices(self, number: int) -> dict[str, int | float]:
+    def choices(self, number: int) -> dict[str, Choice]:
         """What the generation of `unit` was frozen with. Raises UserError for no such unit."""
         return self.generations[self._place(number)].choices
 

@@ -30,6 +30,7 @@ from shards.format.sealed_json import parse_json
 from shards.format.tar import BLOCK, tar_header
 from shards.read.open import Opened, open_roots
 from shards.read.table import Shard, Table
+from shards.read.tags import clip_tags
 from shards.storage.base import Storage
 
 _ATTEMPTS = 2
@@ -89,6 +90,7 @@ class Dataset:
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._by_key: dict[str, int] | None = None
+        self._tags: dict[str, tuple[str, ...]] | None = None
         self._buffers = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,6 +144,12 @@ class Dataset:
             return self._by_key[key]
         except KeyError:
             raise UserError(f"no sample {key!r} in {self._opened.where()}", fix="`wanshards ls ROOT --keys`") from None
+
+    def tags(self) -> dict[str, tuple[str, ...]]:
+        """The tags of clips by their ids, from the frozen plans, which are read once. Raises ShardDamage."""
+        if self._tags is None:
+            self._tags = {clip: tags for each in self._opened.storages for clip, tags in clip_tags(each).items()}
+        return self._tags
 
     def latent(self, key: str | int, *, plausible: bool = True) -> np.ndarray:
         """The latent of a sample: C×T×H×W in its stored type (bfloat16 as uint16 bits, see `latent_dtype`).

@@ -660,7 +660,7 @@ def optimizers(day: Day) -> None:
     """Milliseconds and state of AdamW in 32 and in 8 bits."""
     import torch
 
-    from train.config.train import OptimConfig
+    from train.config.optim import OptimConfig
     from train.optim import make_optimizer
 
     shapes = [(16, 64), (64, 16)] * 3 if day.tiny else [(LORA_RANK, 3072), (3072, LORA_RANK)] * 240

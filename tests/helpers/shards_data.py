@@ -46,6 +46,8 @@ def write_dataset(
     identity: dict | None = None,
     scratch: Path | None = None,
     max_variants: int = 2,
+    plan: bytes = b"a plan",
+    lengths: tuple[int, ...] = (17,),
 ) -> None:
     """Write `num_units` units of latents and of the text set `default`, the null embeddings and dataset.json."""
     storage = open_storage(root)
@@ -53,18 +55,18 @@ def write_dataset(
     identity = identity or IDENTITY
     scratch = scratch or Path(root) / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    sizes = [size for size in SIZES for size in (size, (1, *size[1:]))]
+    sizes = [size for size in SIZES for size in (*((frames, *size[1:]) for frames in lengths), (1, *size[1:]))]
     for unit in range(first_unit, first_unit + num_units):
-        _write_unit(storage, unit, samples_per_unit, rng, prefix, channels, identity, scratch, max_variants)
+        _write_unit(storage, unit, samples_per_unit, rng, prefix, channels, identity, scratch, max_variants, lengths)
     null = [_embedding(rng, tokens) for tokens in (1, 9)]
     write_null_embeddings(
         storage, "default", TEXT_IDENTITY, *null, scratch=scratch, provenance=PROVENANCE, negative_prompt="blurred"
     )
     num_all = first_unit + num_units
-    storage.put("plan/gen-000.jsonl.zst", b"a plan")
+    storage.put("plan/gen-000.jsonl.zst", plan)
     generation = Generation(
         name="gen-000",
-        plan_sha256=hashlib.sha256(b"a plan").hexdigest(),
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
         first_unit=0,
         num_units=num_all,
         num_candidates=num_all * (samples_per_unit + 1),
@@ -90,6 +92,7 @@ def _write_unit(
     identity: dict,
     scratch: Path,
     max_variants: int,
+    lengths: tuple[int, ...],
 ) -> None:
     latents = ShardWriter(storage, "latents", unit, identity, scratch, PROVENANCE)
     texts = ShardWriter(storage, "text/default", unit, TEXT_IDENTITY, scratch, PROVENANCE)
@@ -99,7 +102,8 @@ def _write_unit(
             number = unit * num_samples + place
             # Two windows of every third clip; every fourth sample is an image.
             clip = f"{prefix}-{number - (place % 3 == 2)}"
-            rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants))
+            frames = 1 if place % 4 == 3 else lengths[number % len(lengths)]
+            rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants, frames))
         rows.append(_rejected(f"{prefix}-{unit}-gone"))
         first = unit * len(rows)
         latents.seal([row.model_copy(update={"candidate": first + place}) for place, row in enumerate(rows)])
@@ -114,9 +118,9 @@ def _write_sample(
     rng: np.random.Generator,
     channels: int,
     max_variants: int,
+    frames: int,
 ) -> LedgerRow:
     _, height, width = SIZES[place // 2 % 2]
-    frames = 1 if place % 4 == 3 else 17
     start_ms = 2500 if place % 3 == 2 else 0
     key = sample_key(clip, start_ms, frames, height, width)
     shape = (channels, (frames - 1) // 4 + 1, height // 16, width // 16)

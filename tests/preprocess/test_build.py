@@ -5,20 +5,23 @@ import shutil
 import signal
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from footage import footage
-from prep_runs import build, files_of, prep, start_build
+from prep_runs import TINY, build, files_of, prep, start_build
 
 from preprocess.build.summary import describe_build
-from preprocess.config import CaptionsConfig
+from preprocess.config import CaptionsConfig, frozen_choices
 from preprocess.demo.corpus import write_corpus
+from preprocess.forecast.forecast import Hardware, count_plan, describe_plan, forecast
 from preprocess.pipeline import recaption, retry
 from preprocess.plan.plan import open_plan
 from preprocess.plan.retry import Wanted
+from preprocess.video.decode import transform_identity
 from shards.check.verify import verify
 from shards.errors import UserError
 from shards.format.commit import committed_units, read_commit
@@ -26,6 +29,7 @@ from shards.format.dataset_info import read_info
 from shards.format.identity import IdentityMismatch
 from shards.format.ledger import read_ledger
 from shards.format.sealed_json import seal_document
+from shards.gpus import find_gpu
 from shards.read.dataset import open_dataset
 from shards.storage import open_storage
 
@@ -354,3 +358,51 @@ def test_every_window_is_measured_in_its_row_and_its_sample(built):
         measured = dataset.meta(sample.key)["measured"]
         assert measured == rows[sample.key].measured
         assert measured["motion"] > 0 and measured["black_share"] < 0.999 and 0.5 <= measured["kept_share"] <= 1
+
+
+@pytest.fixture(scope="module")
+def mixed(demo_corpus, tmp_path_factory):
+    """Windows of 29 or 33 frames: the same clips as TINY's."""
+    output = tmp_path_factory.mktemp("mixed") / "shards"
+    build(demo_corpus, output, **MIXED)
+    return output
+
+
+MIXED = TINY | {"window": {"num_frames": [33, 29], "policy": "captions", "max_windows": 2}}
+
+
+def test_a_dataset_of_several_lengths_has_the_identity_of_one(mixed, demo_corpus):
+    dataset, info = open_dataset([str(mixed)]), read_info(open_storage(mixed))
+    counts = Counter(sample.frames for sample in dataset.samples)
+    assert counts.keys() == {29, 33}
+    assert [bucket.frames for bucket in info.buckets] == [29, 29, 33, 33]
+    for sample in dataset.samples:
+        assert dataset.latent_shape(sample.key)[1] == (sample.frames - 1) // 4 + 1
+        assert f"-{sample.frames}-" in sample.key
+        assert dataset.text(sample.key).shape[0] > 0
+    (generation,) = open_plan(open_storage(mixed)).generations
+    assert generation.choices["window.num_frames"] == (29, 33)
+    assert not verify(open_storage(mixed), "deep").problems
+    before = files_of(mixed)
+    build(demo_corpus, mixed, **MIXED)
+    assert files_of(mixed) == before
+
+    for lengths in (29, [29]):
+        one = prep(demo_corpus, mixed, **(MIXED | {"window": {**MIXED["window"], "num_frames": lengths}}))
+        assert transform_identity(one) == info.identity["transform"]
+        assert frozen_choices(one)["window.num_frames"] == 29, "a list of one length is that length"
+    with pytest.raises(IdentityMismatch, match=r"window\.num_frames: there \[29,33\], expected 97"):
+        build(demo_corpus, mixed, **(MIXED | {"window": {**MIXED["window"], "num_frames": 97}}))
+
+
+def test_the_plan_counts_windows_of_each_length(mixed, demo_corpus):
+    config = prep(demo_corpus, mixed, **MIXED)
+    counts = count_plan(open_plan(open_storage(mixed)), config)
+    made = Counter(str(sample.frames) for sample in open_dataset([str(mixed)]).samples)
+    assert all(counts["windows_by_length"][frames] >= count for frames, count in made.items())
+    assert any(line.endswith("  29") for line in describe_plan(counts))
+    hardware = Hardware(find_gpu("v100-32gb"), 1, 1000.0, 8)
+    one = prep(demo_corpus, mixed, **(MIXED | {"window": {**MIXED["window"], "num_frames": 33}}))
+    plan = open_plan(open_storage(mixed))
+    long, short = (forecast(plan, each, count_plan(plan, each), hardware, len) for each in (one, config))
+    assert 0 < short["disk_bytes"]["latents"] / short["samples"] < long["disk_bytes"]["latents"] / long["samples"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from preprocess.corpus.records import Caption
 from preprocess.facts import ClipFacts, Crop
 from preprocess.rejection import ClipRejected
-from preprocess.video.window import Window, choose_windows
+from preprocess.video.window import Window, choose_windows, declared_lengths
 from shards.errors import UserError
 
 LENGTH = 49 / 24
@@ -82,6 +83,77 @@ def test_windows_stay_within_the_clip_and_its_shots(
         assert not [cut for cut in cuts if start + 1e-6 < cut < end - 1e-6]
     for a, b in itertools.pairwise(sorted(starts(found))):
         assert b - a >= LENGTH
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seconds=st.floats(0.2, 20),
+    begin=st.floats(0, 1),
+    cuts=st.lists(st.floats(0, 21), max_size=3),
+    policy=st.sampled_from(["captions", "start", "middle", "tile", "random"]),
+    lengths=st.lists(st.sampled_from([1, 5, 17, 49, 97, 121]), min_size=1, max_size=4, unique=True),
+    span=st.tuples(st.floats(0, 21), st.floats(0, 21)),
+)
+def test_no_longer_configured_length_would_have_fitted(
+    seconds: float,
+    begin: float,
+    cuts: list[float],
+    policy: str,
+    lengths: list[int],
+    span: tuple[float, float],
+) -> None:
+    """Any start of every longer window is tried: in the clip, its shots, and the times of its caption."""
+    facts = facts_for(seconds, begin, tuple(sorted(cuts)))
+    captions = (Caption(text="a", start_seconds=span[0], end_seconds=span[1]),)
+    config = prep_config(window={"policy": policy, "num_frames": lengths})
+    borders = [begin, *(cut for cut in sorted(cuts) if begin < cut < begin + seconds), begin + seconds]
+    shots = [(math.ceil(round(a * 1000, 3)), round(b * 1000, 3)) for a, b in itertools.pairwise(borders)]
+
+    def fits(frames: int, low: float = 0.0, high: float = 1e9) -> bool:
+        length = 1000 * frames / 24
+        return any(math.ceil(max(a, low)) + length <= min(b, high) + 1e-3 for a, b in shots)
+
+    try:
+        (window,) = choose_windows(facts, a_record(object=captions), config)
+    except ClipRejected:
+        assert not any(fits(frames) for frames in lengths)
+        return
+    start, end = 1000 * window.start_seconds, 1000 * (window.start_seconds + window.num_frames / 24)
+    assert window.num_frames in lengths and any(a - 0.01 <= start and end <= b + 0.01 for a, b in shots)
+    longer = [frames for frames in lengths if frames > window.num_frames]
+    if not window.ground.startswith("object caption"):
+        assert not any(fits(frames) for frames in longer)
+        return
+    low, high = 1000 * max(begin, span[0]), 1000 * min(begin + seconds, span[1])
+    assert not any(fits(frames, low, high) for frames in longer)
+    if window.num_frames > min(frames for frames in lengths if fits(frames)):
+        assert low - 1.5 <= start and end <= high + 1.5, "only the shortest is longer than its caption"
+
+
+def test_shorter_windows_take_what_longer_ones_leave() -> None:
+    """10 s: four windows of 49 frames, then two of 17; a caption of 1 s is given 17 frames, one of 5 s 97."""
+    config = prep_config(window={"policy": "tile", "max_windows": 9, "num_frames": [17, 49]})
+    found = choose_windows(facts_for(10.0), a_record(), config)
+    assert [(window.start_seconds, window.num_frames) for window in found] == [
+        (0.0, 49), (2.042, 49), (4.084, 49), (6.126, 49), (8.168, 17), (8.877, 17),
+    ]  # fmt: skip
+    record = a_record(
+        object=(
+            Caption(text="a", start_seconds=1.0, end_seconds=2.0),
+            Caption(text="b", start_seconds=3.0, end_seconds=8.0),
+        )
+    )
+    config = prep_config(window={"max_windows": 9, "num_frames": [97, 17, 49]})
+    found = choose_windows(facts_for(10.0), record, config)
+    assert [window.num_frames for window in found] == [17, 97]
+    assert declared_lengths(10.0, record, config) == [17, 97]
+    assert declared_lengths(0.5, record, config) == []
+
+
+@pytest.mark.parametrize(("lengths", "words"), [([17, 18], "18 is not 4k"), ([17, 17], "twice"), ([], "at least 1")])
+def test_lengths_that_cannot_be_meant_are_refused(lengths: list[int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        prep_config(window={"num_frames": lengths})
 
 
 def test_policies_put_windows_where_they_say() -> None:

@@ -297,3 +297,22 @@ def test_a_missing_tar_refuses_to_start(tiny_shards, tmp_path):
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
         fit(make_config(root, tmp_path / "run"))
+
+
+def test_datasets_of_one_length_each_train_together(tmp_path):
+    """One identity, two roots: a step is of one length, all are trained, and a resume goes on to the bit."""
+    for name, length in (("short", 9), ("long", 17)):
+        write_dataset(tmp_path / name, num_units=2, prefix=name, lengths=(length,), scratch=tmp_path / "scratch")
+    roots = [str(tmp_path / "short"), str(tmp_path / "long")]
+
+    def config(output, max_steps):
+        return make_config("", tmp_path / output, max_steps=max_steps, data__root=roots, data__validation_fraction=0.0)
+
+    fit(config("whole", 12))
+    fit(config("parts", 5))
+    fit(config("parts", 12))
+    lines = read_metrics(tmp_path / "whole")
+    assert lines == read_metrics(tmp_path / "parts")
+    assert {line["bucket"].rpartition("×")[2] for line in lines} >= {"9", "17"}
+    for line in lines:
+        assert all(f"-{line['bucket'].rpartition('×')[2]}-" in key for key in line["keys"])

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from train.data import draws
-from train.data.draws import Purpose, draw_integer, draw_noise, draw_slot, draw_uniform, normal_from_uniform, raw_bits
+from train.data.draws import (
+    Purpose,
+    draw_integer,
+    draw_noise,
+    draw_quantile,
+    draw_slot,
+    draw_uniform,
+    normal_from_uniform,
+    raw_bits,
+)
 
 GOLDEN_BITS = ["0x6141d1a0a6ad3c41", "0xc1100028f4c929c1", "0x977a6e74cfeba6a6"]
 GOLDEN_NOISE = "cb2553fb4f5f78e43ede190a29290d9c9fc32d0bb77b82a83675b7f9c2c8d17b"
@@ -102,6 +111,23 @@ def test_the_mode_does_not_move_the_timestep_or_the_noise():
 def test_uniform_and_integer_stay_inside(seed, below):
     assert 0 < draw_uniform(seed, 0, 0, Purpose.MODE) < 1
     assert 0 <= draw_integer(seed, 0, 0, Purpose.CAPTION, below) < below
+
+
+@given(WORDS, st.integers(0, 2**40), st.integers(2, 40))
+@settings(max_examples=60, deadline=None)
+def test_each_slot_of_a_step_takes_another_stratum(seed, step, num_strata):
+    quantiles = [draw_quantile(seed, step, slot, num_strata) for slot in range(num_strata)]
+    assert sorted(int(quantile * num_strata) for quantile in quantiles) == list(range(num_strata))
+    assert all(0 < quantile < 1 for quantile in quantiles)
+    drawn = draw_slot(
+        seed, step, 1, image_to_video_share=0.4, num_captions=1, caption_dropout=0.1, num_strata=num_strata
+    )
+    assert drawn.sigma_quantile == quantiles[1]
+
+
+def test_strata_are_shuffled_anew_in_every_step():
+    of_slot = np.bincount([int(draw_quantile(5, step, 3, 8) * 8) for step in range(800)], minlength=8)
+    assert of_slot.min() > 60, "a slot has no stratum of its own"
 
 
 def test_another_version_is_refused():

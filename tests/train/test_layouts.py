@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from ranks import run_ranks
+from shards_data import write_dataset
 from train_runs import DIMS, make_config, read_metrics
 
 from shards.console import set_up_logging
@@ -78,11 +79,11 @@ def alone(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """The run of one process that never stops, by its steps and what is changed in it."""
     made: dict[str, Path] = {}
 
-    def make(max_steps: int, **more: Any) -> Path:
-        key = repr((max_steps, more))
+    def make(max_steps: int, shards: Path = tiny_shards, **more: Any) -> Path:
+        key = repr((max_steps, shards, more))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("alone")
-            run(tiny_shards, made[key], "one", max_steps, **more)
+            run(shards, made[key], "one", max_steps, **more)
         return made[key]
 
     return make
@@ -130,6 +131,36 @@ def test_the_eight_bit_optimizer_goes_along(
     run(tiny_shards, tmp_path, "one", 7, **more)
     run(tiny_shards, tmp_path, name, SHORT_STEPS, **more)
     assert_same_run(alone(SHORT_STEPS, **more), tmp_path, rel=1e-3)
+
+
+UNEVEN = {
+    "data__weights": {"category:news": 2.5, "clip-1*": 0.5},
+    "objective__stratified": True,
+    "objective__sigma_min": 0.1,
+    "objective__sigma_max": 0.95,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of two lengths and images, in buckets of frames × height × width."""
+    root = tmp_path_factory.mktemp("mixed")
+    write_dataset(root, num_units=8, lengths=(9, 17), scratch=tmp_path_factory.mktemp("scratch"))
+    return root
+
+
+@pytest.mark.parametrize(
+    "name", ["replicate-2", *(pytest.param(name, marks=pytest.mark.slow) for name in MANY if name != "replicate-2")]
+)
+def test_mixed_lengths_weights_and_strata_go_along(
+    alone: Callable[..., Path], mixed_shards: Path, tmp_path: Path, name: str
+) -> None:
+    """The same samples, noise levels and losses wherever a run goes; several lengths, one a step."""
+    run(mixed_shards, tmp_path, name, 4, **UNEVEN)
+    run(mixed_shards, tmp_path, "one", 7, **UNEVEN)
+    run(mixed_shards, tmp_path, name, SHORT_STEPS, **UNEVEN)
+    assert_same_run(alone(SHORT_STEPS, shards=mixed_shards, **UNEVEN), tmp_path)
+    assert {line["bucket"].rpartition("×")[2] for line in read_metrics(tmp_path)} >= {"9", "17"}
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shards.errors import UserError
+from train.config.train import ObjectiveConfig
+from train.data.draws import draw_quantile
 from train.model.dit import WanDiT
 from train.objective import (
     SigmaDensity,
@@ -23,6 +26,7 @@ from train.objective import (
     model_timestep,
     sample_sigma,
     shift_sigma,
+    sigma_density,
     slot_losses,
 )
 
@@ -174,6 +178,78 @@ def test_bell_weight_is_that_of_diffsynth() -> None:
     assert (ours - table).abs().max() < 5e-3
     assert ours[0].item() == pytest.approx(0, abs=1e-12)
     assert ours.max().item() == pytest.approx(2.08, abs=0.01)
+
+
+def shifted_back(sigma: Tensor, shift: float) -> Tensor:
+    """The level before the shift."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def cumulative(sigma: Tensor, density: SigmaDensity) -> Tensor:
+    """The closed form of the share below a level, without bounds."""
+    plain = shifted_back(sigma, density.shift)
+    if density.kind == "uniform":
+        return plain
+    return torch.special.ndtr((torch.logit(plain) - density.mean) / density.std)
+
+
+def drawn_levels(density: SigmaDensity, num_strata: int = 1) -> Tensor:
+    """What 500 steps of 16 slots draw, sorted."""
+    quantiles = [draw_quantile(3, step, slot, num_strata) for step in range(500) for slot in range(16)]
+    return sample_sigma(torch.tensor(quantiles, dtype=torch.float64), density).sort().values
+
+
+@pytest.mark.parametrize("num_strata", [1, 16])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.9), (0.875, 1.0), (0.0, 0.4)])
+@pytest.mark.parametrize(("kind", "shift"), [("uniform", 5.0), ("logit_normal", 3.0), ("logit_normal", 1.0)])
+def test_drawn_levels_have_the_closed_form(kind: Kind, shift: float, low: float, high: float, num_strata: int) -> None:
+    """Kolmogorov and Smirnov's distance to the density between its bounds, at 0.1 %; with strata far below."""
+    density = SigmaDensity(kind, shift, low=low, high=high)
+    levels = drawn_levels(density, num_strata)
+    assert low <= levels[0] and levels[-1] <= high
+    ends = cumulative(torch.tensor([low, high], dtype=torch.float64), density)
+    expected = (cumulative(levels, density) - ends[0]) / (ends[1] - ends[0])
+    ranks = (torch.arange(len(levels), dtype=torch.float64) + 0.5) / len(levels)
+    assert (expected - ranks).abs().max() < (1.95 / len(levels) ** 0.5 if num_strata == 1 else 0.01)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal", "mode"])
+def test_bounds_cut_the_density_and_keep_its_shape(kind: Kind) -> None:
+    """As if levels outside had been thrown away and drawn again."""
+    every = sample_sigma(QUANTILES, SigmaDensity(kind))
+    inside = every[(every >= 0.3) & (every <= 0.8)].sort().values
+    bounded = sample_sigma(QUANTILES, SigmaDensity(kind, low=0.3, high=0.8)).sort().values
+    places = ((torch.arange(len(inside)) + 0.5) / len(inside) * len(bounded)).long()
+    assert (bounded[places] - inside).abs().max() < 1e-3
+    assert sample_sigma(QUANTILES, SigmaDensity(kind, low=0.0, high=1.0)).equal(every)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "above"),
+    [
+        ({}, 0.747, 0.36),
+        ({"weighting": "bell"}, 0.645, 0.10),  # DiffSynth-Studio
+        ({"sigma": "logit_normal", "shift": 3.0}, 0.714, 0.135),  # musubi-tuner
+        ({"sigma": "logit_normal", "shift": 1.0}, 0.500, 0.014),  # diffusion-pipe
+        ({"sigma": "uniform", "shift": 1.0}, 0.5, 0.10),  # ai-toolkit, linear
+    ],
+)
+def test_the_densities_of_other_tools_are_settings(settings: dict[str, Any], mean: float, above: float) -> None:
+    """Mean σ and the share above 0.9, weighted as the loss is: the table of docs/explanations/flow-matching.md."""
+    config = ObjectiveConfig(**settings)
+    density = sigma_density(config)
+    sigma = sample_sigma(QUANTILES, density)
+    weight = loss_weight(sigma, config.weighting, density)
+    assert (sigma * weight).mean().item() == pytest.approx(mean, abs=6e-4)
+    assert ((sigma > 0.9) * weight).mean().item() == pytest.approx(above, abs=5e-3)
+
+
+def test_bounds_that_hold_nothing_are_refused() -> None:
+    """With their figures."""
+    with pytest.raises(UserError, match=r"objective.sigma_min 0 and sigma_max 0\.01 hold"):
+        sigma_density(ObjectiveConfig(sigma="logit_normal", logit_mean=3.0, logit_std=0.5, sigma_max=0.01))
+    with pytest.raises(ValueError, match=r"sigma_min 0\.5 is not below sigma_max 0\.5"):
+        ObjectiveConfig(sigma_min=0.5, sigma_max=0.5)
 
 
 # --- the first-frame contract ---------------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     wantrain report demo/run --json
     """
     from train.report.curves import look_up_levels
-    from train.report.page import summarise, write_run_report
+    from train.report.page import open_for, summarise, write_run_report
     from train.report.read_run import read_run
 
     set_up_logging()
     found = read_run(run)
     if as_json:
-        print_json(summarise(found, look_up_levels(found.steps, found.config), hardest))
+        dataset = open_for(found)[0] if found.config.data.weights and not no_data else None
+        print_json(summarise(found, look_up_levels(found.steps, found.config), hardest, dataset))
         return
     target = out or run / "report.html"
     notes = write_run_report(

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from shards.config import Config
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DiTConfig(Config):

@@ -10,13 +10,11 @@ from pydantic import Field, model_validator
 
 from shards.config import Config, StorageConfig, refuse_source_folder
 from shards.errors import UserError
-from train.config.model import DiTConfig, LoRAConfig, Positive
+from train.config.model import DiTConfig, LoRAConfig, Positive, PositiveNumber, Share
+from train.config.optim import OptimConfig
 from train.config.sampling import SampleConfig
 
-PositiveNumber = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 _PASSWORD = re.compile(r"://[^/?#]*@|[?&]endpoint=[^&]*(@|%40)", re.IGNORECASE)
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BaseModelConfig(Config):
@@ -58,6 +56,9 @@ class DataConfig(Config):
     """Globs over clip ids: only these clips; empty: all."""
     exclude: tuple[str, ...] = ()
     """Globs over clip ids: without these clips."""
+    weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(default_factory=dict)
+    """How often samples are seen in an epoch, by globs over clip ids, `category:GLOB` or `tag:GLOB`: 2.5 is twice or
+    three times, 0 never. Several that match multiply; what none matches is seen once. Held-out clips have no weight."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the clips, by a hash of their id, that are held out and never trained on."""
     global_batch: Positive = 16
@@ -101,37 +102,22 @@ class ObjectiveConfig(Config):
     """Standard deviation of `logit_normal`."""
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
     """Scale of `mode`; beyond these bounds σ would leave 0…1."""
+    sigma_min: Share = 0.0
+    """No noise level below this, after the shift; the density between the two bounds keeps its shape."""
+    sigma_max: Share = 1.0
+    """No noise level above this, after the shift."""
+    stratified: bool = False
+    """Spread a step's noise levels: of N equal parts of the density each slot of a global batch of N takes another."""
     weighting: Literal["none", "bell"] = "none"
-    """Weight of a slot's loss by its timestep."""
+    """Weight of a slot's loss by its timestep: `bell` is DiffSynth-Studio's."""
     image_to_video_share: Share = 0.4
     """Share of the slots trained with a clean first frame; samples of one frame never are."""
 
-
-class OptimConfig(Config):
-    """How the weights move."""
-
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW with fp32 state, or bitsandbytes' with 8-bit state."""
-    lr: Annotated[float, Field(ge=0)] = 1e-4
-    """Learning rate after the warm-up."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the first and the second moment."""
-    eps: PositiveNumber = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises from zero, in a line."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
-    final_lr_share: Share = 0.0
-    """Share of `lr` that `cosine` and `linear` end at."""
-    max_grad_norm: PositiveNumber | None = 1.0
-    """Gradients longer than this are scaled down to it; null: never."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, used by the held-out loss and the export."""
-    min_8bit_size: Positive = 4096
-    """Tensors of fewer elements keep fp32 state under `adamw8bit`."""
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
+        return self
 
 
 class ComputeConfig(Config):
@@ -257,6 +243,11 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
     storage: StorageConfig = StorageConfig()
 
+    @property
+    def num_strata(self) -> int:
+        """Equal parts of the density of noise levels that a step's slots are spread over."""
+        return self.data.global_batch if self.objective.stratified else 1
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.eval is not None and self.data.validation_fraction == 0:
@@ -292,6 +283,14 @@ def check_folders(config: TrainConfig) -> None:
             )
 
 
+LATER_KEYS: dict[str, tuple[str, ...]] = {
+    "data": ("weights",),
+    "objective": ("sigma_min", "sigma_max", "stratified"),
+    "optim": ("args",),
+}
+"""Keys that came after the first checkpoints: one at its default enters no identity, so that these are resumed."""
+
+
 def run_identity(config: TrainConfig) -> dict[str, Any]:
     """What of a configuration decides the numbers of a run, as JSON values.
 
@@ -309,8 +308,16 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
     identity["precision"] = {
         name: values["precision"][name] for name in ("compute", "initial_scale", "scale_growth_updates")
     }
+    for section, names in LATER_KEYS.items():
+        for name in names:
+            if identity[section][name] == _default(getattr(config, section), name):
+                del identity[section][name]
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
+
+
+def _default(section: Config, name: str) -> Any:
+    return type(section).model_fields[name].get_default(call_default_factory=True)
 
 
 def check_split(config: TrainConfig, num_processes: int) -> None:

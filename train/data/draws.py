@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ class Purpose(enum.IntEnum):
     LORA_DROPOUT = 6
     SUBSTITUTE = 7
     HELD_OUT_NOISE = 8
+    STRATUM = 9
 
 
 class SlotDraws(NamedTuple):
@@ -52,16 +54,38 @@ class SlotDraws(NamedTuple):
 
 
 def draw_slot(
-    seed: int, step: int, slot: int, *, image_to_video_share: float, num_captions: int, caption_dropout: float
+    seed: int,
+    step: int,
+    slot: int,
+    *,
+    image_to_video_share: float,
+    num_captions: int,
+    caption_dropout: float,
+    num_strata: int = 1,
 ) -> SlotDraws:
-    """The small choices of `slot` at `step`. Shares of 0 and 1 are exact."""
+    """The small choices of `slot` at `step`. Shares of 0 and 1 are exact. `num_strata`: see `draw_quantile`."""
     return SlotDraws(
-        sigma_quantile=draw_uniform(seed, step, slot, Purpose.SIGMA),
+        sigma_quantile=draw_quantile(seed, step, slot, num_strata),
         image_to_video=draw_uniform(seed, step, slot, Purpose.MODE) < image_to_video_share,
         caption=draw_integer(seed, step, slot, Purpose.CAPTION, num_captions),
         drop_caption=draw_uniform(seed, step, slot, Purpose.CAPTION_DROPOUT) < caption_dropout,
         dropout_key=int(raw_bits(seed, step, slot, Purpose.LORA_DROPOUT, 1)[0] >> np.uint64(1)),
     )
+
+
+def draw_quantile(seed: int, step: int, slot: int, num_strata: int = 1) -> float:
+    """A float64 in (0, 1), uniform over steps. Of `num_strata` slots of a step each takes another of as many equal
+    parts of it: which one, is a permutation by (seed, step); where in it, the slot's own draw."""
+    if num_strata == 1:
+        return draw_uniform(seed, step, slot, Purpose.SIGMA)
+    within = (int(raw_bits(seed, step, slot, Purpose.SIGMA, 1)[0] >> np.uint64(32)) + 0.5) * 2.0**-32
+    return float((_strata(seed, step, num_strata)[slot] + within) / num_strata)
+
+
+@lru_cache(maxsize=64)
+def _strata(seed: int, step: int, num_strata: int) -> list[int]:
+    order: list[int] = np.argsort(raw_bits(seed, step, 0, Purpose.STRATUM, num_strata), kind="stable").tolist()
+    return order
 
 
 def draw_noise(

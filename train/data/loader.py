@@ -23,6 +23,7 @@ from train.config.train import DataConfig, TrainConfig, slots_per_rank
 from train.data.batch import Batch, SlotItem, SlotPlan, check_text, read_latent, stack
 from train.data.draws import Purpose, SlotDraws, draw_integer, draw_noise, draw_slot
 from train.data.sampler import START, Order, OrderedBatch, Position
+from train.data.weights import sample_weights
 from train.geometry import Bucket
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MAX_SUBSTITUTES = 8
 
 
 def select_samples(dataset: Dataset, config: DataConfig, *, hold_out_one: bool = False) -> tuple[list[int], list[int]]:
-    """Ordinals of the training and of the validation side, after include and exclude.
+    """Ordinals of the training and of the validation side, after include, exclude, and (to train on) weights of 0.
 
     With `hold_out_one`, where no clip falls on the validation side, the clip with the smallest hash is put there: the
     first one that a larger `validation_fraction` would hold out.
@@ -48,7 +49,12 @@ def select_samples(dataset: Dataset, config: DataConfig, *, hold_out_one: bool =
     if hold_out_one and not sides[1]:
         sides = _hold_out_one(dataset, chosen, config)
     if sides[0]:
-        return sides
+        if not config.weights:
+            return sides
+        weights = sample_weights(dataset, sides[0], config.weights)
+        if any(weights):
+            return [ordinal for ordinal, weight in zip(sides[0], weights, strict=True) if weight], sides[1]
+        raise UserError(f"data.weights leave none of {len(weights):,} samples to train on: all are 0")
     total = len(dataset.samples)
     if total == 0:
         raise UserError(
@@ -127,6 +133,7 @@ def _draw(config: TrainConfig, sample: Sample, step: int, slot: int) -> SlotDraw
         image_to_video_share=config.objective.image_to_video_share,
         num_captions=sample.num_variants,
         caption_dropout=config.data.caption_dropout,
+        num_strata=config.num_strata,
     )
     # One latent frame would be all condition and nothing to learn.
     return draws._replace(image_to_video=draws.image_to_video and sample.frames > 1)

@@ -7,12 +7,17 @@ left out. An epoch of the run holds every batch that is complete by then, in an 
 
     epoch 0   bucket A  [a3 a0 a4][a1 a5 a2] a6        bucket B  [b1 b0 b2] b3
     epoch 1   bucket A  [a6 a2 a5][a0 a1 a6] a3 a4     bucket B  [b3 b2 b0] b1
+
+A sample of weight w is in an epoch ⌊w⌋ or ⌈w⌉ times: before epoch e it was taken ⌊e·w + u⌋ times, where u in [0, 1) is
+a hash of its key and the seed. So after any number of epochs no sample is a whole use away from its share.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -22,6 +27,8 @@ from shards.errors import UserError
 from train.geometry import Bucket
 
 ORDER_VERSION = 1
+PHASE = -1
+"""In place of an epoch: what keys the hash that decides between ⌊w⌋ and ⌈w⌉ uses."""
 
 
 class Sized(Protocol):
@@ -64,9 +71,11 @@ class OrderedBatch(NamedTuple):
 
 
 class Order:
-    """The order of a fixed set of samples under a seed and a global batch."""
+    """The order of a fixed set of samples under a seed, a global batch and, where given, a weight above 0 each."""
 
-    def __init__(self, samples: Sequence[Sized], seed: int, global_batch: int) -> None:
+    def __init__(
+        self, samples: Sequence[Sized], seed: int, global_batch: int, weights: Sequence[Fraction] | None = None
+    ) -> None:
         self.seed = seed
         self.global_batch = global_batch
         members: dict[Bucket, list[int]] = {}
@@ -84,13 +93,18 @@ class Order:
                 fix="lower data.global_batch, or build more shards",
             )
         self._ordinals, self._hashes = [], []
+        self._uses: list[_Uses | None] = []
         for bucket in self.buckets:
             # By key, so that the order in which the samples are listed does not matter.
             ordinals = sorted(members[bucket], key=keys.__getitem__)
             self._ordinals.append(np.array(ordinals, dtype=np.int64))
-            self._hashes.append(np.array([hash_key(keys[ordinal]) for ordinal in ordinals], dtype=np.uint64))
+            hashes = np.array([hash_key(keys[ordinal]) for ordinal in ordinals], dtype=np.uint64)
+            self._hashes.append(hashes)
+            own = None if weights is None else [weights[ordinal] for ordinal in ordinals]
+            self._uses.append(None if own is None else _Uses(mix(hashes, seed, PHASE), own))
         # A step reads at most two epochs of a bucket; the rest is kept so that buckets do not evict each other.
         self._permutation = lru_cache(maxsize=4 * len(self.buckets))(self._permute)
+        self._count = lru_cache(maxsize=1024)(self._count_batches)
         self._schedule = lru_cache(maxsize=2)(self._mix)
 
     @property
@@ -104,17 +118,23 @@ class Order:
 
     def batch(self, position: Position) -> OrderedBatch:
         """The samples at `position`."""
+        position = self._not_empty(position)
         which, index = self._schedule(position.epoch)[position.batch]
-        size = len(self._ordinals[which])
-        line = range(index * self.global_batch, (index + 1) * self.global_batch)
-        ordinals = tuple(int(self._permutation(which, place // size)[place % size]) for place in line)
-        return OrderedBatch(ordinals, self.buckets[which], position.epoch)
+        start, epoch = index * self.global_batch, position.epoch
+        while self._before(which, epoch) > start:
+            epoch -= 1
+        ordinals: list[int] = []
+        while len(ordinals) < self.global_batch:
+            first = start + len(ordinals) - self._before(which, epoch)
+            line = self._permutation(which, epoch)
+            ordinals += line[first : first + self.global_batch - len(ordinals)].tolist()
+            epoch += 1
+        return OrderedBatch(tuple(ordinals), self.buckets[which], position.epoch)
 
     def next(self, position: Position) -> Position:
         """The position after `position`."""
-        if position.batch + 1 < self.num_batches(position.epoch):
-            return Position(position.epoch, position.batch + 1)
-        return Position(position.epoch + 1, 0)
+        position = self._not_empty(position)
+        return self._not_empty(Position(position.epoch, position.batch + 1))
 
     def position_of_step(self, step: int) -> Position:
         """The position of the batch that step `step` (from 1) takes in a run that began at the first."""
@@ -123,22 +143,79 @@ class Order:
             epoch, left = epoch + 1, left - batches
         return Position(epoch, left)
 
-    def _count(self, epoch: int) -> int:
+    def _not_empty(self, position: Position) -> Position:
+        """The position itself, or where its epoch ends before it, the first of the next epoch that has a batch."""
+        while position.batch >= self._count(position.epoch):
+            position = Position(position.epoch + 1, 0)
+        return position
+
+    def _before(self, which: int, epoch: int) -> int:
+        """Samples along a bucket's endless line before `epoch` begins."""
+        uses = self._uses[which]
+        return epoch * len(self._ordinals[which]) if uses is None else uses.before(epoch)
+
+    def _count_batches(self, epoch: int) -> int:
         return sum(len(self._indices(which, epoch)) for which in range(len(self.buckets)))
 
     def _indices(self, which: int, epoch: int) -> range:
         """Batches along a bucket's endless line that are completed in `epoch`."""
-        size = len(self._ordinals[which])
-        return range(epoch * size // self.global_batch, (epoch + 1) * size // self.global_batch)
+        return range(*(self._before(which, each) // self.global_batch for each in (epoch, epoch + 1)))
 
     def _permute(self, which: int, epoch: int) -> np.ndarray:
-        return self._ordinals[which][np.argsort(mix(self._hashes[which], self.seed, epoch), kind="stable")]
+        ordinals, hashes, uses = self._ordinals[which], self._hashes[which], self._uses[which]
+        if uses is None:
+            return ordinals[np.argsort(mix(hashes, self.seed, epoch), kind="stable")]
+        counts = uses.of(epoch)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        copy = (np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]).astype(np.uint64)
+        mixed = mix(hashes[rows] ^ (copy * np.uint64(0x9E3779B97F4A7C15)), self.seed, epoch)
+        # Copy k of n lies in the k-th n-th of the epoch, so that the uses of a sample are apart.
+        of = counts[rows].astype(np.uint64)
+        return ordinals[rows][np.argsort(copy * (np.uint64(2**64 - 1) // of) + mixed // of, kind="stable")]
 
     def _mix(self, epoch: int) -> list[tuple[int, int]]:
         batches = [(which, index) for which in range(len(self.buckets)) for index in self._indices(which, epoch)]
         names = [hash_key(f"{self.buckets[which]} {index}") for which, index in batches]
         places = np.argsort(mix(np.array(names, dtype=np.uint64), self.seed, epoch), kind="stable")
         return [batches[place] for place in places]
+
+
+class _Uses:
+    """How often the samples of a bucket are taken: ⌊e·w + u⌋ times before epoch e, in exact arithmetic."""
+
+    def __init__(self, phases: np.ndarray, weights: Sequence[Fraction]) -> None:
+        """`phases`: u · 2⁶⁴ of each sample, uint64."""
+        groups: dict[Fraction, list[int]] = {}
+        for place, weight in enumerate(weights):
+            groups.setdefault(weight, []).append(place)
+        self._phases = phases
+        self._groups = [(weight, np.array(places), np.sort(phases[places])) for weight, places in groups.items()]
+        self.before = lru_cache(maxsize=1024)(self._before)
+        """Uses of all samples before an epoch."""
+
+    def _before(self, epoch: int) -> int:
+        total = 0
+        for weight, places, phases in self._groups:
+            whole, limit = self._split(weight, epoch)
+            more = len(phases) - int(np.searchsorted(phases, np.uint64(limit))) if limit < 2**64 else 0
+            total += whole * len(places) + more
+        return total
+
+    def of(self, epoch: int) -> np.ndarray:
+        """Uses of each sample in an epoch, int64."""
+        counts = np.zeros(len(self._phases), dtype=np.int64)
+        for weight, places, _ in self._groups:
+            for sign, each in ((1, epoch + 1), (-1, epoch)):
+                whole, limit = self._split(weight, each)
+                more = self._phases[places] >= np.uint64(limit) if limit < 2**64 else 0
+                counts[places] += sign * (whole + more)
+        return counts
+
+    @staticmethod
+    def _split(weight: Fraction, epoch: int) -> tuple[int, int]:
+        """⌊e·w⌋, and the phase from which on it is one more."""
+        whole, part = divmod(weight * epoch, 1)
+        return int(whole), math.ceil((1 - part) * 2**64)
 
 
 def hash_key(key: str) -> int:

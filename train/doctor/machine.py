@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import platform
 import shutil
@@ -31,6 +32,8 @@ def examine(config: TrainConfig | None) -> Iterator[Finding]:
     if config is None:
         return
     yield check_disk(Path(config.output))
+    if not config.optim.is_own:
+        yield check_optimizer(config)
     yield from guarded("dataset", lambda: check_dataset(config))
     yield from guarded("one step", lambda: check_step(config))
 
@@ -54,6 +57,17 @@ def check_bitsandbytes(config: TrainConfig | None) -> Finding:
         return Finding("bitsandbytes", "problem" if needed else "note", error.problem, error.fix or "")
 
 
+def check_optimizer(config: TrainConfig) -> Finding:
+    """Another optimizer is imported, tried on two small matrices, and saved and restored there."""
+    from train.optim import probe_optimizer
+
+    try:
+        num_bytes = probe_optimizer(config.optim.name, json.dumps(config.optim.args))
+    except UserError as error:
+        return Finding("optimizer", "problem", error.problem, error.fix or error.expected or "")
+    return Finding("optimizer", "ok", f"{config.optim.name}, {num_bytes:.3g} bytes of state a trained number")
+
+
 def check_shared_memory(place: Path) -> Finding:
     """Collectives between processes of one machine go through it."""
     if not place.is_dir():
@@ -69,7 +83,8 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     """The dataset opens; its identity, its text set, its sides, its buckets."""
     from train.data.loader import select_samples
     from train.data.open import open_data
-    from train.data.sampler import Order, describe_buckets
+    from train.data.sampler import describe_buckets
+    from train.data.weights import describe_shares, expected_shares, make_order
 
     dataset = open_data(config)
     identity, revision = dataset.identity_digest[:12], dataset.revision[:12]
@@ -80,10 +95,13 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     for name, note in sorted(dataset.info.notes.items()):
         yield Finding("dataset note", "note", f"{name}: {note}")
     train, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-    order = Order([dataset.samples[ordinal] for ordinal in train], config.seed, config.data.global_batch)
+    order = make_order(dataset, train, config)
     batches = order.num_batches(0)
     sides = f"{order.num_samples:,} samples to train on in {batches:,} batches, {len(validation):,} held out"
     yield Finding("order", "ok", sides)
+    if config.data.weights:
+        for line in describe_shares(expected_shares(dataset, train, order, config.data.weights)):
+            yield Finding("data.weights", "ok", f"{line} expected")
     if order.too_small:
         few = describe_buckets(order.too_small.items())
         yield Finding("order", "note", f"left out: {few}", "lower data.global_batch, or build more shards")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from train.config.train import TrainConfig
 from train.data.loader import plan_step, select_samples
-from train.data.sampler import Order
+from train.data.weights import make_order
 from train.precision import FOLDED, FP16_MAX
 
 FOLD_FROM = 4.0
@@ -29,7 +29,7 @@ def describe_slots(config: TrainConfig, step: int) -> list[dict[str, Any]]:
     folder = Path(config.output)
     dataset = open_data(config, read_pin(folder) if (folder / PIN_FILE).exists() else None)
     ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-    order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
+    order = make_order(dataset, ordinals, config)
     batch = order.batch(order.position_of_step(step))
     places = [ordinals[place] for place in batch.ordinals]
     density = sigma_density(config.objective)

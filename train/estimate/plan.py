@@ -243,20 +243,22 @@ def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], s
         return [Size(parse_size(text), 1 / len(texts)) for text in texts], "as given", "fp32"
     from train.data.loader import select_samples
     from train.data.open import open_data
+    from train.data.weights import kept_weights
 
     try:
         dataset = open_data(config)
         ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
+        weights = [float(weight) for weight in kept_weights(dataset, ordinals, config.data.weights)]
     except UserError as error:
         words = str(error).splitlines()[0]
         return [Size(REFERENCE_SIZE, 1.0)], f"the reference's, since the dataset cannot be read ({words})", "fp32"
     mode: VaeMode = dataset.info.identity.get("vae", {}).get("precision", "fp32")
-    counts: dict[Bucket, int] = {}
-    for ordinal in ordinals:
+    counts: dict[Bucket, float] = {}
+    for ordinal, weight in zip(ordinals, weights, strict=True):
         sample = dataset.samples[ordinal]
         bucket = Bucket(sample.frames, sample.height, sample.width)
-        counts[bucket] = counts.get(bucket, 0) + 1
-    return [Size(bucket, count / len(ordinals)) for bucket, count in sorted(counts.items())], "the dataset's", mode
+        counts[bucket] = counts.get(bucket, 0) + weight
+    return [Size(bucket, count / sum(weights)) for bucket, count in sorted(counts.items())], "the dataset's", mode
 
 
 def parse_size(text: str) -> Bucket:

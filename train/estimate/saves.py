@@ -14,6 +14,7 @@ from functools import lru_cache
 from shards.errors import UserError
 from shards.gpus import GIB
 from train.config.model import DiTConfig, LoRAConfig
+from train.config.optim import OptimConfig
 from train.config.train import TrainConfig
 from train.estimate.flops import adapted_linears, first_trained_block, recompute_flops
 from train.estimate.memory import Memory, kept_bytes, step_memory
@@ -88,11 +89,22 @@ def run_memory(
         _frozen_base(config),
         saves,
         compute_bytes=compute_bytes,
-        optimizer_bytes=2.1 if config.optim.name == "adamw8bit" else 8.0,
+        optimizer_bytes=_optimizer_bytes(config.optim),
         moving_average=config.optim.ema_decay is not None,
         base_shards=base_shards,
         ulysses=ulysses,
     )
+
+
+def _optimizer_bytes(config: OptimConfig) -> float:
+    """Of state a trained number; of an optimizer that is not ours it is measured. Raises UserError as that does."""
+    if config.is_own:
+        return 2.1 if config.name == "adamw8bit" else 8.0
+    import json
+
+    from train.optim import probe_optimizer
+
+    return probe_optimizer(config.name, json.dumps(config.args))
 
 
 def make_chooser(

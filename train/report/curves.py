@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.config.train import TrainConfig
-from train.data.draws import Purpose, draw_uniform
+from train.data.draws import Purpose, draw_quantile, draw_uniform
 from train.report.read_run import Steps
 
 MODES = ("T2V", "I2V")
@@ -93,14 +93,14 @@ def look_up_levels(steps: Steps, config: TrainConfig) -> Levels:
     all_steps = np.unique(slots.step)
     every = max(1, math.ceil(len(slots.step) / MAX_DRAWN_SLOTS))
     rows = np.flatnonzero(np.isin(slots.step, all_steps[::every]))
-    share = config.objective.image_to_video_share
+    share, strata = config.objective.image_to_video_share, config.num_strata
     frames = [bucket.rpartition("×")[2] for bucket in steps.buckets]
     moving = {int(step): many != "1" for step, many in zip(steps.numbers["step"], frames, strict=True)}
     quantile = np.empty(len(rows))
     mode = np.empty(len(rows), dtype=bool)
     for place, row in enumerate(rows.tolist()):
         step, slot = int(slots.step[row]), int(slots.slot[row])
-        quantile[place] = draw_uniform(config.seed, step, slot, Purpose.SIGMA)
+        quantile[place] = draw_quantile(config.seed, step, slot, strata)
         mode[place] = moving[step] and draw_uniform(config.seed, step, slot, Purpose.MODE) < share
     return Levels(rows, quantile, mode, every)
 

@@ -17,6 +17,8 @@ from shards.read.dataset import Dataset, open_dataset
 from shards.show.member import preview_bytes
 from train.checkpoint import PIN_FILE, read_pin
 from train.config.train import dataset_roots
+from train.data.loader import select_samples
+from train.data.weights import expected_shares, make_order, real_shares
 from train.report.charts import loss_charts, memory_charts, noise_charts, speed_charts
 from train.report.curves import Hard, Levels, hard_samples, look_up_levels
 from train.report.pictures import Pictures, pictures_section
@@ -26,8 +28,8 @@ DATA_WAIT_SHARE = 0.05
 """More than this of a step spent waiting for data is said at the top."""
 
 
-def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
-    """The page's numbers as plain values."""
+def summarise(run: Run, levels: Levels, num_hard: int = 20, dataset: Dataset | None = None) -> dict[str, Any]:
+    """The page's numbers as plain values; shares of `data.weights` where the dataset is given."""
     columns, steps = run.steps.numbers, len(run.steps)
     seconds = float(np.nansum(columns["seconds"]))
     best = min((e for e in run.evaluations if e["mean"] is not None), key=lambda e: e["mean"], default=None)
@@ -53,7 +55,21 @@ def summarise(run: Run, levels: Levels, num_hard: int = 20) -> dict[str, Any]:
         "events": [event._asdict() for event in run.history.events],
         "checkpoints": [str(path) for path, _ in run.states],
         "highest_losses": [hard._asdict() for hard in hard_samples(run.steps, levels, num_hard)],
+        "weights": weight_shares(run, dataset) if dataset is not None and run.config.data.weights else None,
     }
+
+
+def weight_shares(run: Run, dataset: Dataset) -> list[dict[str, Any]]:
+    """Of each glob of `data.weights`: its share of the samples, and of the training, expected and so far."""
+    config, weights = run.config, run.config.data.weights
+    ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
+    expected = expected_shares(dataset, ordinals, make_order(dataset, ordinals, config), weights)
+    uses = dict(zip(run.steps.keys, run.steps.uses.tolist(), strict=True))
+    real = [share.seen for share in real_shares(dataset, uses, weights)] if uses else [None] * len(expected)
+    return [
+        {"glob": one.glob, "weight": one.weight, "samples": one.samples, "expected": one.seen, "real": seen}
+        for one, seen in zip(expected, real, strict=True)
+    ]
 
 
 def write_run_report(
@@ -64,21 +80,23 @@ def write_run_report(
     Args:
         budget_bytes: of pictures inside the page; what is beyond is linked.
         num_hard: samples of the highest losses that are shown.
-        open_data: show their strips and captions, which are in the dataset.
+        open_data: show their strips and captions, and shares by weight, which need the dataset.
     """
     levels = look_up_levels(run.steps, run.config)
-    summary = summarise(run, levels, num_hard)
+    dataset, note = open_for(run) if open_data else (None, None)
+    summary = summarise(run, levels, num_hard, dataset)
     pictures = Pictures(out, budget_bytes)
     hard = hard_samples(run.steps, levels, num_hard)
     shown = pictures_section(pictures, run.pictures, run.folder)
     made = [
         shown,
-        Section("overview", "Overview", join((_facts(run, summary), _findings(run, summary)))),
+        Section("overview", "Overview", join((_facts(run, summary), _findings(run, summary),
+                                                     _weights(summary)))),
         Section("loss", "Loss", loss_charts(run)),
         Section("noise", "By noise level", noise_charts(run, levels)),
         Section("speed", "Speed", speed_charts(run)),
         Section("memory", "Memory and updates", memory_charts(run)),
-        Section("hard", "Highest losses", _hard(run, hard, pictures, open_data)),
+        Section("hard", "Highest losses", _hard(run, hard, pictures, dataset, note)),
         Section("resume", "Resume points", _resume(run)),
         Section("config", "Config", tag("div", tag("pre", run.config_text), class_="scroll", tabindex=0, role="region",
                                         aria_label="config.yaml")),
@@ -171,10 +189,21 @@ def _notes(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return notes
 
 
-def _hard(run: Run, hard: Sequence[Hard], pictures: Pictures, open_data: bool) -> Html:
+def _weights(summary: Mapping[str, Any]) -> Html | None:
+    if not summary["weights"]:
+        return None
+    rows = []
+    for one in summary["weights"]:
+        shares = (one[name] for name in ("samples", "expected", "real"))
+        words = ("" if share is None else f"{100 * share:.1f} %" for share in shares)
+        rows.append((one["glob"], f"{one['weight']:g}", *words))
+    head = ("samples", "weight", "share of the samples", "of the training, expected", "so far")
+    return table(head, rows, "Weights")
+
+
+def _hard(run: Run, hard: Sequence[Hard], pictures: Pictures, dataset: Dataset | None, note: str | None) -> Html:
     if not hard:
         return tag("p", "No losses by slot were recorded.")
-    dataset, note = _open(run) if open_data else (None, None)
     words = (
         "Samples whose loss was highest for the noise and the mode that they were drawn with: 2 is twice the typical "
         "loss of its kind at that time. Look at them: cuts, captions of something else, test cards, noise."
@@ -214,7 +243,8 @@ def _hard_card(run: Run, hard: Hard, place: int, dataset: Dataset | None, pictur
     )  # fmt: skip
 
 
-def _open(run: Run) -> tuple[Dataset | None, str | None]:
+def open_for(run: Run) -> tuple[Dataset | None, str | None]:
+    """The dataset as a run reads it; or what to say where it cannot be opened."""
     data = run.config.data
     pin = read_pin(run.folder) if (run.folder / PIN_FILE).exists() else None
     try:

@@ -30,6 +30,7 @@ from train.config.train import TrainConfig, dataset_roots, run_identity, slots_p
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
+from train.data.weights import describe_shares, expected_shares, make_order
 from train.evaluate import Evaluator, choose_held_out
 from train.objective import sigma_density
 from train.parallel.ranks import ALONE, Ranks
@@ -75,11 +76,12 @@ def open_session(
             "parallel.offload: true, but every process holds the full base here: only a sharded base can be offloaded",
             fix="set parallel.offload=false; or shard the base: --nproc-per-node 2 or more, parallel.shard=full",
         )
+    sigma_density(config.objective)  # bounds that hold nothing are refused before the weights are built
     dataset = open_data(config, None if start is None else read_pin(start))
     if verify and ranks.is_first:
         verify_dataset(config)
     ordinals, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-    order = Order([dataset.samples[ordinal] for ordinal in ordinals], config.seed, config.data.global_batch)
+    order = make_order(dataset, ordinals, config)
     if order.too_small and ranks.is_first:
         LOG.warning(
             "left out, too few samples for a batch of %d: %s",
@@ -271,11 +273,13 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 def describe_data(session: Session) -> list[str]:
     """What is about to be trained on, for people."""
-    order, dataset = session.order, session.dataset
+    order, dataset, weights = session.order, session.dataset, session.trainee.config.data.weights
     batches, batch = order.num_batches(0), order.global_batch
+    shares = expected_shares(dataset, session.ordinals, order, weights) if weights else []
     return [
         f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, the first epoch has {batches:,} batches "
         f"of {batch}; revision {dataset.revision[:12]}",
+        *(f"data.weights: {line} expected" for line in describe_shares(shares)),
         f"held out: {session.held_out.num_clips} clips" if session.held_out else "held out: nothing, no held-out loss",
     ]
 

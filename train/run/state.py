@@ -20,12 +20,16 @@ from train.data import sampler as order
 from train.data.sampler import Position
 from train.lora.export import export_metadata
 from train.optim import (
+    averaged_weights,
     clip_gradients,
+    has_modes,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    pack_optimizer,
     set_learning_rate,
+    unpack_optimizer,
     update_average,
 )
 from train.precision import LossScaler, OverflowTelemetry, has_overflow
@@ -81,10 +85,19 @@ class TrainingState:
             max_skips=config.precision.max_skipped_in_a_row,
         )
         self.telemetry = OverflowTelemetry(trainee.model) if trainee.precision.scales_loss else None
-        self.average: dict[str, Tensor] | None = None
-        """Moving average of the trained weights."""
+        self._moving_average: dict[str, Tensor] | None = None
         if config.optim.ema_decay is not None:
-            self.average = {name: weight.clone() for name, weight in trainee.tensors().items()}
+            if has_modes(self.optimizer):
+                raise UserError(
+                    f"optim.ema_decay: {config.optim.name} averages the weights itself", fix="set optim.ema_decay=null"
+                )
+            self._moving_average = {name: weight.clone() for name, weight in trainee.tensors().items()}
+
+    @property
+    def average(self) -> dict[str, Tensor] | None:
+        """What evaluation, pictures and the export use where it is not the trained weights: their moving average, or
+        copies of the weights in a schedule-free optimizer's evaluation mode."""
+        return self._moving_average or averaged_weights(self.optimizer, self.trainee.weights)
 
     @property
     def folder(self) -> Path:
@@ -116,8 +129,8 @@ class TrainingState:
             self.optimizer.step()
             self.updates += 1
             self.skipped_in_a_row = 0
-            if self.average is not None and self.config.optim.ema_decay is not None:
-                update_average(self.average, self.trainee.tensors(), self.config.optim.ema_decay, self.updates)
+            if self._moving_average is not None and self.config.optim.ema_decay is not None:
+                update_average(self._moving_average, self.trainee.tensors(), self.config.optim.ema_decay, self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow)
         return rate, norm, blamed
@@ -173,18 +186,19 @@ class TrainingState:
         What the next step changes is copied first; a state that is too large for that is written before this returns.
         """
         names = {weight: name for name, weight in self.trainee.weights.items()}
-        tensors = {
-            self.trainee.file_name: self.trainee.tensors(),
-            checkpoint.OPTIMIZER_FILE: optimizer_tensors(self.optimizer, names),
-        }
-        if self.average is not None:
-            tensors[checkpoint.AVERAGE_FILE] = self.average
+        if self.config.optim.is_own:
+            moments, values = optimizer_tensors(self.optimizer, names), {}
+        else:
+            moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
+        tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
+        if (average := self.average) is not None:
+            tensors[checkpoint.AVERAGE_FILE] = average
         size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
         if size <= COPIED_BYTES:
             tensors = {
                 file: {name: x.to("cpu", copy=True) for name, x in named.items()} for file, named in tensors.items()
             }
-        self._writing = self._writer.submit(self._write, self._state(), tensors)
+        self._writing = self._writer.submit(self._write, self._state(values), tensors)
         if size > COPIED_BYTES:
             wait([self._writing])
 
@@ -211,11 +225,14 @@ class TrainingState:
     def export(self) -> Path:
         """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
         trainee, config, step = self.trainee, self.config, self.step
-        tensors = self.average or trainee.tensors()
+        average = self.average
+        tensors = trainee.tensors() if average is None else average
         if config.checkpoint.export == "best" and self.best_step is not None and self.best_step != step:
             step = self.best_step
             folder = self.folder / checkpoint.checkpoint_name(step)
-            tensors = checkpoint.load_tensors(folder / (checkpoint.AVERAGE_FILE if self.average else trainee.file_name))
+            tensors = checkpoint.load_tensors(
+                folder / (checkpoint.AVERAGE_FILE if average is not None else trainee.file_name)
+            )
         metadata = export_metadata(self.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
         path = self.session.folder / trainee.file_name
         trainee.export(path, tensors, metadata)
@@ -238,11 +255,15 @@ class TrainingState:
                 LOG.warning("resuming on another %s: was %s, is %s; the last bits may differ", name, was, now)
         self.trainee.load(checkpoint.load_tensors(path / self.trainee.file_name))
         names = {weight: name for name, weight in self.trainee.weights.items()}
-        load_optimizer_tensors(self.optimizer, names, checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE))
-        if self.average is not None:
+        moments = checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE)
+        if self.config.optim.is_own:
+            load_optimizer_tensors(self.optimizer, names, moments)
+        else:
+            unpack_optimizer(self.optimizer, self.trainee.weights, moments, state.optimizer)
+        if self._moving_average is not None:
             loaded = checkpoint.load_tensors(path / checkpoint.AVERAGE_FILE)
-            check_names(self.average, loaded, "the checkpoint's average")
-            for name, kept in self.average.items():
+            check_names(self._moving_average, loaded, "the checkpoint's average")
+            for name, kept in self._moving_average.items():
                 kept.copy_(loaded[name])
         self.scaler.load_state_dict(state.scaler)
         if self.telemetry is not None:
@@ -254,7 +275,7 @@ class TrainingState:
         self.evaluations_since_best, self.pending = state.evaluations_since_best, state.owed
         self.seconds, self.eval_seconds = state.seconds, state.eval_seconds
 
-    def _state(self) -> checkpoint.CheckpointState:
+    def _state(self, optimizer: dict[str, Any]) -> checkpoint.CheckpointState:
         return checkpoint.CheckpointState(
             step=self.step,
             updates=self.updates,
@@ -270,6 +291,7 @@ class TrainingState:
             owed=self.pending,
             seconds=self.seconds,
             eval_seconds=self.eval_seconds,
+            optimizer=optimizer,
             draws_version=draws.DRAWS_VERSION,
             order_version=order.ORDER_VERSION,
             identity=self.session.identity,
