@@ -1,4 +1,4 @@
-"""Configuration of stage 1, one section a noun. Importing it imports no torch."""
+"""Configuration of stage 1, one class per section of the YAML file. Importing it imports no torch."""
 
 from __future__ import annotations
 

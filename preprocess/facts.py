@@ -1,4 +1,4 @@
-"""What is known of one clip: what its file says, what its pictures say, and what was decided."""
+"""What is known about one clip: the fields of its file, the measurements of its frames, and the decisions made."""
 
 from __future__ import annotations
 

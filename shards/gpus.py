@@ -1,4 +1,4 @@
-"""GPUs by name, for the plans of both stages: what they compute, hold and move. Importing it imports no torch.
+"""GPUs by name, for the estimates of both stages: peak FLOP/s, memory, bandwidth. Importing it imports no torch.
 
 Peaks and memory bandwidths are of NVIDIA's data sheets, dense, in the precision that `precision: auto` takes: fp16 on
 V100 and T4, bf16 elsewhere. The rates that are expected of training, of the VAE and of collectives are estimates:

@@ -1,4 +1,4 @@
-"""AdamW in fp32 or 8 bit, the learning rate's course, clipping, and the moving average of the trained weights.
+"""AdamW in fp32 or 8 bit, the learning rate schedule, clipping, and the moving average of the trained weights.
 
 `updates` counts the optimizer steps that were applied; it drives the schedule and the average, so that an update
 skipped for overflow moves neither.
