@@ -90,10 +90,12 @@ def _find_table(folder: Path, config: CorpusConfig) -> Path | None:
     if len(tables) > 1 and (metadata or config.format == "table"):
         raise UserError(
             f"corpus.location: {folder}: {len(tables)} tables: {', '.join(tables[:5])}",
-            fix=f"name the one to take: corpus.location: {folder / tables[0]}",
+            fix=f"name one of them, such as corpus.location: {folder / tables[0]}",
         )
     if config.format == "table":
-        raise UserError(f"corpus.location: {folder}: no table in it", expected=f"a {', '.join(_METADATA)} …")
+        raise UserError(
+            f"corpus.location: {folder}: no table in it", expected=f"one file such as {', '.join(_METADATA)}"
+        )
     return None
 
 
@@ -117,7 +119,7 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
     raise UserError(
         f"corpus.location: {folder}: {problem if names else 'no annotation in it, no clip and no table'}",
         expected=EXAMPLES,
-        fix="lay it out like one of them, or name one with corpus.format",
+        fix="arrange the files like one of these, or set corpus.format to folder, table or mbc",
     )
 
 
@@ -126,8 +128,8 @@ def _find_remote(config: CorpusConfig) -> Layout:
     location = config.location
     if config.format == "table" or not location.startswith("s3://"):
         raise UserError(
-            f"corpus.location: {location}: a table is read from this machine",
-            fix="download the table; clips stay there",
+            f"corpus.location: {location}: tables are read only from a disk of this machine",
+            fix="download the table; its clips can stay where they are",
         )
     if location.lower().endswith(ARCHIVE_SUFFIXES):
         return Layout("mbc", "it is an archive")
