@@ -23,7 +23,7 @@ class SampleDataConfig(Config):
     """The dataset that prompts with a `key` come from."""
 
     root: str | tuple[str, ...]
-    """Folder or `s3://bucket/prefix` of sealed shards, or several."""
+    """Folder or `s3://bucket/prefix` of shards, or a list of several."""
     text_set: str = "default"
     """Which set of captions."""
 
@@ -39,13 +39,13 @@ class SampleRun(Config):
     lora_scale: float = 1.0
     """Strength of the LoRA, on top of its own scale."""
     data: SampleDataConfig | None = None
-    """Needed by prompts with a key."""
+    """The dataset, needed by prompts with a `key`."""
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1)]
-    """What to make."""
+    """What to sample."""
     sampler: SamplerConfig = SamplerConfig()
-    """How."""
+    """Solver, steps and guidance."""
     precision: ComputeConfig = ComputeConfig()
-    """In what numbers, and where."""
+    """Precision and device."""
 
     @model_validator(mode="after")
     def _named(self) -> SampleRun:
