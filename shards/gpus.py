@@ -143,7 +143,7 @@ def _by_name(name: str) -> Gpu:
     raise UserError(
         f"--gpu {name}: not known" + (f"; did you mean {near[0]}?" if near else ""),
         expected=f"auto, {', '.join(GPUS)}",
-        fix="describe another card by --memory-gib, --tflops and --bandwidth",
+        fix="name one of these; the `plan` commands also take --memory-gib, --tflops and --bandwidth of another GPU",
     )
 
 

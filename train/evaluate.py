@@ -68,7 +68,7 @@ def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfi
         first.setdefault(dataset.samples[ordinal].clip_id, ordinal)
     if not first:
         raise UserError(
-            "no clip falls on the validation side, so there is no held-out loss",
+            "no clip is held out, so there is no held-out loss",
             fix="raise data.validation_fraction, add shards, or set eval: null",
         )
     return [first[clip] for clip in sorted(first, key=hash_key)[: config.num_clips]]
