@@ -1,4 +1,4 @@
-"""Configuration of stage 1, one section a noun. Importing it imports no torch."""
+"""Configuration of stage 1, one class per section of the YAML file. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class CorpusConfig(Config):
     """A folder, an `s3://bucket/prefix`, a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`: a path, a URL, or a pattern of
     its shards such as `data/train-*.parquet`), or a `.jsonl`, `.jsonl.zst`, `.zip` or `.tar` of annotations."""
     format: Literal["auto", "mbc", "folder", "table"] = "auto"
-    """`mbc`: annotation JSON; `folder`: clips with a text file beside each; `table`: a row a clip; `auto`: look."""
+    """`mbc`: annotation JSON; `folder`: clips with a text file beside each; `table`: one row per clip; `auto`: as the
+    files show."""
     caption_suffix: Annotated[str, Field(pattern=r"^\.[^/]+$")] = ".txt"
     """`folder`: the ending of the caption beside a clip: `walk.mp4`, `walk.txt`."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -49,7 +50,7 @@ class CorpusConfig(Config):
     root: str | None = None
     """`table`: where relative paths start: a folder or a URL prefix; null: the folder of the table."""
     limit: Positive | None = None
-    """Take the first N candidates of the full plan's order (a prefix that can grow into it)."""
+    """Plan only the first N candidates. A higher limit later adds the next ones; the first N stay as they are."""
 
     @property
     def media_root(self) -> Path | None:
@@ -74,10 +75,10 @@ class CorpusConfig(Config):
 
 
 class SieveConfig(Config):
-    """What a record must say of itself to become a candidate; each rule has its reason code."""
+    """Rules on annotation records, applied before anything is downloaded; each rule has a reason code."""
 
     min_seconds: PositiveSeconds = 3.0
-    """Shortest clip, inclusive: on the declared length first, on the probed length finally."""
+    """Shortest clip, inclusive: checked on the declared length, and again on the probed length."""
     max_seconds: PositiveSeconds = 30.0
     """Longest clip, inclusive."""
     images: bool = False
@@ -85,7 +86,7 @@ class SieveConfig(Config):
     min_caption_characters: Annotated[int, Field(ge=0)] = 1
     """Fewest characters of all captions joined."""
     max_caption_characters: Positive = 1500
-    """Most characters of all captions joined; longer ones were seen to be defective."""
+    """Most characters of all captions joined; longer texts are usually defective."""
     max_word_repeats: Positive | None = 9
     """A word that occurs more often in one caption is a defect; null switches the rule off."""
     max_character_repeats: Positive | None = 14
@@ -106,16 +107,17 @@ class WindowConfig(Config):
     fps: Literal[24] = 24
     """Frame rate of the window; the model's own."""
     policy: Literal["captions", "start", "middle", "tile", "random"] = "captions"
-    """`captions` aligns windows to the time-coded captions; `random` is seeded by the clip id."""
+    """Where windows are: `captions`: centred on the time-coded captions; `start` or `middle` of the clip; `tile`: one
+    after the other; `random`: at random places that depend on `seed` and the clip id."""
     max_windows: Positive = 1
     """Most windows taken from one clip."""
     max_scene_score: Annotated[float, Field(gt=0, le=1)] | None = None
-    """No window across a shot change: ffmpeg's scene score above which a frame is a cut; null: not looked for."""
+    """Windows do not cross a shot change: a frame with a higher ffmpeg scene score is one; null: no search."""
     min_motion: Share = 0.0001
-    """Smallest share of the picture that moves in a window; the default refuses what does not move at all, 0 nothing.
-    Samples of one frame are exempt."""
+    """Smallest share of the picture that moves in a window; the default refuses windows in which nothing moves, 0
+    refuses none. Samples of one frame are exempt."""
     max_black_share: Share = 0.999
-    """Largest share of a window's pixels that are black; the default refuses what is black all over, 1 nothing."""
+    """Largest share of a window's pixels that are black; the default refuses all-black windows, 1 refuses none."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -139,7 +141,9 @@ class PictureSize(Config):
     """A picture size, in pixels."""
 
     width: Positive
+    """Pixels, a multiple of 32."""
     height: Positive
+    """Pixels, a multiple of 32."""
 
     @model_validator(mode="before")
     @classmethod
@@ -164,11 +168,11 @@ class BucketsConfig(Config):
         PictureSize(width=1280, height=704),
         PictureSize(width=704, height=1280),
     )
-    """Sizes to choose from, by nearest display shape."""
+    """Sizes to choose from: each clip gets the one whose shape is nearest to its displayed picture."""
     max_upscale: Annotated[float, Field(ge=1)] = 1.0
-    """Largest enlargement of the displayed picture; a clip that no bucket can take within it is refused."""
+    """Largest enlargement of the displayed picture; a clip that every size would enlarge more is refused."""
     min_kept_share: Share = 0.5
-    """Smallest share of the displayed picture that the centre cut may keep; a clip of another shape is refused."""
+    """Smallest share of the displayed picture that the centre crop may keep; a clip that would keep less is refused."""
 
 
 def check_template(template: str) -> str:
@@ -213,11 +217,11 @@ class SigningConfig(Config):
     mode: Literal["none", "url", "policy", "cookies"] = "none"
     """`url`: a canned policy in each URL; `policy`: a custom one; `cookies`: a custom one in cookies."""
     hosts: tuple[str, ...] = ("*.cloudfront.net",)
-    """Hosts that are asked with a signature, exact or `*.suffix`; no other host sees one."""
+    """Hosts that get a signature, exact or `*.suffix`; no other host does."""
     resource: str | None = None
-    """What one `policy` opens, such as `https://HOST/clips/*`; null: the clip alone, with `cookies` the whole host."""
+    """What a signature gives access to, such as `https://HOST/clips/*`; null: one clip, with `cookies` the host."""
     valid_seconds: Annotated[int, Field(ge=10)] = 3600
-    """How long a signature holds; a new one is made in time, and when it is refused."""
+    """Lifetime of a signature; a new one is made before it ends, and when the server refuses one."""
 
     @model_validator(mode="after")
     def _resource_is_read(self) -> SigningConfig:
@@ -230,13 +234,13 @@ class FetchConfig(Config):
     """How clips are downloaded."""
 
     allow_hosts: tuple[str, ...] = ("*.cloudfront.net",)
-    """Hosts that may be asked, exact or `*.suffix`, and `s3://bucket`; redirects stay within them."""
+    """Hosts that clips may come from, exact or `*.suffix`, and `s3://bucket`; redirects to others are refused."""
     mirrors: dict[str, str] = Field(default_factory=dict)
-    """URL prefixes that are replaced before asking: `https://a/clips/: http://b/` reads clips from a copy at b."""
+    """URL prefixes that are replaced before a request: `https://a/clips/: http://b/` reads clips from a copy at b."""
     timeout_seconds: PositiveSeconds = 60.0
-    """Longest silence of a connection."""
+    """Longest time in which a connection gives no byte."""
     deadline_seconds: PositiveSeconds = 600.0
-    """Longest whole download of one clip."""
+    """Longest time for the download of one clip."""
     max_mib: Positive = 2048
     """Largest clip."""
     min_kib_per_second: Annotated[float, Field(ge=0)] = 4.0
@@ -255,16 +259,16 @@ class FetchConfig(Config):
     s3_endpoint: str | None = None
     """Another S3 server for `s3://` clips; null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or AWS itself."""
     cache: str | None = None
-    """Folder of a bounded on-disk cache shared by runs; null: a temporary folder."""
+    """Folder of a cache of clips that builds share; null: no cache."""
     cache_gib: PositiveSeconds = 50.0
-    """Bound of the cache."""
+    """Largest size of the cache."""
 
 
 class DecodeConfig(Config):
     """How clips are decoded."""
 
     policy: Literal["strict", "tolerant"] = "strict"
-    """`strict` refuses a window whose decoding reported any error; `tolerant` takes it if every frame came."""
+    """`strict` refuses a window with any decoding error; `tolerant` accepts it if all frames were decoded."""
     timeout_seconds: PositiveSeconds = 120.0
     """Wall-clock limit of one ffmpeg run."""
     max_megapixels: PositiveSeconds = 40.0
@@ -272,9 +276,9 @@ class DecodeConfig(Config):
     max_memory_mib: Positive = 1024
     """ffmpeg's limit for one allocation."""
     sd_display_aspect: Literal["4:3", "16:9"] = "4:3"
-    """Display aspect of an SD raster where nothing else decides it."""
+    """Display aspect of a standard-definition picture (720×480, 720×576 …) if nothing else gives it."""
     threads: Positive = 1
-    """Threads of one ffmpeg."""
+    """Threads of one ffmpeg process."""
 
 
 class EncodersConfig(Config):
@@ -287,19 +291,19 @@ class EncodersConfig(Config):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Precision mode of the VAE; `auto` is measured on the plan's clips, once, when the first build on it begins."""
+    """Precision of the VAE. `auto`: the first build tries 16-bit modes on clips of the plan and keeps the choice."""
     vae_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.005
     """Largest relative error (root mean square, against fp32's latents) of a 16-bit mode that `auto` may take."""
     vae_channels_last: bool | None = None
-    """Memory format channels_last_3d, which GPUs' 16-bit kernels need to be fast; null: on a GPU."""
+    """Memory format channels_last_3d, which 16-bit GPU kernels need to be fast; null: yes on a GPU, no on a CPU."""
     vae_compile: bool = False
     """torch.compile of the VAE: minutes at the start for each picture size; it is part of the latents' identity."""
     vae_low_traffic: bool = False
     """Encode with 0.43 of the library's memory traffic; other last bits, so it is part of the latents' identity. Not
     together with `vae_compile`."""
     text_precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of UMT5; `auto`: bf16, or fp32 on a GPU that only emulates bf16 (V100, T4); a set that was begun is
-    continued as it was. Never fp16."""
+    """Precision of UMT5; `auto`: bf16, or fp32 on a GPU that only emulates bf16 (V100, T4); a text set that was begun
+    keeps its precision. Never fp16."""
 
     @model_validator(mode="after")
     def _one_forward(self) -> EncodersConfig:
@@ -309,10 +313,10 @@ class EncodersConfig(Config):
 
 
 class ShardsConfig(Config):
-    """How shards are cut and stored."""
+    """How many candidates a shard has, and what it stores."""
 
     unit_size: Positive = 64
-    """Candidates of one unit of work, one tar."""
+    """Candidates per unit of work, that is per tar."""
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of stored latents; text is always the encoder's bf16."""
     preview_frames: Annotated[int, Field(ge=0, le=16)] = 4
@@ -320,14 +324,14 @@ class ShardsConfig(Config):
 
 
 class RayConfig(Config):
-    """How `engine.kind: ray` finds its cluster, and what a worker takes of a machine."""
+    """How `engine.kind: ray` finds its cluster, and what each worker reserves."""
 
     address: str = "auto"
     """`auto`: the cluster this machine belongs to or RAY_ADDRESS names; `host:port`; `local`: this machine alone."""
     num_workers: Positive | None = None
-    """Most workers; null: one a GPU of the cluster, or as many as its cores allow where it has none."""
+    """Most workers; null: one per GPU of the cluster, or, without a GPU, as many as its cores allow."""
     num_cpus: Positive | None = None
-    """Cores that a worker reserves; null: `engine.decoders` and one, of `auto` the share of a GPU."""
+    """Cores that a worker reserves; null: `engine.decoders` + 1, of `auto` the share of a GPU."""
 
 
 MAX_AUTO_DECODERS = 16
@@ -335,7 +339,7 @@ MAX_AUTO_DECODERS = 16
 
 
 class EngineConfig(Config):
-    """Who does the work. Nothing here changes a byte of the shards."""
+    """Devices and machines of a build. Nothing here changes a byte of the shards."""
 
     kind: Literal["local", "ray"] = "local"
     """`local`: this machine's devices; `ray`: a worker per GPU of a Ray cluster (the extra `ray`)."""
@@ -343,10 +347,10 @@ class EngineConfig(Config):
     """Clips decoded at a time, for each encoder; `auto`: its share of the cores but one, at most 16. Downloads have
     threads of their own, `fetch.per_host`."""
     max_queue_mib: Positive = 2048
-    """Decoded frames that may wait for each encoder."""
+    """Most MiB of decoded frames that wait for each encoder."""
     devices: tuple[str, ...] = ()
-    """Devices of this machine that encode latents, a process each, such as `[cuda:0, cuda:1]`; empty: every GPU where
-    `encoders.device` is `auto`, else that device alone."""
+    """Devices of this machine that encode latents, one process each, such as `[cuda:0, cuda:1]`; empty: every GPU if
+    `encoders.device` is `auto`, else only that device."""
     ray: RayConfig = RayConfig()
 
     def num_decoders(self, num_cores: int, num_encoders: int, on_cpu: bool) -> int:
@@ -366,7 +370,7 @@ class PrepConfig(Config):
     output: str
     """Folder or `s3://bucket/prefix` of the dataset."""
     seed: int = 0
-    """Keys the seeded choices (random windows)."""
+    """Seed of random choices (`window.policy: random`)."""
     corpus: CorpusConfig
     sieve: SieveConfig = SieveConfig()
     window: WindowConfig = WindowConfig()

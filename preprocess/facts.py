@@ -1,4 +1,4 @@
-"""What is known of one clip: what its file says, what its pictures say, and what was decided."""
+"""What is known about one clip: the fields of its file, the measurements of its frames, and the decisions made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Crop(Config):
 
 
 class MeasuredPicture(Config):
-    """Measurements of one decoded picture; see `pictures.py`."""
+    """Measurements of one decoded picture; see `video/measure.py`."""
 
     seconds: float
     """Time from the clip's zero."""
@@ -91,7 +91,7 @@ class Inspection(Config):
     bars: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Black left, top, right, bottom of the raster below the VBI lines, in coded pixels."""
     scan: dict[str, int] | None = None
-    """How many pairs of frames look `progressive`, `tff`, `bff`, `unclear`; see `pictures.fields_of`."""
+    """How many pairs of frames look `progressive`, `tff`, `bff`, `unclear`; see `fields_of` there."""
     idet: dict[str, int] | None = None
     """Counts of the idet filter: tff, bff, progressive, undetermined; None: not run."""
 

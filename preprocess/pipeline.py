@@ -1,4 +1,4 @@
-"""`build-shards`, `retry` and `recaption` from end to end: plan, latents, texts, summary. All resume by units."""
+"""`build-shards`, `retry` and `recaption` from end to end: plan, latents, texts, summary. All resume unit by unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a clip ends that does not become a sample: a stage, a reason code, a detail, and whether a retry can help.
+"""Why a clip did not become a sample: the stage, a reason code, a detail, and whether a retry can help.
 
 Reason codes are kebab-case and stable: `wanprep retry --reason …` and people's notebooks name them.
 """

@@ -1,3 +1,3 @@
-"""The contract between the two stages: sealed shards, their identity, and the reader that cannot be fooled."""
+"""What the two stages share: the shard format, identities, the writer, and a reader that checks what it reads."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`wanshards`: look into a dataset, check it, copy out of it. A root is a folder or s3://bucket/prefix."""
+"""`wanshards`: inspect a dataset, check it, copy samples out of it. ROOT is a folder or s3://bucket/prefix."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 
 ROOT = click.argument("root")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document, for programs.")
-TEXT_SET = click.option("--text-set", default=None, metavar="NAME", help="Text set [default: 'default' if there].")
+TEXT_SET = click.option(
+    "--text-set", default=None, metavar="NAME", help="Text set.  [default: 'default', if it exists]"
+)
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Look into a dataset of sealed shards, check it, copy out of it.
+    """Inspect a dataset of shards, check it, copy samples out of it.
 
     ROOT is a folder or s3://bucket/prefix (append ?endpoint=URL for another server).
 
-    Exit codes: 0 all is well, 1 damage was found, 2 the command could not be carried out, 75 not now: a storage that
-    does not answer, a full disk.
+    Exit codes: 0 all is well, 1 damage was found, 2 the command could not run, 75 try again later: the storage does
+    not answer, or the disk is full.
     """
     set_up_logging()
 
@@ -37,9 +39,9 @@ def main() -> None:
 @main.command("ls")
 @ROOT
 @AS_JSON
-@click.option("--keys", is_flag=True, help="List the samples, one key a line.")
+@click.option("--keys", is_flag=True, help="List the keys of the samples, one per line.")
 def list_command(root: str, as_json: bool, keys: bool) -> None:
-    """What the dataset holds: identity, revision, units, samples by bucket, text sets.
+    """Show identity, revision, units, buckets and text sets.
 
     \b
     wanshards ls demo/shards
@@ -69,12 +71,15 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
 @ROOT
 @click.argument("key", metavar="KEY|CLIP", callback=as_typed)
 @AS_JSON
-@click.option("--preview", type=click.Path(path_type=Path), help="Write its strip of frames there too, a JPEG.")
+@click.option(
+    "--preview", type=click.Path(path_type=Path), help="Also write the sample's strip of frames to this JPEG file."
+)
 def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
-    """One sample: its shard, its JSON, its captions in every text set.
+    """Show one sample, or what became of one clip.
 
-    For a clip id, or the name of an annotation: every attempt at it, why it was refused, and whether a retry can help.
-    `wantrain show-clip` says which steps of a run used a clip.
+    For a key: the shard, the JSON, the captions in every text set. For a clip id, or the name of an annotation: every
+    attempt at it, why it was refused, and whether a retry can help. `wantrain show-clip` says which steps of a run used
+    a clip.
 
     \b
     wanshards show demo/shards clip-1@0-49-480x832
@@ -106,9 +111,9 @@ def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
 @main.command()
 @ROOT
 @AS_JSON
-@click.option("--fast", "level", flag_value="fast", help="Documents, sizes and completeness only.")
+@click.option("--fast", "level", flag_value="fast", help="Check only JSON documents, file sizes and completeness.")
 @click.option("--deep", "level", flag_value="deep", help="Also decode every array and check that it is finite.")
-@click.option("--partial", is_flag=True, help="What the build has not come to yet is no problem.")
+@click.option("--partial", is_flag=True, help="Accept that units are missing: the build is not finished.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=1, show_default=True, help="Files read at a time.")
 def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int) -> None:
     """Check every byte against the commits. Exit code 1 when damage was found.
@@ -130,9 +135,10 @@ def verify(root: str, as_json: bool, level: str | None, partial: bool, jobs: int
 @main.command()
 @ROOT
 def index(root: str) -> None:
-    """Write index.jsonl.zst: all commits in one file, so that opening a large dataset is quick.
+    """Write an index, so that a large dataset opens faster.
 
-    Only a cache: a stale or missing index changes nothing but the time to open.
+    index.jsonl.zst holds all commits in one file. It is only a cache: an old or missing index changes only the time to
+    open.
     """
     from shards.read.index import write_index
     from shards.storage import open_storage
@@ -144,9 +150,9 @@ def index(root: str) -> None:
 @ROOT
 @click.argument("member", metavar="KEY.SUFFIX")
 @TEXT_SET
-@click.option("--npy", is_flag=True, help="Undo zstd and write a plain .npy.")
+@click.option("--npy", is_flag=True, help="Decompress, and write a plain .npy.")
 def cat(root: str, member: str, text_set: str | None, npy: bool) -> None:
-    """Write one member of a sample to standard output, after checking its digest.
+    """Write one member of a sample to standard output. Its digest is checked first.
 
     \b
     wanshards cat demo/shards clip-1@0-49-480x832.json
@@ -161,10 +167,10 @@ def cat(root: str, member: str, text_set: str | None, npy: bool) -> None:
 @main.command()
 @ROOT
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--plain", is_flag=True, help="One uncompressed tar a unit, latent and text together (webdataset).")
+@click.option("--plain", is_flag=True, help="One uncompressed tar per unit, with latents and text (webdataset).")
 @TEXT_SET
 def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
-    """Copy the samples into the folder TARGET in another form.
+    """Copy the samples into the folder TARGET in another format.
 
     \b
     wanshards export --plain demo/shards plain/
@@ -175,7 +181,7 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     from shards.storage import open_storage
 
     if not plain:
-        raise UserError("export needs a form", expected="--plain")
+        raise UserError("no output format is named", expected="--plain")
     if text_set is None and "default" in read_info(open_storage(root)).text_sets:
         text_set = "default"
     dataset = open_dataset(root, text_set)
@@ -188,11 +194,15 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
 @ROOT
 @AS_JSON
 @TEXT_SET
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Read N samples, chosen by a hash of their keys.")
+@click.option(
+    "--sample", type=click.IntRange(1), metavar="N", help="Read only N samples, chosen by a hash of their keys."
+)
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Units read at a time.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Where finished units are kept [~/.cache/wanshards].")
-@click.option("--no-cache", is_flag=True, help="Keep nothing, and use nothing that was kept.")
-@click.option("--check", is_flag=True, help="Exit with 1 when a finding is bad.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder of the cached results.  [default: ~/.cache/wanshards]"
+)
+@click.option("--no-cache", is_flag=True, help="Do not read or write the cache.")
+@click.option("--check", is_flag=True, help="Exit with 1 if a finding has the severity 'bad'.")
 def stats(
     root: str,
     as_json: bool,
@@ -203,10 +213,11 @@ def stats(
     no_cache: bool,
     check: bool,
 ) -> None:
-    """The dataset in numbers, and what is wrong with it: shifted channels, another VAE, duplicates, constant latents.
+    """Show statistics of the dataset, and what looks wrong.
 
-    Every latent is read once; what was read before is kept by its tar's digest, so that a second run, or one after the
-    dataset grew, is quick. A build may be writing meanwhile: what has no commit yet is waiting.
+    Looks wrong: shifted channels, another VAE, duplicates, constant latents. Every latent is read once. The results of
+    each unit are cached, so a second run, also after the dataset grew, is quick. A build may be running: units without
+    a commit are counted as waiting.
 
     \b
     wanshards stats demo/shards
@@ -229,11 +240,17 @@ def stats(
 @ROOT
 @click.argument("out", metavar="OUT.html", type=click.Path(path_type=Path))
 @AS_JSON
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Latents to read for the statistics [2000].")
-@click.option("--all", "read_all", is_flag=True, help="Read every latent; those that `stats` kept are not read again.")
-@click.option("--max-mb", type=click.FloatRange(1, 1000), default=20.0, show_default=True, help="Size of the page.")
+@click.option(
+    "--sample", type=click.IntRange(1), metavar="N", help="Latents to read for the statistics.  [default: 2000]"
+)
+@click.option("--all", "read_all", is_flag=True, help="Read every latent, except those that `stats` has cached.")
+@click.option(
+    "--max-mb", type=click.FloatRange(1, 1000), default=20.0, show_default=True, help="Largest size of the page, MB."
+)
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Units read at a time.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Where finished units are kept [~/.cache/wanshards].")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder of the cached results.  [default: ~/.cache/wanshards]"
+)
 def report(
     root: str,
     out: Path,
@@ -244,10 +261,10 @@ def report(
     jobs: int,
     cache: Path | None,
 ) -> None:
-    """One HTML page of the dataset: the funnel, distributions, findings, and samples with pictures and captions.
+    """Write one HTML page about the dataset.
 
-    The page needs no network and may be sent around: what is in it comes from the dataset alone. OUT.html#KEY opens at
-    a sample.
+    It shows how many records became samples, distributions, findings, and samples with pictures and captions. The page
+    needs no network and can be sent to others: it holds only data of the dataset. OUT.html#KEY opens it at a sample.
 
     \b
     wanshards report demo/shards demo/shards.html
@@ -277,12 +294,17 @@ def report(
 @AS_JSON
 @click.option("--delete", is_flag=True, help="Remove them; without it they are only listed.")
 @click.option(
-    "--older-than-hours", type=click.FloatRange(0), default=24.0, show_default=True, help="Spare younger ones."
+    "--older-than-hours",
+    type=click.FloatRange(0),
+    default=24.0,
+    show_default=True,
+    help="Leave files younger than this.",
 )
 def sweep(root: str, as_json: bool, delete: bool, older_than_hours: float) -> None:
-    """List or remove what killed writers left: tars and ledgers that no commit names, temporary files, open uploads.
+    """List or remove the files that killed writers left.
 
-    A running build's newest tar has no commit yet: keep --older-than-hours above the time one unit takes to upload.
+    Tars and ledgers that no commit names, temporary files, unfinished uploads. The newest tar of a running build has no
+    commit yet: --older-than-hours must be longer than the upload of one unit.
     """
     from shards.check.orphans import sweep as find
     from shards.storage import open_storage

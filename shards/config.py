@@ -1,4 +1,4 @@
-"""Strict configuration: YAML for knobs, pydantic for truth, `-o a.b=c` for the exception.
+"""Strict configuration: read from YAML, overridden by `-o a.b=c`, checked by pydantic.
 
 Unknown keys are refused with a suggestion; every problem is reported by its dotted key, its value and what was
 expected, all problems at once.

@@ -1,4 +1,4 @@
-"""The one error type that users see."""
+"""The error type for users, `UserError`, and its subclasses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs by name, for the plans of both stages: what they compute, hold and move. Importing it imports no torch.
+"""GPUs by name, for the estimates of both stages: peak FLOP/s, memory, bandwidth. Importing it imports no torch.
 
 Peaks and memory bandwidths are of NVIDIA's data sheets, dense, in the precision that `precision: auto` takes: fp16 on
 V100 and T4, bf16 elsewhere. The rates that are expected of training, of the VAE and of collectives are estimates:
@@ -143,7 +143,7 @@ def _by_name(name: str) -> Gpu:
     raise UserError(
         f"--gpu {name}: not known" + (f"; did you mean {near[0]}?" if near else ""),
         expected=f"auto, {', '.join(GPUS)}",
-        fix="describe another card by --memory-gib, --tflops and --bandwidth",
+        fix="name one of these; the `plan` commands also take --memory-gib, --tflops and --bandwidth of another GPU",
     )
 
 

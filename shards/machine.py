@@ -1,4 +1,4 @@
-"""What a doctor of either stage looks at on a machine: Python, torch, GPUs, disk. Importing it imports no torch."""
+"""Checks that both `doctor` commands share: Python, torch, GPUs, disk. Importing it imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: safetensors and JSON, written under a temporary name, synced, renamed.
+"""Checkpoints, never half written: safetensors and JSON under a temporary name, synced, then renamed.
 
     checkpoints/step-0000500/lora.safetensors       raw A and B by module (model.safetensors for a full model)
                              average.safetensors    their average (moving, or schedule-free), where there is one

@@ -1,4 +1,4 @@
-"""The device of this process: which one, what it is, how much memory it has."""
+"""The device of this process: its choice, its properties, its free memory."""
 
 from __future__ import annotations
 

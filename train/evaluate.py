@@ -77,7 +77,7 @@ def choose_held_out(dataset: Dataset, ordinals: Sequence[int], config: EvalConfi
         first.setdefault(dataset.samples[ordinal].clip_id, ordinal)
     if not first:
         raise UserError(
-            "no clip falls on the validation side, so there is no held-out loss",
+            "no clip is held out, so there is no held-out loss",
             fix="raise data.validation_fraction, add shards, or set eval: null",
         )
     return [first[clip] for clip in sorted(first, key=hash_key)[: config.num_clips]]
@@ -205,7 +205,7 @@ class Evaluator:
         except TimeoutError:
             raise UserError(
                 f"the held-out loss: its clips did not arrive within {limit:g} s",
-                fix="see whether the storage answers, or raise data.read_timeout_seconds",
+                fix="check that the storage answers and how fast it is, or raise data.read_timeout_seconds",
             ) from None
 
     def _losses(self, forward: Forward, one: Pass, latent: Tensor, text: Tensor, noise: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class FitResult(NamedTuple):
 
 
 def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> FitResult:  # noqa: PLR0912, PLR0915
-    """Train as configured and leave the run's folder as the design describes it.
+    """Train as configured, and write the run's folder (the README shows it).
 
     Args:
         resume: `auto` resumes from the run's newest checkpoint, `never` insists on a new run, else a checkpoint's path.

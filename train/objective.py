@@ -1,4 +1,4 @@
-"""Flow matching: x_σ = (1 − σ) x₀ + σ ε, target ε − x₀, and what one slot's loss is.
+"""Flow matching: x_σ = (1 − σ) x₀ + σ ε, target ε − x₀, and the loss of one slot (place in the batch).
 
 Shapes: B slots, C channels, T H W latent frames, rows, columns.
 """

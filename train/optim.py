@@ -1,4 +1,4 @@
-"""AdamW in fp32 or 8 bit or any other optimizer, the learning rate's course, clipping, and the moving average.
+"""AdamW in fp32 or 8 bit or any other optimizer, the learning rate schedule, clipping, and the moving average.
 
 `updates` counts the optimizer steps that were applied; it drives the schedule and the average, so that an update
 skipped for overflow moves neither.

@@ -1,4 +1,4 @@
-"""Which dtype a device computes in, loss scaling for fp16, and what overflowed where."""
+"""The dtype that a device computes in, loss scaling for fp16, and a record of which blocks overflowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's loss and gradients: this rank's micro-batches, and what all ranks have of it together.
+"""A step's loss and gradients: this rank's micro-batches, and the loss over all ranks.
 
 Shapes: B slots, C latent channels, T H W latent frames and sides, S text tokens, E text width.
 """

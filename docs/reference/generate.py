@@ -11,7 +11,7 @@ import ast
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -80,6 +80,9 @@ def _sections(prefix: str, cls: type[BaseModel]) -> list[str]:
     for name, field in cls.model_fields.items():
         models = _models_in(field.annotation)
         text = " ".join((field.description or "").split()).replace("|", "\\|")
+        choices = [f"`{choice}`" for choice in _choices_in(field.annotation)]
+        if any(choice not in text for choice in choices):
+            text = f"{text} Values: {', '.join(choices)}."
         if models:
             text = f"{text} See `{prefix}{'.' if prefix else ''}{name}`.".strip()
             inner += [line for model in models for line in _sections(f"{prefix}{'.' if prefix else ''}{name}", model)]
@@ -91,6 +94,13 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _choices_in(annotation: Any) -> list[str]:
+    """The texts of the Literals of an annotation: what the key may be set to."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for argument in get_args(annotation) for choice in _choices_in(argument)]
 
 
 def _default(field: Any, is_section: bool) -> str:

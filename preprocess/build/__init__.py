@@ -1,1 +1,1 @@
-"""The build: units of the plan in, sealed shards out, on one machine or many."""
+"""The build: makes the shards of the plan's units, on one machine or many."""

@@ -6,7 +6,7 @@
     write     stored type → compression → shard, ledger row             one thread, in the plan's order within a unit
 
 A bad clip ends as a ledger row with its stage and reason. So does an unexpected exception in the work on one clip: its
-row is `internal-error`, retryable, and the log has the traceback. What the user or the machine got wrong is raised.
+row is `internal-error`, retryable, and the log has the traceback. Errors caused by the user or the machine are raised.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from preprocess.encoders.encoders import VaeEncoder
 
 Reserve = Callable[[int], None]
-"""Waits until so many bytes of frames may be decoded."""
+"""Called with a number of bytes: waits until that many bytes of frames may be decoded."""
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
 _QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
@@ -67,26 +67,26 @@ class Decoded(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """A candidate when its clip is here, or will not come."""
+    """A candidate after its fetch: either `clip` is a file on this machine, or `rejection` says why there is none."""
 
     candidate: Candidate
     clip: Clip | None
     stack: ExitStack
-    """Holds the clip's file; whoever decodes it closes it."""
+    """Keeps the clip's file; `Preparer.decode` closes it, which removes a downloaded file."""
     rejection: Rejection | None
     attempts: int
     seconds: dict[str, float]
 
 
 class Prepared(NamedTuple):
-    """A candidate when the decoders are done with it."""
+    """A candidate after decoding."""
 
     candidate: Candidate
     facts: ClipFacts | None
     bucket: PictureSize | None
     windows: tuple[Decoded, ...]
     rejection: Rejection | None
-    """Why the clip as a whole went no further."""
+    """Why the complete clip was rejected; None where it was not (its windows may be)."""
     attempts: int
     num_bytes: int
     seconds: dict[str, float]
@@ -95,13 +95,13 @@ class Prepared(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A candidate when the encoder is done with it; the frames are gone."""
+    """A candidate after encoding; its frames are freed."""
 
     prepared: Prepared
     latents: tuple[np.ndarray | None, ...]
-    """fp32, one a window; None for a window without frames."""
+    """fp32, one per window; None for a window without frames."""
     seconds: float
-    """In the encoder."""
+    """Time in the encoder."""
 
 
 class Preparer:
@@ -114,7 +114,7 @@ class Preparer:
         self._scratch = scratch
 
     def fetch(self, candidate: Candidate) -> Fetched:
-        """Bring the candidate's clip to this machine. Raises only what `propagates`."""
+        """Fetch the candidate's clip to this machine. Raises only errors for which `propagates` is true."""
         record, began, stack = candidate.record, time.perf_counter(), ExitStack()
         clip, rejection, attempts = None, None, 0
         try:
@@ -130,9 +130,10 @@ class Preparer:
         return Fetched(candidate, clip, stack, rejection, attempts, seconds)
 
     def decode(self, fetched: Fetched, reserve: Reserve, config: PrepConfig | None = None) -> Prepared:
-        """Bring a fetched clip to decoded frames, and let its file go. Raises only what `propagates`.
+        """Probe and decode a fetched clip, then close its file. Raises only errors for which `propagates` is true.
 
-        `config`: with the choices that the candidate's unit was frozen with; None: the build's own.
+        `config`: the build's config with the choices that the plan recorded for the candidate's unit; None: the
+        build's config.
         """
         config = config or self._config
         candidate, clip, attempts = fetched.candidate, fetched.clip, fetched.attempts
@@ -166,7 +167,7 @@ class Preparer:
     def _decode(
         self, path: Path, record: Record, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig
     ) -> Decoded:
-        """Frames of one window, unless no caption of the record speaks of it."""
+        """Frames of one window; a rejection instead if the record has no caption for this window."""
         stage = "caption"
         try:
             end_seconds = window.start_seconds + window.num_frames / config.window.fps
@@ -200,25 +201,26 @@ def _refused_by_measure(measured: Measured, window: Window, config: PrepConfig) 
 
 
 def propagates(error: Exception, scratch: Path) -> bool:
-    """Whether an error is the user's or the machine's to fix (or the build is stopping), not of one clip."""
+    """Whether an error concerns more than one clip: the user or the machine has to fix it, or the build is stopping."""
     is_disk = isinstance(error, OSError) and (error.errno in _OF_THE_DISK or not scratch.exists())
     return is_disk or isinstance(error, UserError | TransferStopped)
 
 
 def internal_error(stage: str, error: Exception, clip_id: str) -> Rejection:
-    """The row of a clip whose work raised what it must not; the traceback goes to the log, without any URL's query."""
+    """The rejection of a clip after an unexpected exception; the traceback is logged, without the queries of URLs."""
     LOG.error(
         "clip %s: internal error in stage %s; the build continues\n%s",
         clip_id, stage, _QUERY.sub("?…", "".join(traceback.format_exception(error)).rstrip()),
     )  # fmt: skip
-    # The message may hold paths of a scratch folder, and a ledger's bytes must repeat: the type and the place do.
+    # The message may hold paths of a scratch folder, but the same clip must give the same ledger bytes every time:
+    # so the row names only the exception's type and the line of code.
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {Path(place[0].filename).name}:{place[0].lineno}" if place else ""
     return Rejection(stage, INTERNAL_ERROR, f"{type(error).__name__}{where}; the log has the traceback", True)
 
 
 def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
-    """Encode a prepared candidate's windows, each alone. The frames are let go. Raises UserError: out of memory."""
+    """Encode the windows of a prepared candidate one by one, and free their frames. Raises UserError: out of memory."""
     start = time.perf_counter()
     windows, latents = [], []
     for decoded in prepared.windows:
@@ -228,7 +230,7 @@ def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
                 latent_CTHW = vae.encode(decoded.frames_THWC)
         except UserError:
             raise
-        except Exception as error:  # a broken device fails on every clip, and ten in a row stop the build
+        except Exception as error:  # a broken device fails on every clip: ten internal errors in a row stop the build
             rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
         windows.append(decoded._replace(frames_THWC=None, rejection=rejection))
         latents.append(latent_CTHW)
@@ -237,7 +239,7 @@ def encode_clip(prepared: Prepared, vae: VaeEncoder) -> Encoded:
 
 
 def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> LedgerRow:
-    """Write an encoded candidate's windows into the shard; its ledger row."""
+    """Write an encoded candidate's windows into the shard, and return its ledger row."""
     prepared = encoded.prepared
     rejections = [prepared.rejection] if prepared.rejection else []
     rows: list[WindowRow] = []
@@ -248,18 +250,19 @@ def write_clip(encoded: Encoded, writer: ShardWriter, config: PrepConfig) -> Led
                 key, rejection = _write_window(prepared, decoded, latent_CTHW, writer, config)
             except OSError:
                 raise
-            except Exception as error:  # a UserError too: the writer refuses a sample before it writes any of it
+            except Exception as error:  # UserError too: the writer checks a sample before it writes any part of it
                 rejection = internal_error("encode", error, prepared.candidate.record.clip_id)
         if rejection:
             rejections.append(rejection)
         rows.append(_window_row(decoded, key, rejection))
     seconds = {**prepared.seconds, "encode": round(encoded.seconds, 3)}
-    rejections.sort(key=lambda each: each.reason != INTERNAL_ERROR)  # what must be looked at names the row
+    # If there is an internal error, it gives the row its reason: somebody has to look at it.
+    rejections.sort(key=lambda each: each.reason != INTERNAL_ERROR)
     return _row(prepared, rows, rejections[0] if rejections else None, seconds)
 
 
 def latent_identity(config: PrepConfig, vae: VaeEncoder) -> dict[str, Any]:
-    """What decides the latents' numbers: nothing of paths, URLs, workers or versions of libraries."""
+    """Everything that changes the values of the latents; no paths, URLs, workers or library versions."""
     return {
         "format_version": FORMAT_VERSION,
         "vae": vae.identity(),
@@ -269,7 +272,7 @@ def latent_identity(config: PrepConfig, vae: VaeEncoder) -> dict[str, Any]:
 
 
 def store_latent(latent_CTHW: np.ndarray, dtype: str) -> np.ndarray | Rejection:
-    """The latent in its stored type (bf16 as uint16), or why it must not be stored."""
+    """The latent in the type that is stored (bf16 as its bits in uint16), or a rejection."""
     if not np.isfinite(latent_CTHW).all():
         return Rejection("encode", "latent-not-finite", "the encoder gave values that are not numbers", retryable=True)
     if latent_CTHW.min() == latent_CTHW.max():
@@ -315,7 +318,7 @@ def _write_window(
 
 
 def _sample_json(prepared: Prepared, decoded: Decoded, latent: np.ndarray, config: PrepConfig) -> dict[str, Any]:
-    """What a sample says of itself: where it comes from and what was decided, and why; no URL, no path, no time."""
+    """The JSON of a sample: its source, the decisions and their reasons. No URL, path or time of day."""
     record, facts, bucket = prepared.candidate.record, prepared.facts, prepared.bucket
     window, measured = decoded.window, decoded.measured
     if facts is None or bucket is None or measured is None:
@@ -372,7 +375,7 @@ def _window_row(decoded: Decoded, key: str | None, rejection: Rejection | None) 
 def _row(
     prepared: Prepared, windows: list[WindowRow], rejection: Rejection | None, seconds: dict[str, float]
 ) -> LedgerRow:
-    """A candidate is accepted when at least one of its windows is; else the first reason is its reason."""
+    """The ledger row. A candidate is accepted if at least one window is; else `rejection` gives the row its reason."""
     is_accepted = any(window.status == "accepted" for window in windows)
     why = None if is_accepted else rejection
     facts = recorded_facts(prepared.facts) if prepared.facts else prepared.inspected
@@ -394,7 +397,7 @@ def _row(
 
 
 class _Clock:
-    """Seconds between laps, noted by stage."""
+    """Writes into `seconds`, for each stage, the time since the previous `lap`."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds

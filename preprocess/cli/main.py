@@ -42,7 +42,7 @@ _PROGRESS = click.option(
     show_default=True,
     help="How progress is shown, on standard error; auto: a bar on a terminal, elsewhere a line every 10 s.",
 )
-_QUIET = click.option("--quiet", is_flag=True, help="No progress and no notes; the result and errors only.")
+_QUIET = click.option("--quiet", is_flag=True, help="Print only the result and errors.")
 
 
 class _UnitRange(click.ParamType):
@@ -61,13 +61,13 @@ UNIT_RANGE = _UnitRange()
 @click.group(cls=CommandGroup, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="wanprep")
 def main() -> None:
-    """Turn an annotated archive of clips into sealed shards of latents and text embeddings.
+    """Turn an annotated archive of clips into shards of latents and text embeddings.
 
     \b
     wanprep init FOLDER --corpus CLIPS               write the configs of both stages for your own clips
     wanprep demo-corpus demo/corpus                  a small archive to try everything on
     wanprep scan CONFIG                              count the annotations: lengths, captions, defects
-    wanprep plan CONFIG                              freeze the list of clips, and print how many they are
+    wanprep plan CONFIG                              write the list of clips to encode, and count them
     wanprep build-shards CONFIG                      download, decode, encode; run it again to resume
     wanprep retry CONFIG --retryable                 try again what failed and may succeed now
     wanprep recaption SET CONFIG                     another set of captions over the same latents
@@ -79,10 +79,10 @@ def main() -> None:
 @main.command("demo-corpus")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--clip", "clips", multiple=True, type=click.Path(path_type=Path), help="Add a video file of your own.")
-@click.option("--base-url", default=None, help="Where OUT will be served.  [default: http://127.0.0.1:8765/]")
+@click.option("--base-url", default=None, help="URL at which OUT will be served.  [default: http://127.0.0.1:8765/]")
 @_QUIET
 def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet: bool) -> None:
-    """Write a small annotated corpus with moving pictures, good clips and bad ones, into OUT.
+    """Write a small annotated corpus into OUT: good and bad clips.
 
     \b
     wanprep demo-corpus demo/corpus
@@ -97,9 +97,11 @@ def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet:
 
 @main.command("serve-corpus")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free one.")
+@click.option("--port", default=8765, show_default=True, help="Port on 127.0.0.1; 0: any free port.")
 def serve_corpus(folder: Path, port: int) -> None:
-    """Serve FOLDER over HTTP on the loopback interface, with ranges, until Ctrl-C, in place of the CDN.
+    """Serve the demo corpus FOLDER over HTTP, until Ctrl-C.
+
+    It takes the place of the server that the demo's annotations name.
 
     \b
     wanprep serve-corpus demo/corpus --port 8765
@@ -116,8 +118,10 @@ def serve_corpus(folder: Path, port: int) -> None:
 @click.option("--corpus", required=True, metavar="LOCATION", help="A folder, table, archive or s3:// prefix of clips.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The model, official or Diffusers layout.")
 @click.option("--gpu", metavar="NAME", help="Plan for this GPU, such as rtx4090 or h100.  [default: this machine's]")
-@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
-@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of corpus: -o corpus.format=table")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of GPUs.")
+@click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a key of `corpus`: -o corpus.format=table"
+)
 @_QUIET
 def init(
     folder: Path,
@@ -128,10 +132,10 @@ def init(
     overrides: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Write FOLDER/prep.yaml and FOLDER/train.yaml for a corpus, a checkpoint and a GPU.
+    """Write FOLDER/prep.yaml and FOLDER/train.yaml for your clips.
 
-    The corpus is read and a few clips are probed; sizes, lengths, batch and held-out share fit what they are. Without
-    --checkpoint small encoders and a small model of random weights are named: good for a trial of the commands.
+    Reads the corpus, probes a few clips, and chooses sizes, lengths, batch and held-out share that fit them. Without
+    --checkpoint the configs use small encoders and a small model with random weights, to try the commands.
 
     \b
     wanprep init project --corpus clips --checkpoint /models/Wan2.2-TI2V-5B
@@ -156,11 +160,12 @@ def init(
 @OVERRIDES
 @_JSON
 @_QUIET
-@click.option("--out", type=_FILE, default="scan.json", show_default=True, help="The figures as a JSON file.")
+@click.option("--out", type=_FILE, default="scan.json", show_default=True, help="JSON file to write.")
 def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, out: Path) -> None:
-    """Count what the corpus holds: types, sizes, lengths, captions, defects, and what the filter would keep.
+    """Count what the corpus holds, before anything is planned.
 
-    Nothing is planned. Caption tokens are counted by the text encoder's tokenizer, for a sample of the records.
+    Types, sizes, lengths, captions, defects, and what the filter would keep. Caption tokens are counted by the text
+    encoder's tokenizer, for a sample of the records.
 
     \b
     wanprep scan configs/mbc_832x480.yaml
@@ -184,19 +189,19 @@ def scan(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool, o
 @_CONFIG
 @OVERRIDES
 @click.option(
-    "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port meanwhile."
+    "--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free local port during the build."
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing, download nothing.")
-@click.option("--only", type=click.Choice(["latents", "text"]), help="One of the two passes alone.")
+@click.option("--only", type=click.Choice(["latents", "text"]), help="Run only this pass.")
 @click.option(
-    "--unit-range", type=UNIT_RANGE, help="Units A to B-1 of the plan alone: one of several machines, a Slurm array."
+    "--unit-range", type=UNIT_RANGE, help="Build only units A to B-1 of the plan: for several machines, a Slurm array."
 )
 @click.option(
     "--if-busy",
     type=click.Choice(["wait", "share", "refuse"]),
     default="wait",
     show_default=True,
-    help="Where another build is at work on the same units: wait until it ends, work beside it, or exit.",
+    help="If another build works on the same units: wait until it ends, share the units, or exit.",
 )
 @_JSON
 @_PROGRESS
@@ -213,7 +218,7 @@ def build_shards(
     style: Style,
     quiet: bool,
 ) -> None:
-    """Build the dataset that CONFIG describes, or resume it: finished units are never done again.
+    """Build the dataset that CONFIG describes, or resume it. Finished units are not built again.
 
     \b
     wanprep build-shards configs/demo/prep.yaml --serve demo/corpus
@@ -250,7 +255,7 @@ def build_shards(
     help="Try again what was rejected for this reason; may be repeated.",
 )
 @click.option("--retryable", is_flag=True, help="Try again everything that a retry may fix.")
-@click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free loopback port.")
+@click.option("--serve", type=click.Path(path_type=Path), help="Serve this demo corpus on a free local port.")
 @click.option("--dry-run", is_flag=True, help="Print what would be tried again; write nothing, download nothing.")
 @_JSON
 @_PROGRESS
@@ -266,10 +271,10 @@ def retry(
     style: Style,
     quiet: bool,
 ) -> None:
-    """Try rejected candidates again, in new shards; finished shards are never rewritten.
+    """Try rejected candidates again, in new shards. Finished shards are never rewritten.
 
-    The latest attempt counts, everywhere. A retry that was stopped is resumed by the same command, and by
-    `build-shards`. Candidates of which a window was accepted are not rejected, and are left as they are.
+    Of several attempts at a clip, the latest counts. A retry that was stopped is resumed by the same command or by
+    `build-shards`. A candidate with an accepted window counts as accepted, and is not tried again.
 
     \b
     wanprep retry configs/mbc_832x480.yaml --reason fetch-timeout --reason fetch-503
@@ -309,7 +314,7 @@ def retry(
 def recaption(
     text_set: str, config: Path, overrides: tuple[str, ...], as_json: bool, style: Style, quiet: bool
 ) -> None:
-    """Write another text set, SET, over all finished latents, by CONFIG's captions; no video is touched.
+    """Write the text set SET for all finished latents. It has CONFIG's captions; no video is read.
 
     \b
     wanprep recaption short configs/mbc_832x480.yaml -o 'captions.template="{object}"'
@@ -327,7 +332,7 @@ def recaption(
 @OVERRIDES
 @_JSON
 def status(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print how far the build of CONFIG's output is, and what was rejected so far and why.
+    """Print how far a build is, and why clips were rejected.
 
     \b
     wanprep status configs/mbc_832x480.yaml

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _CONFIG = click.option(
-    "-c", "--config", type=_PATH, required=True, help="Config of the shards: its encoders and its sizes are used."
+    "-c", "--config", type=_PATH, required=True, help="Config of the shards, for its encoders and sizes."
 )
 OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
 
@@ -23,11 +23,15 @@ OVERRIDES = click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", 
 @click.command("fetch-model")
 @click.argument("folder", type=_PATH)
 @click.option("--layout", type=click.Choice(["official", "diffusers"]), default="official", show_default=True)
-@click.option("--only", "part", type=click.Choice(["encoders", "transformer"]), help="A part.  [default: all of it]")
+@click.option(
+    "--only", "part", type=click.Choice(["encoders", "transformer"]), help="Download only this part.  [default: all]"
+)
 @click.option("--repo", "repository", help="Repository on the hub.  [default: the published one of the layout]")
 @click.option("--revision", help="Commit, branch or tag.  [default: the commit this project was written against]")
 def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, revision: str | None) -> None:
-    """Download Wan2.2-TI2V-5B into FOLDER, check every digest, resume where an earlier call stopped.
+    """Download Wan2.2-TI2V-5B into FOLDER.
+
+    Every digest is checked, and the same command resumes a download that was stopped.
 
     \b
     wanprep fetch-model /models/Wan2.2-TI2V-5B
@@ -47,9 +51,9 @@ def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, re
 @OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Look for what is wrong with this machine for encoding and, given CONFIG, with a build on it.
+    """Check this machine for encoding, or for the build of CONFIG.
 
-    Exits with 1 when something is.
+    Says what is wrong and how to fix it. Exits with 1 if there is a problem.
 
     \b
     wanprep doctor
@@ -75,7 +79,9 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> No
 @_CONFIG
 @OVERRIDES
 def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[str, ...]) -> None:
-    """Embed PROMPTS for `wantrain sample`, with the empty text and the negative prompt beside them.
+    """Embed PROMPTS into one file for `wantrain sample`.
+
+    The file also holds the embeddings of the empty text and of the negative prompt.
 
     \b
     wanprep embed "바닷가를 걷는 사람" "A market at night" --out prompts.safetensors -c configs/demo/prep.yaml
@@ -96,7 +102,9 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
 @_CONFIG
 @OVERRIDES
 def encode_image(image: Path, out: Path, width: int, height: int, config: Path, overrides: tuple[str, ...]) -> None:
-    """Encode IMAGE as the first frame of image-to-video, as a training frame is: over the size, then cut.
+    """Encode IMAGE as a first frame for image-to-video.
+
+    It is scaled to cover the size, then cropped, as training frames are.
 
     \b
     wanprep encode-image still.jpg first.safetensors --width 832 --height 480 -c configs/mbc_832x480.yaml
@@ -114,19 +122,20 @@ def encode_image(image: Path, out: Path, width: int, height: int, config: Path, 
 @click.command()
 @click.argument("latents", type=_PATH, required=False)
 @click.argument("out", type=_PATH, required=False)
-@click.option("--watch", "run", type=_PATH, help="Decode what RUN samples, as it comes, and keep a contact sheet.")
-@click.option("--every-seconds", default=10.0, show_default=True, help="How often --watch checks.")
-@click.option("--once", is_flag=True, help="With --watch: decode what is there, then exit.")
-@click.option("--with-parent", is_flag=True, help="With --watch: end when the process that started this one is gone.")
+@click.option("--watch", "run", type=_PATH, help="Decode the latents that RUN samples while it trains.")
+@click.option("--every-seconds", default=10.0, show_default=True, help="Time between two checks of --watch.")
+@click.option("--once", is_flag=True, help="With --watch: decode the latents that exist now, then exit.")
+@click.option("--with-parent", is_flag=True, help="With --watch: end when the parent process has ended.")
 @_CONFIG
 @OVERRIDES
 def decode(
     latents: Path | None, out: Path | None, run: Path | None, every_seconds: float, once: bool,
     with_parent: bool, config: Path, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Decode LATENTS (of `wantrain sample`) to the video OUT (.mp4) or its first frame (.png); or watch a run.
+    """Decode latents to a video; or, with --watch, those of a run.
 
-    A watch writes NAME.mp4 beside each latent, and for all of them samples/contact-sheet.jpg and side-by-side.mp4.
+    LATENTS is a file of `wantrain sample`; OUT ends in .mp4, or in .png for the first frame alone. --watch writes
+    NAME.mp4 beside each latent of a run, and samples/contact-sheet.jpg and samples/side-by-side.mp4 with all of them.
 
     \b
     wanprep decode demo/samples/sea.safetensors sea.mp4 -c configs/demo/prep.yaml
@@ -136,7 +145,7 @@ def decode(
 
     set_up_logging()
     if (run is None) == (latents is None) or (latents is None) != (out is None):
-        raise UserError("neither LATENTS with OUT nor --watch RUN alone", expected="one of the two")
+        raise UserError("LATENTS and OUT, or --watch RUN, must be given", expected="one of the two, not both")
     if out is not None:
         check_suffix(out)
     decoder = load_decoder(load_prep(config, overrides).encoders)

@@ -52,7 +52,7 @@ def plan(
     cores: int | None,
     mbit: float,
 ) -> None:
-    """Read the corpus, filter the records, and freeze those that are kept as units of work.
+    """Filter the records, and write the plan: units of clips.
 
     Records that were added since the last plan become a further generation; nothing frozen changes. With --gpu, or
     where --probe has timed this machine's encoders, the command prints how long the build will take, what limits it,

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def why(clip: str, config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say why CLIP was refused: every attempt, its stage and reason, and whether a retry can help.
+    """Say what became of CLIP, and why.
 
-    CLIP is a clip id, or the name of its annotation. For a clip with samples: the decisions and their grounds.
+    Every attempt with its stage and reason, and whether a retry can help. CLIP is a clip id, or the name of its
+    annotation. For a clip with samples: the decisions and their reasons.
 
     \b
     wanprep why 3338992 prep.yaml

@@ -1,8 +1,8 @@
 """One file that holds many annotations: `.jsonl`, `.jsonl.zst`, `.zip`, `.tar`, streamed.
 
-A damaged document becomes a ledger row. A damaged file (cut short, not what its name says) is a UserError: half a
-corpus would freeze half a plan. A member is read up to the limit of a document whatever size it claims, so that a
-decompression bomb costs no memory. A member's name is never used as a path.
+A damaged document becomes a ledger row. A damaged file (cut short, not what its name says) is a UserError: a plan
+never changes, so it is not made from a part of the corpus. A member is read up to the limit of a document whatever
+size it claims, so that a decompression bomb costs no memory. A member's name is never used as a path.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def iter_archive(location: str) -> Iterator[Document]:
 def _damaged(location: str, error: Exception) -> UserError:
     return UserError(
         f"corpus.location: {location}: damaged: {short(str(error), 200)}",
-        expected="a complete archive: half a corpus would freeze half a plan",
+        expected="a complete archive: a plan never changes, so it is not made from a part of the corpus",
         fix="copy the file again, and compare its size and digest with the original's",
     )
 

@@ -66,10 +66,11 @@ def iter_chunks(location: str) -> Iterator[Chunk]:
         root = os.path.realpath(location)
         items = walk_tree(root)
     else:
-        problem = "not a kind of corpus" if Path(location).exists() else "no such folder or file"
+        problem = "neither a folder nor an archive" if Path(location).exists() else "no such folder or file"
         raise UserError(
             f"corpus.location: {location}: {problem}",
-            expected=f"a folder, s3://bucket/prefix, or a file that ends in {', '.join(ARCHIVE_SUFFIXES)}",
+            expected="a folder, s3://bucket/prefix, a table (.csv, .tsv, .parquet), or an archive "
+            f"({', '.join(ARCHIVE_SUFFIXES)})",
         )
     yield from cut_chunks(root, items)
 

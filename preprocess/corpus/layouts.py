@@ -64,7 +64,8 @@ def find_layout(config: CorpusConfig) -> Layout:  # noqa: PLR0911 - one for each
     location, path = config.location, Path(config.location)
     if config.format in ("mbc", "folder"):
         if config.format == "folder" and "://" not in location and not path.is_dir():
-            raise UserError(f"corpus.location: {location}: no such folder", expected="a folder of clips")
+            problem = "not a folder" if path.exists() else "no such folder"
+            raise UserError(f"corpus.location: {location}: {problem}", expected="a folder of clips")
         return Layout(config.format, "the config says so")
     if (table := find_pattern(location)) is not None:
         return Layout("table", f"{len(table.files)} files match", table)
@@ -140,11 +141,11 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
         return Layout("folder", f"of its first {len(clips):,} clips {captioned:,} have {beside}")
     if documents and not clips:
         return Layout("mbc", "it holds JSON files and no clips")  # all damaged, perhaps: each is a row
-    problem = f"{len(clips)} clips and {len(documents)} JSON files that are no annotations"
+    problem = f"{len(clips)} clips and {len(documents)} JSON files, of which none is an annotation"
     raise UserError(
         f"corpus.location: {folder}: {problem if names else 'no annotation in it, no clip and no table'}",
         expected=EXAMPLES,
-        fix="lay it out like one of them, or name one with corpus.format",
+        fix="arrange the files like one of these, or set corpus.format to folder, table or mbc",
     )
 
 

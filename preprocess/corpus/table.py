@@ -196,7 +196,7 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"corpus.location: {path}: damaged: {short(str(error), 200)}",
-            expected="a complete parquet file: half a corpus would freeze half a plan",
+            expected="a complete parquet file: a plan never changes, so it is not made from a part of the corpus",
             fix="get the file again, and compare its size and digest with the original's",
         ) from None
 

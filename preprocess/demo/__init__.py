@@ -1,1 +1,1 @@
-"""The corpus of the demonstration, and a server for it."""
+"""The demo's corpus, and a local server for it."""

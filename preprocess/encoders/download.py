@@ -148,7 +148,9 @@ def _choose(files: Iterable[RemoteFile], layout: CheckpointLayout, part: Part, r
     for pattern in patterns:
         if not any(PurePosixPath(name).match(pattern) for name in found):
             raise UserError(
-                f"{repository}: holds no {pattern}", expected=f"Wan2.2-TI2V-5B in the {layout} layout", fix="--layout"
+                f"{repository}: holds no {pattern}",
+                expected=f"Wan2.2-TI2V-5B in the {layout} layout",
+                fix="check --repo and --layout",
             )
     return sorted(wanted)
 
@@ -168,7 +170,7 @@ def _compare(folder: Path, wanted: Iterable[RemoteFile], what: str) -> tuple[lis
             raise UserError(
                 f"{path}: not the file of {what}: {cut}",
                 expected=f"sha256 {file.sha256}" if file.sha256 else f"git digest {file.git_sha1}",
-                fix="another revision or a cut download: remove it and run this again, or name another folder",
+                fix="it is of another revision, or not complete: remove it and run this again, or name another folder",
             )
     return present, missing
 
@@ -195,7 +197,7 @@ def _check_room(folder: Path, missing: list[RemoteFile]) -> None:
     if needed > free:
         raise UserError(
             f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed",
-            fix="another folder, or --only encoders or --only transformer",
+            fix="name a folder on another disk, or download one part: --only encoders or --only transformer",
         )
 
 

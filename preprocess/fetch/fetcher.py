@@ -38,7 +38,7 @@ from shards.console import LOG
 _OF_SOUND_CLIPS = frozenset(
     {"too-short", "too-long", "too-large", "image", "hdr", "matrix-unsupported", "odd-rotation", "size-changes"}
 )
-"""Reasons of probe that only a file read without error can have."""
+"""Reason codes that the probe gives only to files that could be read without error."""
 _PAGES = ("fetch-not-media", "fetch-empty")
 """Reasons for which a clip is refused whose host sent something else."""
 MAX_REFUSED_IN_A_ROW = 8
@@ -56,11 +56,11 @@ class Clip:
     num_bytes: int
     attempts: int
     may_be_wrong: bool = False
-    """Whether the file came from elsewhere for the first time: another download may give another."""
+    """Whether the file was fetched, and not by a retry: another download may give a better file."""
     is_refused: bool = False
 
     def judged(self, rejection: Rejection | None) -> Rejection | None:
-        """A rejection of this clip or a window: if it refuses the body, that leaves the cache and is retryable once."""
+        """`rejection`, made retryable once if it means that the file is bad; a bad file is removed from the cache."""
         if rejection is None or rejection.stage not in ("probe", "decode") or rejection.reason in _OF_SOUND_CLIPS:
             return rejection
         self.is_refused = True
@@ -180,7 +180,8 @@ class Fetcher:
     def _download(self, record: Record, url: str, path: Path) -> Clip:
         """Repeat attempts until the file is complete, no attempt or time is left, or another attempt cannot help.
 
-        Before an error becomes a row, the host is asked for something else: while it is down, no attempt counts.
+        Before an error becomes a ledger row, another file of the host is requested: no attempt counts while the host
+        is down.
         """
         config, source = self._config, self._mirrored(url)
         host = _host_key(source)
@@ -307,7 +308,7 @@ class Fetcher:
 
 
 def _host_key(url: str) -> str:
-    """What stands for the host of `url` in `HostLimits`: the bucket, or the host."""
+    """The name of the host of `url` in `HostLimits`: the bucket, or the host."""
     try:
         parts = urlsplit(url)
     except ValueError:  # refused before it is requested

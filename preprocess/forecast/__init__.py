@@ -1,1 +1,1 @@
-"""How long a build will take, and what bounds it, before it runs."""
+"""Before a build runs: how long it will take, and what limits its speed."""

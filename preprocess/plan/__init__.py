@@ -1,1 +1,1 @@
-"""The frozen plan: scan the annotations, filter on metadata, order, cut into units; retries."""
+"""The plan: scan the annotations, filter on metadata, order, cut into units, write once; plan retries."""

@@ -6,8 +6,9 @@ A plan is a list of generations. Generation N is two objects and a commit, writt
     plan/gen-000-3fa9c1d2.ledger.jsonl.zst   one row a record that was refused, and why
     plan/gen-000.json                        sealed: counts, digests, the length of each unit's frame
 
-The order is by a hash of the clip id, so it depends neither on folders nor on machines nor on `--limit`. Records that
-come later make a further generation behind the others; nothing frozen changes. A unit is read by one ranged read.
+The order is by a hash of the clip id, so it depends neither on folders nor on machines nor on `corpus.limit`. Records
+that come later make a further generation behind the others; nothing frozen changes. A unit is read by one ranged
+read.
 
 A retry is a generation too: its candidates are of earlier generations and keep their ordinals (`retried`). The latest
 attempt counts, and an earlier unit that has to be made again leaves out what a later generation takes up again: those

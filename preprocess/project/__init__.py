@@ -1,1 +1,1 @@
-"""`wanprep init`: a user's project folder, with the configs of both stages."""
+"""`wanprep init`: writes a project folder with the configs of both stages."""

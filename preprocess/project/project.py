@@ -89,12 +89,12 @@ def _check_folder(folder: Path, corpus: CorpusConfig, files: tuple[Path, ...]) -
     refuse_source_folder(folder, "FOLDER")
     for path in files:
         if path.exists():
-            raise UserError(f"{path} exists already", fix="name another folder, or remove it")
+            raise UserError(f"{path} exists already", fix="name another FOLDER, or remove this file")
     location = Path(corpus.location)
     if "://" not in corpus.location and location.is_dir() and folder.resolve().is_relative_to(location.resolve()):
         raise UserError(
-            f"{folder} is within the corpus {location}: the dataset would be read as clips",
-            fix="name a folder beside it, such as ../project",
+            f"{folder} is within the corpus {location}: files of the dataset would be read as clips",
+            fix="name a folder outside of the corpus, such as ../project",
         )
 
 

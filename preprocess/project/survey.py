@@ -88,7 +88,10 @@ def survey_corpus(corpus: CorpusConfig, progress: ReportDocuments | None = None)
                 has_times=any(each.start_seconds is not None for record in records for each in record.object),
             )
     reasons = ", ".join(f"{count} × {reason}" for reason, count in plan.refused_by().items())
-    raise UserError(f"{corpus.location}: no clip with a caption ({layout.kind}, {layout.why}): {reasons}")
+    raise UserError(
+        f"{corpus.location}: no clip with a caption (read as {layout.kind}: {layout.why}); "
+        f"refused: {reasons or 'nothing'}"
+    )
 
 
 def quantile(values: list[float], share: float) -> float:

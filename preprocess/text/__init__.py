@@ -1,1 +1,1 @@
-"""Captions: composed from the levels of a record for a window, and cleaned."""
+"""Captions: composed for a window from the caption levels of its record, and cleaned."""

@@ -1,1 +1,1 @@
-"""Small tools around the encoders: embed one prompt, decode latents to pictures."""
+"""Small tools around the encoders: embed one prompt, decode latents to videos."""

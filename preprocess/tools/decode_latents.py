@@ -97,11 +97,11 @@ def decode_file(decoder: VaeDecoder, source: Path, out: Path) -> UInt8[np.ndarra
 def check_suffix(out: Path) -> None:
     """Raise UserError unless it is known how to write `out`."""
     if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{out}: {out.suffix or 'no suffix'}", expected=" or ".join(SUFFIXES))
+        raise UserError(f"{out}: suffix {out.suffix!r}", expected=" or ".join(SUFFIXES))
 
 
 def check_vae(latent: Latent, decoder: VaeDecoder, source: Path) -> None:
-    """Raise UserError when the latent was made in the space of another VAE, whose pictures would be noise."""
+    """Raise UserError when the latent was made in the space of another VAE, and would decode to noise."""
     if latent.values.shape[0] != Z_DIM:
         raise UserError(f"{source}: {latent.values.shape[0]} channels", expected=f"{Z_DIM}, of Wan2.2-TI2V-5B")
     theirs = latent.facts.get("vae")

@@ -36,7 +36,7 @@ def embed_prompts(texts: Sequence[str], config: PrepConfig, out: Path) -> Prompt
         if count > MAX_TOKENS:
             raise UserError(
                 f"prompt {place}: {len(text):,} characters are {count:,} tokens; it begins {text[:60]!r}",
-                expected=f"at most {MAX_TOKENS} tokens: what lies beyond the model never sees",
+                expected=f"at most {MAX_TOKENS} tokens: the model does not see the rest",
                 fix="a shorter prompt",
             )
     encoder = load_text_encoder(config.encoders, tokenizer)

@@ -1,1 +1,1 @@
-"""Verification: every byte, every array, and files that belong to nothing."""
+"""Verification: checks every byte and every array, and finds files that no commit names."""

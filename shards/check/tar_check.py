@@ -53,7 +53,9 @@ class HashingReader:
     def _advance(self) -> None:
         got = self._storage.read_into(self._name, self._end, self._buffer[: min(_CHUNK, self._size - self._end)])
         if not got:
-            raise ShardDamage(self._storage.url(self._name), "it became shorter while it was read", offset=self._end)
+            raise ShardDamage(
+                self._storage.url(self._name), "the file became shorter while it was read", offset=self._end
+            )
         self._digest.update(self._buffer[:got])
         self._progress(got)
         self._start, self._end = self._end, self._end + got

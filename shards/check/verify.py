@@ -1,4 +1,4 @@
-"""`verify`: does a root hold what its commits say? By sizes (fast), every byte (hash), or every array (deep)."""
+"""`verify`: compares a dataset with its commits, by sizes (fast), every byte (hash) or every array (deep)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     offset: int | None
     what: str
     kind: Literal["damaged", "unfinished"] = "damaged"
-    """Whether something was lost or changed, or the build has not come to it yet."""
+    """`damaged`: something was lost or changed; `unfinished`: not built yet."""
 
 
 class Report(NamedTuple):
@@ -62,7 +62,7 @@ def verify(
         level: 'fast' checks documents, sizes and completeness; 'hash' reads every byte; 'deep' also decodes every
             array and checks that it is finite and what its JSON says.
         jobs: threads (hashing and decompression run outside the interpreter's lock).
-        partial: what the build has not come to yet is no problem.
+        partial: units that are not built yet are not reported.
         progress: called with the number of bytes read since the last call.
     """
     info = read_info(storage)
@@ -116,7 +116,7 @@ def _completeness(
     there = {kind: {unit for of_kind, unit in listing.commits if of_kind == kind} - {NULL_UNIT} for kind in kinds}
     for kind in kinds:
         for unit in sorted(unit for unit in there[kind] if unit not in info.planned_units()):
-            yield Problem(storage.url(commit_name(kind, unit)), None, None, "this unit is in no generation's plan")
+            yield Problem(storage.url(commit_name(kind, unit)), None, None, "no generation of the plan has this unit")
         for problem in _missing(storage, info, kind, there):
             if not (partial and problem.kind == "unfinished"):
                 yield problem
@@ -146,7 +146,7 @@ def _missing(storage: Storage, info: DatasetInfo, kind: str, there: dict[str, se
     missing = (unit for unit in chain(planned, beyond) if unit not in there[kind])
     for number, unit in enumerate(islice(missing, _MAX_MISSING + 1)):
         is_lost = kind == LATENTS and (unit in with_text or (some_lost and unit < num_planned))
-        what = f"unit {unit} is missing: {'lost, for it was built' if is_lost else 'not built yet'}"
+        what = f"unit {unit} is missing: {'lost, because it had been built' if is_lost else 'not built yet'}"
         if number == _MAX_MISSING:
             what = f"unit {unit} and others are missing: {len(there[kind]):,} of {len(planned):,} are there"
         file = storage.url(commit_name(kind, unit))
@@ -200,14 +200,14 @@ def _plan_commits(storage: Storage, info: DatasetInfo) -> Iterator[Problem]:
         commits[entry.name] = body
         if _PLAN_COMMIT.fullmatch(entry.name) and not {"name", "plan_version"} <= body.keys():
             commits[entry.name] = None
-            yield Problem(file, None, None, f"it is not the commit of a plan: its keys are {_keys(body)}")
+            yield Problem(file, None, None, f"not the commit of a plan: its keys are {_keys(body)}")
         elif entry.name == _PRECISION and "mode" not in body:
             yield Problem(file, None, None, f"it is not the record of a precision mode: its keys are {_keys(body)}")
     for number, gen in enumerate(info.generations):
         name = f"plan/gen-{number:03d}.json"
         found = commits.get(name)
         if name not in commits and _PLANNED.fullmatch(gen.name):
-            yield Problem(storage.url(name), None, None, f"missing, and dataset.json has its generation {gen.name}")
+            yield Problem(storage.url(name), None, None, f"missing, but dataset.json lists generation {gen.name}")
         if found is None:
             continue
         frames = found.get("frame_bytes")

@@ -1,1 +1,1 @@
-"""Pages of one HTML file: layout and charts."""
+"""HTML pages that are one file each: layout and charts."""

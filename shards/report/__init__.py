@@ -1,1 +1,1 @@
-"""The page of a dataset."""
+"""The HTML page about a dataset: `wanshards report`."""

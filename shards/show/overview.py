@@ -192,7 +192,7 @@ def run_verify(root: str, level: Level, jobs: int, partial: bool) -> Report:
 
 
 def print_report(report: Report) -> None:
-    """A verification's result on standard output: one block a problem, then one line."""
+    """Print the result of a verification: one line per problem, then a summary line."""
     import click
 
     for problem in report.problems:
@@ -200,6 +200,6 @@ def print_report(report: Report) -> None:
         at = f" at offset {problem.offset}" if problem.offset is not None else ""
         click.echo(f"{problem.file}{place}{at}: {problem.what}")
     counts = Counter(problem.kind for problem in report.problems)
-    verdict = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "whole"
+    verdict = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no problems"
     size = report.num_bytes / 2**30
     click.echo(f"{verdict}: {report.num_units} shards, {report.num_samples} samples, {size:.3f} GiB")

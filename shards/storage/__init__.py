@@ -1,4 +1,4 @@
-"""Where a dataset is: a folder or an S3 prefix, behind one interface (`base.Storage`)."""
+"""Where a dataset is stored: a folder or an S3 prefix, behind one interface (`base.Storage`)."""
 
 from __future__ import annotations
 

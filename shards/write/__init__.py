@@ -1,1 +1,1 @@
-"""The writer of sealed shards."""
+"""The writer of shards: samples into a tar, then its ledger and its commit."""

@@ -1,7 +1,7 @@
 """Writes one unit: samples into a tar in a scratch folder, then tar, ledger and commit into the storage, in this order.
 
-Without its commit a unit does not exist. A run that is killed before leaves at most orphans, which are never read and
-which `wanshards sweep` removes; the next run writes the same tar, byte for byte.
+A unit without a commit does not exist. A writer that is killed before the commit leaves at most orphans: files that
+no reader opens and that `wanshards sweep` removes. The next run writes the same tar, byte for byte.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ShardWriter:
         kind: 'latents' or 'text/<set>'.
         unit: the unit's number.
         identity: the identity of this kind (for text, of its set).
-        scratch: a folder for the growing tar; on the root's file system the tar is linked, not copied. It has
-            to exist: creating it would hide that its disk was unmounted.
+        scratch: an existing folder for the tar while it grows. If it is on the same file system as the dataset, the
+            finished tar is linked, not copied. It is not created here: that would hide an unmounted disk.
         provenance: versions and devices, as text.
     """
 
@@ -113,12 +113,13 @@ class ShardWriter:
                 (from `encode_array`), and others such as 'preview.jpg'. They are written in this order.
             summary: fields of LatentSummary or TextSummary.
 
-        Raises UserError on a sample that the reader would refuse: what it lacks or which field is wrong.
+        Raises UserError for a sample that the reader would refuse; it names the missing part or the wrong field.
         """
         where = f"{stem(self._kind, self._unit)}: sample {key!r}"
         if not KEY.fullmatch(key) or key in self._keys:
             raise UserError(
-                f"{where}: this key is in the unit already, or is no key", expected="a new key, by sample_key"
+                f"{where}: the unit has this key already, or it is not a valid key",
+                expected="a new key, as sample_key() makes it",
             )
         arrays = self._check_members(where, members)
         info: LatentSummary | TextSummary = (
@@ -143,8 +144,8 @@ class ShardWriter:
     def seal(self, ledger: Sequence[LedgerRow] | None = None) -> Commit:
         """Finish the tar, store it, the ledger and, last, the commit. Returns the commit that is in the storage.
 
-        When another writer committed this unit first, that is its commit; ours is then an orphan, with a warning if
-        the tars differ.
+        If another writer committed this unit first, its commit is returned and our files stay as orphans; a warning is
+        logged if the two tars differ.
         """
         commit = self._finish(ledger)
         name = commit_name(self._kind, self._unit)
@@ -156,7 +157,7 @@ class ShardWriter:
         return commit
 
     def close(self) -> None:
-        """Remove the scratch file. What a full or lost disk refuses then is no news: `seal` flushes before."""
+        """Remove the scratch file. Disk errors are ignored: `seal` flushes the file before and raises them."""
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -205,7 +206,9 @@ class ShardWriter:
         if isinstance(info, LatentSummary):
             made = sample_key(info.clip, info.start_ms, info.frames, info.height, info.width)
             if made != key:
-                raise UserError(f"{where}: its summary makes the key {made!r}", expected="the same key")
+                raise UserError(
+                    f"{where}: its summary makes the key {made!r}", expected="the key under which it is added"
+                )
         elif info.variants != len(shapes) or info.tokens != tuple(shape[0] for shape in shapes):
             raise UserError(
                 f"{where}: {info.variants} variants of {list(info.tokens)} tokens",

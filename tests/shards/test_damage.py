@@ -225,7 +225,7 @@ def test_missing_and_doubled_units_are_named(root: Path, whole: list[tuple[str, 
     assert found == {
         ("latents/shard-000001.json", "unit 1 is missing: lost"),
         ("latents/shard-000007.json", "it is the commit of unit 1 of latents"),
-        ("latents/shard-000007.json", "this unit is in no generation's plan"),
+        ("latents/shard-000007.json", "no generation of the plan has this unit"),
         ("text/default/shard-000007.json", "unit 7 is missing: not built yet"),
     }
     assert assert_reader_is_not_fooled(root, whole)
@@ -334,7 +334,7 @@ def test_verify_looks_at_the_commits_of_plans(root: Path) -> None:
     def found() -> list[tuple[str, str]]:
         return [(problem.file, problem.what) for problem in verify(storage, "fast").problems]
 
-    assert found() == [(str(path), "missing, and dataset.json has its generation gen-000-0123abcd")]
+    assert found() == [(str(path), "missing, but dataset.json lists generation gen-000-0123abcd")]
     fields = generation.model_dump(mode="json", include={"name", "plan_sha256", "ledger_sha256", "first_unit",
                                                          "num_candidates"})  # fmt: skip
     fields |= {"plan_version": 1, "frame_bytes": [6] * generation.num_units}
@@ -394,7 +394,7 @@ def test_a_lost_unit_is_told_from_one_that_is_not_built_yet(root: Path) -> None:
     assert open_dataset(root).missing_units() == "1 of 2 planned units are there"
     write_info(storage, info.model_copy(update={"totals": {"units": {"planned": 2, "latents": 2}}}))
     assert [(p.kind, p.what) for p in problems(root, partial=True)] == [
-        ("damaged", "unit 1 is missing: lost, for it was built")
+        ("damaged", "unit 1 is missing: lost, because it had been built")
     ]
 
 

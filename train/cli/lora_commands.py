@@ -13,7 +13,7 @@ _PATH = click.Path(path_type=Path)
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 _LAYOUT = click.option(
     "--layout", type=click.Choice(["official", "diffusers"]), default="official", show_default=True,
-    help="Layout of OUT: the official one, or Diffusers' with transformer/.",
+    help="Layout of OUT: as in the official repository, or as in Diffusers (with transformer/).",
 )  # fmt: skip
 _DTYPE = click.option(
     "--dtype", type=_DTYPES, default="float32", show_default=True, help="Type of the tensors written."
@@ -26,18 +26,22 @@ _DTYPE = click.option(
 @click.option(
     "--format", "written", default="comfyui", show_default=True,
     type=click.Choice(["comfyui", "musubi", "videox", "diffusers", "diffsynth"]),
-    help="Whose names; all of these tools but musubi-tuner read comfyui too.",
+    help="Tool whose tensor names are written; all of these tools except musubi-tuner also read comfyui.",
 )  # fmt: skip
 @_DTYPE
-@click.option("--step", type=int, help="Checkpoint of a run.  [default: the newest]")
-@click.option("--licence", help="Licence of the LoRA, for its header.")
-@click.option("--card", is_flag=True, help="Of a run: a model card, README.md, beside OUT, ready for `hf upload`.")
+@click.option("--step", type=int, help="If SOURCE is a run: step of the checkpoint.  [default: the newest]")
+@click.option("--licence", help="Licence text for the header of OUT.")
+@click.option(
+    "--card", is_flag=True, help="If SOURCE is a run: also write a model card, README.md, beside OUT, for `hf upload`."
+)
 def export(
     source: Path, out: Path, written: Any, dtype: str, step: int | None, licence: str | None, card: bool
 ) -> None:
-    """Write the LoRA of SOURCE to the file OUT: a run, a checkpoint, a LoRA of any tool, a folder of peft or diffusers.
+    """Write the LoRA of SOURCE to the file OUT.
 
-    `wantrain lora convert` is the same command. The scale is folded into B, so that every loader applies it once.
+    SOURCE is a run, a checkpoint, a LoRA of any tool, or a folder of peft or diffusers. `wantrain export`
+    and `wantrain lora convert` are the same command. The LoRA's scale is multiplied into B, so every loader applies it
+    once.
 
     \b
     wantrain export demo/run lora.safetensors
@@ -71,7 +75,7 @@ def export(
 @_DTYPE
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
 def merge(base: Path, lora: Path, out: Path, layout: Any, dtype: str, scale: float) -> None:
-    """Write the checkpoint BASE with LORA in its weights to the folder OUT, one tensor at a time.
+    """Merge LORA into the checkpoint BASE. The result goes to the folder OUT, one tensor at a time.
 
     \b
     wantrain merge /models/Wan2.2-TI2V-5B demo/run/lora.safetensors /models/merged
@@ -94,9 +98,11 @@ def merge(base: Path, lora: Path, out: Path, layout: Any, dtype: str, scale: flo
 @click.argument("out", type=_PATH)
 @_LAYOUT
 @_DTYPE
-@click.option("--unrecorded-scale", type=float, help="Strength at which another tool merged it.")
+@click.option("--unrecorded-scale", type=float, help="Strength, if another tool merged the LoRA and did not record it.")
 def unmerge(merged: Path, lora: Path, out: Path, layout: Any, dtype: str, unrecorded_scale: float | None) -> None:
-    """Write the checkpoint MERGED without LORA to the folder OUT. Exact to rounding if it was merged in float32.
+    """Remove LORA from the checkpoint MERGED.
+
+    The result goes to the folder OUT. It is exact up to rounding if the merge was in float32.
 
     \b
     wantrain unmerge /models/merged demo/run/lora.safetensors /models/base-again
@@ -114,7 +120,7 @@ def unmerge(merged: Path, lora: Path, out: Path, layout: Any, dtype: str, unreco
 
 @click.group()
 def lora() -> None:
-    """Look into LoRA files, and convert them."""
+    """Inspect and convert LoRA files."""
 
 
 lora.add_command(export, "convert")
@@ -124,7 +130,7 @@ lora.add_command(export, "convert")
 @click.argument("file", type=_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def info(file: Path, as_json: bool) -> None:
-    """Say what FILE (a LoRA of any tool, a run or a checkpoint) is: rank, alpha, targets, norms, tool, model.
+    """Show rank, alpha, targets, norms, tool and model of a LoRA. FILE: a LoRA of any tool, a run or a checkpoint.
 
     \b
     wantrain lora info demo/run/lora.safetensors

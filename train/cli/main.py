@@ -1,4 +1,4 @@
-"""`wantrain`: train a LoRA from sealed shards, look into a run, check the machine, handle LoRA files."""
+"""`wantrain`: train a LoRA from shards, inspect a run, check the machine, convert LoRA files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = click.argument("config", type=click.Path(path_type=Path))
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Train a LoRA of Wan2.2-TI2V-5B from sealed shards.
+    """Train a LoRA of Wan2.2-TI2V-5B from shards.
 
     \b
     wantrain doctor configs/demo/train.yaml
@@ -44,12 +44,12 @@ def main() -> None:
     default="auto",
     show_default=True,
     metavar="auto|never|PATH",
-    help="Resume from the run's newest checkpoint, insist on a new run, or resume from a checkpoint's folder.",
+    help="auto: from the run's newest checkpoint, if any; never: start a new run or stop; PATH: from this checkpoint.",
 )
-@click.option("--verify", is_flag=True, help="Hash every byte of the dataset first.")
+@click.option("--verify", is_flag=True, help="First check every byte of the dataset against its digests.")
 @click.option("--nproc-per-node", metavar="N|gpu", help="Start N processes on this machine, or one for each GPU.")
-@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the run.")
-@click.option("--node-rank", type=click.IntRange(min=0), help="Which of them this is, from 0.")
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Number of this machine, from 0.")
 @click.option("--master", metavar="HOST:PORT", help="Address at which all machines reach machine 0.")
 def fit(
     config: Path,
@@ -61,13 +61,14 @@ def fit(
     node_rank: int | None,
     master: str | None,
 ) -> None:
-    """Train as CONFIG says.
+    """Train a LoRA, or all weights, as CONFIG says.
 
     SIGTERM and Ctrl-C write a checkpoint and end the run, SIGUSR1 writes one and continues. The same command resumes
     from the newest checkpoint, on any number of processes. A second Ctrl-C ends at once.
 
-    Exit codes: 0 done, 1 a defect, 2 a mistake to fix, 75 another rank or machine was lost (try again), 128 + n ended
-    by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137 killed).
+    Exit codes: 0 done, 1 a bug (see the traceback), 2 a mistake (the message says how to fix it), 75 try again (a rank,
+    a machine or a storage was lost), 128 + n ended by signal n (143 SIGTERM and 130 Ctrl-C with a checkpoint, 137
+    killed).
 
     \b
     wantrain fit configs/demo/train.yaml
@@ -110,14 +111,16 @@ def fit(
 @main.command()
 @CONFIG
 @OVERRIDES
-@click.option("--gpu", default="auto", show_default=True, help="v100-32gb, a100-80gb, h200, rtx4090 …, or auto.")
-@click.option("--memory-gib", type=POSITIVE, help="Of a card by hand, or of the named one in place of its own.")
-@click.option("--tflops", type=POSITIVE, help="Its dense 16-bit peak, TFLOP/s.")
-@click.option("--bandwidth", type=POSITIVE, help="Of its memory, GB/s.")
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that they are in.")
-@click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="Instead of the dataset's buckets; repeatable.")
-@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached.")
+@click.option("--gpu", default="auto", show_default=True, help="GPU: v100-32gb, a100-80gb, h200, rtx4090 … or auto.")
+@click.option("--memory-gib", type=POSITIVE, help="GPU memory, GiB: without --gpu, or to override it.")
+@click.option("--tflops", type=POSITIVE, help="Dense 16-bit peak of the GPU, TFLOP/s.")
+@click.option("--bandwidth", type=POSITIVE, help="Memory bandwidth, GB/s.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of GPUs.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
+@click.option(
+    "--size", "sizes", multiple=True, metavar="WxHxF", help="Sample size, instead of the dataset's; repeatable."
+)
+@click.option("--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak to assume.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def plan(
     config: Path,
@@ -132,7 +135,7 @@ def plan(
     efficiency: float | None,
     as_json: bool,
 ) -> None:
-    """Estimate what a run takes, before it runs: memory by part, seconds a step, days, which settings and layouts fit.
+    """Estimate memory and time of a run, and which settings fit.
 
     \b
     wantrain plan configs/ti2v_5b_2xv100.yaml --gpu v100-32gb --gpus 2
@@ -161,9 +164,10 @@ def plan(
 @OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool) -> None:
-    """List the clips, windows, timesteps, modes and captions that STEP (from 1) trains on.
+    """List what STEP (from 1) trains on.
 
-    Nothing is trained and no model is built: all of it is a function of the seed and the step.
+    Clips, windows, timesteps, modes and captions. Nothing is trained and no model is loaded: all of this depends only
+    on seed, step and dataset.
 
     \b
     wantrain show-step configs/demo/train.yaml 7
@@ -182,12 +186,12 @@ def show_step(config: Path, step: int, overrides: tuple[str, ...], as_json: bool
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @OVERRIDES
-@click.option("--ranges", is_flag=True, help="Measure the largest activation of every block: may it be fp16?")
+@click.option("--ranges", is_flag=True, help="Measure each block's largest activation: does fp16 suffice?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(config: Path | None, overrides: tuple[str, ...], ranges: bool, as_json: bool) -> None:
-    """Check this machine and, given CONFIG, a run on it; say what is wrong and how to fix it.
+    """Check this machine; with CONFIG, also a run on it.
 
-    Exits with 1 when something is.
+    Says what is wrong and how to fix it. Exits with 1 if there is a problem.
 
     \b
     wantrain doctor

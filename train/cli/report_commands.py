@@ -15,16 +15,19 @@ from shards.errors import UserError
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--embed-mib", type=click.FloatRange(0, 1000), default=2.0, show_default=True,
-    help="Pictures inside the page; what is beyond is linked beside it.",
+    help="Most MiB of pictures inside the page; further ones are links to files beside it.",
 )  # fmt: skip
-@click.option("--hardest", type=click.IntRange(0, 1000), default=20, show_default=True, help="Samples of highest loss.")
-@click.option("--no-data", is_flag=True, help="Leave the dataset alone: no strips and captions of those samples.")
+@click.option(
+    "--hardest", type=click.IntRange(0, 1000), default=20, show_default=True, help="How many samples of highest loss."
+)
+@click.option("--no-data", is_flag=True, help="Do not read the dataset: no frames and captions of these samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as one JSON document, and write no page.")
 def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data: bool, as_json: bool) -> None:
-    """Show RUN, the output of `wantrain fit`, as one page that needs no network: OUT [default: RUN/report.html].
+    """Write one HTML page about RUN, the output of `wantrain fit`.
 
-    Loss and held-out loss by noise level and mode, speed, memory, skipped updates, the samples of highest loss, sampled
-    videos, where to resume. It only reads, so a running run is not disturbed; make it again for what is new.
+    OUT is RUN/report.html by default; the page needs no network. Loss and held-out loss by noise level and mode, speed,
+    memory, skipped updates, the samples of highest loss, sampled videos, where to resume. The command only reads, so it
+    does not disturb a run; type it again to see newer steps.
 
     \b
     wantrain report demo/run
@@ -54,9 +57,10 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def verify(run: Path, as_json: bool) -> None:
-    """Check the bytes of every checkpoint of RUN, or of one checkpoint, against the digests written with it.
+    """Check every byte of the checkpoints of RUN.
 
-    Exits with 1 when something is damaged. What a kill left unfinished is no damage: the next resume removes it.
+    RUN may also be one checkpoint. The bytes are compared with the digests that were written with them. Exits with 1 if
+    something is damaged. A checkpoint left unfinished by a kill is not damage: the next resume removes it.
 
     \b
     wantrain verify demo/run
@@ -72,7 +76,7 @@ def verify(run: Path, as_json: bool) -> None:
         for one in found:
             click.echo(f"{one.state:<10}  {one.path}{''.join(f'{chr(10)}            {what}' for what in one.problems)}")
         if any(one.state == "unverified" for one in found):
-            click.echo("unverified: of an earlier version, written without digests")
+            click.echo("unverified: written without digests, by an earlier version of this program")
     if any(one.state == "damaged" for one in found):
         raise SystemExit(1)
 
@@ -82,9 +86,10 @@ def verify(run: Path, as_json: bool) -> None:
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def show_clip(run: Path, key: str, as_json: bool) -> None:
-    """List the steps of RUN that trained on KEY, a sample's key or a glob over keys: slot, mode, noise level, loss.
+    """List the steps of RUN that trained on a sample.
 
-    The noise level is a share of what is drawn, lowest noise first; `show-step` shows the complete step.
+    KEY is a sample's key, or a glob over keys. A line shows slot, mode, noise level and loss. Noise is given as a
+    quantile of the levels that training draws: 0 the lowest, 1 the highest. `show-step` shows the complete step.
 
     \b
     wantrain show-clip demo/run '3338992@0-17-160x96'
@@ -98,7 +103,7 @@ def show_clip(run: Path, key: str, as_json: bool) -> None:
     if not uses:
         raise UserError(
             f"no step of {run} trained on {key!r}",
-            expected="a key of a sample that was drawn, or a glob such as 'CLIP@*'",
+            expected="the key of a sample that a step has used, or a glob such as 'CLIP@*'",
             fix="held-out clips are never trained on; `wanshards ls ROOT --keys` lists all",
         )
     if as_json:

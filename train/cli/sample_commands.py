@@ -24,7 +24,7 @@ class SampleDataConfig(Config):
     """The dataset that prompts with a `key` come from."""
 
     root: str | tuple[str, ...]
-    """Folder or `s3://bucket/prefix` of sealed shards, or several."""
+    """Folder or `s3://bucket/prefix` of shards, or a list of several."""
     text_set: str = "default"
     """Which set of captions."""
 
@@ -40,13 +40,13 @@ class SampleRun(Config):
     lora_scale: float = 1.0
     """Strength of the LoRA, on top of its own scale."""
     data: SampleDataConfig | None = None
-    """Needed by prompts with a key."""
+    """The dataset, needed by prompts with a `key`."""
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1)]
-    """What to make."""
+    """What to sample."""
     sampler: SamplerConfig = SamplerConfig()
-    """How."""
+    """Solver, steps and guidance."""
     precision: ComputeConfig = ComputeConfig()
-    """In what numbers, and where."""
+    """Precision and device."""
 
     @model_validator(mode="after")
     def _named(self) -> SampleRun:
@@ -62,10 +62,10 @@ class SampleRun(Config):
 @click.option(
     "--compare",
     is_flag=True,
-    help="Without the LoRA and with it, of a run with each of its checkpoints; from the same noise and first frames.",
+    help="Sample without and with the LoRA (of a run: each checkpoint), from the same noise and first frames.",
 )
 def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
-    """Make a latent of each prompt of CONFIG, as Wan2.2's own inference does; `wanprep decode` makes videos of them.
+    """Make a latent for each prompt of CONFIG, as Wan2.2 does. `wanprep decode` makes videos of the latents.
 
     \b
     wantrain sample configs/demo/sample.yaml
@@ -98,7 +98,7 @@ def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
 
     if compare and config.lora is None:
         raise UserError(
-            "--compare: lora is null", expected="a LoRA file, a run or a checkpoint to compare the base with"
+            "--compare: lora is null", expected="lora: a LoRA file, a run or a checkpoint, to compare with the base"
         )
     dims = config.model.dims or read_dit_config(str(config.model.checkpoint))
     dataset = None
@@ -153,7 +153,9 @@ def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dataset", required=False)
-@click.option("--against", type=click.Path(path_type=Path), help="A second LoRA or model, on the same draws.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Also a second LoRA or model, with the same clips and noise."
+)
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="Config of `wantrain fit`.  [default: the run's]")
 @click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: -o eval.num_clips=64")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -161,10 +163,11 @@ def evaluate(
     source: Path, dataset: str | None, against: Path | None, config: Path | None, overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Held-out loss with and without SOURCE: a run, a LoRA file of any tool, or a model that a LoRA is merged into.
+    """Print the held-out loss with and without SOURCE.
 
-    By noise level, for text-to-video and image-to-video, with 95 % intervals over clips. The base, the precision and
-    which clips are held out are those of the run, or of the config. DATASET takes the place of its data.root.
+    SOURCE is a run, a LoRA file of any tool, or a model with a merged LoRA. The loss is shown by noise level, for
+    text-to-video and image-to-video, with 95 % intervals over clips. The base, the precision and the choice of held-out
+    clips are those of the run, or of --config. DATASET replaces the data.root there.
 
     \b
     wantrain evaluate demo/run
@@ -199,8 +202,8 @@ def evaluate_models(
     run = next((at for at in around if (at / PIN_FILE).is_file() and (at / "config.yaml").is_file()), None)
     if config is None and run is None:
         raise UserError(
-            f"{source}: no run around it, so its base and its settings are not known",
-            fix="name them: -c TRAIN.yaml, a config of `wantrain fit`",
+            f"{source}: not in the folder of a run, so the base model and the settings are not known",
+            fix="add -c TRAIN.yaml, the config of `wantrain fit` that has them",
         )
     loaded = load_config(TrainConfig, config or Path(str(run)) / "config.yaml", overrides)
     pin = None if run is None or config is not None else read_pin(run)

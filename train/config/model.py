@@ -26,9 +26,9 @@ class DiTConfig(Config):
     ffn_dim: Positive
     """Inner width of the feed-forward, in channels."""
     in_channels: Positive = 48
-    """Latent channels read."""
+    """Latent channels of the input."""
     out_channels: Positive = 48
-    """Velocity channels written."""
+    """Velocity channels of the output."""
     patch: tuple[Positive, Positive, Positive] = (1, 2, 2)
     """Latent frames × rows × columns that make one token."""
     text_len: Positive = 512

@@ -34,7 +34,7 @@ class OptimConfig(Config):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises from zero, in a line."""
+    """Updates over which the learning rate rises linearly from zero."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up, down to `final_lr_share` at `max_steps`."""
     final_lr_share: Share = 0.0

@@ -16,9 +16,9 @@ class SamplerConfig(Config):
     """How a latent is made from noise; the defaults are those of Wan2.2's own inference for TI2V-5B."""
 
     solver: Literal["unipc", "euler"] = "unipc"
-    """UniPC of order 2, as the reference inference, or Euler."""
+    """`unipc`: UniPC of order 2, as in the official inference; `euler`: Euler."""
     steps: Positive = 50
-    """Evaluations of the model, two a step with guidance."""
+    """Solver steps; with guidance the model is evaluated twice per step."""
     shift: Annotated[float, Field(gt=0)] = 5.0
     """σ' = shift·σ ÷ (1 + (shift − 1)·σ)."""
     guidance: Annotated[float, Field(ge=1)] = 5.0
@@ -26,22 +26,22 @@ class SamplerConfig(Config):
     negative: Literal["negative", "empty"] = "negative"
     """The null text of guidance: the model's negative prompt, or the empty text."""
     grid: Literal["diffusers", "official"] = "diffusers"
-    """Whose noise levels: `diffusers` is the grid of diffusers' scheduler of that solver, so that WanPipeline gives the
-    same picture from the same seed; `official` is that of Wan2.2's own generate.py. With `unipc` they differ by at most
-    0.0043."""
+    """The noise levels of the steps: `diffusers`: those of the solver's scheduler in diffusers, so that WanPipeline
+    gives the same video from the same seed; `official`: those of Wan2.2's own generate.py. With `unipc` they differ by
+    at most 0.0043."""
 
 
 class Prompt(Config):
-    """One picture to make: its text, its size, its seed, and its first frame for image-to-video."""
+    """One video (or picture) to sample: text, size, seed, and the first frame for image-to-video."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-    """Name of the files that come out."""
+    """Name of the files that are written."""
     key: str | None = None
     """A sample of the dataset whose first caption is the prompt; a glob takes its first match in sorted order."""
     embeddings: str | None = None
     """A file of `wanprep embed`."""
     index: Annotated[int, Field(ge=0)] = 0
-    """Which prompt of that file."""
+    """Number of the prompt in that file, from 0."""
     first_frame: str | None = None
     """Image-to-video: a latent of `wanprep encode-image`, or `sample` for the first latent frame of `key`."""
     width: Side | None = None
@@ -69,17 +69,17 @@ class Prompt(Config):
 
 
 class SampleConfig(Config):
-    """`sample`: pictures during training, as latents under RUN/samples; `wanprep decode --watch RUN` shows them."""
+    """Sampling during training: latents under RUN/samples; `wanprep decode --watch RUN` makes videos of them."""
 
     every_steps: Positive = 500
-    """Steps between samples; there are some before the first step and after the last."""
+    """Steps between two samplings; one is before the first step and one after the last."""
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1)]
-    """What to make each time."""
+    """What to sample each time."""
     sampler: SamplerConfig = SamplerConfig()
-    """How."""
+    """Solver, steps and guidance."""
     decode: str | None = None
     """The config that the shards were built with (prep.yaml): `fit` then starts `wanprep decode --watch`, a process of
-    stage 1 that makes videos, a contact sheet and a side-by-side video of the samples; null: nobody does."""
+    stage 1 that makes videos, a contact sheet and a side-by-side video of the samples; null: no videos are made."""
     decode_device: str = "cpu"
     """Where that process runs the VAE: `cpu`, or a GPU that the run does not use, such as `cuda:7`."""
 

@@ -1,4 +1,4 @@
-"""Configuration of stage 2, one section a noun. Importing it imports no torch."""
+"""Configuration of stage 2, one class per section of the YAML file. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BaseModelConfig(Config):
     random_seed: int = 0
     """Seed of the random weights when there is no checkpoint."""
     dims: DiTConfig | None = None
-    """Size of the transformer; null: what the checkpoint says of itself."""
+    """Size of the transformer; null: read from the checkpoint."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -45,11 +45,11 @@ class DataConfig(Config):
     """What is trained on, and how it is batched."""
 
     root: str | tuple[str, ...]
-    """Folder or `s3://bucket/prefix` of the sealed shards, or several of one identity."""
+    """Folder or `s3://bucket/prefix` of the shards, or a list of several with the same identity."""
     text_set: str = "default"
     """Which set of captions."""
     revision: str | None = None
-    """Revision of the dataset to insist on; null: the one found at the start, which the run then keeps to."""
+    """Revision that the dataset must have; null: the one at the start of the run, which a resume uses too."""
     cache: str | None = None
     """Folder for samples read from S3; null: none is kept."""
     include: tuple[str, ...] = ()
@@ -64,17 +64,17 @@ class DataConfig(Config):
     global_batch: Positive = 16
     """Samples (slots) of one optimizer step over all processes."""
     micro_batch: Positive = 1
-    """Samples of one forward pass of one process; the rest of its share is accumulated."""
+    """Samples per forward pass of one process; gradients of the passes of one step are added up."""
     caption_dropout: Share = 0.1
-    """Share of the slots that are given the null caption."""
+    """Share of the samples that are trained with the null caption in place of their own."""
     null_caption: Literal["empty", "negative"] = "empty"
-    """Whose embedding the null caption is: the empty text's, or the negative prompt's."""
+    """The null caption: the empty text, or the negative prompt."""
     workers: Positive = 2
     """Threads that read samples and draw noise ahead of the step."""
     prefetch_steps: Positive = 2
     """Batches that are kept ready."""
     on_bad_sample: Literal["fatal", "substitute"] = "fatal"
-    """What to do when a sample cannot be read twice: stop, or take another of its bucket and report it."""
+    """If a sample cannot be read in two attempts: `fatal` stops the run, `substitute` takes another of its bucket."""
     read_timeout_seconds: PositiveNumber = 600.0
     """Longest that a step waits for its batch before the run stops. Waiting for storage does not count."""
 
@@ -101,7 +101,7 @@ class ObjectiveConfig(Config):
     logit_std: PositiveNumber = 1.0
     """Standard deviation of `logit_normal`."""
     mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
-    """Scale of `mode`; beyond these bounds σ would leave 0…1."""
+    """Scale of `mode`, −1 to 1.75: beyond, σ would leave 0…1."""
     sigma_min: Share = 0.0
     """No noise level below this, after the shift; the density between the two bounds keeps its shape."""
     sigma_max: Share = 1.0
@@ -109,9 +109,9 @@ class ObjectiveConfig(Config):
     stratified: bool = False
     """Spread a step's noise levels: of N equal parts of the density each slot of a global batch of N takes another."""
     weighting: Literal["none", "bell"] = "none"
-    """Weight of a slot's loss by its timestep: `bell` is DiffSynth-Studio's."""
+    """Weight of a sample's loss by its noise level: `none`: equal; `bell`: highest at medium noise, as DiffSynth-Studio's."""
     image_to_video_share: Share = 0.4
-    """Share of the slots trained with a clean first frame; samples of one frame never are."""
+    """Share of the samples trained with a clean first frame (image-to-video); samples of one frame never are."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -128,28 +128,28 @@ class ComputeConfig(Config):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     deterministic: bool = False
-    """Only kernels that repeat to the bit; slower on a GPU."""
+    """Use only kernels whose results repeat to the bit; slower on a GPU."""
 
 
 class PrecisionConfig(ComputeConfig):
-    """Precision."""
+    """Precision, device and loss scaling."""
 
     initial_scale: PositiveNumber = 65536.0
     """First loss scale under fp16."""
     scale_growth_updates: Positive = 1000
     """Updates without overflow after which the loss scale doubles."""
     max_skipped_in_a_row: Positive = 20
-    """Updates that may be skipped one after the other for overflow before the run stops."""
+    """The run stops when so many updates in a row were skipped for overflow."""
 
 
 class CheckpointingConfig(Config):
     """What is recomputed in the backward pass instead of stored. It changes no bit of loss or gradients."""
 
     policy: Literal["auto", "none", "full", "selective"] = "auto"
-    """`auto`: store all that fits the GPU, on a CPU everything; `none`: nothing is recomputed but norms and the
-    like; `full`: every block; `selective`: store what is worth most within `budget_gib`. Per block, and per bucket."""
+    """`auto`: store as much as fits the GPU, on a CPU everything; `none`: recompute only cheap operations (norms);
+    `full`: recompute every block; `selective`: store what saves most time within `budget_gib`. Per block and bucket."""
     budget_gib: PositiveNumber | None = None
-    """GiB a process for what blocks keep from forward to backward; only with `selective`."""
+    """GiB per process for what blocks keep from forward to backward; only with `selective`."""
 
     @model_validator(mode="after")
     def _budget(self) -> CheckpointingConfig:
@@ -162,33 +162,33 @@ class ParallelConfig(Config):
     """How processes share the work."""
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over those of a machine, `none` not at
-    all; `auto`: `none` where a step fits beside the full base, else `hybrid`."""
+    """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine,
+    `none` not at all; `auto`: `none` if a step fits beside the full base, else `hybrid`."""
     offload: bool = False
-    """Keep a sharded base in the host's memory: slow, for a GPU that holds little more than one block."""
+    """Keep a sharded base in the memory of the host: slower, but a GPU then holds little more than one block."""
     ulysses: Positive | Literal["auto"] = "auto"
-    """Processes that share the tokens of one sample; must divide the heads. `auto`: as few as let the batch be divided
-    among all, or a sample fit; usually one."""
+    """Processes that share the tokens of one sample; must divide the attention heads. `auto`: the smallest
+    number with which the batch can be shared out and a sample fits; usually 1."""
     start_timeout_seconds: PositiveNumber = 1800.0
-    """Longest that a process waits for the others until all have finished the first step: it includes loading the
-    weights, building the channels between GPUs, and compiling."""
+    """Longest wait of a process for the others until all have finished the first step. This includes loading the
+    weights, connecting the GPUs, and compiling."""
     step_timeout_seconds: PositiveNumber = 600.0
-    """Longest that it then waits at one place of a step, before it names the rank that did not arrive and ends."""
+    """Longest wait after that at one place of a step; then the process names the rank that did not arrive, and ends."""
     lost_seconds: PositiveNumber = 30.0
-    """Silence after which a process, or its machine, counts as gone."""
+    """A process that reports nothing for this time counts as lost, or its machine does."""
     grace_seconds: PositiveNumber = 120.0
-    """Under `--nproc-per-node`: longest from a signal to the end of all processes; what remains is killed."""
+    """With `--nproc-per-node`: longest time from a signal to the end of all processes; then the rest is killed."""
 
 
 class CheckpointConfig(Config):
-    """What is kept of a run."""
+    """What a run saves."""
 
     every_steps: Positive = 500
     """Steps between checkpoints; the last step and a signal write one too."""
     keep_last: Positive = 3
-    """Newest checkpoints that are kept; the best by held-out loss is kept beside them."""
+    """Number of newest checkpoints to keep; the best by held-out loss is kept too."""
     export: Literal["last", "best"] = "last"
-    """Which one `lora.safetensors` of the run is exported from."""
+    """The checkpoint that RUN/lora.safetensors is made from: the last, or the best by held-out loss."""
     licence: str | None = None
     """Licence of what is trained, for the exported file's header; it follows from the training material."""
 
@@ -199,7 +199,7 @@ class EvalConfig(Config):
     every_steps: Positive = 500
     """Steps between evaluations; there is one before the first step and one after the last."""
     num_clips: Positive = 16
-    """Held-out clips, one sample each, the same every time."""
+    """Number of held-out clips, one sample each, the same every time."""
     batch: Positive = 1
     """Samples of one forward pass."""
     patience: Positive | None = None
@@ -223,13 +223,13 @@ class TrainConfig(Config):
     output: str
     """Folder of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Keys the order and every draw."""
+    """Seed of the sample order and of all random draws."""
     max_steps: Positive
-    """Batches to consume."""
+    """Steps of the run: batches to train on."""
     model: ModelConfig
     data: DataConfig
     lora: LoRAConfig | None = LoRAConfig()
-    """null trains the full model."""
+    """null trains all weights of the model."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -239,7 +239,7 @@ class TrainConfig(Config):
     eval: EvalConfig | None = EvalConfig()
     """null: no held-out loss."""
     sample: SampleConfig | None = None
-    """Pictures during training; null: none."""
+    """Videos to sample during training; null: none."""
     log: LogConfig = LogConfig()
     storage: StorageConfig = StorageConfig()
 

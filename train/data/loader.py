@@ -1,9 +1,9 @@
-"""From the order to a batch: read, draw, pad, ahead of the step.
+"""Makes batches ahead of the training step: takes samples in their order, reads them, adds draws, pads, stacks.
 
     position → ordinals of the step → this rank's slots → [threads: latent, text, noise] → stack → (batch, position)
 
-The position that comes with a batch is the one after it: a checkpoint made when the batch is done resumes with the
-next. Everything random is looked up by (seed, step, slot), so threads and their timing decide nothing.
+The position that comes with a batch is that of the next batch: a checkpoint that is written after the batch resumes
+there. Every random number is a function of (seed, step, slot), so the timing of threads changes nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MAX_SUBSTITUTES = 8
 def select_samples(dataset: Dataset, config: DataConfig, *, hold_out_one: bool = False) -> tuple[list[int], list[int]]:
     """Ordinals of the training and of the validation side, after include, exclude, and (to train on) weights of 0.
 
-    With `hold_out_one`, where no clip falls on the validation side, the clip with the smallest hash is put there: the
-    first one that a larger `validation_fraction` would hold out.
+    With `hold_out_one`, if no clip is on the validation side, the clip with the smallest hash moves there: it is the
+    clip that would be held out first if `validation_fraction` grew.
 
     Raises UserError that says why when nothing is left to train on.
     """
@@ -58,8 +58,9 @@ def select_samples(dataset: Dataset, config: DataConfig, *, hold_out_one: bool =
     total = len(dataset.samples)
     if total == 0:
         raise UserError(
-            "the dataset holds no sample: no shard of it is committed, or every record was rejected",
-            fix="`wanshards ls ROOT` shows the shards, the ledger's reasons are in `wanprep report`; build some",
+            "the dataset has no samples: no unit of it is finished, or every record was rejected",
+            fix="`wanprep status CONFIG` shows how far the build is and why records were rejected; "
+            "`wanprep build-shards CONFIG` continues it",
         )
     if not chosen:
         raise UserError(
@@ -80,8 +81,8 @@ def _hold_out_one(dataset: Dataset, chosen: list[int], config: DataConfig) -> tu
     held_out = min(shares, key=lambda clip_id: (shares[clip_id], clip_id))
     fraction = math.ceil(shares[held_out] * 10_000 + 1) / 10_000
     LOG.warning(
-        "data.validation_fraction %g holds out none of %d clips, so %r is held out, the one with the smallest hash; "
-        "set data.validation_fraction: %g to hold it out for good, whatever clips are added",
+        "data.validation_fraction %g holds out none of %d clips, so the clip with the smallest hash, %r, is held out; "
+        "set data.validation_fraction: %g to keep it held out when clips are added",
         config.validation_fraction, len(shares), held_out, fraction,
     )  # fmt: skip
     sides: tuple[list[int], list[int]] = ([], [])
@@ -117,7 +118,7 @@ def check_model_fits(dataset: Dataset, ordinal: int, *, channels: int, text_dim:
 def plan_step(
     config: TrainConfig, dataset: Dataset, ordinals: Sequence[int], step: int, slots: range
 ) -> list[SlotPlan]:
-    """What each of `slots` of `step` will be: a function of (seed, step, slot) and the step's samples alone."""
+    """The plan of each of `slots` of `step`: it depends only on (seed, step, slot) and on the samples of the step."""
     plans = []
     for slot in slots:
         sample = dataset.samples[ordinals[slot]]
@@ -135,21 +136,21 @@ def _draw(config: TrainConfig, sample: Sample, step: int, slot: int) -> SlotDraw
         caption_dropout=config.data.caption_dropout,
         num_strata=config.num_strata,
     )
-    # One latent frame would be all condition and nothing to learn.
+    # With one latent frame, the clean first frame would be the complete sample, and nothing would be left to learn.
     return draws._replace(image_to_video=draws.image_to_video and sample.frames > 1)
 
 
 class Loader:
-    """Iterates over (batch, position after it) from a position on, reading ahead in threads.
+    """Iterates over (batch, position of the next batch), starting at `position`; reads ahead in threads.
 
     Args:
         dataset: the opened dataset.
-        order: over the training side; its ordinals index `train_ordinals`.
-        train_ordinals: from the order's ordinals to the dataset's.
-        text_len: rows that texts are padded to.
+        order: the order of the training side; its ordinals are indices into `train_ordinals`.
+        train_ordinals: for each of them, the index into `dataset.samples`.
+        text_len: tokens (rows) that text embeddings are padded to.
         step: number of the first batch (from 1).
-        position: its place in the order.
-        dp_rank, dp_size: which contiguous share of each step's slots is this process's.
+        position: the place of the first batch in the order.
+        dp_rank, dp_size: this process loads the dp_rank-th of dp_size equal, contiguous shares of each step's slots.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Batch, Position]:
-        """The next batch and the position after it. Raises what reading raised, UserError for a bad sample."""
+        """The next batch and the position after it. Raises UserError for a bad sample, and other errors of reading."""
         self._read_ahead()
         pending = self._pending.popleft()
         limit = self._config.data.read_timeout_seconds
@@ -187,7 +188,7 @@ class Loader:
         except TimeoutError:
             raise UserError(
                 f"step {pending.step}: its samples did not arrive within {limit:g} s",
-                fix="see whether the storage answers, or raise data.read_timeout_seconds",
+                fix="check that the storage answers and how fast it is, or raise data.read_timeout_seconds",
             ) from None
         return batch, pending.after
 
@@ -207,7 +208,7 @@ class Loader:
         ordinals = [self._ordinals[place] for place in chosen.ordinals]
         plans = plan_step(self._config, self._dataset, ordinals, self._step, self._slots)
         items = [self._pool.submit(self._load, plan, self._step) for plan in plans]
-        # Behind its items in the queue, so that when it runs they are done or running: it cannot wait for itself.
+        # Submitted after its items: when it runs, they are done or running in other threads, so it cannot block them.
         batch = self._pool.submit(self._stack, self._step, chosen, items)
         self._position = self._order.next(self._position)
         self._pending.append(_Pending(self._step, batch, self._position))
@@ -215,7 +216,7 @@ class Loader:
 
     def _stack(self, step: int, chosen: OrderedBatch, futures: Sequence[Future[SlotItem]]) -> Batch:
         items = [future.result() for future in futures]
-        for item in items:  # a text that is too long is a mistake, not a damaged sample: nothing replaces it
+        for item in items:  # a text that is too long is the user's mistake, not damage: no substitute is taken
             check_text(item.text, self._text_len, item.key)
         keys = [self._dataset.samples[self._ordinals[place]].key for place in chosen.ordinals]
         return stack(step, chosen, keys, items, self._text_len)
@@ -236,14 +237,14 @@ class Loader:
                     f"step {step}: sample {bad.key} cannot be read, tried twice: {problem}",
                     expected=expected,
                     fix=fix
-                    or "`wanshards verify --deep` finds what else is damaged; build its unit again, or set "
-                    "data.on_bad_sample=substitute",
+                    or "`wanshards verify ROOT --deep` lists all damage; delete the commit of the sample's unit and "
+                    "run `wanprep build-shards` again, or set data.on_bad_sample=substitute",
                 ) from error
             LOG.warning("sample %s cannot be read: %s", bad.key, error)
             return self._substitute(plan, step, bad)
 
     def _substitute(self, plan: SlotPlan, step: int, bad: Sample) -> SlotItem:
-        """Another sample of the bucket, by a draw of the slot's own: the same on whichever rank has the slot."""
+        """Another sample of the same bucket, drawn by (seed, step, slot): every rank would choose the same one."""
         pool = [
             ordinal
             for ordinal in self._ordinals
@@ -258,7 +259,7 @@ class Loader:
             except (UserError, OSError) as error:
                 LOG.warning("sample %s cannot be read: %s", other.key, error)
                 continue
-            LOG.warning("step %d slot %d: %s takes the place of %s", step, plan.slot, other.key, bad.key)
+            LOG.warning("step %d slot %d: sample %s is used in place of %s", step, plan.slot, other.key, bad.key)
             return item
         raise UserError(f"sample {bad.key} cannot be read and no readable substitute was found among {len(pool)}")
 

@@ -1,9 +1,9 @@
-"""Which sample is trained when: a function of (seed, epoch, key), with a state of two numbers.
+"""The order in which samples are trained: a function of (seed, epoch, key). Its state is two numbers.
 
 Samples of one size form a bucket, and a step takes all its slots from one bucket. A bucket is an endless line: the
-permutation of its keys for epoch 0, then the one for epoch 1, and so on, cut into batches without a gap. What does
-not fill a batch at the end of an epoch is thus the beginning of the bucket's next one: nothing is padded, repeated or
-left out. An epoch of the run holds every batch that is complete by then, in an order that mixes the buckets.
+permutation of its keys for epoch 0, then the one for epoch 1, and so on, cut into batches without a gap. Samples
+that do not fill a batch at the end of an epoch begin the bucket's next epoch: nothing is padded, repeated or left out.
+An epoch of the run has every batch that is complete by then, in an order that mixes the buckets.
 
     epoch 0   bucket A  [a3 a0 a4][a1 a5 a2] a6        bucket B  [b1 b0 b2] b3
     epoch 1   bucket A  [a6 a2 a5][a0 a1 a6] a3 a4     bucket B  [b3 b2 b0] b1
@@ -79,7 +79,7 @@ class Order:
         self.seed = seed
         self.global_batch = global_batch
         members: dict[Bucket, list[int]] = {}
-        keys: list[str] = []  # taken once: a view makes each sample when it is asked for
+        keys: list[str] = []  # read once: `samples` may be a view that makes each sample on access
         for ordinal, sample in enumerate(samples):
             keys.append(sample.key)
             members.setdefault(Bucket(sample.frames, sample.height, sample.width), []).append(ordinal)

@@ -1,1 +1,1 @@
-"""What is wrong with this machine, and how to fix it."""
+"""`wantrain doctor`: what is wrong with this machine, and how to fix it."""

@@ -1,1 +1,1 @@
-"""Memory, FLOPs, traffic and days of a run, before it runs."""
+"""Estimates before a run: memory, FLOPs, bytes between GPUs, days."""

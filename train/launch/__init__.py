@@ -1,1 +1,1 @@
-"""Processes on one machine or many: start, watch, name the first failure."""
+"""Processes of a run on one machine or many: start them, watch them, name the one that failed first."""

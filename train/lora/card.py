@@ -27,7 +27,9 @@ def check_card(source: Path, out: Path) -> None:
     """Raise UserError for a source that is no run or checkpoint, and for a card that is there already."""
     file, identity, _ = locate_lora(source)
     if identity is None or not (file.resolve().parents[2] / "config.yaml").is_file():
-        raise UserError(f"{source}: a card is made from a run", expected="RUN or RUN/checkpoints/step-…")
+        raise UserError(
+            f"{source}: a card is made from a run", expected="with --card, SOURCE is RUN or RUN/checkpoints/step-…"
+        )
     if out.with_name(CARD_NAME).exists():
         raise UserError(f"{out.with_name(CARD_NAME)} is there already", fix="export into another folder, or remove it")
 

@@ -86,7 +86,7 @@ def export_lora(
     """
     file, identity, found_step = locate_lora(source, step)
     if out.exists():
-        raise UserError(f"{out} is there already", fix="name another file, or remove that one")
+        raise UserError(f"{out} is there already", fix="name another file, or remove this one")
     lora = read_lora(file)
     tensors = name_tensors(lora.pairs, written, dtype)
     for name, tensor in tensors.items():
@@ -150,6 +150,6 @@ def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, 
     name = AVERAGE_FILE if (folder / AVERAGE_FILE).is_file() else LORA_FILE
     if not (folder / LORA_FILE).is_file():
         raise UserError(
-            f"{folder}: no {LORA_FILE}: this run trained the whole model", expected="a run with a lora section"
+            f"{folder}: no {LORA_FILE}: this run trained all weights, not a LoRA", expected="a run with a lora section"
         )
     return folder / name, state.identity, state.step

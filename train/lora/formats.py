@@ -153,7 +153,7 @@ def _official_module(name: str, path: Path) -> str:
     if official is None:
         image = " (an image-to-video module of Wan2.1)" if "img" in name else ""
         raise UserError(
-            f"{path}: {name}: Wan2.2-TI2V-5B has no such linear{image}",
+            f"{path}: {name}: Wan2.2-TI2V-5B has no linear layer of this name{image}",
             expected="a LoRA of Wan2.2-TI2V-5B, " + ", ".join(f"blocks.N.{linear}" for linear in BLOCK_LINEARS),
         )
     return official
@@ -180,7 +180,7 @@ def _refuse_halves(
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise UserError(
                 f"{path}: {module}: A is {tuple(down.shape)} and B {tuple(up.shape)}",
-                expected="r × I and O × r of one rank",
+                expected="A of shape (rank, inputs) and B of shape (outputs, rank), with the same rank",
             )
 
 
@@ -215,7 +215,8 @@ def _adapter_scales(
     for key in ("alpha_pattern", "rank_pattern"):
         if config.get(prefix + key):
             raise UserError(
-                f"{path}: {key} differs by module", fix="save it with one rank and one alpha, or merge it there"
+                f"{path}: {key} differs by module",
+                fix="save it with one rank and one alpha, or merge it with the tool that wrote it",
             )
     if config.get(prefix + "use_dora"):
         raise UserError(f"{path}: a DoRA, not a plain LoRA")
@@ -271,7 +272,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as safetensors: {error}",
-            fix="download it again: it is cut short or another format",
+            fix="download it again: it is cut short, or not a safetensors file",
         ) from None
 
 

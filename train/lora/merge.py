@@ -82,7 +82,7 @@ def unmerge_checkpoint(
         held = ", ".join(str(record["sha256"])[:8] for record in records) or "none"
         raise UserError(
             f"{merged}: its header does not say that {lora.origin} (sha256 {digest[:8]}…) is merged into it",
-            expected=f"one of its merged LoRAs: {held}",
+            expected=f"a LoRA with the sha256 of one that it records: {held}",
             fix="if another tool merged it, give the strength it used: --unrecorded-scale 1.0",
         )
     records.remove(mine[-1])

@@ -223,7 +223,7 @@ def build_model(
     Args:
         dtype: what linears and attention compute in; the float32 islands stay float32.
         param_dtype: what their weights are kept in; float32 for training every weight. None takes `dtype`.
-        seed: random weights from this seed; None leaves them unset, for `weights.load_dit`.
+        seed: random weights from this seed; None leaves them unset, for `load_dit` (train/model/load.py).
     """
     with torch.device("meta"):
         model = WanDiT(config, dtype, param_dtype)

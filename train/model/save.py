@@ -130,7 +130,7 @@ def write_layout(
     """Write a model as the tensors come, in the order of `shards`; at most one tensor is held.
 
     The index comes last, so that a folder cut short is not mistaken for a complete one. The model's sizes are in every
-    file's header, where `weights.read_dit_config` finds what a config.json of the layout leaves out.
+    file's header, where `read_dit_config` (load.py) finds what a config.json of the layout leaves out.
 
     Raises UserError when the folder holds weights already or the disk has too little room.
     """

@@ -1,1 +1,1 @@
-"""Ranks, FSDP2 and Ulysses."""
+"""Parallel training: ranks (processes), FSDP2 (weights shared out) and Ulysses (tokens shared out)."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def shard_base(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
     """Shard a model that was built on `meta`, LoRA injected, over a mesh of one axis, and allocate the local shards.
 
-    Weights are unset afterwards: see `weights.load_dit`, `model.init_random`, `lora.reset`.
+    Weights are unset afterwards: see `load_dit` and `init_random` in train/model, and `reset` in train/lora.
 
     Args:
         mesh: the ranks that one copy of the base is sharded over. Copies exchange nothing: the base never changes.

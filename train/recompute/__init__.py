@@ -1,1 +1,1 @@
-"""What a block keeps for its backward pass, and the hand-written backward that keeps no more."""
+"""What a block keeps for its backward pass, and a hand-written backward pass that needs only that."""

@@ -6,12 +6,12 @@
 `forward_block` computes these values and hands back those it was asked to keep; `backward_block` computes the others
 again, by the same operators from the same inputs, so that keeping more or less does not move a bit. It keeps the
 normalised input of each part in the compute dtype with one scale a token, which is all that LayerNorm's and LoRA's
-gradients need, so the float32 residual stream is kept once a block, or not at all. Its plain twin is `model.Block`.
+gradients need, so the float32 residual stream is kept once per block, or not at all. The same block
+under autograd is `Block` in train/model/block.py.
 
 Shapes: B slots, L tokens, M = B·L, D width, N heads, K channels a head, S text tokens, R modulation rows, r LoRA rank,
 I O input and output channels of a linear. Numbers as in train/model/dit.py: residual and norms float32, GEMMs and
-attention
-in the compute dtype.
+attention in the compute dtype.
 """
 
 from __future__ import annotations

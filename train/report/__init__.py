@@ -1,1 +1,1 @@
-"""The page of a run."""
+"""The HTML page about a run: `wantrain report`."""

@@ -1,1 +1,1 @@
-"""A run's own things: its folder, its state, its log, what it trains."""
+"""One training run: its folder, its state, its log, and the weights it trains."""

@@ -1,1 +1,1 @@
-"""Pictures from the model: the solver and the sampling loop."""
+"""Sampling from the model: the solver and the sampling loop."""
