@@ -109,7 +109,8 @@ class ObjectiveConfig(Config):
     stratified: bool = False
     """Spread a step's noise levels: of N equal parts of the density each slot of a global batch of N takes another."""
     weighting: Literal["none", "bell"] = "none"
-    """Weight of a sample's loss by its noise level: `none`: equal; `bell`: highest at medium noise, as DiffSynth-Studio's."""
+    """Weight of a sample's loss by its noise level: `none`: equal; `bell`: highest at medium noise, as in
+    DiffSynth-Studio."""
     image_to_video_share: Share = 0.4
     """Share of the samples trained with a clean first frame (image-to-video); samples of one frame never are."""
 
