@@ -282,12 +282,19 @@ class _BucketBoard:
     def claim(self, kind: str, unit: int) -> bool:
         for each in [each for each in self._claims if is_committed(self.storage, *each)]:
             self._release(*each)
+        try:
+            return self._claim(kind, unit)
+        except MissingObject:  # its owner has just finished it
+            return False
+
+    def _claim(self, kind: str, unit: int) -> bool:
         number, owner = self._last_claim(kind, unit)
         if owner not in (None, self._name) and self._lives(owner, self._now()):
             return False
         if owner != self._name:
             name, ours = f"{_claims_of(kind, unit)}{number:04d}", self._name.encode()
-            if not self.storage.put(name, ours, if_absent=True) or self.storage.get(name, MAX_NOTE_BYTES) != ours:
+            self.storage.put(name, ours, if_absent=True)  # False too where only the answer to the first was lost
+            if self.storage.get(name, MAX_NOTE_BYTES) != ours:
                 return False
         self._claims.add((kind, unit))
         if is_committed(self.storage, kind, unit):
@@ -304,7 +311,7 @@ class _BucketBoard:
         """Remove the note, which frees the units that are not done. The claims stay where the storage may be out."""
         with suppress(UserError):  # what is left counts no longer after some minutes, and `wanshards sweep` removes it
             for kind, unit in sorted(self._claims) if is_done else ():
-                self._release(kind, unit)
+                self._release(kind, unit, patient=False)
             self.storage.delete(self._name, patient=False)
 
     def _notes(self) -> list[str]:
@@ -337,9 +344,9 @@ class _BucketBoard:
             return max(numbers) + 1, self.storage.get(name, MAX_NOTE_BYTES).decode(errors="replace")
         return 0, None
 
-    def _release(self, kind: str, unit: int) -> None:
+    def _release(self, kind: str, unit: int, *, patient: bool = True) -> None:
         for entry in reversed(list(self.storage.list(_claims_of(kind, unit)))):
-            self.storage.delete(entry.name, patient=False)
+            self.storage.delete(entry.name, patient=patient)
         self._claims.discard((kind, unit))
 
     def _drop_dead(self) -> None:

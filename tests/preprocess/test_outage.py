@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,49 @@ def test_a_build_through_faults_gives_the_same_dataset(demo_corpus: Path, tmp_pa
     assert build(demo_corpus, root, **TINY) == counts  # type: ignore[arg-type]
     assert {fault for _, fault in proxy.log} == {*kinds, None}
     proxy.fault = lambda _: None
-    local, remote = open_storage(tmp_path / "out"), open_storage(root)
+    check_same(tmp_path / "out", root)
+
+
+PLACES: dict[str, tuple[str | int, Callable[[Request], bool]]] = {
+    "put": ("reset", lambda request: request.method == "PUT"),
+    "lost-put": ("lost", lambda request: request.method == "PUT" and "/latents/" in request.path),
+    "head": (500, lambda request: request.method == "HEAD"),
+    "listing": (503, lambda request: "list-type" in request.path),
+    "body": ("break", lambda request: request.method == "GET" and "/latents/" in request.path),
+    "everything": ("page", lambda request: True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_build_through_two_minutes_of_outage_in_one_place_gives_the_same_dataset(
+    demo_corpus: Path, tmp_path: Path, proxy: FaultProxy, place: str
+) -> None:
+    """In real time, from the third request of that kind on."""
+    counts = build(demo_corpus, tmp_path / "out", **TINY)
+    seconds, hits, begun = float(os.environ.get("OUTAGE_SECONDS", "120")), [], []
+    kind, concerns = PLACES[place]
+
+    def fault(request: Request) -> str | int | None:
+        if not concerns(request):
+            return None
+        hits.append(request)
+        if len(hits) == 3:
+            begun.append(time.monotonic())
+        return kind if begun and time.monotonic() < begun[0] + seconds else None
+
+    proxy.fault = fault
+    root = f"s3://{BUCKET}/out?endpoint={proxy.url}"
+    start = time.monotonic()
+    assert build(demo_corpus, root, **TINY) == counts  # type: ignore[arg-type]
+    assert begun and time.monotonic() - start > seconds
+    proxy.fault = lambda _: None
+    check_same(tmp_path / "out", root)
+
+
+def check_same(folder: Path, root: str) -> None:
+    local, remote = open_storage(folder), open_storage(root)
     names = [entry.name for entry in local.list() if entry.name.endswith((".tar", "dataset.json"))]
     assert {name for name in names if remote.exists(name)} == set(names)
     assert all(remote.get(name) == local.get(name) for name in names)
