@@ -88,6 +88,8 @@ class Inspection(Config):
     vbi_lines: int = 0
     """Lines above the picture that carry data or nothing."""
     vbi_ground: str = "pictures"
+    lines_below: int = 0
+    """Blank lines below the picture, where none are above it."""
     bars: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Black left, top, right, bottom of the raster below the VBI lines, in coded pixels."""
     scan: dict[str, int] | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from preprocess.build.clip import (
     Encoded,
@@ -92,28 +92,26 @@ class UnitWorker:
         self._plan = open_plan(self._storage)
         self._description: Description | None = None
         self._tokenizer: Tokenizer | None = None
-        self._tokenizer_tried = threading.Event()
+        self._has_tokenizer, self._stop = threading.Event(), threading.Event()
 
     def load(self) -> Description:
         """Load the tokenizer and the encoder, once; what this worker would write. Raises UserError."""
         from preprocess.encoders.encoders import load_tokenizer, load_vae_encoder
 
         if self._description is None:
-            try:
-                self._tokenizer = load_tokenizer(self.config.encoders)
-            finally:
-                self._tokenizer_tried.set()
+            self._tokenizer = load_tokenizer(self.config.encoders)
+            self._has_tokenizer.set()
             self.vae = load_vae_encoder(self.config.encoders)
             identity = latent_identity(self.config, self.vae)
             self._description = Description(identity, self.vae.note, {**library_versions(), **self.vae.provenance()})
         return self._description
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text; the threads that decode wait here for the tokenizer. Raises TransferStopped without one."""
-        self._tokenizer_tried.wait()
-        if self._tokenizer is None:
-            raise TransferStopped("no tokenizer")
-        return self._tokenizer.count(text)
+        """Tokens of a text; the threads that decode wait here for the tokenizer. Raises TransferStopped."""
+        while not self._has_tokenizer.wait(0.1):
+            if self._stop.is_set():
+                raise TransferStopped("before the tokenizer was loaded")
+        return cast("Tokenizer", self._tokenizer).count(text)
 
     def __call__(self, unit: int) -> Commit:
         """Encode one unit, and return the commit that is in the storage then. Raises UserError."""
@@ -135,7 +133,8 @@ class UnitWorker:
         """
         from preprocess.encoders.encoders import cpu_threads
 
-        config, stop = self.config, threading.Event()
+        config = self.config
+        self._stop = stop = threading.Event()
         num_fetchers = max(config.fetch.per_host, self._num_decoders)
         with (
             ExitStack() as stack,

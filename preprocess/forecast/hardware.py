@@ -48,7 +48,8 @@ def find_hardware(
     if engine.kind == "ray":
         number = min(num_gpus or engine.ray.num_workers or 1, engine.ray.num_workers or 10**9)
         # Captions are embedded by the driver's machine.
-        return Hardware(gpu, number, mbit, num_cores or 4 * number, max(1, len(engine.devices)), is_here)
+        num_text_gpus = len(engine.devices) or (len(devices_of(config)) if is_here else 1)
+        return Hardware(gpu, number, mbit, num_cores or 4 * number, num_text_gpus, is_here)
     if fixed and num_gpus is not None and num_gpus != len(fixed):
         raise UserError(
             f"--gpus {num_gpus}, but the config encodes on {', '.join(fixed)}",

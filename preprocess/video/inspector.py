@@ -24,7 +24,7 @@ from preprocess.facts import Inspection, MeasuredPicture
 from preprocess.video.aspect import is_sd
 from preprocess.video.ffmpeg import IMAGE_FORMATS, VIDEO_FORMATS, file_url
 from preprocess.video.interlace import flagged_order, order_of_votes
-from preprocess.video.measure import fields_of, find_bars, find_vbi
+from preprocess.video.measure import fields_of, find_bars, find_lines_below, find_vbi
 from preprocess.video.packets import (
     choose_stream,
     decode_from,
@@ -226,10 +226,12 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
         return {"problem": "no-frames", "detail": "no picture could be decoded"}
     same = [luma for luma, _ in lumas if luma.shape == lumas[0][0].shape]
     vbi, vbi_ground = find_vbi(same) if is_sd(stream.width, stream.height) else (0, "not an SD raster")
+    below = find_lines_below(same) if is_sd(stream.width, stream.height) and not vbi else 0
+    end = stream.height - below
     votes = dict.fromkeys(FIELD_VERDICTS, 0)
     for luma, following in lumas:
         if following is not None:
-            votes[fields_of(luma[vbi // 2 * 2 :], following[vbi // 2 * 2 :])] += 1
+            votes[fields_of(luma[vbi // 2 * 2 : end], following[vbi // 2 * 2 : end])] += 1
     flagged = facts["field_order"] > 1 or any(picture.interlaced for picture in pictures)
     disagree = flagged_order(facts["field_order"], flagged) != order_of_votes(votes)
     return {
@@ -237,7 +239,8 @@ def _look(codec: Any, stream: Any, packets: list, facts: dict) -> dict:
         "display_matrix": matrix,
         "vbi_lines": vbi,
         "vbi_ground": vbi_ground,
-        "bars": find_bars([luma[vbi:] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
+        "lines_below": below,
+        "bars": find_bars([luma[vbi:end] for luma in same], black_limit=16 if facts["range"] == 2 else 32),
         "scan": votes,
         "idet": _idet(codec, stream, packets) if disagree and not facts["is_still"] else None,
         **{name: facts[name] for name in ("matrix", "range", "primaries", "transfer")},

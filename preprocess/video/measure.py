@@ -117,6 +117,13 @@ def find_vbi(lumas: Sequence[UInt8[np.ndarray, "H W"]]) -> tuple[int, str]:
     return with_data, "data lines in the pictures" if with_data else "pictures"
 
 
+def find_lines_below(lumas: Sequence[UInt8[np.ndarray, "H W"]]) -> int:
+    """Blank lines below the picture of a raster of 512 or 608 lines, which has 32 more than a picture."""
+    bright = [luma[::-1] for luma in lumas if luma.mean() >= DARK_MEAN]
+    lines = _blank_lines(bright) if bright and bright[0].shape[0] in (512, 608) else 0
+    return lines if abs(lines - 32) <= 2 else 0
+
+
 def _blank_lines(lumas: Sequence[np.ndarray]) -> int:
     """Lines above the picture that are flat, of whatever luma, in all of several pictures.
 

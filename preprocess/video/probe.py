@@ -91,6 +91,9 @@ def weigh(inspection: Inspection, record: Record, config: PrepConfig) -> ClipFac
         "duration_seconds": {"value": round(duration, 6), "ground": "packet timestamps"},
         "differences": _differences(inspection, record, fps, duration),
     }
+    if inspection.lines_below:
+        ground = "blank lines of a raster of 512 or 608 lines: flat and unchanged, with a straight upper edge"
+        decisions["lines_below"] = {"value": inspection.lines_below, "ground": ground}
     if inspection.truncated:
         decisions["truncated"] = {"value": True, "ground": inspection.truncated}
     if inspection.corrupt_seconds:
@@ -140,23 +143,25 @@ class _Geometry(NamedTuple):
 
 def _geometry(inspection: Inspection, record: Record, config: PrepConfig, turned: bool, scan: Scan) -> _Geometry:
     """Crops in coded pixels, and the size that the active picture is shown at: its lines kept, its width stretched."""
-    width, height, vbi = inspection.width, inspection.height, inspection.vbi_lines
+    width, vbi, below = inspection.width, inspection.vbi_lines, inspection.lines_below
     declared = None
     if record.declared_width and record.declared_height:
         declared = (record.declared_width, record.declared_height)
     flagged = Fraction(*inspection.sample_aspect) if inspection.sample_aspect else None
     aspect, ground = decide_aspect(
-        Raster(width, height, vbi, flagged, declared, turned, inspection.bars), config.decode.sd_display_aspect
+        Raster(width, inspection.height, vbi + below, flagged, declared, turned, inspection.bars),
+        config.decode.sd_display_aspect,
     )
     # Lines are cut in fours where fields must keep their order in subsampled chroma too, else in twos.
     step = 4 if scan.parity != "none" else 2
     above = -(-vbi // step) * step
+    height = inspection.height - -(-below // step) * step
     left, top, right, bottom = inspection.bars
     x, right = -(-left // 2) * 2, -(-right // 2) * 2
     y = max(-(-(vbi + top) // 2) * 2, above)
     active_width = (width - x - right) // 2 * 2 if x + right else width
     active_height = (height - y - bottom) // 2 * 2 if y + bottom else height
-    pixel_aspect = aspect * Fraction(height - vbi, width)
+    pixel_aspect = aspect * Fraction(inspection.height - vbi - below, width)
     return _Geometry(
         raster=Crop(x=0, y=above, width=width, height=height - above),
         active=Crop(x=x, y=y, width=active_width, height=active_height),

@@ -13,7 +13,7 @@ from clips import LOSSLESS, ffmpeg_run, prep_config, probed, write_clip
 from footage import footage
 
 from preprocess.video.ffmpeg import find_ffmpeg
-from preprocess.video.measure import find_vbi
+from preprocess.video.measure import find_lines_below, find_vbi
 
 NUM_FUZZED = int(os.environ.get("NUM_FUZZED_BANDS", "150"))
 FILMS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
@@ -128,3 +128,24 @@ def test_each_kind_is_cut_and_the_picture_keeps_its_shape(tmp_path: Path, kind: 
     assert "lines" in facts.decisions["vbi_lines"]["ground"]
     assert facts.raster.y >= lines and facts.raster.y <= lines + 2
     assert facts.display_width / facts.display_height == pytest.approx(4 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize("lines", [0, 30, 32, 33])
+@pytest.mark.parametrize("luma", [16, 126, 235])
+def test_lines_below_the_picture_of_a_raster_that_is_too_high_are_found(lines: int, luma: int) -> None:
+    for name in FILMS:
+        frames = [frame[::-1] for frame in with_band(name, lines, luma, 2.0, lines)]
+        assert abs(find_lines_below(frames) - lines) <= 1
+        assert find_vbi(frames)[0] == 0
+        other = with_band(name, lines, luma, 2.0, lines, height=576)
+        assert find_lines_below([frame[::-1] for frame in other]) == 0, "576 lines are a picture's"
+
+
+def test_a_clip_with_lines_below_keeps_its_shape(tmp_path: Path) -> None:
+    shown = pictures("bikes.mp4", 480)[:4]
+    frames = np.concatenate([shown, np.full((4, 32, 720), 16, np.uint8)], axis=1)
+    path = write_clip(tmp_path / "below.mp4", np.repeat(frames, 12, axis=0), 24, "-c:v", "libx264", "-g", "12")
+    facts = probed(path, prep_config())
+    assert facts.decisions["lines_below"]["value"] == 32 and facts.decisions["vbi_lines"]["value"] == 0
+    assert (facts.raster.y, facts.raster.height, facts.height) == (0, 480, 512)
+    assert facts.display_width / facts.display_height == pytest.approx(4 / 3, abs=0.01)

@@ -144,9 +144,10 @@ def test_clips_are_fetched_while_the_encoder_is_loaded(alone, demo_corpus, tmp_p
     assert files_of(tmp_path, "**/*.tar") == files_of(alone, "**/*.tar")
 
 
-@pytest.mark.parametrize("part", ["load_tokenizer", "load_vae_encoder"])
+@pytest.mark.parametrize("part", ["load", "load_tokenizer", "load_vae_encoder"])
 def test_an_encoder_that_cannot_be_loaded_ends_the_build_at_once(demo_corpus, tmp_path, monkeypatch, part):
     """Clips are being fetched and decoded meanwhile; none of them waits for the encoder for ever."""
+    from preprocess.build.worker import UnitWorker
     from preprocess.demo.corpus import BASE_URL
     from preprocess.encoders import encoders
 
@@ -157,7 +158,7 @@ def test_an_encoder_that_cannot_be_loaded_ends_the_build_at_once(demo_corpus, tm
         time.sleep(0.5)
         raise UserError("no such weights")
 
-    monkeypatch.setattr(encoders, part, fail)
+    monkeypatch.setattr(UnitWorker if part == "load" else encoders, part, fail)
     threads = threading.active_count()
     with served_after(demo_corpus, lambda path: came.set()) as url:
         config = prep(demo_corpus, tmp_path, **TINY, fetch={"mirrors": {BASE_URL: url}})
