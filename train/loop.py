@@ -199,15 +199,17 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     _save(progress, log)
                     stop.checkpoint = False
                 _note_written(progress, log)
-            if stop.failed is not None:
-                raise RankLost(f"rank {stop.failed} failed")
             if not progress.is_saved:
                 _save(progress, log)
             _note_written(progress, log, to_end=True)
+            stopped_by = stop.signal  # one that comes from here on is too late
+            stop.sync()  # here the others meet a rank that could not save or log the last step
+            if stop.failed is not None:
+                raise RankLost(f"rank {stop.failed} failed")
         for line in meter.after():
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
-        result = _finish(progress, log, stop.signal)
+        result = _finish(progress, log, stopped_by)
         if result.stopped_by is None:
             preview.finish()
         ranks.barrier()  # no rank ends before the run's files are there

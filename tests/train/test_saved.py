@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import train_runs
 from fault_proxy import proxied
+from ranks import run_ranks
 from s3_servers import BUCKET, serve
 from shards_data import flip_a_latent, write_dataset
 from train_runs import checkpoint_bytes, make_config, read_metrics, send_when
@@ -22,6 +23,7 @@ from shards.storage import open_storage
 from train import checkpoint, loop
 from train.checkpoint import find_checkpoints, read_checkpoint
 from train.evaluate import Evaluator
+from train.launch.failure import RankLost
 from train.launch.launch import own_command
 from train.loop import fit
 from train.run.log import RunLog
@@ -263,3 +265,27 @@ def test_every_way_out_waits_for_a_checkpoint_that_is_being_written(
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["step-0000005"] + ([] if way == "interrupt" else ["step-0000006"])
     assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+def fit_on_a_full_disk(config, at):
+    """One rank of a run whose checkpoint of a step cannot be written; what ended it."""
+    original = checkpoint.write_checkpoint
+
+    def refusing(folder, state, *rest):
+        if state.step == at:
+            raise SystemFailure(OSError(28, "No space left on device", str(folder)))
+        return original(folder, state, *rest)
+
+    checkpoint.write_checkpoint = refusing
+    try:
+        fit(config)
+    except (UserError, RankLost) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_the_other_ranks_learn_of_a_last_checkpoint_that_could_not_be_written(tiny_shards, tmp_path):
+    """They end with its message, at once, and do not wait in another exchange than it."""
+    config = make_config(tiny_shards, tmp_path / "run", max_steps=3, data__micro_batch=1)
+    first, second = run_ranks(2, fit_on_a_full_disk, config, 3)
+    assert first.startswith("SystemFailure:") and "No space left on device" in first
+    assert second.startswith("RankLost: rank 0 failed: SystemFailure:") and "No space left on device" in second
