@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from shards import __version__
-from shards.console import CommandGroup, as_typed, print_json, set_up_logging
+from shards.console import CommandGroup, as_typed, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def show(root: str, key: str, as_json: bool, preview: Path | None) -> None:
         if as_json:
             print_json(history)
         else:
-            click.echo("\n".join(describe_clip(history)))
+            echo_lines(describe_clip(history))
         return
 
     if preview is not None:
@@ -232,7 +232,7 @@ def stats(
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(stats_lines(found)))
+        echo_lines(stats_lines(found))
     sys.exit(1 if check and any(item["severity"] == "bad" for item in found["findings"]) else 0)
 
 

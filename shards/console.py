@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wan")
 REPORT_SECONDS = 30.0
+_LABEL = re.compile(r" *\S+ {2,}(?=\S)| +")
+"""What further pieces of a long line are set under: what follows `days       `, or its own indentation."""
 Item = TypeVar("Item")
 
 
@@ -62,6 +65,25 @@ class CommandGroup(click.Group):
 def print_json(value: Any) -> None:
     """Write one JSON document to standard output, for programs."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def echo_lines(lines: Iterable[str]) -> None:
+    """Lines for people on standard output; on a terminal too long ones are broken between words."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in lines:
+        label = _LABEL.match(line)
+        indent = min(len(label[0]) if label else 0, 30)
+        click.echo(line if width is None else "\n".join(break_line(line, width, indent)))
+
+
+def break_line(line: str, width: int, indent: int) -> list[str]:
+    """A line in pieces of a width, broken between words alone, so that a path stays one word."""
+    if len(line) <= width:
+        return [line]
+    pieces = textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, tabsize=1
+    )
+    return pieces or [line]
 
 
 def duration_words(seconds: float) -> str:
@@ -144,13 +166,7 @@ class _Terminal(logging.StreamHandler[TextIO]):
         if not self.stream.isatty():
             return text
         width = shutil.get_terminal_size().columns - 1
-        lines = (
-            textwrap.wrap(
-                line, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False, tabsize=1
-            )
-            for line in text.split("\n")
-        )
-        return "\n".join("\n".join(line) for line in lines)
+        return "\n".join(part for line in text.split("\n") for part in break_line(line, width, 9))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, whatever it holds, without cutting or colouring it."""

@@ -85,6 +85,8 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
         f"{text['samples']:,} samples, {_mib(text['bytes'])}",
     ]
+    if counts["rejected"]:
+        lines.append("         `wanprep why CLIP CONFIG` says what became of one clip, and why")
     lines += describe_pools(counts["latent_pass"]) if "latent_pass" in counts else []
     if counts["retried"] or counts["retries_waiting"]:
         waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""

@@ -24,7 +24,7 @@ from preprocess.cli.model_commands import (
 from preprocess.cli.plan_command import plan
 from preprocess.cli.why_command import why
 from shards import __version__
-from shards.console import CommandGroup, print_json, set_up_logging
+from shards.console import CommandGroup, echo_lines, print_json, set_up_logging
 
 if TYPE_CHECKING:
     from preprocess.build.scratch import IfBusy
@@ -152,7 +152,7 @@ def init(
     config = validate_config(CorpusConfig, values["corpus"], origin="--corpus")
     with count_documents("records read", quiet=quiet) as progress:
         made = make_project(folder, config, checkpoint, gpu, num_gpus, progress=progress)
-    click.echo("\n".join([*made.lines, "", "next:", *(f"  {command}" for command in made.commands)]))
+    echo_lines([*made.lines, "", "next:", *(f"  {command}" for command in made.commands)])
 
 
 @main.command()
@@ -363,7 +363,7 @@ def _show(counts: dict[str, Any], lines: list[str], as_json: bool) -> None:
     if as_json:
         print_json(counts)
     else:
-        click.echo("\n".join(lines))
+        echo_lines(lines)
 
 
 def _serve(stack: ExitStack, folder: Path, config: PrepConfig) -> PrepConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import as_typed, print_json
+from shards.console import as_typed, echo_lines, print_json
 
 if TYPE_CHECKING:
     from preprocess.plan.plan import Plan
@@ -64,7 +64,7 @@ def why(clip: str, config: Path, overrides: tuple[str, ...], as_json: bool) -> N
         lines[2:2] = [f"  declared.{name}: {value}" for name, value in planned["record"].items() if value is not None]
     if found["status"] == "waiting":
         lines.append("no attempt yet: `wanprep build-shards CONFIG` builds its unit")
-    click.echo("\n".join(lines))
+    echo_lines(lines)
 
 
 def _planned(plan: Plan, clip: str, units: Sequence[int]) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ each sample its key, clip, features and fingerprint: about a kilobyte.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.console import with_progress
 from shards.errors import UserError
 from shards.format.commit import StoredCommit, dataset_revision
 from shards.format.dataset_info import read_info
@@ -65,9 +65,6 @@ def dataset_stats(
 
     Raises UserError when there is no dataset. A damaged sample or shard is a finding, not an error.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     if sample is not None and sample < 1:
         raise UserError(f"--sample {sample}", expected="at least 1")
     storage = open_storage(root)
@@ -81,9 +78,7 @@ def dataset_stats(
     refs: dict[str, list[UnitRef]] = {kind: [] for kind in numbers}
     read: list[tuple[UnitRef, UnitStats]] = []
     found = (each for kind in numbers for each in _read(storage, kind, numbers[kind], sample, cache, jobs, damaged))
-    console = Console(stderr=True)
-    total = sum(map(len, numbers.values()))
-    for ref, stats in track(found, "stats", total, console=console, disable=not sys.stderr.isatty()):
+    for ref, stats in with_progress(found, sum(map(len, numbers.values())), "stats"):
         refs[ref.kind].append(ref)
         (tally if ref.kind == LATENTS else texts).merge(stats.tally)
         if read and stats.keys and stats.features.shape[2] != read[0][1].features.shape[2]:

@@ -347,6 +347,11 @@ def test_on_a_terminal_the_log_and_the_events_are_those_without_one(tiny_shards,
         code, said = run_on_a_terminal(command) if name == "term" else run_on_a_pipe(command)
         assert code == 0, said
         assert "held-out loss" in said and ("\x1b[" in said) == (name == "term")
+        # What takes long is said before it begins: each line comes before the next.
+        order = [
+            said.index(f"{words}") for words in ("loading torch", "opening the dataset", "loading the base", "base:")
+        ]
+        assert order == sorted(order)
         log = (tmp_path / name / "logs/rank-0.log").read_text().replace(str(tmp_path / name), "NAME").splitlines()
         numbers = re.compile(r"\d[\d,.e+-]*")
         events = [json.loads(line) for line in (tmp_path / name / EVENTS_FILE).read_text().splitlines()]

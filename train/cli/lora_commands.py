@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shards.console import print_json, set_up_logging
+from shards.console import echo_lines, print_json, set_up_logging
 
 _PATH = click.Path(path_type=Path)
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -144,4 +144,4 @@ def info(file: Path, as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        click.echo("\n".join(lines_of(facts)))
+        echo_lines(lines_of(facts))

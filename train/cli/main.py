@@ -9,7 +9,7 @@ import click
 
 from shards import __version__
 from shards.config import load_config
-from shards.console import LOG, CommandGroup, print_json, set_up_logging
+from shards.console import LOG, CommandGroup, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 from train.cli.lora_commands import export, lora, merge, unmerge
 from train.cli.report_commands import report, show_clip, verify
@@ -155,7 +155,7 @@ def plan(
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})
     else:
-        click.echo("\n".join(plan_text.describe_estimate(made, origin)))
+        echo_lines(plan_text.describe_estimate(made, origin))
 
 
 @main.command("show-step")

@@ -10,7 +10,7 @@ import click
 from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
-from shards.console import LOG, print_json, set_up_logging
+from shards.console import LOG, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
 from train.config.train import BaseModelConfig, ComputeConfig
@@ -180,7 +180,7 @@ def evaluate(
     if as_json:
         print_json(evaluation.as_dict())
     else:
-        click.echo("\n".join(evaluation.lines()))
+        echo_lines(evaluation.lines())
 
 
 def evaluate_models(

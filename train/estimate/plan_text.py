@@ -40,18 +40,19 @@ def describe_estimate(plan: Estimate, origin: str = "as given") -> list[str]:
         f"each; {plan.chosen.seconds_at_peak / sum(plan.chosen.work_seconds):.0%} of the peak expected (an estimate)",
         f"sizes, {origin}: {sizes}",
         "",
-        f"{'checkpointing':<26}{'memory':>10}  {'fits':<5}{'TFLOP/step':>11}{'at 100 %':>11}{'s/step':>9}{'days':>8}",
+        f"{'checkpointing':<24}{'memory':>9}  {'fits':<4}{'TFLOP/step':>11}{'at 100 %':>10}{'s/step':>9}{'days':>8}",
     ]
     for setting in plan.settings:
         memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
         fits = {True: "yes", False: "no", None: "?"}[setting.fits]
-        mark = " ◀ configured" if setting is plan.chosen else ""
-        mark += " ◀ fastest" if setting is plan.fastest else ""
+        mark = " ◀" if setting is plan.chosen else ""
         lines.append(
-            f"{setting.name:<26}{memory:>10}  {fits:<5}{setting.step_flops / 1e12:>11,.0f}"
-            f"{setting.seconds_at_peak:>9.2f} s{setting.seconds:>9.2f}{setting.days(plan.num_steps):>8.2f}{mark}"
+            f"{setting.name:<24}{memory:>9}  {fits:<4}{setting.step_flops / 1e12:>11,.0f}"
+            f"{setting.seconds_at_peak:>8.2f} s{setting.seconds:>9.2f}{setting.days(plan.num_steps):>8.2f}{mark}"
         )
+    fastest = f"; the fastest that fits: {plan.fastest.name}" if plan.fastest is not None else ""
     lines += [
+        f"◀ configured{fastest}",
         "",
         *describe_layouts(plan),
         *describe_memory(plan.chosen.name, plan.chosen.saves, plan.chosen.memory),
@@ -76,15 +77,15 @@ def describe_layouts(plan: Estimate) -> list[str]:
     if plan.num_gpus == 1:
         return []
     words = ("layout, same checkpointing", "memory", "fits", "s/step", "exchanged", "of the step")
-    lines = ["{:<30}{:>10}  {:<5}{:>9}{:>12}{:>12}".format(*words)]
+    lines = ["{:<28}{:>9}  {:<4}{:>9}{:>11}{:>13}".format(*words)]
     for setting in (plan.chosen, *plan.layouts):
         memory = "not known" if setting.memory is None else f"{setting.memory.total / GIB:.1f} GiB"
         fits = {True: "yes", False: "no", None: "?"}[setting.fits]
         moved = f"{setting.exchange.total_bytes / 1e9:,.2f} GB"
-        mark = " ◀ configured" if setting is plan.chosen else ""
+        mark = " ◀" if setting is plan.chosen else ""
         lines.append(
-            f"{setting.mesh!s:<30}{memory:>10}  {fits:<5}{setting.seconds:>9.2f}{moved:>12}"
-            f"{setting.exchange_share:>12.1%}{mark}"
+            f"{setting.mesh!s:<28}{memory:>9}  {fits:<4}{setting.seconds:>9.2f}{moved:>11}"
+            f"{setting.exchange_share:>13.1%}{mark}"
         )
     bandwidth = f"{plan.gpu.link_gb_per_second:g} GB/s within a machine"
     if plan.chosen.mesh.num_nodes > 1:
