@@ -176,7 +176,7 @@ def _latent_pass(
     pending = pending_units(storage, plan, LATENTS, part.units)
     info = find_info(storage)
     if info is not None:
-        check_settled_identity(info, config, f"the dataset at {storage.url()}")
+        check_settled_identity(info, config, f"the dataset at {storage.url()}", plan)
     if not pending.units:
         LOG.info("latents: all %d units are done", len(chosen_units(plan, part.units)))
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preprocess.config import Choice, PrepConfig, with_choices
+from preprocess.config import PrepConfig, with_choices
 from preprocess.plan.plan import Plan
 from shards.errors import MissingObject
 from shards.format.dataset_info import BucketInfo, DatasetInfo, Generation, TextSetInfo, read_info, write_info
@@ -28,13 +28,12 @@ def grow_info(
 ) -> DatasetInfo:
     """Write the latents' identity, the plan's generations and the buckets. Raises IdentityMismatch."""
     old = find_info(storage)
-    lengths = [*dict.fromkeys(n for each in _choices(plan) for n in with_choices(config, each).window.lengths)]
     info = DatasetInfo(
         identity=dict(identity),
         text_sets=old.text_sets if old else {},
         buckets=tuple(
             BucketInfo(frames=frames, height=size.height, width=size.width)
-            for frames in lengths
+            for frames in planned_lengths(plan, config)
             for size in config.buckets.sizes
         ),
         generations=_generations(old, plan),
@@ -45,9 +44,10 @@ def grow_info(
     return info
 
 
-def _choices(plan: Plan) -> list[dict[str, Choice]]:
-    """What each generation was frozen with; of none, or an older plan, the config's own."""
-    return [generation.choices for generation in plan.generations] or [{}]
+def planned_lengths(plan: Plan, config: PrepConfig) -> dict[int, None]:
+    """Frames of windows, generation by generation; of an older plan, and where there is none, the config's own."""
+    choices = [generation.choices for generation in plan.generations] or [{}]
+    return dict.fromkeys(length for each in choices for length in with_choices(config, each).window.lengths)
 
 
 def add_text_set(storage: Storage, name: str, identity: Mapping[str, Any], note: str | None) -> DatasetInfo:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocess.build.dataset_info import grow_info
+from preprocess.build.dataset_info import grow_info, planned_lengths
 from preprocess.build.progress import PassProgress
 from preprocess.build.worker import ClipDone, Description, UnitWorker
 from preprocess.config import PrepConfig
@@ -118,7 +118,7 @@ def _settle(storage: Storage, plan: Plan, config: PrepConfig, about: Description
             LOG.warning("workers differ in %s: %s and %s", name, version, about.provenance.get(name))
 
 
-def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) -> None:
+def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str, plan: Plan | None = None) -> None:
     """Refuse a config that would give other numbers than the finished latents, without loading the encoders.
 
     The weights' digest is taken from the dataset: with nothing left to encode, no other weights can get in.
@@ -135,6 +135,8 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str) ->
         )
         refuse_mismatch(newer, info.identity, where, fix)
     frames = {bucket.frames for bucket in info.buckets}
+    if plan and all(generation.choices for generation in plan.generations):
+        frames |= planned_lengths(plan, config).keys()
     if frames and not frames.issuperset(config.window.lengths):
         ours, theirs = (list(config.window.lengths), sorted(frames))
         refuse_mismatch({"window": {"num_frames": _alone(ours)}}, {"window": {"num_frames": _alone(theirs)}}, where)

@@ -395,6 +395,18 @@ def test_a_dataset_of_several_lengths_has_the_identity_of_one(mixed, demo_corpus
         build(demo_corpus, mixed, **(MIXED | {"window": {**MIXED["window"], "num_frames": 97}}))
 
 
+def test_a_later_generation_may_have_other_lengths(mixed, demo_corpus, tmp_path):
+    """New records are frozen with the lengths of their time; what was built stays."""
+    grown = shutil.copytree(mixed, tmp_path / "grown")
+    before = files_of(grown, "latents/*.tar")
+    build(demo_corpus, grown, **(MIXED | {"window": {**MIXED["window"], "num_frames": 25}, "corpus": {"limit": 8}}))
+    plan, info = open_plan(open_storage(grown)), read_info(open_storage(grown))
+    assert [generation.choices["window.num_frames"] for generation in plan.generations] == [(29, 33), 25]
+    assert [bucket.frames for bucket in info.buckets] == [29, 29, 33, 33, 25, 25]
+    assert before.items() < files_of(grown, "latents/*.tar").items()
+    assert Counter(sample.frames for sample in open_dataset([str(grown)]).samples).keys() == {29, 33, 25}
+
+
 def test_the_plan_counts_windows_of_each_length(mixed, demo_corpus):
     config = prep(demo_corpus, mixed, **MIXED)
     counts = count_plan(open_plan(open_storage(mixed)), config)
