@@ -46,6 +46,9 @@ class Gpu(NamedTuple):
     precision: Literal["bf16", "fp16"] = "bf16"
     """fp16 where the chip has no bf16."""
     note: str = ""
+    host_gb: float = 24.0
+    """Between the GPU and pinned memory of its host, 10⁹ bytes/s each way: 12 of PCIe 3, 24 of PCIe 4, 50 of PCIe 5, at
+    sixteen lanes; an estimate."""
 
     @property
     def traffic_gb(self) -> float:
@@ -60,23 +63,42 @@ class Gpu(NamedTuple):
 # name, peak, GiB, GB/s of memory, GB/s of link and network, expected TFLOP/s: GEMM, attention forward, backward,
 # VAE in fp32 (71 % of the fp32 peak, where 13 to 15 s a clip of 1280×704×49 were found on a V100) and in 16 bits.
 _ROWS = (
-    Gpu("v100-32gb", 112, 31.7, 900, 11, 2.6, 75, 35, 20, 11.1, 31, "fp16", "PCIe"),
-    Gpu("v100-sxm", 125, 31.7, 900, 45, 41, 84, 39, 22, 12, 34, "fp16", "NVLink, 32 GB"),
-    Gpu("t4", 65, 14.6, 320, 11, 2.6, 25, 12, 7, 4, 10, "fp16", "PCIe, 70 W"),
+    Gpu("v100-32gb", 112, 31.7, 900, 11, 2.6, 75, 35, 20, 11.1, 31, "fp16", "PCIe", 12),
+    Gpu("v100-16gb", 112, 15.7, 900, 11, 2.6, 75, 35, 20, 11.1, 31, "fp16", "PCIe", 12),
+    Gpu("v100-sxm", 125, 31.7, 900, 45, 41, 84, 39, 22, 12, 34, "fp16", "NVLink, 32 GB", 12),
+    Gpu("t4", 65, 14.6, 320, 11, 2.6, 25, 12, 7, 4, 10, "fp16", "PCIe, 70 W", 12),
     Gpu("a100-40gb", 312, 39.4, 1555, 230, 165, 240, 200, 160, 13.8, 90, note="SXM"),
     Gpu("a100-80gb", 312, 79.2, 2039, 230, 165, 240, 200, 160, 13.8, 100, note="SXM"),
     Gpu("a10", 125, 22.1, 600, 11, 2.6, 70, 60, 45, 18, 32, note="PCIe, 150 W"),
+    Gpu("rtx3060", 25, 11.6, 360, 11, 2.6, 21, 17, 13, 9, 10, note="PCIe, 12 GB; fp32 accumulation"),
+    Gpu("rtx4070", 58, 11.6, 504, 11, 2.6, 49, 41, 31, 20, 23, note="PCIe, 12 GB; fp32 accumulation"),
+    Gpu("rtx4080", 97, 15.6, 717, 11, 2.6, 82, 70, 55, 34, 38, note="PCIe, 16 GB; fp32 accumulation"),
     Gpu("rtx3090", 71, 23.6, 936, 11, 2.6, 60, 50, 38, 22, 28, note="PCIe; fp32 accumulation"),
     Gpu("rtx4090", 165, 23.5, 1008, 11, 2.6, 140, 120, 95, 58, 62, note="PCIe, no peer-to-peer; fp32 accumulation"),
-    Gpu("rtx5090", 209, 31.4, 1792, 22, 2.6, 175, 140, 110, 74, 90, note="PCIe, no peer-to-peer; fp32 accumulation"),
+    Gpu(
+        "rtx5090",
+        209,
+        31.4,
+        1792,
+        22,
+        2.6,
+        175,
+        140,
+        110,
+        74,
+        90,
+        note="PCIe, no peer-to-peer; fp32 accumulation",
+        host_gb=50,
+    ),
     Gpu("l40s", 362, 44.5, 864, 22, 2.6, 230, 190, 150, 65, 75, note="PCIe"),
-    Gpu("h100", 989, 79.1, 3350, 360, 330, 650, 500, 400, 47, 195, note="SXM, 80 GB"),
-    Gpu("h200", 989, 139.8, 4800, 360, 330, 650, 500, 400, 47, 210, note="SXM"),
-    Gpu("b200", 2250, 178.3, 7700, 700, 330, 1450, 1000, 750, 53, 350, note="SXM"),
+    Gpu("h100", 989, 79.1, 3350, 360, 330, 650, 500, 400, 47, 195, note="SXM, 80 GB", host_gb=50),
+    Gpu("h200", 989, 139.8, 4800, 360, 330, 650, 500, 400, 47, 210, note="SXM", host_gb=50),
+    Gpu("b200", 2250, 178.3, 7700, 700, 330, 1450, 1000, 750, 53, 350, note="SXM", host_gb=50),
 )
 GPUS = {gpu.name: gpu for gpu in _ROWS}
 # Parts of the names that drivers give, the more particular first.
 _DRIVER_NAMES = {
+    "V100-PCIE-16GB": "v100-16gb",
     "V100-PCIE": "v100-32gb",
     "V100S": "v100-32gb",
     "V100": "v100-sxm",
@@ -87,6 +109,9 @@ _DRIVER_NAMES = {
     "H100": "h100",
     "B200": "b200",
     "L40S": "l40s",
+    "RTX 3060": "rtx3060",
+    "RTX 4070": "rtx4070",
+    "RTX 4080": "rtx4080",
     "RTX 3090": "rtx3090",
     "RTX 4090": "rtx4090",
     "RTX 5090": "rtx5090",

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from shards.gpus import GPUS
 from train.config.model import TI2V_5B
 from train.config.train import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.estimate.plan import Estimate, Setting, Size, make_plan
+from train.estimate.plan import Estimate, Setting, make_plan
 from train.estimate.saves import GIB
+from train.estimate.sizes import Size
 from train.geometry import Bucket
 
 PAGE = Path(__file__).parents[1] / "scaling.md"

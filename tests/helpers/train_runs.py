@@ -113,7 +113,7 @@ def _killer(path: Path) -> Callable[[str, tuple[Any, ...]], None]:
     return look
 
 
-def finish(model: Any, saves: Any, *, compiled: bool = False) -> Any:
+def finish(model: Any, saves: Any, **options: Any) -> Any:
     """Give the LoRA of a WanDiT random weights, and set what its blocks keep for their backward pass."""
     import torch
 
@@ -124,7 +124,7 @@ def finish(model: Any, saves: Any, *, compiled: bool = False) -> Any:
     with torch.no_grad():
         for module in lora_modules(model).values():
             module.lora_B.normal_(0, 0.1, generator=generator)
-    keep(model, saves, compiled=compiled)
+    keep(model, saves, **options)
     return model.train()
 
 

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.config.model import DiTConfig, LoRAConfig
+from train.estimate.memory import AS_COMPUTED, BaseStore
 from train.lora.lora import inject
 from train.model.dit import WanDiT
 from train.model.rope import rope_table
+from train.model.stream import Copier, place_base
 from train.objective import add_noise, slot_losses
 
 aten = torch.ops.aten
@@ -100,6 +102,12 @@ class LiveBytes(TorchDispatchMode):
                 self._note(tensor.untyped_storage())
         return out
 
+    def outside(self, tensor: Tensor) -> Tensor:
+        """Do not count a tensor that has just been made: another device's."""
+        self.live -= tensor.untyped_storage().nbytes()
+        weakref.finalize(tensor.untyped_storage(), self._forget, -tensor.untyped_storage().nbytes())
+        return tensor
+
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
@@ -176,11 +184,30 @@ def vae_traffic(num_frames: int, size: tuple[int, int], *, low_traffic: bool) ->
     return traffic
 
 
-def fake_model(dims: DiTConfig, lora: LoRAConfig | None, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
+class InlineCopier(Copier):
+    """Copies at once: fake tensors live in one thread."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        target.copy_(source)
+
+    def wait(self, done: Any) -> None:
+        pass
+
+
+def fake_model(
+    dims: DiTConfig,
+    lora: LoRAConfig | None,
+    dtype: torch.dtype = torch.bfloat16,
+    store: BaseStore = AS_COMPUTED,
+) -> WanDiT:
     """A model of fake tensors. Make and use it under one `fake_tensors`."""
-    model = WanDiT(dims, dtype, torch.float32 if lora is None else None)
-    if lora is not None:
-        inject(model, lora, 0)
+    with torch.device("cpu" if store == AS_COMPUTED else "meta"):
+        model = WanDiT(dims, dtype, torch.float32 if lora is None else None)
+        if lora is not None:
+            inject(model, lora, 0)
+    if store != AS_COMPUTED:
+        kind = store.dtype if store.dtype in ("fp8", "nf4") else None
+        model.stream = place_base(model, torch.device("cpu"), kind, streamed=store.streamed)
     return model.train()
 
 

@@ -147,10 +147,11 @@ def plan(
     from train.config.train import TrainConfig
     from train.estimate import plan as planning
     from train.estimate import plan_text
+    from train.estimate.sizes import read_sizes
 
     loaded = load_config(TrainConfig, config, overrides)
     card = find_gpu(gpu, memory_gib, tflops, bandwidth)
-    buckets, origin, mode = planning.read_sizes(loaded, sizes)
+    buckets, origin, mode = read_sizes(loaded, sizes)
     made = planning.make_plan(loaded, card, gpus, buckets, efficiency=efficiency, num_nodes=nodes, vae_mode=mode)
     if as_json:
         print_json(plan_text.as_json(made) | {"sizes_from": origin})

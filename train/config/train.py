@@ -37,6 +37,12 @@ class BaseModelConfig(Config):
 class ModelConfig(BaseModelConfig):
     """The frozen base."""
 
+    base_dtype: Literal["auto", "bf16", "fp16", "fp8", "nf4"] = "auto"
+    """How the frozen base is kept. `auto`: as it is computed in; `fp8` and `nf4` are the weights of the blocks' linears
+    in 8 and in 4 bits, brought to the compute dtype one linear at a time: a LoRA then trains beside rounded weights."""
+    stream_blocks: bool | Literal["auto"] = "auto"
+    """Keep the frozen blocks in the host's memory and bring each to the GPU ahead of its turn, two at a time; it changes
+    no bit. `auto`: where a step does not fit the GPU otherwise."""
     compile: bool = False
     """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
 
@@ -151,6 +157,8 @@ class CheckpointingConfig(Config):
     `full`: recompute every block; `selective`: store what saves most time within `budget_gib`. Per block and bucket."""
     budget_gib: PositiveNumber | None = None
     """GiB per process for what blocks keep from forward to backward; only with `selective`."""
+    offload_inputs: bool = False
+    """Where a block keeps its input, keep it in the host's memory until its backward pass."""
 
     @model_validator(mode="after")
     def _budget(self) -> CheckpointingConfig:
@@ -166,7 +174,8 @@ class ParallelConfig(Config):
     """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine,
     `none` not at all; `auto`: `none` if a step fits beside the full base, else `hybrid`."""
     offload: bool = False
-    """Keep a sharded base in the memory of the host: slower, but a GPU then holds little more than one block."""
+    """Keep a sharded base in the memory of the host: slower, but a GPU then holds little more than one block. For a
+    base that is not sharded: `model.stream_blocks`."""
     ulysses: Positive | Literal["auto"] = "auto"
     """Processes that share the tokens of one sample; must divide the attention heads. `auto`: the smallest
     number with which the batch can be shared out and a sample fits; usually 1."""
@@ -255,6 +264,17 @@ class TrainConfig(Config):
             raise ValueError("eval needs held-out clips and data.validation_fraction is 0; raise it or set eval: null")
         if self.lora is None and self.checkpointing.policy == "selective":
             raise ValueError("checkpointing.policy: selective is for a LoRA beside a frozen base, and lora is null")
+        kept = self.model.base_dtype != "auto" or self.model.stream_blocks is True or self.checkpointing.offload_inputs
+        if self.lora is None and kept:
+            raise ValueError(
+                "model.base_dtype, model.stream_blocks and checkpointing.offload_inputs are for a LoRA beside a frozen "
+                "base, and lora is null"
+            )
+        if self.parallel.shard in ("full", "hybrid") and (is_quantised(self) or self.model.stream_blocks is True):
+            raise ValueError(
+                f"parallel.shard: {self.parallel.shard} and a base that is streamed or quantised: every process holds "
+                "such a base by itself; set parallel.shard: none, or parallel.offload: true in place of stream_blocks"
+            )
         if self.model.compile and self.lora is not None and self.lora.dropout:
             raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
@@ -264,6 +284,11 @@ class TrainConfig(Config):
                 f"optim.warmup_updates {self.optim.warmup_updates} is not below max_steps {self.max_steps}"
             )
         return self
+
+
+def is_quantised(config: TrainConfig) -> bool:
+    """Whether the base is kept in fewer than 16 bits."""
+    return config.model.base_dtype in ("fp8", "nf4")
 
 
 def dataset_roots(config: DataConfig) -> tuple[str, ...]:

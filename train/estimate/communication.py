@@ -20,10 +20,10 @@ from typing import NamedTuple
 from shards.errors import UserError
 from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
-from train.config.train import TrainConfig
-from train.estimate.flops import Work, adapted_linears, first_trained_block, step_flops, step_work
-from train.estimate.memory import block_bytes, num_lora_parameters, num_parameters
-from train.estimate.saves import run_memory
+from train.config.train import TrainConfig, is_quantised
+from train.estimate.flops import Work, adapted_linears, block_linears, first_trained_block, step_flops, step_work
+from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters, num_parameters
+from train.estimate.saves import AUTO_SHARE, run_memory
 from train.geometry import Shape
 
 ULYSSES_TRIED = (1, 2, 4, 8)
@@ -39,6 +39,13 @@ class Mesh(NamedTuple):
     """Neighbouring ranks that one copy of the frozen base is sharded over."""
     ulysses: int = 1
     """Neighbouring ranks that share the tokens of one sample."""
+    streamed: bool = False
+    """Every rank's blocks lie in the host's memory, as configured or since a step does not fit otherwise."""
+
+    @property
+    def memory_parts(self) -> tuple[int, int, bool]:
+        """What decides a rank's memory."""
+        return self.base_shards, self.ulysses, self.streamed
 
     @property
     def dp_size(self) -> int:
@@ -56,10 +63,11 @@ class Mesh(NamedTuple):
 
     def __str__(self) -> str:
         if self.num_gpus == 1:
-            return "one GPU"
+            return "one GPU, blocks streamed" if self.streamed else "one GPU"
         parts = [f"replicate {self.dp_size}"] if self.base_shards == 1 and self.dp_size > 1 else []
         parts += [f"shard over {self.base_shards}"] if self.base_shards > 1 else []
         parts += [f"ulysses {self.ulysses}"] if self.ulysses > 1 else []
+        parts += ["streamed"] if self.streamed else []
         return " × ".join(parts)
 
 
@@ -103,7 +111,8 @@ def choose_mesh(
 ) -> tuple[Mesh, str]:
     """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
 
-    the base replicated, then sharded over a machine; as few ranks a sample as the batch allows, then more.
+    the base replicated, then sharded over a machine; as few ranks a sample as the batch allows, then more; then the
+    base streamed from the host's memory.
 
     Args:
         shapes: complete micro-batches of the run.
@@ -115,7 +124,16 @@ def choose_mesh(
     fixed = {"full": num_gpus, "hybrid": here, "none": 1}
     degrees = [asked] if asked != "auto" else _degrees(config, dims, num_gpus, here)
     shards = [fixed[wanted]] if wanted != "auto" else sorted({1, here})
-    meshes = [make_mesh(num_gpus, num_nodes, size, degree, dims) for degree in degrees for size in shards]
+    streamed = config.model.stream_blocks is True
+    if streamed or is_quantised(config):
+        shards = [1]
+    meshes = [
+        make_mesh(num_gpus, num_nodes, size, degree, dims)._replace(streamed=streamed)
+        for degree in degrees
+        for size in shards
+    ]
+    if config.model.stream_blocks == "auto":
+        meshes += [mesh._replace(streamed=True) for mesh in meshes if mesh.base_shards == 1]
     first = meshes[0]
     words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
     if asked == "auto" and first.ulysses > 1:
@@ -123,13 +141,15 @@ def choose_mesh(
         words += f"; {batch} samples divided among {num_gpus} processes, so {first.ulysses} share one"
     if device_bytes is None or config.lora is None or len(meshes) == 1:
         return first, words
+    # `auto` checkpointing leaves a share of the memory free, and refuses what does not fit the rest.
+    limit = device_bytes * (AUTO_SHARE if config.checkpointing.policy == "auto" else 1)
     needs: list[int] = []
     for mesh in meshes:
         needs.append(_least_memory(config, dims, mesh, shapes, compute_bytes))
-        if needs[-1] <= device_bytes:
+        if needs[-1] <= limit:
             words += f"; a step takes {needs[-1] / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
             return mesh, words + (f", and {needs[0] / 2**30:.1f} as {first}" if mesh != first else "")
-    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.base_shards)), f"{words}; nothing fits"
+    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.streamed, mesh.base_shards)), f"{words}; nothing fits"
 
 
 def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> list[int]:
@@ -146,9 +166,7 @@ def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> 
 def _least_memory(config: TrainConfig, dims: DiTConfig, mesh: Mesh, shapes: Sequence[Shape], compute_bytes: int) -> int:
     saves = ((),) * dims.num_layers
     return max(
-        run_memory(
-            config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, mesh.base_shards, mesh.ulysses
-        ).total
+        run_memory(config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, *mesh.memory_parts).total
         for shape in shapes
     )
 
@@ -233,6 +251,62 @@ def _token_bytes(dims: DiTConfig, shape: Shape, ulysses: int, num_passes: int, c
     held = local_shape(shape, ulysses).all_tokens * (ulysses - 1) / ulysses
     velocity = 4 * held * ulysses * dims.out_channels * dims.patch[1] * dims.patch[2]
     return 4 * held * dims.dim * compute_bytes * num_passes + velocity
+
+
+class Transfer(NamedTuple):
+    """What passes between a GPU and its host in a step: streamed blocks, and inputs of blocks."""
+
+    num_bytes: float = 0.0
+    seconds: float = 0.0
+    """At the host's link."""
+    exposed_seconds: float = 0.0
+    """Of them what the computation does not hide: copies run beside a pass, forward and backward each."""
+
+
+def count_transfer(
+    config: TrainConfig,
+    dims: DiTConfig,
+    gpu: Gpu,
+    shape: Shape,
+    saves: Sequence[Collection[str]],
+    compute_bytes: int,
+    pass_seconds: tuple[float, float],
+    store: BaseStore,
+) -> Transfer:
+    """Of one micro-step, whose forward and backward pass take so long; `shape` is what one rank holds.
+
+    The two blocks that a pass ends with are there for the next: each way moves the others. Half of the inputs' bytes
+    go out in the forward pass, half come back.
+    """
+    first = first_trained_block(adapted_linears(dims, config.lora))
+    moved = 0
+    if store.streamed:
+        copies = max(0, dims.num_layers - 2) + max(0, dims.num_layers - 2 - first)
+        moved = copies * block_bytes(dims, compute_bytes, store=store)
+    if store.offload_inputs:
+        moved += 8 * shape.all_tokens * dims.dim * sum("projections" not in kept for kept in saves[first:])
+    seconds = moved / (1e9 * gpu.host_gb)
+    exposed = sum(max(0.0, seconds / 2 - compute) for compute in pass_seconds)
+    return Transfer(moved, seconds, exposed)
+
+
+def conversion_traffic(
+    config: TrainConfig, dims: DiTConfig, saves: Sequence[Collection[str]], compute_bytes: int, store: BaseStore
+) -> float:
+    """Bytes of memory traffic of a micro-step for bringing weights to the compute dtype, wherever they are multiplied:
+    once forward, once for the gradient of the input, once more where it is computed again."""
+    if not store.is_converted(compute_bytes):
+        return 0.0
+    sizes = block_linears(dims)
+    # Read as kept and written; fp8 is multiplied by its scales in place.
+    passes = 3 if store.dtype == "fp8" else 1
+    once = {n: store.weight_bytes(compute_bytes, i, o) + passes * compute_bytes * i * o for n, (i, o) in sizes.items()}
+    total = float(dims.num_layers * sum(once.values()))
+    for kept in saves[first_trained_block(adapted_linears(dims, config.lora)) :]:
+        total += sum(size for name, size in once.items() if name not in ("cross_attn.k", "cross_attn.v"))
+        total += once["ffn.0"] * ("ffn_up" not in kept)
+        total += sum(size for name, size in once.items() if not name.startswith("ffn")) * ("projections" not in kept)
+    return total
 
 
 def num_passes(dims: DiTConfig, lora: LoRAConfig | None, saves: Sequence[Collection[str]]) -> int:

@@ -23,4 +23,4 @@ def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -
         raise UserError("parallel.shard spreads a frozen base; lora: null trains it", fix="parallel.shard=none")
     num_nodes = 1 if world.size % world.local_size else world.size // world.local_size
     mesh, reason = plan.choose_run_mesh(config, world.size, num_nodes, device_bytes)
-    return Layout(world.rank, world.size, world.local_rank, mesh.base_shards, mesh.ulysses), reason
+    return Layout(world.rank, world.size, world.local_rank, *mesh.memory_parts), reason

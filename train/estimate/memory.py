@@ -9,12 +9,16 @@ micro-batch, LoRA rank r. A block's values (train/recompute/block.py) by the gro
     input         4Nd                                     instead of projections
 
 The peak is reached in the last block, where everything kept lives beside what that one block works with.
+
+A block's linears take c bytes a weight, or 1 and a scale a row (fp8), or ½ and a scale for 64 (nf4), and then one of
+them is in the compute dtype at a time, the largest of d × f. Streamed, two blocks are on the device; with inputs
+offloaded none is kept, and two are there in a backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards.gpus import CONTEXT_BYTES
 from train.config.model import DiTConfig, LoRAConfig
@@ -23,6 +27,47 @@ from train.geometry import SAVE_GROUPS, Shape
 
 FRAGMENTATION = 0.04
 """Share of the allocator's peak that lies idle between allocations: an estimate."""
+
+
+class BaseStore(NamedTuple):
+    """How the frozen base and the inputs of its blocks are kept."""
+
+    dtype: str = "auto"
+    """`model.base_dtype`."""
+    streamed: bool = False
+    """Blocks lie in the host's memory; two are on the device."""
+    offload_inputs: bool = False
+    """Block inputs lie in the host's memory."""
+
+    def weight_bytes(self, compute_bytes: int, inside: int, outside: int) -> int:
+        """A linear's weight as it is kept."""
+        count = inside * outside
+        if self.dtype == "fp8":
+            return count + 4 * outside
+        if self.dtype == "nf4":
+            return (count + 1) // 2 + 4 * -(-count // 64)
+        return count * self.plain_bytes(compute_bytes)
+
+    def plain_bytes(self, compute_bytes: int) -> int:
+        """A number of biases and embeddings."""
+        return 2 if self.dtype in ("bf16", "fp16") else compute_bytes
+
+    def is_converted(self, compute_bytes: int) -> bool:
+        """Whether a linear's weight is brought to the compute dtype where it is multiplied."""
+        return self.dtype in ("fp8", "nf4") or self.plain_bytes(compute_bytes) != compute_bytes
+
+
+AS_COMPUTED = BaseStore()
+BASES = {
+    "16 bit": AS_COMPUTED,
+    "16 bit, inputs offloaded": BaseStore(offload_inputs=True),
+    "16 bit, streamed": BaseStore(streamed=True),
+    "16 bit, streamed, inputs offloaded": BaseStore(streamed=True, offload_inputs=True),
+    "fp8": BaseStore("fp8"),
+    "fp8, streamed, inputs offloaded": BaseStore("fp8", streamed=True, offload_inputs=True),
+    "nf4": BaseStore("nf4"),
+}
+"""Ways that a plan compares; those of 16 bit change no bit."""
 
 
 class Memory(NamedTuple):
@@ -68,13 +113,26 @@ def num_parameters(dims: DiTConfig) -> tuple[int, int]:
     return dims.num_layers * linears + text + (dims.in_channels * patch + 1) * dim, wide
 
 
-def block_bytes(dims: DiTConfig, compute_bytes: int, shards: int = 1) -> int:
+def block_bytes(dims: DiTConfig, compute_bytes: int, shards: int = 1, store: BaseStore = AS_COMPUTED) -> int:
     """A block's own weights; padded so that every one's rows divide by the ranks that they are sharded over."""
     linears = list(block_linears(dims).values())
-    narrow = [(outside, columns) for inside, outside in linears for columns in (inside, 1)]
     wide = [*((dims.dim, 1),) * 6, (1, 6 * dims.dim)]  # norms of q and k in both attentions, norm3, modulation
+    if store != AS_COMPUTED:  # never sharded
+        kept = sum(store.weight_bytes(compute_bytes, *size) for size in linears)
+        biases = store.plain_bytes(compute_bytes) * sum(outside for _, outside in linears)
+        return kept + biases + 4 * sum(rows * columns for rows, columns in wide)
+    narrow = [(outside, columns) for inside, outside in linears for columns in (inside, 1)]
     sizes = [(compute_bytes, *shape) for shape in narrow] + [(4, *shape) for shape in wide]
     return sum(width * -(-rows // shards) * shards * columns for width, rows, columns in sizes)
+
+
+def host_bytes(
+    dims: DiTConfig, shape: Shape, saves: Sequence[Collection[str]], compute_bytes: int, store: BaseStore
+) -> int:
+    """Pinned memory of the host that one process takes: streamed blocks, and inputs of blocks."""
+    blocks = dims.num_layers * block_bytes(dims, compute_bytes, store=store) if store.streamed else 0
+    offloaded = sum("projections" not in kept for kept in saves) if store.offload_inputs else 0
+    return blocks + offloaded * value_bytes(dims, shape, "input")
 
 
 def num_lora_parameters(dims: DiTConfig, lora: LoRAConfig) -> int:
@@ -108,9 +166,10 @@ def kept_bytes(
     rank: int = 0,
     *,
     compute_bytes: int = 2,
+    offload_inputs: bool = False,
 ) -> int:
     """What a block keeps between its forward and its backward pass."""
-    groups = [*saves, *([] if "projections" in saves else ["input"])]
+    groups = [*saves, *([] if "projections" in saves or offload_inputs else ["input"])]
     return sum(value_bytes(dims, shape, g, adapted, rank, compute_bytes=compute_bytes) for g in groups)
 
 
@@ -123,6 +182,7 @@ def block_peak_bytes(
     *,
     compute_bytes: int = 2,
     ulysses: int = 1,
+    store: BaseStore = AS_COMPUTED,
 ) -> int:
     """The most that lives while a block is worked on, its kept values included, its neighbours' not.
 
@@ -142,6 +202,11 @@ def block_peak_bytes(
         # What other ranks sent for self-attention is held from where it is computed again; else it comes beside ours.
         feed_forward += 0 if "attention" in saves else 3 * c * tokens * dim
         attention += 2 * c * tokens * dim
+    if store.offload_inputs and "projections" not in saves:
+        # The input of the block that comes next in the backward pass is fetched meanwhile.
+        feed_forward, attention = feed_forward + source, attention + source
+    if store.is_converted(c):
+        forward, feed_forward = forward + c * dim * inner, feed_forward + c * dim * inner
     return max(forward, feed_forward, attention)
 
 
@@ -164,6 +229,7 @@ def step_memory(
     moving_average: bool = False,
     base_shards: int = 1,
     ulysses: int = 1,
+    store: BaseStore = AS_COMPUTED,
 ) -> Memory:
     """Memory of one GPU for a micro-batch of one shape.
 
@@ -173,25 +239,34 @@ def step_memory(
         base_shards: processes that the base's blocks are sharded over (two blocks are gathered at a time); what is no
             block's is replicated.
         ulysses: processes that share a sample's tokens; `shape` is what one of them holds.
+        store: how the base is kept; a sharded one is as it is computed.
     """
     narrow, wide = num_parameters(dims)
     base = narrow * compute_bytes + 4 * wide
-    if base_shards > 1:
-        blocks = dims.num_layers * block_bytes(dims, compute_bytes)
+    blocks = dims.num_layers * block_bytes(dims, compute_bytes)
+    if store != AS_COMPUTED:
+        outside = narrow - dims.num_layers * sum((i + 1) * o for i, o in block_linears(dims).values())
+        base -= blocks + outside * (compute_bytes - store.plain_bytes(compute_bytes))
+        base += (2 if store.streamed else dims.num_layers) * block_bytes(dims, compute_bytes, store=store)
+    elif base_shards > 1:
         gathered = block_bytes(dims, compute_bytes, base_shards)
         base += dims.num_layers * gathered // base_shards - blocks + 2 * gathered
     trained = num_lora_parameters(dims, lora)
     adapted = adapted_linears(dims, lora)
     first = first_trained_block(adapted)
-    options = {"compute_bytes": compute_bytes}
+    options: dict[str, Any] = {"compute_bytes": compute_bytes}
     kept = [
-        kept_bytes(dims, shape, s, names, lora.rank, **options) if index >= first else 0
+        kept_bytes(dims, shape, s, names, lora.rank, offload_inputs=store.offload_inputs, **options)
+        if index >= first
+        else 0
         for index, (s, names) in enumerate(zip(saves, adapted, strict=True))
     ]
     peak = max(
         (
             sum(kept[:index])
-            + block_peak_bytes(dims, shape, saves[index], adapted[index], lora.rank, ulysses=ulysses, **options)
+            + block_peak_bytes(
+                dims, shape, saves[index], adapted[index], lora.rank, ulysses=ulysses, store=store, **options
+            )
             for index in range(first, len(kept))
         ),
         default=0,

@@ -16,20 +16,24 @@ from typing import Any, NamedTuple
 from shards.errors import UserError
 from shards.gpus import Gpu, VaeMode, vae_encode_tflop
 from train.config.model import TI2V_5B, DiTConfig
-from train.config.train import TrainConfig, slots_per_rank
+from train.config.train import TrainConfig, is_quantised, slots_per_rank
 from train.estimate.communication import (
     Exchange,
     Mesh,
+    Transfer,
     candidates,
     choose_mesh,
+    conversion_traffic,
     count_exchange,
+    count_transfer,
     forward_exchange_seconds,
     local_shape,
     rank_work,
 )
 from train.estimate.flops import Work, forward_work
-from train.estimate.memory import Memory
-from train.estimate.saves import GIB, Saves, describe_saves, make_chooser, run_memory
+from train.estimate.memory import BASES, Memory, host_bytes
+from train.estimate.saves import GIB, Saves, base_store, describe_saves, make_chooser, run_memory
+from train.estimate.sizes import Size, read_sizes
 from train.geometry import SAVE_GROUPS, TEMPORAL_STRIDE, Bucket, Shape, num_tokens
 
 DAY_SECONDS = 86_400
@@ -37,17 +41,8 @@ NUM_LEVELS = 9
 """Noise levels of the held-out loss; at each a clip of several latent frames is seen in two modes."""
 OPTIMISTIC, PESSIMISTIC = 0.76, 1.4
 """The range of the likely seconds: every kernel near its best, and every kernel at the worst that was reported."""
-REFERENCE_SIZE = Bucket(49, 704, 1280)
-"""Planned for where the dataset cannot be read."""
 SMALL_SIZE = (480, 832)
 """Height and width that the proxies of broadcast archives suffice for."""
-
-
-class Size(NamedTuple):
-    """A bucket of the run and its share of the samples."""
-
-    bucket: Bucket
-    share: float
 
 
 class Setting(NamedTuple):
@@ -68,15 +63,20 @@ class Setting(NamedTuple):
     mesh: Mesh = Mesh()
     exchange: Exchange = Exchange()
     """A rank's, mean over the buckets."""
+    transfer: Transfer = Transfer()
+    """Between a GPU and its host, a step's."""
+    host_bytes: int = 0
+    """Pinned memory of the host a process: streamed blocks, and the largest bucket's inputs of blocks."""
 
     @property
     def seconds(self) -> float:
-        """A step's, likely, what is exchanged included."""
-        return sum(self.work_seconds) + self.exchange.seconds
+        """A step's, likely, what is exchanged included, and what of the transfers is not hidden."""
+        return sum(self.work_seconds) + self.exchange.seconds + self.transfer.exposed_seconds
 
     def days(self, num_steps: int, factor: float = 1.0) -> float:
         """Of so many steps; `factor` is OPTIMISTIC or PESSIMISTIC."""
-        return num_steps * (factor * sum(self.work_seconds) + self.exchange.seconds) / DAY_SECONDS
+        apart = self.exchange.seconds + self.transfer.exposed_seconds
+        return num_steps * (factor * sum(self.work_seconds) + apart) / DAY_SECONDS
 
     @property
     def exchange_share(self) -> float:
@@ -97,6 +97,12 @@ class Estimate(NamedTuple):
     """Of those that fit."""
     layouts: tuple[Setting, ...]
     """The same checkpointing under other layouts; the configured one is not repeated."""
+    bases: tuple[Setting, ...]
+    """The same layout with the base kept in other ways, as much kept as fits."""
+    fastest_exact: Setting | None
+    """Of those that fit and change no bit."""
+    fastest_base: Setting | None
+    """Of all that fit."""
     num_steps: int
     train_days: float
     train_days_range: tuple[float, float]
@@ -143,7 +149,7 @@ def make_plan(
         device_bytes=basis.device_bytes,
         compute_bytes=compute_bytes,
     )
-    if num_gpus > 1:
+    if num_gpus > 1 or mesh.streamed:
         notes.append(f"layout: {reason}")
     slots_per_rank(config.data, mesh.dp_size)
     settings = []
@@ -169,6 +175,8 @@ def make_plan(
         for f in (OPTIMISTIC, PESSIMISTIC)
     )
     held_out += held_out_exchange
+    bases = base_settings(basis, mesh)
+    fitting = sorted((base for base in bases.values() if base.fits), key=lambda base: base.seconds)
     return Estimate(
         gpu=gpu,
         num_gpus=num_gpus,
@@ -177,6 +185,9 @@ def make_plan(
         chosen=chosen,
         fastest=min((s for s in settings if s.fits), key=lambda s: s.seconds, default=None),
         layouts=tuple(other_layouts(basis, mesh)),
+        bases=tuple(bases.values()),
+        fastest_exact=next((base for base in fitting if BASES[base.name].dtype == "auto"), None),
+        fastest_base=next(iter(fitting), None),
         num_steps=config.max_steps,
         train_days=(training + held_out) / DAY_SECONDS,
         train_days_range=(low, high),
@@ -229,6 +240,9 @@ def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     data = basis.config.data
     found = []
     for mesh in candidates(basis.dims, own.num_gpus, own.num_nodes, data.global_batch, data.micro_batch):
+        if mesh.base_shards > 1 and (basis.config.model.stream_blocks is True or is_quantised(basis.config)):
+            continue
+        mesh = mesh._replace(streamed=own.streamed and mesh.base_shards == 1)
         choose = _choices(basis, mesh)[_own_name(basis.config)]
         with contextlib.suppress(UserError):  # the memory is too small for what is configured, there
             if mesh != own:
@@ -236,38 +250,26 @@ def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     return found
 
 
-def read_sizes(config: TrainConfig, texts: Sequence[str]) -> tuple[list[Size], str, VaeMode]:
-    """The buckets of the run, in words where they are from (the command, the dataset, or the reference size), and what
-    the dataset was encoded in."""
-    if texts:
-        return [Size(parse_size(text), 1 / len(texts)) for text in texts], "as given", "fp32"
-    from train.data.loader import select_samples
-    from train.data.open import open_data
-    from train.data.weights import kept_weights
-
-    try:
-        dataset = open_data(config)
-        ordinals, _ = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
-        weights = [float(weight) for weight in kept_weights(dataset, ordinals, config.data.weights)]
-    except UserError as error:
-        words = str(error).splitlines()[0]
-        return [Size(REFERENCE_SIZE, 1.0)], f"the reference's, since the dataset cannot be read ({words})", "fp32"
-    mode: VaeMode = dataset.info.identity.get("vae", {}).get("precision", "fp32")
-    counts: dict[Bucket, float] = {}
-    for ordinal, weight in zip(ordinals, weights, strict=True):
-        sample = dataset.samples[ordinal]
-        bucket = Bucket(sample.frames, sample.height, sample.width)
-        counts[bucket] = counts.get(bucket, 0) + weight
-    return [Size(bucket, count / sum(weights)) for bucket, count in sorted(counts.items())], "the dataset's", mode
-
-
-def parse_size(text: str) -> Bucket:
-    """`1280x704x49`: width, height, frames. Raises UserError."""
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise UserError(f"--size {text}: not a size", expected="width x height x frames, such as 1280x704x49")
-    width, height, frames = map(int, parts)
-    return Bucket(frames, height, width)
+def base_settings(basis: Basis, mesh: Mesh) -> dict[str, Setting]:
+    """Each way to keep the base on one process, with as much kept of the activations as fits."""
+    config, found = basis.config, {}
+    if config.lora is None or mesh.base_shards > 1 or basis.compute_bytes != 2:
+        return {}
+    for name, store in BASES.items():
+        model = {"base_dtype": store.dtype, "stream_blocks": store.streamed}
+        checkpointing = {"policy": "auto", "budget_gib": None, "offload_inputs": store.offload_inputs}
+        tried = config.model_copy(
+            update={
+                "model": config.model.model_copy(update=model),
+                "checkpointing": config.checkpointing.model_copy(update=checkpointing),
+            }
+        )
+        other, place = basis._replace(config=tried), mesh._replace(streamed=store.streamed)
+        try:
+            found[name] = cost(other, place, name, _choices(other, place)["auto"])
+        except UserError:  # it does not fit with every block recomputed
+            found[name] = cost(other, place, name, _constant(((),) * basis.dims.num_layers))._replace(fits=False)
+    return found
 
 
 def _dims(config: TrainConfig) -> tuple[DiTConfig, list[str]]:
@@ -318,6 +320,7 @@ def _choices(basis: Basis, mesh: Mesh) -> dict[str, Callable[[Shape], Saves]]:
                 compute_bytes=basis.compute_bytes,
                 base_shards=mesh.base_shards,
                 ulysses=mesh.ulysses,
+                streamed=mesh.streamed,
             )
     elif config.checkpointing.policy == "auto":
         choices["auto"] = choices["full"]
@@ -332,26 +335,37 @@ def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) 
     """Mean FLOPs and exchange of a step; memory and kept values of the bucket that takes the most."""
     config, dims, gpu = basis.config, basis.dims, basis.gpu
     work, exchange, largest, words = Work(0, 0, 0, 0), Exchange(), None, ""
+    transfer, of_host, store = Transfer(), 0, base_store(config, mesh.streamed)
     micro = config.data.micro_batch
     for bucket, share in basis.sizes:
         shape = Shape(micro, _tokens(dims, bucket))
         here = local_shape(shape, mesh.ulysses)
         saves = choose(here)
         own = rank_work(dims, shape, config.lora, saves, mesh.ulysses, compiled=config.model.compile)
+        if config.lora is not None:
+            converted = conversion_traffic(config, dims, saves, basis.compute_bytes, store)
+            own = own._replace(traffic_bytes=own.traffic_bytes + converted)
+            forward = sum(_work_seconds(basis, forward_work(dims, shape, config.lora))) / mesh.ulysses
+            passes = forward, max(0.0, sum(_work_seconds(basis, own)) - forward)
+            moved = count_transfer(config, dims, gpu, here, saves, basis.compute_bytes, passes, store)
+            transfer = Transfer(*(total + share * part for total, part in zip(transfer, moved, strict=True)))
+            of_host = max(of_host, host_bytes(dims, here, saves, basis.compute_bytes, store))
         work = Work(*(total + share * part for total, part in zip(work, own, strict=True)))
         counted = count_exchange(config, dims, mesh, gpu, shape, saves, basis.compute_bytes)
         exchange = Exchange(*(total + share * part for total, part in zip(exchange, counted, strict=True)))
         if config.lora is None:
             words = "what autograd does" if saves[0] else "input only"
             continue
-        memory = run_memory(config, dims, here, saves, basis.compute_bytes, mesh.base_shards, mesh.ulysses)
+        memory = run_memory(config, dims, here, saves, basis.compute_bytes, *mesh.memory_parts)
         if largest is None or memory.total > largest.total:
             largest, words = memory, describe_saves(saves)
-    work = work.scaled(config.data.global_batch / micro / mesh.dp_size)
+    micro_steps = config.data.global_batch / micro / mesh.dp_size
+    work, transfer = work.scaled(micro_steps), Transfer(*(micro_steps * part for part in transfer))
     fits = None if largest is None else largest.total <= basis.device_bytes
     at_peak = work.flops / (gpu.peak_tflops * 1e12)
     seconds = _work_seconds(basis, work)
-    return Setting(name, words, largest, fits, work.flops * mesh.num_gpus, at_peak, seconds, mesh, exchange)
+    flops = work.flops * mesh.num_gpus
+    return Setting(name, words, largest, fits, flops, at_peak, seconds, mesh, exchange, transfer, of_host)
 
 
 def _work_seconds(basis: Basis, work: Work) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shards.gpus import GIB
-from train.estimate.memory import Memory
+from train.estimate.memory import BASES, Memory
 from train.estimate.plan import Estimate, Setting
 
 
@@ -20,6 +20,7 @@ def as_json(plan: Estimate) -> dict[str, Any]:
         parts = ("gemm", "attention", "attention_backward", "traffic")
         times = dict(zip(parts, value.work_seconds, strict=True))
         own = {"memory": memory, "mesh": value.mesh._asdict(), "exchange": exchange}
+        own["transfer"] = value.transfer._asdict()
         return value._asdict() | own | {"work_seconds": times, "seconds": value.seconds}
 
     values = plan._asdict()
@@ -27,7 +28,9 @@ def as_json(plan: Estimate) -> dict[str, Any]:
     values["sizes"] = [{"size": str(size.bucket), "share": size.share} for size in plan.sizes]
     values["settings"] = [setting(value) for value in plan.settings]
     values["layouts"] = [setting(value) for value in plan.layouts]
-    values["chosen"], values["fastest"] = setting(plan.chosen), setting(plan.fastest)
+    values["bases"] = [setting(value) for value in plan.bases]
+    for name in ("chosen", "fastest", "fastest_exact", "fastest_base"):
+        values[name] = setting(getattr(plan, name))
     return values
 
 
@@ -55,6 +58,7 @@ def describe_estimate(plan: Estimate, origin: str = "as given") -> list[str]:
         f"◀ configured{fastest}",
         "",
         *describe_layouts(plan),
+        *describe_bases(plan),
         *describe_memory(plan.chosen.name, plan.chosen.saves, plan.chosen.memory),
         "",
     ]
@@ -91,6 +95,32 @@ def describe_layouts(plan: Estimate) -> list[str]:
     if plan.chosen.mesh.num_nodes > 1:
         bandwidth += f", {plan.gpu.network_gb_per_second:g} between them"
     return [*lines, f"exchanged a GPU and step, at {bandwidth} (assumed), nothing overlapped", ""]
+
+
+def describe_bases(plan: Estimate) -> list[str]:
+    """How else the base could be kept, and what is recommended; nothing where every weight trains."""
+    if not plan.bases:
+        return []
+    words = ("the base, as much kept as fits", "memory", "fits", "of the host", "moved", "hidden", "s/step")
+    lines = ["{:<36}{:>10}  {:<5}{:>12}{:>10}{:>8}{:>9}".format(*words)]
+    for base in plan.bases:
+        assert base.memory is not None
+        moved = base.transfer
+        hidden = f"{1 - moved.exposed_seconds / moved.seconds:.0%}" if moved.seconds else "-"
+        mark = " ◀ recommended" if base is plan.fastest_exact else " ◀ fastest" if base is plan.fastest_base else ""
+        lines.append(
+            f"{base.name:<36}{base.memory.total / GIB:>6.1f} GiB  {'yes' if base.fits else 'no':<5}"
+            f"{base.host_bytes / GIB:>8.1f} GiB{moved.num_bytes / 1e9:>7,.0f} GB{hidden:>8}{base.seconds:>9.2f}{mark}"
+        )
+    for best in dict.fromkeys((plan.fastest_exact, plan.fastest_base)):
+        if best is not None:
+            store = BASES[best.name]
+            keys = [f"model.base_dtype={store.dtype}"] if store.dtype != "auto" else []
+            keys += [f"model.stream_blocks={str(store.streamed).lower()}"] if store.streamed or not keys else []
+            keys += ["checkpointing.offload_inputs=true"] if store.offload_inputs else []
+            exact = "the same numbers" if best is plan.fastest_exact else "rounded weights, chosen by name only"
+            lines.append(f"  {' '.join(keys)}: {best.seconds:.2f} s a step, {exact}")
+    return [*lines, f"moved a step, at {plan.gpu.host_gb:g} GB/s between GPU and host (assumed)", ""]
 
 
 def describe_memory(name: str, saves: str, memory: Memory | None) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from typing import Any
 
 from shards.errors import UserError
 from shards.gpus import GIB
@@ -17,7 +18,7 @@ from train.config.model import DiTConfig, LoRAConfig
 from train.config.optim import OptimConfig
 from train.config.train import TrainConfig
 from train.estimate.flops import adapted_linears, first_trained_block, recompute_flops
-from train.estimate.memory import Memory, kept_bytes, step_memory
+from train.estimate.memory import BaseStore, Memory, kept_bytes, step_memory
 from train.geometry import SAVE_GROUPS, Shape
 
 Saves = tuple[Collection[str], ...]
@@ -65,12 +66,12 @@ def save_most(
     return keeping(low)
 
 
-def total_kept(dims: DiTConfig, shape: Shape, lora: LoRAConfig, saves: Saves, *, compute_bytes: int = 2) -> int:
-    """Bytes that all blocks keep."""
+def total_kept(dims: DiTConfig, shape: Shape, lora: LoRAConfig, saves: Saves, **options: Any) -> int:
+    """Bytes that all blocks keep; `options` as of `kept_bytes`."""
     adapted = adapted_linears(dims, lora)
     first = first_trained_block(adapted)
     pairs = list(zip(saves, adapted, strict=True))[first:]
-    return sum(kept_bytes(dims, shape, s, names, lora.rank, compute_bytes=compute_bytes) for s, names in pairs)
+    return sum(kept_bytes(dims, shape, s, names, lora.rank, **options) for s, names in pairs)
 
 
 def run_memory(
@@ -81,8 +82,9 @@ def run_memory(
     compute_bytes: int,
     base_shards: int = 1,
     ulysses: int = 1,
+    streamed: bool = False,
 ) -> Memory:
-    """`step_memory` as a run is configured."""
+    """`step_memory` as a run is configured; `streamed` also where `auto` chose it."""
     return step_memory(
         dims,
         shape,
@@ -93,6 +95,7 @@ def run_memory(
         moving_average=config.optim.ema_decay is not None,
         base_shards=base_shards,
         ulysses=ulysses,
+        store=base_store(config, streamed),
     )
 
 
@@ -107,6 +110,12 @@ def _optimizer_bytes(config: OptimConfig) -> float:
     return probe_optimizer(config.name, json.dumps(config.args))
 
 
+def base_store(config: TrainConfig, streamed: bool = False) -> BaseStore:
+    """How a run's base is kept."""
+    streamed = streamed or config.model.stream_blocks is True
+    return BaseStore(config.model.base_dtype, streamed, config.checkpointing.offload_inputs)
+
+
 def make_chooser(
     config: TrainConfig,
     dims: DiTConfig,
@@ -115,6 +124,7 @@ def make_chooser(
     compute_bytes: int = 2,
     base_shards: int = 1,
     ulysses: int = 1,
+    streamed: bool = False,
 ) -> Callable[[Shape], Saves]:
     """From the shape of a micro-batch to what each block keeps, for a frozen base.
 
@@ -122,13 +132,14 @@ def make_chooser(
         device_bytes: memory of the GPU that the run can use, for `auto`; None (a CPU) keeps everything.
         base_shards: ranks that one copy of the base is sharded over.
         ulysses: ranks that share a sample's tokens; shapes are what one of them holds.
+        streamed: blocks are streamed, as configured or as `auto` chose.
     Raises (when called): UserError where not even the least fits, with what would.
     """
     policy, lora = config.checkpointing.policy, _frozen_base(config)
     everything, nothing = (SAVE_GROUPS,) * dims.num_layers, ((),) * dims.num_layers
 
     def memory(shape: Shape, saves: Saves) -> Memory:
-        return run_memory(config, dims, shape, saves, compute_bytes, base_shards, ulysses)
+        return run_memory(config, dims, shape, saves, compute_bytes, base_shards, ulysses, streamed)
 
     @lru_cache(maxsize=64)
     def choose(shape: Shape) -> Saves:
@@ -147,15 +158,16 @@ def make_chooser(
             )
             return chosen if chosen is not None else _refuse_device(shape, memory(shape, nothing), limit)
         budget = int((config.checkpointing.budget_gib or 0) * GIB)
+        options = {"compute_bytes": compute_bytes, "offload_inputs": config.checkpointing.offload_inputs}
         chosen = save_most(
             dims,
             shape,
             lora,
-            lambda saves: total_kept(dims, shape, lora, saves, compute_bytes=compute_bytes) <= budget,
+            lambda saves: total_kept(dims, shape, lora, saves, **options) <= budget,
             compute_bytes=compute_bytes,
         )
         if chosen is None:
-            least = total_kept(dims, shape, lora, nothing, compute_bytes=compute_bytes) / GIB
+            least = total_kept(dims, shape, lora, nothing, **options) / GIB
             raise UserError(
                 f"checkpointing.budget_gib: {config.checkpointing.budget_gib:g} is less than the blocks' inputs alone",
                 expected=f"at least {least:.2f} for {shape.batch} samples of {shape.tokens:,} tokens",

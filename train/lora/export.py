@@ -51,6 +51,7 @@ def export_metadata(identity: Mapping[str, Any], step: int, licence: str | None,
         "dataset_revision": str(dataset.get("revision")),
         "config_digest": canonical_digest(identity.get("config", {})),
         "step": str(step),
+        **({"base_dtype": str(identity["base_dtype"])} if "base_dtype" in identity else {}),
         "licence": licence or NOT_STATED,
         "modelspec.license": licence or NOT_STATED,
     }

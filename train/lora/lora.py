@@ -184,6 +184,11 @@ def merge(model: nn.Module) -> None:
     """
     paths, kept = linears(model), {}
     for name, module in lora_modules(model).items():
+        if module.quantised is not None:
+            raise UserError(
+                f"{name}: the base is kept in {module.quantised.kind}, and a LoRA is merged into the original weights",
+                fix="`wantrain lora merge` reads them from the checkpoint",
+            )
         merged = module.weight.float() + module.scale * (module.lora_B @ module.lora_A)
         plain = _plain(module)
         plain.weight = nn.Parameter(merged.to(module.weight.dtype), requires_grad=False)

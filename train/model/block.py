@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.config.model import DiTConfig
 from train.model.attention import Backend, attend
+from train.model.quantise import Quantised
 from train.model.rope import rotate
 from train.parallel.ulysses import Ulysses, to_heads, to_tokens
 
@@ -56,14 +57,21 @@ class Linear(nn.Linear):
     output_scale = 1.0
     """A power of two that the output is multiplied by before it is rounded, so that fp16 holds it. Set on the linears
     ahead of a residual only, where the float32 gate divides by it again (train/precision.py, fold_outputs)."""
+    quantised: Quantised | None = None
+    """The weight where it is kept in few bits; `weight` is on `meta` then, for its name and shape."""
+
+    @property
+    def kept(self) -> Tensor | Quantised:
+        """The weight as it is kept; `.to(dtype)` gives what is multiplied by."""
+        return self.weight if self.quantised is None else self.quantised
 
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """x W' + b. `dropout` is for the subclass that adds a LoRA."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.output_scale == 1 or bias is None:
-            return F.linear(x, self.weight.to(x.dtype), bias)
+            return F.linear(x, self.kept.to(x.dtype), bias)
         rows, scale = x.flatten(0, -2), self.output_scale
-        return torch.addmm(bias, rows, self.weight.to(x.dtype).t(), beta=scale, alpha=scale).unflatten(0, x.shape[:-1])
+        return torch.addmm(bias, rows, self.kept.to(x.dtype).t(), beta=scale, alpha=scale).unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):

@@ -25,7 +25,9 @@ from train.model.attention import Backend, choose_backend
 from train.model.block import Block, BlockInputs, BlockRunner, DropoutKey, Linear, modulate, run_plain, run_recomputed
 from train.model.kernels import probed
 from train.model.patchify import num_patch_channels, patchify, token_grid, unpatchify
+from train.model.quantise import quantised_weights
 from train.model.rope import rope_table
+from train.model.stream import BlockStream
 from train.parallel.ulysses import Ulysses, gather, pad_tokens
 
 
@@ -68,6 +70,8 @@ class WanDiT(nn.Module):
         self.run_block: BlockRunner = run_plain
         self.ulysses: Ulysses | None = None
         """The ranks that share the tokens of a sample: all call the model, with the same inputs, and get the same."""
+        self.stream: BlockStream | None = None
+        """Brings blocks from the host's memory; None: all are on the device."""
 
     def forward(
         self,
@@ -138,7 +142,11 @@ class WanDiT(nn.Module):
         )
         weight, bias = self.patch_embedding.weight.flatten(1), cast(Tensor, self.patch_embedding.bias)
         x_BLD = F.linear(tokens_BLP.to(dtype), weight.to(dtype), bias.to(dtype)).float()
+        if self.stream is not None and torch.is_grad_enabled() and self.run_block in (run_plain, run_recomputed):
+            raise ValueError("autograd would keep weights that are streamed: see train.recompute.runner.keep")
         for index, block in enumerate(self.blocks):
+            if self.stream is not None:
+                self.stream.forward(index)
             x_BLD = self.run_block(index, cast(Block, block), x_BLD, inputs)
         return self.head(x_BLD, time_BRD, num_first)
 
@@ -247,11 +255,12 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
     from train.parallel.fsdp import local_shard
 
     own = {name: weight for name, weight in model.named_parameters() if not name.endswith((".lora_A", ".lora_B"))}
+    quantised, device = quantised_weights(model), model.head.modulation.device
     for index, (name, parameter) in enumerate(own.items()):
         local, rows = local_shard(parameter)
-        generator = torch.Generator(local.device).manual_seed((seed * 1_000_003 + index) % 2**63)
+        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + index) % 2**63)
         # Drawn in float32 whatever the weight is kept in: torch 2.9 draws other numbers for 16 bits.
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=local.device)
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
         if name.endswith("modulation"):
             drawn.normal_(0, model.config.dim**-0.5, generator=generator)
         elif name.endswith("bias") or (name == "head.head.weight" and zero_head):
@@ -264,4 +273,7 @@ def init_random(model: WanDiT, seed: int, *, zero_head: bool = False) -> None:
             fan = parameter.flatten(1).shape
             bound = (6 / (fan[0] + fan[1])) ** 0.5
             drawn.uniform_(-bound, bound, generator=generator)
-        local.copy_(drawn[rows])
+        if name in quantised:
+            quantised[name].fill(drawn[rows])
+        else:
+            local.copy_(drawn[rows])

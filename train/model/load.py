@@ -16,6 +16,7 @@ from shards.errors import UserError
 from shards.files.safetensors_index import indexed_files, read_object
 from train.checkpoint import write_tensors
 from train.config.model import DiTConfig
+from train.model.quantise import quantised_weights
 from train.parallel.fsdp import local_shard
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -67,10 +68,13 @@ def load_dit(model: nn.Module, path: str | Path) -> None:
     targets = base_parameters(model)
     places, names = match_tensors(path, targets)
     ours = {theirs: official for official, theirs in names.items()}
+    quantised = quantised_weights(model)
     with torch.no_grad():
         for theirs, stored in _stream(places):
             local, rows = local_shard(targets[ours[theirs]])
-            if local.numel():  # the last ranks may hold no row of a short one
+            if ours[theirs] in quantised:
+                quantised[ours[theirs]].fill(stored[rows])
+            elif local.numel():  # the last ranks may hold no row of a short one
                 local.copy_(stored[rows])
 
 

@@ -54,6 +54,8 @@ class Layout:
     """Neighbouring ranks that one copy of the frozen base is sharded over; 1: every rank holds all of it."""
     ulysses: int = 1
     """Neighbouring ranks that share the tokens of one sample."""
+    streamed: bool = False
+    """Frozen blocks lie in the host's memory."""
 
     @property
     def shard(self) -> int:
@@ -64,6 +66,11 @@ class Layout:
     def replicate(self) -> int:
         """Size of the mesh along its first axis."""
         return self.world_size // (self.shard * self.ulysses)
+
+    @property
+    def memory_parts(self) -> tuple[int, int, bool]:
+        """What of it decides a rank's memory: `base_shards`, `ulysses`, `streamed`."""
+        return self.base_shards, self.ulysses, self.streamed
 
     @property
     def dp_size(self) -> int:
@@ -84,7 +91,8 @@ class Layout:
         names = {"replicate": self.replicate, "shard": self.shard, "ulysses": self.ulysses}
         mesh = " × ".join(f"{name} {size}" for name, size in names.items())
         sharded = f", base over {self.base_shards}" if self.base_shards > 1 else ""
-        return f"{self.world_size} processes: {mesh}{sharded}"
+        streamed = ", blocks streamed from the host's memory" if self.streamed else ""
+        return f"{self.world_size} processes: {mesh}{sharded}{streamed}"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -242,7 +250,7 @@ def use_step_timeout(config: ParallelConfig, patience_seconds: float) -> None:
 def make_ranks(layout: Layout, reason: str = "") -> Ranks:
     """Build the groups of a layout. Every rank must call it, at the same place."""
     if layout.world_size == 1:
-        return ALONE
+        return Ranks(layout, reason=reason)
     import torch.distributed as dist
 
     sequence = None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.model.quantise import Quantised
 from train.parallel.ulysses import Ulysses
 from train.recompute.ops import Rotation
 
@@ -31,9 +32,10 @@ class LoRAParts(NamedTuple):
 
 
 class LinearParts(NamedTuple):
-    """One linear as the block computes it, in the compute dtype."""
+    """One linear as the block computes it."""
 
-    weight_OI: Tensor
+    weight_OI: Tensor | Quantised
+    """As it is kept; brought to the compute dtype where it is multiplied, so that one linear is so at a time."""
     bias_O: Tensor
     lora: LoRAParts | None
     output_scale: float = 1.0
@@ -76,7 +78,7 @@ def linear(values: Values, name: str, x_BLI: Tensor, parts: BlockParts) -> Tenso
     """x W' + b + scale · B A x. The low-rank product is saved for the backward pass."""
     part, x_MI = parts.linears[name], x_BLI.flatten(0, 1)
     scale = part.output_scale
-    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.t(), beta=scale, alpha=scale)
+    out_MO = torch.addmm(part.bias_O, x_MI, part.weight_OI.to(x_MI.dtype).t(), beta=scale, alpha=scale)
     if part.lora is not None:
         low_Mr = values[f"{name}.low"] = low_rank(part.lora, x_MI)
         out_MO.addmm_(low_Mr, part.lora.up_Or.t(), alpha=part.lora.scale * scale)
@@ -97,7 +99,9 @@ def linear_backward(
     `x_BLI`, the linear's input, is read only where it has a LoRA.
     """
     part, grad_MO = parts.linears[name], grad_BLO.flatten(0, 1)
-    dx_MI = grad_MO @ part.weight_OI if dx_BLI is None else dx_BLI.flatten(0, 1).addmm_(grad_MO, part.weight_OI)
+    weight_OI = part.weight_OI.to(grad_MO.dtype)
+    dx_MI = grad_MO @ weight_OI if dx_BLI is None else dx_BLI.flatten(0, 1).addmm_(grad_MO, weight_OI)
+    del weight_OI
     if part.lora is not None:
         dlow_Mr = lora_backward(values, name, grad_BLO, x_BLI, part.lora, grads)
         if part.lora.live_MI is None:

@@ -24,9 +24,11 @@ from torch import Tensor
 from shards.errors import UserError
 from train.geometry import SAVE_GROUPS, Shape
 from train.lora.lora import LoRALinear, keep_mask
+from train.model import stream as streaming
 from train.model.block import Block, BlockInputs, Linear
 from train.model.dit import WanDiT, set_checkpointing
 from train.model.kernels import kernel_name
+from train.model.stream import Copier, HostInput
 from train.recompute.block import backward_block, forward_block
 from train.recompute.ops import make_rotation
 from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
@@ -48,18 +50,28 @@ class _Call(NamedTuple):
     """This block's LoRA in the compute dtype, by linear."""
     forward: Any
     backward: Any
+    arrive: Callable[[], None]
+    """Called ahead of the backward pass: brings the block's weights where they are streamed."""
+    keep_input: Callable[[Tensor], HostInput] | None
+    """Takes the block's input to the host's memory; None: it is kept on the device."""
 
 
 class RecomputeRunner:
     """Runs blocks whose base is frozen; without gradients they run plainly."""
 
-    def __init__(self, model: WanDiT, choose_saves: ChooseSaves, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: WanDiT, choose_saves: ChooseSaves, *, compiled: bool = False, offload_inputs: bool = False
+    ) -> None:
         self.choose_saves = choose_saves
+        self._stream = model.stream
+        self._copier = streaming.make_copier(model.head.modulation.device) if offload_inputs else None
+        self._before: HostInput | None = None
         self._linears = [
             {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
             for block in model.blocks
         ]
         self._adapted = [_adapted(linears) for linears in self._linears]
+        self._first = next((index for index, adapted in enumerate(self._adapted) if adapted), 0)
         self._casts: list[dict[str, tuple[Tensor, Tensor]]] = []
         self._shared: Shared | None = None
         self._saves: Saves = ()
@@ -79,15 +91,23 @@ class RecomputeRunner:
         backward = self._backward if x_BLD.requires_grad else backward_block
         shared = cast(Shared, self._shared)
         own = self._linears[index], self._casts[index]
-        call = _Call(block, shared, inputs, self._saves[index], *own, self._forward, backward)
+        saves, stream = self._saves[index], self._stream
+        arrive = _nothing if stream is None else partial(stream.backward, index, self._first)
+        keep_input = None if self._copier is None or "projections" in saves else self._keep_input
+        call = _Call(block, shared, inputs, saves, *own, self._forward, backward, arrive, keep_input)
         weights = [weight for module in adapted.values() for weight in (module.lora_A, module.lora_B)]
         # Through the block's own call, for whoever hooks it (sharding, telemetry).
         return block(x_BLD, inputs, lambda x: _RecomputeBlock.apply(x, call, *weights))
+
+    def _keep_input(self, x_BLD: Tensor) -> HostInput:
+        self._before = HostInput(cast(Copier, self._copier), x_BLD, self._before)
+        return self._before
 
     def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
         self._saves = self.choose_saves(Shape(batch, tokens))
+        self._before = None
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
             rows_BR6D=inputs.rows_BR6D,
@@ -120,11 +140,20 @@ def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _nothing() -> None:
+    return None
+
+
 class _RecomputeBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, call: _Call, *weights: Tensor) -> Tensor:
         # Detached, so that the first block's input is like the others' and one compiled graph serves all.
-        out_BLD, values = call.forward(x_BLD.detach(), _parts(call), call.shared, tuple(call.saves))
+        x_BLD = x_BLD.detach()
+        ctx.held = call.keep_input(x_BLD) if call.keep_input is not None else None
+        out_BLD, values = call.forward(x_BLD, _parts(call), call.shared, tuple(call.saves))
+        if ctx.held is not None:
+            ctx.held.leave()
+            del values["x"]
         ctx.call, ctx.names = call, list(values)
         ctx.save_for_backward(*values.values())
         return out_BLD
@@ -134,6 +163,9 @@ class _RecomputeBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         values: Values = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         call: _Call = ctx.call
+        call.arrive()
+        if ctx.held is not None:
+            values["x"] = ctx.held.take()
         dx_BLD, grads = call.backward(values, _parts(call), call.shared, grad_BLD, ctx.needs_input_grad[0])
         return dx_BLD, None, *_to_float32([grad for name in call.casts for grad in grads[name]])
 
@@ -175,7 +207,7 @@ def _parts(call: _Call) -> BlockParts:
 
 def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     dtype = call.shared.text_BSD.dtype
-    weight, bias = module.weight.to(dtype), module.bias.to(dtype)
+    weight, bias = module.kept, module.bias.to(dtype)
     if not isinstance(module, LoRALinear):
         return LinearParts(weight, bias, None, module.output_scale)
     scale, live = module.scale, None
@@ -191,20 +223,21 @@ def _linear_parts(name: str, module: Linear, call: _Call) -> LinearParts:
     return LinearParts(weight, bias, LoRAParts(*call.casts[name], scale, live), module.output_scale)
 
 
-def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False) -> None:
+def keep(model: WanDiT, saves: ChooseSaves | str, *, compiled: bool = False, offload_inputs: bool = False) -> None:
     """Choose how a model's blocks are run. Call it after the LoRA was injected.
 
     Args:
         saves: `none` (keep everything), `full` (keep nothing but a block's input), or a function from the shape of a
             forward pass to what each block keeps.
         compiled: run a block's forward and backward pass through torch.compile.
+        offload_inputs: where a block keeps its input, keep it in the host's memory.
     Raises: UserError when every weight is trained and anything but none and full is asked for.
     """
     frozen = not any(weight.requires_grad for name, weight in model.named_parameters() if ".lora_" not in name)
     if frozen:
         kept = {"none": SAVE_GROUPS, "full": ()}
         choose = saves if callable(saves) else partial(_same, (kept[saves],) * len(model.blocks))
-        model.run_block = RecomputeRunner(model, choose, compiled=compiled)
+        model.run_block = RecomputeRunner(model, choose, compiled=compiled, offload_inputs=offload_inputs)
         return
     if callable(saves):
         raise UserError(

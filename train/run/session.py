@@ -74,7 +74,8 @@ def open_session(
     if config.parallel.offload and ranks.layout.base_shards == 1:
         raise UserError(
             "parallel.offload: true, but every process holds the full base here: only a sharded base can be offloaded",
-            fix="set parallel.offload=false; or shard the base: --nproc-per-node 2 or more, parallel.shard=full",
+            fix="model.stream_blocks=true and parallel.offload=false; or shard the base over several processes: "
+            "parallel.shard=full",
         )
     sigma_density(config.objective)  # bounds that hold nothing are refused before the weights are built
     dataset = open_data(config, None if start is None else read_pin(start))
@@ -105,9 +106,12 @@ def open_session(
 
 def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> dict[str, Any]:
     """What decides the numbers of a run: configuration, weights, dataset."""
+    # Kept as it is computed in, resident or streamed, the base has the same numbers.
+    kept = config.model.base_dtype
     return {
         "config": run_identity(config),
         "precision": trainee.precision.name,
+        **({} if kept in ("auto", trainee.precision.name) else {"base_dtype": kept}),
         "weights": weights_digest(config.model.checkpoint),
         "dims": trainee.dims.model_dump(mode="json"),
         "dataset": {

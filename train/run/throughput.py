@@ -117,7 +117,7 @@ class Throughput:
             return None
         compute_bytes = self._trainee.precision.dtype.itemsize
         layout, shape = self._layout, local_shape(self._shape(bucket), self._layout.ulysses)
-        return run_memory(self._config, self._dims, shape, saves, compute_bytes, layout.base_shards, layout.ulysses)
+        return run_memory(self._config, self._dims, shape, saves, compute_bytes, *layout.memory_parts)
 
     def _expected_seconds(self, bucket: Bucket) -> str:
         if self._gpu is None:

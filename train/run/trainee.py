@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
-from train.config.train import TrainConfig
+from train.config.train import TrainConfig, is_quantised
 from train.device import available_memory, choose_device, device_info
 from train.estimate.saves import GIB, make_chooser
 from train.geometry import Shape
@@ -26,10 +26,12 @@ from train.lora.load import load
 from train.lora.lora import inject, load_lora_state, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, read_dit_config, save_dit
+from train.model.quantise import Kind
+from train.model.stream import place_base
 from train.parallel.fsdp import shard_base
 from train.parallel.ranks import ALONE, Layout, Ranks
 from train.parallel.ulysses import Ulysses
-from train.precision import Precision, resolve_precision
+from train.precision import DTYPES, Name, Precision, resolve_precision
 from train.recompute.runner import ChooseSaves, keep
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | 
     policy = choose_policy(config, dims, device_bytes, precision.dtype, ranks.layout)
     if ranks.sequence is not None:
         model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
-    keep(model, policy, compiled=config.model.compile)
+    keep(model, policy, compiled=config.model.compile, offload_inputs=config.checkpointing.offload_inputs)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -139,15 +141,21 @@ def _build(
 ) -> tuple[WanDiT, tuple[str, ...]]:
     """The model with its weights and its LoRA, and the names of what was adapted."""
     seed = config.model.random_seed if config.model.checkpoint is None else None
-    if ranks.layout.base_shards > 1 and config.lora is not None:
-        model = build_model(dims, dtype, "meta")
+    kind = cast(Kind, config.model.base_dtype) if is_quantised(config) else None
+    streamed = ranks.layout.streamed or config.model.stream_blocks is True
+    kept = DTYPES.get(cast(Name, config.model.base_dtype), dtype)
+    if config.lora is not None and (ranks.layout.base_shards > 1 or kind is not None or streamed):
+        model = build_model(dims, dtype, "meta", param_dtype=kept)
         adapted = tuple(inject(model, config.lora, config.seed))
-        shard_base(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
+        if ranks.layout.base_shards > 1:
+            shard_base(model, ranks.base_mesh(device.type), device, offload=config.parallel.offload)
+        else:
+            model.stream = place_base(model, device, kind, streamed=streamed)
         reset(model, config.seed)
         if seed is not None:
             init_random(model, seed)
     else:
-        model = build_model(dims, dtype, device, param_dtype=None if config.lora else torch.float32, seed=seed)
+        model = build_model(dims, dtype, device, param_dtype=kept if config.lora else torch.float32, seed=seed)
         adapted = ()
     if config.model.checkpoint is not None:
         load_dit(model, config.model.checkpoint)
@@ -169,6 +177,7 @@ def choose_policy(
             compute_bytes=dtype.itemsize,
             base_shards=layout.base_shards,
             ulysses=layout.ulysses,
+            streamed=layout.streamed,
         )
     policy = config.checkpointing.policy
     return policy if policy in ("none", "full") else "none" if device_bytes is None else "full"
@@ -228,6 +237,10 @@ def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     base = describe_base(trainee.config)
     what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
     memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
+    base += f", linears in {trainee.config.model.base_dtype}" if is_quantised(trainee.config) else ""
+    if trainee.model.stream is not None:
+        size = sum(buffer.numel() for buffer in trainee.model.stream.host)
+        base += f", blocks streamed from {size / GIB:.2f} GiB of the host's memory"
     lines = [
         f"base: {base}; {total:,} parameters, {trained:,} of them trained ({what})",
         f"device: {device_info(trainee.device).name}; {trainee.precision.name} ({trainee.precision.reason}){memory}",
