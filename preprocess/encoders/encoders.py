@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class VaeEncoder:
             # A graph for the first frame, one for the next four, one for the rest: for each picture size.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             self._vae.encoder = torch.compile(self._vae.encoder, dynamic=False)
-        self._encode = self._encode_by_library
+        self._encode: Callable[[torch.Tensor], torch.Tensor] = self._encode_by_library
         if low_traffic:
             from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 

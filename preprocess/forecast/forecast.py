@@ -146,7 +146,7 @@ def forecast(
     if text_mode == "auto":
         text_mode = "fp32" if gpu is not None and gpu.precision == "fp16" else "bf16"
     mode: VaeMode = resolved or ("fp32" if config.encoders.vae_precision == "auto" else config.encoders.vae_precision)
-    encode = _encode_days(samples, config, tflop, mode, hardware, costs)
+    encode = _encode_days(samples, shares, tflop, mode, hardware, costs)
     decoders = config.engine.num_decoders(hardware.num_cores, num_gpus, on_cpu=gpu is None)
     num_decoding = min(hardware.num_cores, decoders * num_gpus)
     connections = config.fetch.per_host * num_gpus
@@ -262,7 +262,7 @@ def describe_forecast(result: Mapping[str, Any]) -> list[str]:
 
 def _encode_days(
     samples: Mapping[PictureSize, int],
-    config: PrepConfig,
+    shares: Mapping[int, float],
     tflop: float,
     mode: VaeMode,
     hardware: Hardware,
@@ -274,7 +274,8 @@ def _encode_days(
     if gpu is not None:
         found = {"fp32": gpu.encode_seconds("fp32", tflop), "fast": gpu.encode_seconds("fp16", tflop)}
     if costs.encode_seconds is not None:
-        pixels = sum(count * size.width * size.height for size, count in samples.items()) * config.window.num_frames
+        frames = sum(length * share for length, share in shares.items())
+        pixels = sum(count * size.width * size.height for size, count in samples.items()) * frames
         seconds = pixels / 1e6 * costs.encode_seconds
         ratio = seconds / found[name] if found.get(name) else 1.0
         found = {**{each: value * ratio for each, value in found.items()}, name: seconds}

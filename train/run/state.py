@@ -187,7 +187,7 @@ class TrainingState:
         """
         names = {weight: name for name, weight in self.trainee.weights.items()}
         if self.config.optim.is_own:
-            moments, values = optimizer_tensors(self.optimizer, names), {}
+            moments, values = optimizer_tensors(self.optimizer, names), dict[str, Any]()
         else:
             moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
         tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
