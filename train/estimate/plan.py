@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.errors import UserError
 from shards.gpus import Gpu, VaeMode, vae_encode_tflop
-from train.config.model import TI2V_5B, DiTConfig
+from train.config.model import DiTConfig
 from train.config.train import TrainConfig, is_quantised, slots_per_rank
 from train.estimate.communication import (
     Exchange,
@@ -33,7 +32,7 @@ from train.estimate.communication import (
 from train.estimate.flops import Work, forward_work
 from train.estimate.memory import BASES, Memory, host_bytes
 from train.estimate.saves import GIB, Saves, base_store, describe_saves, make_chooser, run_memory
-from train.estimate.sizes import Size, read_sizes
+from train.estimate.sizes import Size, read_dims, read_sizes
 from train.geometry import SAVE_GROUPS, TEMPORAL_STRIDE, Bucket, Shape, num_tokens
 
 DAY_SECONDS = 86_400
@@ -137,7 +136,7 @@ def make_plan(
         efficiency: share of the peak that everything reaches, in place of the GPU's expected rates.
         vae_mode: what stage 1 encodes in.
     """
-    dims, notes = _dims(config)
+    dims, notes = read_dims(config)
     compute_bytes = _compute_bytes(config, gpu, notes)
     basis = Basis(config, dims, gpu, tuple(sizes), compute_bytes, efficiency)
     mesh, reason = choose_mesh(
@@ -219,7 +218,7 @@ class Basis(NamedTuple):
 
 def choose_run_mesh(config: TrainConfig, num_ranks: int, num_nodes: int, device_bytes: int | None) -> tuple[Mesh, str]:
     """The layout of a run about to begin, and why: for the sizes of its dataset. Raises UserError as `choose_mesh`."""
-    dims, _ = _dims(config)
+    dims, _ = read_dims(config)
     shapes: list[Shape] = []
     if device_bytes is not None and config.lora is not None:
         shapes = _shapes(config, dims, read_sizes(config, ())[0])
@@ -270,17 +269,6 @@ def base_settings(basis: Basis, mesh: Mesh) -> dict[str, Setting]:
         except UserError:  # it does not fit with every block recomputed
             found[name] = cost(other, place, name, _constant(((),) * basis.dims.num_layers))._replace(fits=False)
     return found
-
-
-def _dims(config: TrainConfig) -> tuple[DiTConfig, list[str]]:
-    if config.model.dims is not None:
-        return config.model.dims, []
-    checkpoint = config.model.checkpoint or ""
-    if Path(checkpoint).exists():
-        from train.model.load import read_dit_config
-
-        return read_dit_config(checkpoint), []
-    return TI2V_5B, [f"{checkpoint} is not here: sizes of Wan2.2-TI2V-5B are taken"]
 
 
 def _compute_bytes(config: TrainConfig, gpu: Gpu, notes: list[str]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
 from shards.gpus import VaeMode
+from train.config.model import TI2V_5B, DiTConfig
 from train.config.train import TrainConfig
 from train.geometry import Bucket
 
@@ -53,3 +55,15 @@ def parse_size(text: str) -> Bucket:
         raise UserError(f"--size {text}: not a size", expected="width x height x frames, such as 1280x704x49")
     width, height, frames = map(int, parts)
     return Bucket(frames, height, width)
+
+
+def read_dims(config: TrainConfig) -> tuple[DiTConfig, list[str]]:
+    """The model's sizes, from the config, its checkpoint or the published model; and a note where it is the last."""
+    if config.model.dims is not None:
+        return config.model.dims, []
+    checkpoint = config.model.checkpoint or ""
+    if Path(checkpoint).exists():
+        from train.model.load import read_dit_config
+
+        return read_dit_config(checkpoint), []
+    return TI2V_5B, [f"{checkpoint} is not here: sizes of Wan2.2-TI2V-5B are taken"]
