@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.gpus import GIB
 from train.estimate.memory import BASES, Memory
-from train.estimate.plan import Estimate, Setting
+
+if TYPE_CHECKING:
+    from train.estimate.plan import Estimate, Setting
 
 
 def as_json(plan: Estimate) -> dict[str, Any]:
