@@ -14,10 +14,10 @@ from shards.errors import MissingObject, ShardDamage, UserError
 from shards.format.commit import dataset_revision
 from shards.format.dataset_info import DatasetInfo, read_info, text_command
 from shards.format.identity import IdentityMismatch, refuse_mismatch
-from shards.format.names import LATENTS, NULL_UNIT, commit_name, text_kind
+from shards.format.names import INDEX_NAME, LATENTS, NULL_UNIT, commit_name, text_kind
 from shards.format.sealed_json import canonical_digest
 from shards.read.index import Listing, list_root, load_columns
-from shards.read.table import Shard, Table, TableBuilder
+from shards.read.table import Shard, Table, TableBuilder, refusing_odd_columns
 from shards.storage import open_storage
 from shards.storage.base import Storage
 
@@ -141,13 +141,14 @@ def _add_root(
     digests = {kind: canonical_digest(info.kind_identity(kind)) for kind in kinds}
     has_null = False
     for columns in load_columns(storage, kinds, listing):
-        kind, unit = columns["kind"], columns["unit"]
-        if pinned is not None:
-            pinned[kind, unit, columns["revision"]] -= 1
-            if pinned[kind, unit, columns["revision"]] < 0:
-                continue
-        file = storage.url(commit_name(kind, unit))
-        _check_unit(columns, listing, digests[kind], storage, file)
+        with refusing_odd_columns(columns, storage.url(INDEX_NAME)):
+            kind, unit = columns["kind"], columns["unit"]
+            if pinned is not None:
+                pinned[kind, unit, columns["revision"]] -= 1
+                if pinned[kind, unit, columns["revision"]] < 0:
+                    continue
+            file = storage.url(commit_name(kind, unit))
+            _check_unit(columns, listing, digests[kind], storage, file)
         is_null = unit == NULL_UNIT
         # The null embeddings of one identity are the same in every root: the first root's are read.
         if not (is_null and root > 0 and has_null):

@@ -137,7 +137,7 @@ def changed(value: Any) -> st.SearchStrategy[Any]:
 @given(st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_lying_index_gives_the_right_bytes_or_a_typed_error(root: Path, data: st.DataObject) -> None:
-    """Any value of a well-formed index replaced: what is read is what was written, or a named error."""
+    """Any value of a well-formed index replaced or removed: what is read is what was written, or a named error."""
     from shards.errors import UserError
     from shards.format.sealed_json import canonical_json, parse_json
 
@@ -154,11 +154,14 @@ def test_a_lying_index_gives_the_right_bytes_or_a_typed_error(root: Path, data: 
         keys = sorted(place) if isinstance(place, dict) else range(len(place))
         parent, key = place, data.draw(st.sampled_from(keys))
         place = place[key]
-    parent[key] = data.draw(changed(place))
+    if data.draw(st.integers(0, 3)):
+        parent[key] = data.draw(changed(place))
+    else:
+        del parent[key]
     text = b"".join(canonical_json(value) + b"\n" for value in lines)
     path.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(text))
     try:
-        dataset = open_dataset(root)
+        dataset = open_dataset(root, pin=whole.pin() if data.draw(st.booleans()) else None)
         for sample in dataset.samples:
             found = (sample.key, dataset.latent(sample.key).tobytes())
             assert found in expected
