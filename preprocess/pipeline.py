@@ -6,7 +6,7 @@ import ctypes
 import errno
 import signal
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -58,8 +58,18 @@ class Retried(NamedTuple):
     counts: dict[str, Any]
 
 
+OnLatents = Callable[[dict[str, Any]], None]
+"""Is given the figures of the pass over clips (`PassProgress.facts`), empty where nothing was left to do."""
+
+
 def build_shards(
-    config: PrepConfig, *, quiet: bool = False, part: Part = WHOLE, style: Style = "auto", if_busy: IfBusy = "wait"
+    config: PrepConfig,
+    *,
+    quiet: bool = False,
+    part: Part = WHOLE,
+    style: Style = "auto",
+    if_busy: IfBusy = "wait",
+    on_latents: OnLatents = lambda figures: None,
 ) -> dict[str, Any]:
     """Plan, encode and embed what is not there yet; return the counts of the dataset afterwards.
 
@@ -74,15 +84,13 @@ def build_shards(
         LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
         if part == WHOLE:
             plan = _retry_if_all_refused(storage, plan, config, scratch)
-        latent_pass = None
         if part.only != "text":
-            latent_pass = _latent_pass(storage, plan, config, scratch, style, part, at_work)
+            on_latents(_latent_pass(storage, plan, config, scratch, style, part, at_work))
         if part.only != "latents":
             _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part, at_work)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         if part == WHOLE:  # one of several processes does not know what the others did
             set_totals(storage, plan, counts)
-    counts |= {"latent_pass": latent_pass} if latent_pass else {}
     if not counts["samples"] and part == WHOLE:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts["rejected_by"].items())
         problem = f"{config.output}: the dataset is empty: {reasons or 'the corpus has no records'}"
@@ -139,7 +147,13 @@ def recaption(config: PrepConfig, set_name: str, *, quiet: bool = False, style: 
 
 
 def retry(
-    config: PrepConfig, wanted: Wanted, *, dry_run: bool = False, quiet: bool = False, style: Style = "auto"
+    config: PrepConfig,
+    wanted: Wanted,
+    *,
+    dry_run: bool = False,
+    quiet: bool = False,
+    style: Style = "auto",
+    on_latents: OnLatents = lambda figures: None,
 ) -> Retried:
     """Try rejected candidates again in new units; finished units are not rewritten.
 
@@ -162,24 +176,24 @@ def retry(
         choice = choose_retries(plan, wanted, committed_units(storage, LATENTS))
         plan = freeze_retry(plan, config, choice, scratch)
         part = Part(units=retry_units(plan))
-        latent_pass = _latent_pass(storage, plan, config, scratch, style, part, at_work)
+        on_latents(_latent_pass(storage, plan, config, scratch, style, part, at_work))
         _text_pass(storage, plan, DEFAULT_SET, config, scratch, style, part, at_work)
         counts = count_dataset(storage, plan, DEFAULT_SET)
         set_totals(storage, plan, counts)
-    return Retried(choice, counts | ({"latent_pass": latent_pass} if latent_pass else {}))
+    return Retried(choice, counts)
 
 
 def _latent_pass(
     storage: Storage, plan: Plan, config: PrepConfig, scratch: Path, style: Style, part: Part, at_work: AtWork
-) -> dict[str, Any] | None:
-    """Its figures; None where nothing was left to do."""
+) -> dict[str, Any]:
+    """Its figures; empty where nothing was left to do."""
     pending = pending_units(storage, plan, LATENTS, part.units)
     info = find_info(storage)
     if info is not None:
         check_settled_identity(info, config, f"the dataset at {storage.url()}", plan)
     if not pending.units:
         LOG.info("latents: all %d units are done", len(chosen_units(plan, part.units)))
-        return None
+        return {}
     config = settle_precision(storage, config, measure_apart)
     while pending.units:
         num_units = len(pending.units)

@@ -67,7 +67,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
 
 
 def describe_build(counts: dict[str, Any]) -> list[str]:
-    """The counts as lines of text; of a build its `latent_pass` too (`PassProgress.facts`), if it had one."""
+    """The counts as lines of text."""
     units, text, is_done = counts["units"], counts["text"], not counts["waiting"]
     beyond = counts["beyond_limit"]
     lines = [
@@ -87,7 +87,6 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
     ]
     if counts["rejected"]:
         lines.append("         `wanprep why CLIP CONFIG` says what became of one clip, and why")
-    lines += describe_pools(counts["latent_pass"]) if "latent_pass" in counts else []
     if counts["retried"] or counts["retries_waiting"]:
         waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
         lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")

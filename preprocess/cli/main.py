@@ -227,6 +227,7 @@ def build_shards(
     wanprep build-shards configs/mbc_832x480.yaml --only latents --unit-range 0:250
     wanprep build-shards configs/mbc_832x480.yaml --dry-run
     """
+    from preprocess.build.progress import describe_pools
     from preprocess.build.summary import describe_build
     from preprocess.pipeline import Part
     from preprocess.pipeline import build_shards as build
@@ -239,8 +240,12 @@ def build_shards(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        counts = build(loaded, quiet=quiet, part=Part(only, unit_range), style=style, if_busy=if_busy)
-    _show(counts, describe_build(counts), as_json)
+        part = Part(only, unit_range)
+        latents: dict[str, Any] = {}
+        counts = build(
+            loaded, quiet=quiet, part=part, style=style, if_busy=if_busy, on_latents=latents.update
+        )  # fmt: skip
+    _show({**counts, "latent_pass": latents}, [*describe_build(counts), *describe_pools(latents)], as_json)
     sys.exit(1 if counts["internal_errors"] else 0)
 
 
@@ -280,6 +285,7 @@ def retry(
     wanprep retry configs/mbc_832x480.yaml --reason fetch-timeout --reason fetch-503
     wanprep retry configs/mbc_832x480.yaml --retryable --dry-run
     """
+    from preprocess.build.progress import describe_pools
     from preprocess.build.summary import describe_build
     from preprocess.pipeline import retry as build
     from preprocess.plan.retry import Wanted, describe_choice
@@ -294,13 +300,16 @@ def retry(
     with ExitStack() as stack:
         if serve is not None:
             loaded = _serve(stack, serve, loaded)
-        choice, counts = build(loaded, wanted, dry_run=dry_run, quiet=quiet, style=style)
+        latents: dict[str, Any] = {}
+        choice, counts = build(
+            loaded, wanted, dry_run=dry_run, quiet=quiet, style=style, on_latents=latents.update
+        )  # fmt: skip
     chosen = {"candidates": len(choice.ordinals), "by_reason": choice.reasons, "units_gone_on_with": choice.open_units}
     lines = [
         *describe_choice(choice, wanted),
-        *(["dry run: nothing was written"] if dry_run else describe_build(counts)),
+        *(["dry run: nothing was written"] if dry_run else [*describe_build(counts), *describe_pools(latents)]),
     ]
-    _show({**counts, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
+    _show({**counts, "latent_pass": latents, "retry": {**chosen, "dry_run": dry_run}}, lines, as_json)
     sys.exit(1 if counts["internal_errors"] else 0)
 
 

@@ -1,6 +1,7 @@
 """The build from end to end: bytes that repeat, every record accounted for, stopped and started anywhere."""
 
 import json
+import re
 import shutil
 import signal
 import tarfile
@@ -11,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from footage import footage
-from prep_runs import TINY, build, files_of, prep, start_build
+from prep_runs import TINY, build, files_of, prep, prep_values, start_build
 
-from preprocess.build.summary import describe_build
+from preprocess.cli.main import main
 from preprocess.config import CaptionsConfig, frozen_choices
 from preprocess.demo.corpus import write_corpus
 from preprocess.forecast.forecast import Hardware, count_plan, describe_plan, forecast
@@ -74,13 +77,17 @@ def test_every_record_is_accounted_for(built, demo_corpus):
     assert sorted({row.candidate for row in rows if row.candidate >= 0}) == list(range(11))
 
 
-def test_the_summary_names_the_pool_that_limited_the_build(built):
-    counts = built[1]
-    pools, bottleneck = counts["latent_pass"]["pools"], counts["latent_pass"]["bottleneck"]
-    assert sum(pools.values()) == pytest.approx(1, abs=0.01) and bottleneck in pools
-    (line,) = [line for line in describe_build(counts) if line.startswith("pools ")]
-    assert line.endswith(f"bound by {bottleneck}")
-    assert "latent_pass" not in read_info(open_storage(built[0])).totals
+@pytest.mark.parametrize("options", [["--json"], []], ids=["json", "text"])
+def test_the_summary_names_the_pool_that_limited_the_build(demo_corpus, tmp_path, options):
+    config = tmp_path / "prep.yaml"
+    config.write_text(yaml.safe_dump(prep_values(demo_corpus, tmp_path / "out", **TINY), allow_unicode=True))
+    told = CliRunner().invoke(main, ["build-shards", str(config), "--serve", str(demo_corpus), "--quiet", *options])
+    if not options:
+        (line,) = [line for line in told.stdout.splitlines() if line.startswith("pools ")]
+        assert re.fullmatch(r"pools +encoder at work \d+%, waiting .* for write: bound by \w+", line)
+        return
+    latents = json.loads(told.stdout)["latent_pass"]
+    assert sum(latents["pools"].values()) == pytest.approx(1, abs=0.01) and latents["bottleneck"] in latents["pools"]
 
 
 def test_each_bad_clip_has_a_row_with_its_own_reason(built):
