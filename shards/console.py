@@ -43,6 +43,9 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn an error into its message and exit code (2 or 75), Ctrl-C into 130."""
+        # Read when torch is imported, later: its threads wait for each other asleep and not by spinning, which on cores
+        # that others use too made a step take twelve times as long. No number depends on it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # under LC_ALL=C, or of a lone surrogate, no character is an error
                 stream.reconfigure(errors="backslashreplace")

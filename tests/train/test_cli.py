@@ -152,3 +152,14 @@ def test_weights_and_biases_without_a_key_is_one_line(config_file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and "does not start: No API key configured" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("asked", "spins"), [(None, "0"), ("ACTIVE", "30000000000")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(asked, spins):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    done = subprocess.run(
+        own_command(["doctor"]), env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    # As the library itself read it when torch was imported; 300000 without either.
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -314,8 +314,8 @@ def test_sample_refuses_a_lora_of_another_model(run, base, tiny_shards, tmp_path
 
 
 @pytest.mark.parametrize("tool", ["comfyui", "diffusers"])
-def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, tmp_path):
-    """Its first picture is the last of the run that wrote the file."""
+def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, tmp_path, caplog):
+    """Its first picture is the last of the run that wrote the file; what does not fit is found before weights load."""
     export_lora(run, tmp_path / "start.safetensors", tool, torch.float32)
     sample = {"prompts": [{"name": "t2v", "key": _key(tiny_shards)}], "sampler": {"steps": 2}}
     config = make_config(
@@ -326,6 +326,7 @@ def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, 
     first = read_latent_file(tmp_path / "next/samples/step-0000000/t2v.safetensors").values
     last = read_latent_file(run / "samples/step-0000006/t2v.safetensors").values
     torch.testing.assert_close(torch.from_numpy(first), torch.from_numpy(last), atol=1e-5, rtol=1e-5)
+    caplog.set_level("INFO", "wan")
     with pytest.raises(UserError, match=r"rank 4, lora\.rank is 2"):
         fit(
             config.model_copy(
@@ -335,6 +336,7 @@ def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, 
     with pytest.raises(UserError, match="8 are unexpected"):
         targets = config.lora.model_copy(update={"targets": ("self_attn",)})
         fit(config.model_copy(update={"lora": targets, "output": str(tmp_path / "x")}))
+    assert "opening the dataset" in caplog.text and "loading the base" not in caplog.text
 
 
 def _key(root):

@@ -122,6 +122,11 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | 
     device_bytes = device_bytes or available_memory(device)
     precision = resolve_precision(config.precision.compute, device_info(device))
     dims = resolve_dims(config)
+    if config.lora is not None and config.lora.start_from is not None:
+        # A wrong file is reported before twenty gigabytes are loaded: on a model without memory.
+        empty = build_model(dims, precision.dtype, "meta")
+        inject(empty, config.lora, config.seed)
+        load(empty, config.lora.start_from)
     LOG.info("loading the base: %s", describe_base(config))
     model, adapted = _build(config, dims, precision.dtype, device, ranks)
     if config.lora is not None and config.lora.start_from is not None:
