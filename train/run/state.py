@@ -168,8 +168,9 @@ class TrainingState:
     def save(self) -> Path:
         """Write a checkpoint and remove those that need not be kept."""
         names = {weight: name for name, weight in self.trainee.weights.items()}
+        values: dict[str, Any] = {}
         if self.config.optim.is_own:
-            moments, values = optimizer_tensors(self.optimizer, names), {}
+            moments = optimizer_tensors(self.optimizer, names)
         else:
             moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
         tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
