@@ -138,8 +138,8 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str, pl
     if plan and all(generation.choices for generation in plan.generations):
         frames |= planned_lengths(plan, config).keys()
     if frames and not frames.issuperset(config.window.lengths):
-        ours, theirs = (list(config.window.lengths), sorted(frames))
-        refuse_mismatch({"window": {"num_frames": _alone(ours)}}, {"window": {"num_frames": _alone(theirs)}}, where)
+        wanted, there = ({"window": {"num_frames": _alone(each)}} for each in (config.window.lengths, sorted(frames)))
+        refuse_mismatch(wanted, there, where)
     ours: dict[str, Any] = {
         **info.identity,
         "transform": transform_identity(config),
@@ -149,8 +149,8 @@ def check_settled_identity(info: DatasetInfo, config: PrepConfig, where: str, pl
     refuse_mismatch(_plain(ours), info.identity, where)
 
 
-def _alone(lengths: list[int]) -> int | list[int]:
-    return lengths[0] if len(lengths) == 1 else lengths
+def _alone(lengths: Sequence[int]) -> int | list[int]:
+    return lengths[0] if len(lengths) == 1 else list(lengths)
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -32,7 +33,9 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
     """
     info = find_info(storage)
     reasons: Counter[str] = Counter(dict(plan.refused_by()))
-    buckets: Counter[str] = Counter({_bucket_name(each): 0 for each in info.buckets} if info else {})
+    sizes = info.buckets if info else ()
+    name_of = partial(_bucket_name, with_frames=len({each.frames for each in sizes}) > 1)
+    buckets: Counter[str] = Counter({name_of(each): 0 for each in sizes})
     totals: Counter[str] = Counter()
     units = committed_units(storage, LATENTS)
     for unit in units:
@@ -40,7 +43,7 @@ def count_dataset(storage: Storage, plan: Plan, set_name: str) -> dict[str, Any]
         totals["latent_bytes"] += commit.tar.size
         for sample in commit.samples:
             if isinstance(sample.summary, LatentSummary):
-                buckets[_bucket_name(sample.summary)] += 1
+                buckets[name_of(sample.summary)] += 1
     for outcome in read_outcomes(storage):
         _count_row(outcome, totals, reasons)
     refused, last = plan.num_refused, plan.last_read
@@ -171,8 +174,8 @@ def _count_texts(storage: Storage, set_name: str) -> dict[str, int]:
     return totals
 
 
-def _bucket_name(size: BucketInfo | LatentSummary) -> str:
-    return f"{size.width}×{size.height}"
+def _bucket_name(size: BucketInfo | LatentSummary, with_frames: bool) -> str:
+    return f"{size.width}×{size.height}" + (f"×{size.frames}" if with_frames else "")
 
 
 def _mib(num_bytes: int) -> str:

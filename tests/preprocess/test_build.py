@@ -391,7 +391,10 @@ def test_a_dataset_of_several_lengths_has_the_identity_of_one(mixed, demo_corpus
     assert generation.choices["window.num_frames"] == (29, 33)
     assert not verify(open_storage(mixed), "deep").problems
     before = files_of(mixed)
-    build(demo_corpus, mixed, **MIXED)
+    summary = build(demo_corpus, mixed, **MIXED)
+    by_frames = Counter(sample.frames for sample in dataset.samples)
+    for frames, count in by_frames.items():
+        assert sum(n for name, n in summary["buckets"].items() if name.endswith(f"×{frames}")) == count
     assert files_of(mixed) == before
 
     for lengths in (29, [29]):

@@ -144,6 +144,19 @@ def test_the_eight_bit_optimizer_goes_along(
     assert_same_run(alone(SHORT_STEPS, **more), tmp_path, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicate-2", "shard-2-ulysses-2"])
+def test_a_schedule_free_optimizer_goes_along(
+    alone: Callable[..., Path], tiny_shards: Path, tmp_path: Path, name: str
+) -> None:
+    """Its two sets of weights too: `assert_same_run` compares the averaged ones."""
+    more = {"optim": {"name": "schedulefree.AdamWScheduleFree", "lr": 3e-3}, "optim__ema_decay": None}
+    run(tiny_shards, tmp_path, name, 4, **more)
+    run(tiny_shards, tmp_path, "one", 7, **more)
+    run(tiny_shards, tmp_path, name, SHORT_STEPS, **more)
+    assert_same_run(alone(SHORT_STEPS, **more), tmp_path)
+
+
 UNEVEN = {
     "data__weights": {"category:news": 2.5, "clip-1*": 0.5},
     "objective__stratified": True,

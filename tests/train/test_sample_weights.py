@@ -226,6 +226,11 @@ def test_a_weighted_run_resumes_exactly_and_says_its_shares(tagged: Path, tmp_pa
     page = (tmp_path / "page.html").read_text()
     assert "category:news" in page and f"{100 * share['real']:.1f} %" in page
     assert summarise(run, _levels(run))["weights"] is None  # without the dataset
+    # Held-out clips have no weight: globs that mean nothing in another dataset do not matter there.
+    write_dataset(tmp_path / "other", prefix="other", scratch=tmp_path / "scratch")
+    arguments = ["evaluate", str(tmp_path / "whole"), str(tmp_path / "other"), "-o", "data.validation_fraction=0.2"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 def _levels(run):

@@ -211,7 +211,8 @@ def evaluate_models(
         data = loaded.data.model_copy(update={"root": root, "revision": None})
         loaded, pin = loaded.model_copy(update={"data": data}), None
     opened, settings = open_data(loaded, pin), loaded.eval or EvalConfig()
-    held_out = choose_held_out(opened, select_samples(opened, loaded.data)[1], settings)
+    plain = loaded.data.model_copy(update={"weights": {}})  # held-out clips have none, and another dataset's globs
+    held_out = choose_held_out(opened, select_samples(opened, plain)[1], settings)
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
     loras = {path: None if _model_in(path) else read_lora(locate_lora(path)[0]) for path in (source, against) if path}
 

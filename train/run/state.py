@@ -186,8 +186,9 @@ class TrainingState:
         What the next step changes is copied first; a state that is too large for that is written before this returns.
         """
         names = {weight: name for name, weight in self.trainee.weights.items()}
+        values: dict[str, Any] = {}
         if self.config.optim.is_own:
-            moments, values = optimizer_tensors(self.optimizer, names), dict[str, Any]()
+            moments = optimizer_tensors(self.optimizer, names)
         else:
             moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
         tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
