@@ -230,21 +230,27 @@ def _kernel_error(name: str, device: Any, dtype: Any, num_tokens: int, num_keys:
         ours._usable = usable
 
 
+def sizes_of(day: Day, num_layers: int | None) -> Any:
+    """The published sizes, or small ones; with fewer blocks."""
+    from train.config.model import TI2V_5B, DiTConfig
+
+    dims = TI2V_5B
+    if day.tiny:
+        dims = DiTConfig(dim=256, num_heads=2, num_layers=3, ffn_dim=512, text_dim=64, text_len=32)
+    return dims.model_copy(update={"num_layers": num_layers}) if num_layers else dims
+
+
 def build(
     day: Day, dtype: Any, num_layers: int | None = None, targets: tuple[str, ...] = ("self_attn", "cross_attn")
 ) -> Any:
     """A model of the published width with random weights and a random LoRA, and its sizes."""
     import torch
 
-    from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
+    from train.config.model import LoRAConfig
     from train.lora.lora import inject, lora_parameters
     from train.model.dit import build_model
 
-    dims = TI2V_5B
-    if day.tiny:
-        dims = DiTConfig(dim=256, num_heads=2, num_layers=3, ffn_dim=512, text_dim=64, text_len=32)
-    if num_layers:
-        dims = dims.model_copy(update={"num_layers": num_layers})
+    dims = sizes_of(day, num_layers)
     model = build_model(dims, dtype, day.device, seed=0)
     inject(model, LoRAConfig(rank=LORA_RANK, targets=targets), 0)
     with torch.no_grad():
@@ -391,7 +397,14 @@ def large_model(day: Day, dtype: Any) -> Any:
 
 
 def measure(
-    day: Day, name: str, model: Any, dims: Any, size: tuple[int, int, int], saves: Any, steps: int = 4
+    day: Day,
+    name: str,
+    model: Any,
+    dims: Any,
+    size: tuple[int, int, int],
+    saves: Any,
+    steps: int = 4,
+    store: Any = None,
 ) -> tuple[float, int]:
     """Seconds and peak bytes of a step, said beside what was planned; `saves` None: not one of ours."""
     import torch
@@ -399,7 +412,7 @@ def measure(
     from shards.gpus import by_driver_name
     from train.config.model import LoRAConfig
     from train.estimate.flops import step_flops, step_work
-    from train.estimate.memory import step_memory
+    from train.estimate.memory import AS_COMPUTED, step_memory
     from train.geometry import Shape, num_tokens
     from train.lora.lora import lora_parameters
 
@@ -422,7 +435,7 @@ def measure(
         figures["mfu"] = own / seconds / 1e12 / gpu.peak_tflops
         text += f", MFU {figures['mfu']:.1%}"
     if saves is not None and not day.tiny:
-        planned = step_memory(dims, shape, lora, saves)
+        planned = step_memory(dims, shape, lora, saves, store=store or AS_COMPUTED)
         ratio = peak / planned.allocated
         status = "ok" if 0.97 <= ratio <= 1.03 else "WRONG"
         reserved = torch.cuda.max_memory_reserved()
@@ -757,6 +770,100 @@ def compiled(day: Day) -> None:
         day.sync()
         day.say(f"compiled {title(size)}", f"first step {time.perf_counter() - start:.1f} s")
         measure(day, f"compiled step {title(size)} none", model, dims, size, everything)
+
+
+def placed(day: Day, dtype: Any, kind: Any, *, streamed: bool, num_layers: int | None = None) -> Any:
+    """`build`'s model with its base kept another way: the same random weights and LoRA."""
+    import torch
+
+    from train.config.model import LoRAConfig
+    from train.lora.lora import inject, lora_parameters
+    from train.model.dit import build_model, init_random
+    from train.model.stream import place_base
+
+    dims = sizes_of(day, num_layers)
+    model = build_model(dims, dtype, "meta")
+    inject(model, LoRAConfig(rank=LORA_RANK), 0)
+    model.stream = place_base(model, day.device, kind, streamed=streamed)
+    init_random(model, 0)
+    with torch.no_grad():
+        for index, weight in enumerate(lora_parameters(model)):
+            weight.normal_(0, 0.02, generator=torch.Generator(day.device).manual_seed(index))
+    return model.train(), dims
+
+
+@stage(60)
+def streamed(day: Day) -> None:
+    """Blocks from pinned memory: the bits of a resident base, the link's speed, the step beside its plan."""
+    import torch
+
+    from train.estimate.memory import BaseStore
+    from train.recompute.runner import keep
+
+    dtype = torch.float32 if day.tiny else torch.bfloat16
+    resident, dims = build(day, dtype, 4)
+    batch = make_data(day, dims, day.sizes[0])
+    keep(resident, "full")
+    exact = gradients(resident, batch)
+    again = all(torch.equal(a, b) for a, b in zip(gradients(resident, batch), exact, strict=True))
+    del resident
+    day.clean()
+    model, _ = placed(day, dtype, None, streamed=True, num_layers=4)
+    for offload in (False, True):
+        keep(model, "full", offload_inputs=offload)
+        same = all(torch.equal(a, b) for _ in range(3) for a, b in zip(gradients(model, batch), exact, strict=True))
+        text = f"{'the same bits as' if same else 'DIFFERS from'} the resident base, three times"
+        text += "" if again else " (the resident one does not repeat either)"
+        day.say(f"streamed, inputs offloaded {offload}", text, status="ok" if same or not again else "WRONG")
+    slot, host = model.stream.slots[0], model.stream.host[0]
+    rate = slot.numel() / day.timed(partial(slot.copy_, host, non_blocking=True)) / 1e9
+    day.say("host to GPU, pinned", f"{rate:.1f} GB/s", gb_per_second=rate)
+    del model, slot, host
+    day.clean()
+    if day.tiny:
+        return
+    model, dims = placed(day, dtype, None, streamed=True)
+    for offload in (False, True):
+        keep(model, "full", offload_inputs=offload)
+        name = f"streamed step {title(day.sizes[0])} full, inputs offloaded {offload}"
+        store = BaseStore(streamed=True, offload_inputs=offload)
+        measure(day, name, model, dims, day.sizes[0], ((),) * dims.num_layers, store=store)
+
+
+@stage(60, "bitsandbytes")
+def quantised(day: Day) -> None:
+    """FP8 and NF4: the numbers of weights that were rounded beforehand, and the step beside its plan."""
+    import torch
+
+    from train.estimate.memory import BaseStore
+    from train.model.quantise import quantised_weights
+    from train.recompute.runner import keep
+
+    dtype = torch.float32 if day.tiny else torch.bfloat16
+    for kind in ("fp8", "nf4"):
+        model, dims = placed(day, dtype, kind, streamed=False, num_layers=2)
+        batch = make_data(day, dims, day.sizes[0])
+        keep(model, "full")
+        found = gradients(model, batch)
+        plain, _ = build(day, dtype, 2)
+        with torch.no_grad():
+            for name, weight in quantised_weights(model).items():
+                plain.get_parameter(name).copy_(weight.to(dtype))
+        keep(plain, "full")
+        expected = gradients(plain, batch)
+        error = distance(found, expected)
+        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        text = "the same bits as weights rounded beforehand" if same else f"differs by {error:.1e}"
+        day.say(f"{kind} gradients", text, status="ok" if error < 1e-3 else "WRONG", error=error)
+        del model, plain
+        day.clean()
+        if not day.tiny:
+            model, dims = placed(day, dtype, kind, streamed=False)
+            keep(model, "full")
+            name, saves = f"{kind} step {title(day.sizes[0])} full", ((),) * dims.num_layers
+            measure(day, name, model, dims, day.sizes[0], saves, store=BaseStore(kind))
+            del model
+            day.clean()
 
 
 def run_stages(day: Day, wanted: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from streamed import DIMS, LORA, late_copies, make_placed, passes, same
 from torch import Tensor
 from train_runs import checkpoint_bytes, finish, make_config, read_metrics
@@ -21,7 +22,7 @@ from train.lora.lora import inject, merge
 from train.lora.merge import merge_checkpoint
 from train.model.block import Linear
 from train.model.dit import WanDiT, build_model
-from train.model.load import load_dit, save_dit
+from train.model.load import diffusers_key, load_dit, save_dit
 from train.model.quantise import Quantised, empty_quantised, quantised_weights
 from train.model.stream import place_base
 
@@ -50,7 +51,7 @@ def rounded_beforehand(model: WanDiT, kind: str, dtype: torch.dtype) -> WanDiT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_model_with_weights_rounded_beforehand(kind: str, dtype: torch.dtype) -> None:
-    """Forward, gradients and an evaluation to the bit, whatever is recomputed; embeddings, norms, head are untouched."""
+    """Forward, gradients and an evaluation to the bit, whatever is recomputed; only blocks' linears are touched."""
     # Codes are made of the float32 weights, whatever they are computed in.
     base = rounded_beforehand(build_model(DIMS, torch.float32, seed=0), kind, dtype)
     plain = build_model(DIMS, dtype)
@@ -130,19 +131,36 @@ def test_a_run_records_it_resumes_with_it_and_refuses_another(kind: str, tiny_sh
             fit(make_config(tiny_shards, tmp_path / "straight", **given | {"max_steps": 5}, model__base_dtype=other))
     fit(make_config(tiny_shards, tmp_path / "exact", **given | {"max_steps": 1}))
     assert "base_dtype" not in read_checkpoint(find_checkpoints(tmp_path / "exact" / "checkpoints")[-1]).identity
-    # It is merged into the original weights, not into the rounded ones.
-    lora = read_lora(tmp_path / "straight" / "lora.safetensors")
-    merge_checkpoint(tmp_path / "base.safetensors", lora, tmp_path / "merged")
-    name = next(iter(lora.pairs))
-    with (
-        safe_open(tmp_path / "base.safetensors", "pt") as base,
-        safe_open(next((tmp_path / "merged").glob("*.safetensors")), "pt") as merged,
-    ):
-        pair, weight = lora.pairs[name], base.get_tensor(f"{name}.weight")
-        assert torch.equal(
-            merged.get_tensor(f"{name}.weight"),
-            torch.addmm(weight, pair.up_Or.float(), pair.down_rI.float(), alpha=pair.scale),
-        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_lora_is_merged_into_the_original_weights_and_loads_in_diffusers(
+    kind: str, tiny_shards: Path, tmp_path: Path
+) -> None:
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    config = make_config(tiny_shards, tmp_path / "run", max_steps=2, model__base_dtype=kind, optim__lr=0.05)
+    base = tmp_path / "base.safetensors"
+    save_dit(build_model(config.model.dims, seed=3), base)
+    fit(config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": str(base)})}))
+    file = tmp_path / "run" / "lora.safetensors"
+    lora = read_lora(file)
+    merge_checkpoint(base, lora, tmp_path / "plain", "diffusers", scale=0.0)
+    merge_checkpoint(base, lora, tmp_path / "merged", "diffusers")
+    plain, merged = (
+        WanTransformer3DModel.from_pretrained(tmp_path / name / "transformer") for name in ("plain", "merged")
+    )
+    before = load_file(base)
+    for official in lora.pairs:
+        theirs = plain.get_parameter(diffusers_key(f"{official}.weight"))
+        assert torch.equal(theirs, before[f"{official}.weight"])
+    WanPipeline.load_lora_into_transformer(WanPipeline.lora_state_dict(file), transformer=plain)
+    assert sum("lora_A" in name for name, _ in plain.named_parameters()) == len(lora.pairs)
+    inputs = torch.randn(1, 48, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 32, 64)
+    with torch.no_grad():
+        beside, within = (model(*inputs, return_dict=False)[0] for model in (plain, merged))
+    assert float((beside - within).norm() / within.norm()) < 1e-5
 
 
 def test_a_quantised_model_is_not_merged_in_memory() -> None:

@@ -41,8 +41,8 @@ class ModelConfig(BaseModelConfig):
     """How the frozen base is kept. `auto`: as it is computed in; `fp8` and `nf4` are the weights of the blocks' linears
     in 8 and in 4 bits, brought to the compute dtype one linear at a time: a LoRA then trains beside rounded weights."""
     stream_blocks: bool | Literal["auto"] = "auto"
-    """Keep the frozen blocks in the host's memory and bring each to the GPU ahead of its turn, two at a time; it changes
-    no bit. `auto`: where a step does not fit the GPU otherwise."""
+    """Keep the frozen blocks in the host's memory and bring each to the GPU ahead of its turn, two at a time, which
+    changes no bit. `auto`: where a step does not fit the GPU otherwise."""
     compile: bool = False
     """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
 

@@ -241,11 +241,11 @@ def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     for mesh in candidates(basis.dims, own.num_gpus, own.num_nodes, data.global_batch, data.micro_batch):
         if mesh.base_shards > 1 and (basis.config.model.stream_blocks is True or is_quantised(basis.config)):
             continue
-        mesh = mesh._replace(streamed=own.streamed and mesh.base_shards == 1)
-        choose = _choices(basis, mesh)[_own_name(basis.config)]
+        place = mesh._replace(streamed=own.streamed and mesh.base_shards == 1)
+        choose = _choices(basis, place)[_own_name(basis.config)]
         with contextlib.suppress(UserError):  # the memory is too small for what is configured, there
-            if mesh != own:
-                found.append(cost(basis, mesh, _own_name(basis.config), choose))
+            if place != own:
+                found.append(cost(basis, place, _own_name(basis.config), choose))
     return found
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any
+=======
+from typing import TYPE_CHECKING, Any, cast
+>>>>>>> team-f
 
 from shards.gpus import GIB
 from train.estimate.memory import BASES, Memory
@@ -106,12 +110,11 @@ def describe_bases(plan: Estimate) -> list[str]:
     words = ("the base, as much kept as fits", "memory", "fits", "of the host", "moved", "hidden", "s/step")
     lines = ["{:<36}{:>10}  {:<5}{:>12}{:>10}{:>8}{:>9}".format(*words)]
     for base in plan.bases:
-        assert base.memory is not None
-        moved = base.transfer
+        moved, memory = base.transfer, cast(Memory, base.memory)
         hidden = f"{1 - moved.exposed_seconds / moved.seconds:.0%}" if moved.seconds else "-"
         mark = " ◀ recommended" if base is plan.fastest_exact else " ◀ fastest" if base is plan.fastest_base else ""
         lines.append(
-            f"{base.name:<36}{base.memory.total / GIB:>6.1f} GiB  {'yes' if base.fits else 'no':<5}"
+            f"{base.name:<36}{memory.total / GIB:>6.1f} GiB  {'yes' if base.fits else 'no':<5}"
             f"{base.host_bytes / GIB:>8.1f} GiB{moved.num_bytes / 1e9:>7,.0f} GB{hidden:>8}{base.seconds:>9.2f}{mark}"
         )
     for best in dict.fromkeys((plan.fastest_exact, plan.fastest_base)):

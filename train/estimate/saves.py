@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from shards.errors import UserError
 from shards.gpus import GIB
@@ -156,7 +156,9 @@ def make_chooser(
                 lambda saves: memory(shape, saves).total <= limit,
                 compute_bytes=compute_bytes,
             )
-            return chosen if chosen is not None else _refuse_device(shape, memory(shape, nothing), limit)
+            if chosen is None:
+                _refuse_device(shape, memory(shape, nothing), limit, base_store(config, streamed))
+            return chosen
         budget = int((config.checkpointing.budget_gib or 0) * GIB)
         options = {"compute_bytes": compute_bytes, "offload_inputs": config.checkpointing.offload_inputs}
         chosen = save_most(
@@ -178,8 +180,12 @@ def make_chooser(
     return choose
 
 
-def _refuse_device(shape: Shape, need: Memory, limit: int) -> Saves:
+def _refuse_device(shape: Shape, need: Memory, limit: int, store: BaseStore) -> NoReturn:
     fix = "shorter or smaller buckets, or a GPU with more memory"
+    if not store.offload_inputs:
+        fix = "checkpointing.offload_inputs=true; " + fix
+    if not store.streamed:
+        fix = "model.stream_blocks=true; " + fix
     if shape.batch > 1:
         fix = f"data.micro_batch: 1 (it is {shape.batch}); " + fix
     raise UserError(

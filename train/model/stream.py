@@ -46,8 +46,7 @@ class Copier:
                 return self._stream.record_event()
         # Until it is done the target holds what no GPU would warn of: NaN, in every floating-point type.
         target.view(torch.uint8).fill_(255)
-        assert self._thread is not None
-        return self._thread.submit(_copy_late, target, weakref.ref(source), self._delay)
+        return cast(ThreadPoolExecutor, self._thread).submit(_copy_late, target, weakref.ref(source), self._delay)
 
     def wait(self, done: Any) -> None:
         """Let what is issued from here on see that copy complete."""
@@ -153,11 +152,10 @@ class HostInput:
     def take(self) -> Tensor:
         """The input, for what is issued from here on; the one that is needed next is fetched meanwhile."""
         self.fetch()
-        x, self._device = self._device, None
+        x, self._device = cast(Tensor, self._device), None
         self._copier.wait(self._pending)
         if self._before is not None:
             self._before.fetch()
-        assert x is not None
         return x
 
 
