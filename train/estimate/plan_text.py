@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any
-=======
 from typing import TYPE_CHECKING, Any, cast
->>>>>>> team-f
 
 from shards.gpus import GIB
 from train.estimate.memory import BASES, Memory
