@@ -168,8 +168,17 @@ def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
             archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
             if _is_annotation(member.name) and not member.isdir():
                 yield _tar_document(archive, member)
+            _skip_rest(archive, member)
         if not getattr(archive, "saw_end", False):
             raise EOFError("cut short: the end mark is missing")
+
+
+def _skip_rest(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Go to the end of a member: tarfile would read on behind the archive's end, once for each 10 KiB declared."""
+    stream: Any = archive.fileobj
+    while (left := archive.offset - 1 - stream.tell()) > 0:  # type: ignore[attr-defined]
+        if not stream.read(min(left, _BLOCK_BYTES)):
+            raise EOFError(f"cut short within {short(member.name, 80)}")
 
 
 class _TarInfo(tarfile.TarInfo):

@@ -208,9 +208,9 @@ class Dataset:
         if which not in _NULL_KEYS:
             raise UserError(f"null embedding {which!r}", expected=" or ".join(_NULL_KEYS))
         table = self._opened.null
-        if table is None:
+        if table is None or which not in table.keys:
             raise UserError(
-                f"text set {self._opened.text_set!r} has no null embeddings in {self._opened.where()}",
+                f"text set {self._opened.text_set!r} has no null embedding {which!r} in {self._opened.where()}",
                 fix=f"{text_command(self._opened.text_set or 'default')} writes them",
             )
         return self._array(table, table.keys.index(which), 0, text_member(0))

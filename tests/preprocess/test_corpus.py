@@ -15,6 +15,7 @@ import zstandard
 from annotations import annotation, encode, numbered, write_tree
 
 from preprocess.corpus import corpus as corpus_module
+from preprocess.corpus.archives import iter_archive
 from preprocess.corpus.corpus import iter_chunks, iter_documents, map_chunks
 from preprocess.corpus.records import MAX_DOCUMENT_BYTES
 from shards.errors import UserError
@@ -154,6 +155,21 @@ def test_member_names_are_never_paths(tmp_path):
         assert [doc.source for doc in found if doc.rejection is None] == ["good.json"]
         assert {doc.rejection.reason for doc in found if doc.rejection} == {"bad-file-name"}
         assert len(found) == 5
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("field", ["pax", "base-256"])
+def test_a_tar_member_that_claims_more_than_there_is_does_not_hang(tmp_path, field):
+    """tarfile would read behind the archive's end, once for each 10 KiB of the size."""
+    member = tarfile.TarInfo("a.bin")
+    if field == "pax":
+        member.pax_headers = {"size": "99999999999999999999"}
+    else:
+        member.size = 2**70
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(member.tobuf(tarfile.PAX_FORMAT if field == "pax" else tarfile.GNU_FORMAT) + bytes(2048))
+    with pytest.raises(UserError, match=r"damaged: cut short within a\.bin"):
+        list(iter_archive(str(tmp_path / "a.tar.gz")))
 
 
 def test_links_and_devices_in_a_tar_are_rows(tmp_path):

@@ -186,7 +186,7 @@ def test_missing_text_names_the_units_and_the_command(root: Path) -> None:
 
 def test_missing_null_embeddings_are_named(root: Path) -> None:
     (root / "text" / "default" / "null.json").unlink()
-    with pytest.raises(UserError, match="no null embeddings"):
+    with pytest.raises(UserError, match="no null embedding 'empty'"):
         open_dataset(root).null_text("empty")
 
 
@@ -219,3 +219,12 @@ def test_what_is_committed(tiny_shards: Path) -> None:
     assert is_committed(storage, "text/default", NULL_UNIT) and not is_committed(storage, "latents", 3)
     stored = read_commit(storage, "latents", 1)
     assert stored.commit.unit == 1 and len(stored.commit.samples) == 8
+
+
+def test_a_null_shard_without_one_of_its_embeddings_is_an_error_that_names_it(tiny_shards: Path) -> None:
+    dataset = open_dataset([tiny_shards])
+    keys = dataset._opened.null.keys  # as of a commit that somebody wrote: its seal is right
+    keys[keys.index("empty")] = "other"
+    with pytest.raises(UserError, match="no null embedding 'empty'"):
+        dataset.null_text("empty")
+    assert dataset.null_text("negative").ndim == 2
