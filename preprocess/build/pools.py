@@ -9,6 +9,7 @@ wait to be written by bytes. Nothing here changes a byte of output: the order of
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
 import time
@@ -85,10 +86,10 @@ class Stages(Protocol[Task_contra, Fetched, Decoded, Encoded, Result_co]):
         """In a thread of the decode pool; calls `reserve(num_bytes)` before it makes something large."""
 
     def encode(self, task: Task_contra, decoded: Decoded) -> Encoded:
-        """In the caller's thread, one at a time, in the order in which tasks become ready."""
+        """In the caller's thread, one at a time, of those that are ready the earliest first."""
 
     def write(self, task: Task_contra, encoded: Encoded) -> Iterable[Result_co]:
-        """In the writer's thread, in the same order: what is complete with it. It may keep `encoded` for later."""
+        """In the writer's thread, in the order of encoding: what is complete with it. It may keep `encoded`."""
 
     @property
     def held_bytes(self) -> int:
@@ -96,6 +97,8 @@ class Stages(Protocol[Task_contra, Fetched, Decoded, Encoded, Result_co]):
 
 
 class _Ready(NamedTuple):
+    place: int
+    """In the order of the tasks."""
     task: Any
     decoded: Any
     num_bytes: int
@@ -134,6 +137,8 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         self._frames = ByteBudget(max_bytes, stop)
         self._ready: queue.SimpleQueue[_Ready | None] = queue.SimpleQueue()
         """What can be encoded; None: the writer has completed something."""
+        self._heap: list[tuple[bool, int, _Ready]] = []
+        """What the caller's thread has taken from there: errors first, then by place, so that little waits its turn."""
         self._num_decoders = num_decoders
         self._num_fetching = self._num_decoding = 0
         """Begun and not fetched yet; fetched and not decoded yet."""
@@ -156,15 +161,15 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
         finished = False
         writer = _Writer(self._stages, lambda: self._ready.put(None))
         try:
-            upcoming, started, more, is_loaded = iter(tasks), 0, True, False
+            upcoming, started, more, is_loaded = enumerate(tasks), 0, True, False
             while started or more:
                 while more and started < self._max_started and self._stages.held_bytes <= self._max_bytes:
-                    task = next(upcoming, None)
-                    if task is None:
+                    place_and_task = next(upcoming, None)
+                    if place_and_task is None:
                         more = False
                         break
                     started += 1
-                    self._begin(task)
+                    self._begin(*place_and_task)
                 if started and not is_loaded:
                     is_loaded = True
                     self._on_begun()
@@ -185,22 +190,22 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
             self._decoders.shutdown(wait=True, cancel_futures=True)
             writer.close()
 
-    def _begin(self, task: Task) -> None:
+    def _begin(self, place: int, task: Task) -> None:
         self._count(fetching=1)
-        self._fetchers.submit(self._fetch, task)
+        self._fetchers.submit(self._fetch, place, task)
 
-    def _fetch(self, task: Task) -> None:
+    def _fetch(self, place: int, task: Task) -> None:
         try:
             fetched = self._stages.fetch(task)
         except BaseException as error:
             self._count(fetching=-1)
-            self._ready.put(_Ready(task, None, 0, error))
+            self._ready.put(_Ready(place, task, None, 0, error))
             return
         self._count(fetching=-1, decoding=1)
         with suppress(RuntimeError):  # the pool is shut down: the run is being left
-            self._decoders.submit(self._decode, task, fetched)
+            self._decoders.submit(self._decode, place, task, fetched)
 
-    def _decode(self, task: Task, fetched: Fetched) -> None:
+    def _decode(self, place: int, task: Task, fetched: Fetched) -> None:
         held = 0
 
         def reserve(num_bytes: int) -> None:
@@ -209,9 +214,9 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
             held += num_bytes
 
         try:
-            self._ready.put(_Ready(task, self._stages.decode(task, fetched, reserve), held, None))
+            self._ready.put(_Ready(place, task, self._stages.decode(task, fetched, reserve), held, None))
         except BaseException as error:
-            self._ready.put(_Ready(task, None, held, error))
+            self._ready.put(_Ready(place, task, None, held, error))
         finally:
             self._count(decoding=-1)
 
@@ -222,14 +227,15 @@ class Pools(Generic[Task, Fetched, Decoded, Encoded, Result]):
 
     def _encode_next(self, writer: _Writer) -> bool:
         """Encode what is ready next; False where the writer has completed something first."""
-        try:
-            ready = self._ready.get_nowait()
-        except queue.Empty:
+        while not self._ready.empty() or not self._heap:
             # A free decoder has nothing to do but to wait for a fetch.
             is_fetch = self._num_fetching and self._num_decoding < self._num_decoders
-            ready = self._wait("fetch" if is_fetch else "decode", self._ready.get)
-        if ready is None:
-            return False
+            item = self._wait("fetch" if is_fetch else "decode", self._ready.get)
+            if item is None:
+                return False
+            heapq.heappush(self._heap, (item.error is None, item.place, item))
+            del item  # it holds frames
+        ready = heapq.heappop(self._heap)[2]
         if ready.error is not None:
             raise ready.error
         began = time.perf_counter()

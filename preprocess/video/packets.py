@@ -31,8 +31,9 @@ def choose_stream(container: Any) -> tuple[Any, str]:
     streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if len(streams) < 2:
         return (streams[0] if streams else None), "the only video stream"
-    chosen = max(streams, key=lambda each: each.width * each.height)
-    sizes = ", ".join(f"{each.index}: {each.width}×{each.height}" for each in streams[:8])
+    shapes = {each.index: (each.width, each.height) if each.codec_context else (0, 0) for each in streams}
+    chosen = max(streams, key=lambda each: shapes[each.index][0] * shapes[each.index][1])
+    sizes = ", ".join(f"{index}: {width}×{height}" for index, (width, height) in itertools.islice(shapes.items(), 8))
     return chosen, f"the largest of {len(streams)} video streams ({sizes})"
 
 

@@ -219,6 +219,26 @@ def test_run_to_its_end_it_stops_nobody():
     assert not stop.is_set()
 
 
+def test_of_those_that_are_ready_the_earliest_is_encoded_first():
+    """All are ready, the last first, when the encoder is loaded: then it takes them in the order of the tasks."""
+    work, ready = Work(), []
+
+    def decode(task, reserve):
+        while len(ready) < 7 - task:
+            time.sleep(0.001)
+        ready.append(task)
+        return task
+
+    def loaded():
+        while len(ready) < 8:
+            time.sleep(0.001)
+        time.sleep(0.05)
+
+    work._decode = decode
+    assert len(run(work, range(8), num_decoders=8, on_begun=loaded)) == 8
+    assert ready == list(range(7, -1, -1)) and work.encoded == list(range(8))
+
+
 def test_it_says_what_the_encoder_waited_for():
     fetched = pools(Work(fetch=lambda task: time.sleep(0.1) or task), num_fetchers=1)
     assert len(list(fetched.run(range(5)))) == 5

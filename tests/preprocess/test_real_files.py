@@ -269,6 +269,19 @@ def test_a_cover_picture_is_no_video_stream_however_large(folder: Path, suffix: 
     assert read_number(frames[0]) == 25
 
 
+def test_a_stream_that_no_decoder_knows_is_passed_over(folder: Path) -> None:
+    small = source(folder, "plain200.mp4", SMALL)
+    large = write_clip(folder / "large.mp4", np.stack([number_picture(n, 320, 192) for n in range(200)]), 25, *SMALL)
+    path = folder / "unknown.mkv"
+    ffmpeg_run("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", path)
+    name = b"V_MPEG4/ISO/AVC"
+    before, first, second = path.read_bytes().rpartition(name)
+    path.write_bytes(before + first.replace(b"AVC", b"XYZ") + second)
+    facts = probed(path, CONFIG)
+    assert (facts.width, facts.stream) == (160, 0)
+    assert facts.decisions["stream"]["ground"] == "the largest of 2 video streams (0: 160×96, 1: 0×0)"
+
+
 def test_full_range_hd_without_a_flag_is_bt709_and_its_green_stays(tmp_path: Path) -> None:
     path = tmp_path / "hd.mp4"
     green = "scale=out_color_matrix=bt709:out_range=full,format=yuvj420p"
