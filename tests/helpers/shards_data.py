@@ -102,8 +102,8 @@ def _write_unit(
             number = unit * num_samples + place
             # Two windows of every third clip; every fourth sample is an image.
             clip = f"{prefix}-{number - (place % 3 == 2)}"
-            frames = 1 if place % 4 == 3 else lengths[number % len(lengths)]
-            rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants, frames))
+            length = lengths[number % len(lengths)]
+            rows.append(_write_sample(latents, texts, clip, place, rng, channels, max_variants, length))
         rows.append(_rejected(f"{prefix}-{unit}-gone"))
         first = unit * len(rows)
         latents.seal([row.model_copy(update={"candidate": first + place}) for place, row in enumerate(rows)])
@@ -118,9 +118,10 @@ def _write_sample(
     rng: np.random.Generator,
     channels: int,
     max_variants: int,
-    frames: int,
+    length: int,
 ) -> LedgerRow:
     _, height, width = SIZES[place // 2 % 2]
+    frames = 1 if place % 4 == 3 else length
     start_ms = 2500 if place % 3 == 2 else 0
     key = sample_key(clip, start_ms, frames, height, width)
     shape = (channels, (frames - 1) // 4 + 1, height // 16, width // 16)

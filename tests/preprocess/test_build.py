@@ -34,6 +34,7 @@ from shards.format.ledger import read_ledger
 from shards.format.sealed_json import seal_document
 from shards.gpus import find_gpu
 from shards.read.dataset import open_dataset
+from shards.read.tags import clip_tags
 from shards.storage import open_storage
 
 ALL = Wanted(frozenset({"truncated"}), retryable=True)
@@ -403,6 +404,12 @@ def test_a_dataset_of_several_lengths_has_the_identity_of_one(mixed, demo_corpus
         assert frozen_choices(one)["window.num_frames"] == 29, "a list of one length is that length"
     with pytest.raises(IdentityMismatch, match=r"window\.num_frames: there \[29,33\], expected 97"):
         build(demo_corpus, mixed, **(MIXED | {"window": {**MIXED["window"], "num_frames": 97}}))
+
+
+def test_tags_are_read_from_the_plan_that_stage_1_froze(mixed):
+    storage = open_storage(mixed)
+    planned = {candidate.record.clip_id: candidate.record.keywords for candidate in open_plan(storage).candidates()}
+    assert clip_tags(storage) == {clip: words for clip, words in planned.items() if words} != {}
 
 
 def test_a_later_generation_may_have_other_lengths(mixed, demo_corpus, tmp_path):

@@ -13,6 +13,7 @@ from shards.errors import UserError
 from train.checkpoint import load_tensors, write_tensors
 from train.cli.main import main
 from train.config.optim import OptimConfig
+from train.doctor.machine import check_optimizer
 from train.estimate.saves import run_memory
 from train.geometry import Shape
 from train.loop import fit
@@ -221,6 +222,13 @@ def test_an_optimizer_that_cannot_be_used_is_refused_by_name(name, args, words):
 def test_a_config_that_means_two_things_is_refused(values, words):
     with pytest.raises(ValueError, match=words):
         OptimConfig(**values)
+
+
+def test_doctor_tries_the_optimizer(tmp_path):
+    good = check_optimizer(make_config("shards", tmp_path, optim__name="prodigyopt.Prodigy"))
+    assert (good.status, good.found) == ("ok", "prodigyopt.Prodigy, 16 bytes of state a trained number")
+    bad = check_optimizer(make_config("shards", tmp_path, optim__name="torch.optim.LBFGS"))
+    assert bad.status == "problem" and "closure" in bad.found
 
 
 def test_the_plan_counts_measured_state(tmp_path):
