@@ -147,7 +147,7 @@ def layout(gpu: str | None, num_gpus: int, num_nodes: int = 1, *, frames: int = 
         ({"gpu": None, "num_gpus": 64, "num_nodes": 8}, Mesh(64, 8, 1, 4), "so 4 share one"),
         ({"gpu": "h100", "num_gpus": 8, "shard": "full", "ulysses": 4}, Mesh(8, 1, 8, 4), "parallel.ulysses: 4"),
         ({"gpu": "h100", "num_gpus": 3}, Mesh(3), "auto"),  # refused where the batch is dealt, with sizes that can be
-        ({"gpu": "rtx4090", "num_gpus": 2, "frames": 961}, Mesh(2, 1, 1, 2, True), "nothing fits"),
+        ({"gpu": "rtx4090", "num_gpus": 2, "frames": 961}, Mesh(2, 1, 2, 2), "nothing fits"),
     ],
 )
 def test_auto_takes_the_first_layout_that_a_step_fits_in(arguments, mesh, words):

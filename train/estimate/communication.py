@@ -149,7 +149,7 @@ def choose_mesh(
         if needs[-1] <= limit:
             words += f"; a step takes {needs[-1] / 2**30:.1f} GiB of {device_bytes / 2**30:.1f}"
             return mesh, words + (f", and {needs[0] / 2**30:.1f} as {first}" if mesh != first else "")
-    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.streamed, mesh.base_shards)), f"{words}; nothing fits"
+    return max(meshes, key=lambda mesh: (mesh.ulysses, mesh.base_shards, mesh.streamed)), f"{words}; nothing fits"
 
 
 def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> list[int]:
