@@ -176,7 +176,7 @@ def _iter_tar(file: IO[bytes]) -> Iterator[Document]:
 def _skip_rest(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     """Go to the end of a member: tarfile would read on behind the archive's end, once for each 10 KiB declared."""
     stream: Any = archive.fileobj
-    while (left := archive.offset - 1 - stream.tell()) > 0:  # type: ignore[attr-defined]
+    while (left := archive.offset - 1 - stream.tell()) > 0:
         if not stream.read(min(left, _BLOCK_BYTES)):
             raise EOFError(f"cut short within {short(member.name, 80)}")
 
