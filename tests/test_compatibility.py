@@ -122,7 +122,9 @@ def compare_datasets(new: dict[str, bytes], old: dict[str, bytes], *, exact: boo
     assert ours.keys() == theirs.keys()
     for name, data in theirs.items():
         if name.endswith(".ledger.jsonl.zst"):
-            assert list(rows_of(ours[name])) == list(rows_of(data)), name
+            for row, before in zip(rows_of(ours[name]), rows_of(data), strict=True):
+                # A rejected clip's row has said what its file is only since these fixtures were made.
+                assert {k: v for k, v in row.items() if k in before or k != "facts"} == before, name
         elif name.endswith(".tar") and not exact:
             compare_tars_closely(ours[name], data)
         elif "/shard-" in name and name.endswith(".json"):

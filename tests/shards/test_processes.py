@@ -97,7 +97,7 @@ SUMMARY = {
 @pytest.mark.parametrize(
     ("key", "members", "summary", "named"),
     [
-        ("b.c", MEMBERS, SUMMARY, "no key"),
+        ("b.c", MEMBERS, SUMMARY, "not a valid key"),
         (sample_key("b", 0, 1, 32, 32), MEMBERS, SUMMARY, "its summary makes the key"),
         (KEY, {"json": MEMBERS["json"]}, SUMMARY, "expected: json and latent"),
         (KEY, {**MEMBERS, "text.npy.zst": b""}, SUMMARY, "expected: json and latent"),
