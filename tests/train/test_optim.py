@@ -276,7 +276,7 @@ def test_a_schedule_free_run_is_evaluated_and_exported_by_its_average(tiny_shard
         assert torch.allclose(average[name], weight.lerp(moments[f"{name}.z"], 1 - 1 / 0.9), atol=1e-7)
     result = CliRunner().invoke(main, ["evaluate", str(tmp_path / "run"), "--json"], catch_exceptions=False)
     held_out = [line["mean"] for line in read_metrics(tmp_path / "run", "held_out.jsonl")]
-    found = [result["mean"] for result in json.loads(result.output)["results"].values()]
+    found = [result["mean"] for result in json.loads(result.stdout)["results"].values()]
     assert found == pytest.approx([held_out[0], held_out[-1]], rel=1e-5), "the export is what was evaluated"
     with pytest.raises(UserError, match="averages the weights itself"):
         fit(make_config(tiny_shards, tmp_path / "ema", max_steps=1, **changes, optim__ema_decay=0.9))
