@@ -307,6 +307,7 @@ def test_status_of_a_build_at_work(holder, demo_corpus):
     (folder,) = output.glob(".tmp-build-*")
     outage = {"host": "a.cloudfront.net", "reason": "fetch-503", "since": "2026-01-01T03:00:00+00:00"}
     (folder / "outage-1-a.json").write_text(json.dumps(outage))
+    until(lambda: builds_at_work(str(output))[0]["progress"])
     said = status(output, values)
     assert f"at work  process {process.pid} on " in said and "latents: 0 of 6 units" in said
     assert "a.cloudfront.net has not answered since 2026-01-01T03:00:00+00:00 (fetch-503)" in said

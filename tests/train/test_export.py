@@ -327,6 +327,7 @@ def test_training_goes_on_from_another_tools_file(tool, run, base, tiny_shards, 
     last = read_latent_file(run / "samples/step-0000006/t2v.safetensors").values
     torch.testing.assert_close(torch.from_numpy(first), torch.from_numpy(last), atol=1e-5, rtol=1e-5)
     caplog.set_level("INFO", "wan")
+    caplog.clear()
     with pytest.raises(UserError, match=r"rank 4, lora\.rank is 2"):
         fit(
             config.model_copy(
