@@ -32,8 +32,10 @@ TICKS_PER_SECOND = 23_040_000
 """A multiple of 1000, 12288, 12800, 15360, 24000, 30000, 60000 and 90000: of the time bases that files have."""
 SEEKABLE_FORMATS = {"mov", "matroska", "avi", "mxf", "mpegts"}
 """Containers in which a seek lands where it should. In an MPEG program stream the timestamps after it are wrong."""
-PICTURE_LINE = re.compile(r"^frame:\d+ +pts:(-?\d+)", re.MULTILINE)
-"""What the `metadata` filter prints of each decoded picture."""
+PRINTED = re.compile(
+    r"^((?:\[[^]\n]{1,99}\] )*)(?:frame:\d+ +pts:(-?\d+|NOPTS) +pts_time:\S+ *|picture=1)\n", re.MULTILINE
+)
+"""What the `metadata` filter prints of each decoded picture: two lines, each behind what the log has of a line."""
 MAX_LIST_BYTES = 16 << 20
 """Of the list of shot changes."""
 SEEK_FRAMES = 4
@@ -56,12 +58,12 @@ def decode_window(
     if config.decode.policy == "strict":
         _refuse_corrupt(facts, needed)
     seek = _seek_seconds(facts, window, needed)
-    result = _run(path, facts, window, bucket, config, seek)
-    lost = _lost(result, facts, needed)
+    result, decoded = _run(path, facts, window, bucket, config, seek)
+    lost = _lost(decoded, facts, needed)
     if seek is not None and lost:
         # A seek may end behind the key frame that was asked for, and an MPEG-TS has no index to know better.
-        result = _run(path, facts, window, bucket, config, None)
-        lost = _lost(result, facts, needed)
+        result, decoded = _run(path, facts, window, bucket, config, None)
+        lost = _lost(decoded, facts, needed)
     _refuse_new_size(result, facts)
     frames = _frames_of(result, window, bucket, config)
     if lost and not (config.decode.policy == "tolerant" and _is_bearable(lost, needed, window)):
@@ -94,11 +96,9 @@ def _refuse_corrupt(facts: ClipFacts, needed: tuple[float, ...]) -> None:
             _reject("decode-errors", f"the packet at {time:.3f} s is marked corrupt")
 
 
-def _lost(result: Result, facts: ClipFacts, needed: tuple[float, ...]) -> list[float]:
-    """Which of the needed pictures no decoded one has the time of."""
-    decoded = sorted(
-        int(ticks) / TICKS_PER_SECOND - facts.zero_seconds for ticks in re.findall(PICTURE_LINE, result.stderr)
-    )
+def _lost(decoded: list[float], facts: ClipFacts, needed: tuple[float, ...]) -> list[float]:
+    """Which of the needed pictures no decoded one has the time of; `decoded`: on the file's own clock, sorted."""
+    decoded = [seconds - facts.zero_seconds for seconds in decoded]
     lost = []
     for time in needed:
         place = bisect_left(decoded, time)
@@ -136,7 +136,7 @@ def _refuse_complaints(
 
 def _run(
     path: Path, facts: ClipFacts, window: Window, bucket: PictureSize, config: PrepConfig, seek: float | None
-) -> Result:
+) -> tuple[Result, list[float]]:
     limits = config.decode
     result = run_ffmpeg(
         window_arguments(path, facts, window, bucket, config, seek),
@@ -145,8 +145,19 @@ def _run(
         max_alloc_mib=limits.max_memory_mib,
         max_cpu_seconds=math.ceil(4 * limits.timeout_seconds * limits.threads),  # never before the deadline
     )
+    seconds, log = split_log(result.stderr)
     # What is reported becomes a ledger row, whose bytes must not depend on where the clip lay.
-    return result._replace(stderr=result.stderr.replace(file_url(path), "file"))
+    return result._replace(stderr=log.replace(file_url(path), "file")), seconds
+
+
+def split_log(stderr: str) -> tuple[list[float], str]:
+    """Times of the decoded pictures in seconds, sorted, and the log without what the `metadata` filter printed of them.
+
+    The filter prints from a thread of its own, and libav's log writes the parts of a line (context, level, message) one
+    after the other. So what is printed may stand between two parts; without it the line is complete again.
+    """
+    ticks = [int(match[2]) for match in PRINTED.finditer(stderr) if match[2] not in (None, "NOPTS")]
+    return sorted(each / TICKS_PER_SECOND for each in ticks), PRINTED.sub(r"\1", stderr)
 
 
 def _refuse_new_size(result: Result, facts: ClipFacts) -> None:

@@ -22,7 +22,7 @@ from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video import ffmpeg, probe
 from preprocess.video.container import PLAYLISTS, sniff_cut, sniff_playlist
-from preprocess.video.decode import decode_window
+from preprocess.video.decode import decode_window, split_log
 from preprocess.video.ffmpeg import (
     FFMPEG_VARIABLE,
     complaints,
@@ -306,18 +306,44 @@ def test_the_tolerant_policy_takes_what_is_there(good_clip: Path, tmp_path: Path
     assert caught.value.rejection[:2] == ("decode", "missing-frames")
 
 
-def test_damaged_pictures_are_refused_strictly_and_taken_tolerantly(good_clip: Path, tmp_path: Path) -> None:
-    data = bytearray(good_clip.read_bytes())
+def flip_bits(clip: Path, path: Path) -> Path:
+    """A copy whose pictures are damaged everywhere."""
+    data = bytearray(clip.read_bytes())
     rng = np.random.default_rng(0)
     begin = data.index(b"mdat") + 4
     for place in rng.integers(begin + 2000, len(data) - 100, 400):
         data[place] ^= 0xFF
-    path = tmp_path / "flipped.mp4"
     path.write_bytes(data)
+    return path
+
+
+def test_damaged_pictures_are_refused_strictly_and_taken_tolerantly(good_clip: Path, tmp_path: Path) -> None:
+    path = flip_bits(good_clip, tmp_path / "flipped.mp4")
     rejection = refused(path)
     assert rejection[:2] == ("decode", "decode-errors")
     facts = probed(path, TOLERANT)
     assert len(decode_window(path, facts, WINDOW, only_bucket(TOLERANT), TOLERANT)) == 49
+
+
+def test_what_is_printed_between_the_parts_of_a_log_line_is_taken_out_of_it() -> None:
+    """libav's log writes a line in parts, and the filter that prints pictures has a thread of its own."""
+    log = "[h264 @ 0x1] [error] left block unavailable\n[vist#0:0/h264 @ 0x2] [dec:h264 @ 0x3] [warning] corrupt\n"
+    torn = (
+        "frame:0    pts:0       pts_time:0\npicture=1\n"
+        "[h264 @ 0x1] frame:1    pts:11520000 pts_time:0.5\n[error] picture=1\nleft block unavailable\n"
+        "[vist#0:0/h264 @ 0x2] [dec:h264 @ 0x3] frame:2    pts:23040000 pts_time:1\npicture=1\n[warning] corrupt\n"
+    )
+    assert split_log(torn) == ([0.0, 0.5, 1.0], log)
+    hostile = "    title           : frame:9    pts:1 pts_time:1\n  x [error] frame:9    pts:1 pts_time:1\n"
+    assert split_log(hostile) == ([], hostile)
+
+
+def test_damage_is_decoded_alike_every_time(good_clip: Path, tmp_path: Path) -> None:
+    """Decoder and filter log at once, for every picture: no line of the one costs a line of the other."""
+    path = flip_bits(good_clip, tmp_path / "flipped.mp4")
+    facts = probed(path, TOLERANT)
+    for _ in range(12):
+        assert len(decode_window(path, facts, WINDOW, only_bucket(TOLERANT), TOLERANT)) == 49
 
 
 def test_a_file_without_pictures_is_refused(tmp_path: Path) -> None:

@@ -149,15 +149,15 @@ def test_copies_that_fill_a_gap_are_not_pictures(damaged: Path) -> None:
     """Under the tolerant policy too: what was decoded counts, not what the filter gives."""
     facts = probed(damaged, TOLERANT)
     lost = facts.model_copy(update={"picture_seconds": tuple(n / 25 for n in range(200)), "start_seconds": 0.0})
-    real = decode_window.__globals__["_run"]
+    real = decode_window.__globals__["run_ffmpeg"]
 
-    def without_first_second(*arguments: object) -> Result:
-        result: Result = real(*arguments)
-        kept = [line for line in result.stderr.splitlines() if not re.match(r"frame:1[0-3] ", line)]
-        return result._replace(stderr="\n".join(kept))
+    def without_first_second(*arguments: object, **limits: object) -> Result:
+        result: Result = real(*arguments, **limits)
+        kept = [line for line in result.stderr.splitlines(keepends=True) if not re.match(r"frame:1[0-3] ", line)]
+        return result._replace(stderr="".join(kept))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.video.decode._run", without_first_second)
+        patch.setattr("preprocess.video.decode.run_ffmpeg", without_first_second)
         with pytest.raises(ClipRejected) as caught:
             decode_window(damaged, lost, Window(3.0, 49, "test"), only_bucket(TOLERANT), TOLERANT)
     assert caught.value.rejection[:2] == ("decode", "missing-frames")
