@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peak import PEAK_KIB
 from prep_runs import TINY, prep
 
 from preprocess.config import CorpusConfig, FetchConfig
@@ -239,15 +240,15 @@ def test_a_parquet_file_cut_short_is_one_clear_error(tmp_path):
             fields_of(path)
 
 
-LONG_LINE = """
-import resource, sys
+LONG_LINE = f"""
+import sys
 from preprocess.config import CorpusConfig, FetchConfig
 from preprocess.corpus.corpus import read_chunk
 from preprocess.corpus.layouts import open_corpus
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = {PEAK_KIB}
 rows = [d for chunk in open_corpus(CorpusConfig(location=sys.argv[1])) for d in read_chunk(chunk)]
 print([d.rejection.reason if d.rejection else d.source for d in rows])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(({PEAK_KIB} - before) // 1024)
 """
 
 

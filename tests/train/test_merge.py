@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak import PEAK_KIB
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -199,16 +200,16 @@ def test_the_real_diffusers_model_has_the_same_keys_and_shapes():
     assert ours == {name: tuple(weight.shape) for name, weight in theirs.state_dict().items()}
 
 
-_PEAK = """
-import resource, sys
+_PEAK = f"""
+import sys
 from pathlib import Path
 from train.lora.formats import read_lora
 from train.lora.merge import merge_checkpoint
 lora = read_lora(sys.argv[2])
 import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = {PEAK_KIB}
 merge_checkpoint(Path(sys.argv[1]), lora, Path(sys.argv[3]), dtype=torch.bfloat16)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(({PEAK_KIB} - before) * 1024)
 """
 
 
