@@ -29,13 +29,15 @@ from train.recompute.ops import (
     gelu_backward_,
     layer_norm_backward,
     modulate,
+    norm_dtype,
     normalise,
-    rms_backward,
+    product,
     rms_scale,
+    rotated_backward,
     rounded,
     scaled,
+    scaled_backward,
     times,
-    unrotated,
 )
 from train.recompute.parts import (
     BlockParts,
@@ -147,7 +149,7 @@ def _feed_forward_backward(
         y_BLD = modulate(y_BLD, mod[:, :, 3], mod[:, :, 4], shared.num_first)
     dy_BLD = linear_backward(values, "ffn.0", dh_BLF, y_BLD, parts, grads)
     del dh_BLF, y_BLD
-    dn_BLD = times(dy_BLD, mod[:, :, 4], shared.num_first, torch.float32)
+    dn_BLD = times(dy_BLD, mod[:, :, 4], shared.num_first, norm_dtype(dy_BLD.dtype))
     del dy_BLD
     # The gradient that came in is autograd's; from here on it is ours and grows in place.
     return torch.addcmul(
@@ -162,20 +164,20 @@ def _cross_backward_(values: Values, parts: BlockParts, shared: Shared, grad_BLD
     dq, dk, dv = attention_backward(values, "a2", da_BLD, q, k, values.pop("v2"), shared)
     del da_BLD, q, k
     if lora := linears["cross_attn.k"].lora:
-        dk = rms_backward(dk.flatten(2) * norms["cross_attn.k"], values["k2"], values["rk2"], dtype)
+        dk = scaled_backward(dk, values["k2"], values["rk2"], norms["cross_attn.k"])
         lora_backward(values, "cross_attn.k", dk, shared.text_BSD, lora, grads)
     if lora := linears["cross_attn.v"].lora:
         lora_backward(values, "cross_attn.v", dv.flatten(2), shared.text_BSD, lora, grads)
     del dk, dv
-    dq = rms_backward(dq.flatten(2) * norms["cross_attn.q"], values.pop("q2"), values["rq2"], dtype)
+    dq = scaled_backward(dq, values.pop("q2"), values["rq2"], norms["cross_attn.q"])
     y_BLD = values["n2"]
     if linears["cross_attn.q"].lora:
         y_BLD = rounded(norms["norm3.bias"], y_BLD, norms["norm3"], dtype)
     dy_BLD = linear_backward(values, "cross_attn.q", dq, y_BLD, parts, grads)
     del dq, y_BLD
-    grad_BLD.addcmul_(
-        layer_norm_backward(dy_BLD * norms["norm3"], values.pop("n2"), shared.zeros_BL1, shared.ones_BL1), values["r2"]
-    )
+    dn_BLD = product(dy_BLD, norms["norm3"], norm_dtype(dtype))
+    del dy_BLD
+    grad_BLD.addcmul_(layer_norm_backward(dn_BLD, values.pop("n2"), shared.zeros_BL1, shared.ones_BL1), values["r2"])
 
 
 def _self_backward_(
@@ -201,9 +203,9 @@ def _self_backward_(
         if leaf == "v":
             out_BLD = given.pop(leaf).flatten(2)
         else:
-            dn_BLD = unrotated(given.pop(leaf), norms[name], shared.rotation)
-            out_BLD = rms_backward(dn_BLD, values.pop(leaf), values[f"r{leaf}"], dtype)
-            del dn_BLD
+            out_BLD = rotated_backward(
+                given.pop(leaf), values.pop(leaf), values[f"r{leaf}"], norms[name], shared.rotation
+            )
         lora = parts.linears[name].lora
         if needs_input_gradient:
             dy_BLD = linear_backward(values, name, out_BLD, y_BLD, parts, grads, dy_BLD)
@@ -212,7 +214,7 @@ def _self_backward_(
         del out_BLD
     del y_BLD
     if dy_BLD is not None:
-        dn_BLD = times(dy_BLD, mod[:, :, 1], shared.num_first, torch.float32)
+        dn_BLD = times(dy_BLD, mod[:, :, 1], shared.num_first, norm_dtype(dtype))
         del dy_BLD
         grad_BLD.addcmul_(
             layer_norm_backward(dn_BLD, values.pop("n1"), shared.zeros_BL1, shared.ones_BL1), values["r1"]

@@ -6,7 +6,7 @@ Shapes: B slots, L tokens, M = B·L, I O input and output channels of a linear, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class BlockParts(NamedTuple):
     """Frozen tensors of a block, and its LoRA."""
 
     linears: dict[str, LinearParts]
-    norms: dict[str, Tensor]
-    """Float32 weights: `self_attn.q`, `self_attn.k`, `cross_attn.q`, `cross_attn.k`, `norm3`, `norm3.bias`."""
+    norms: dict[str, Any]
+    """Float32 weights: `self_attn.q`, `self_attn.k`, `cross_attn.q`, `cross_attn.k`, `norm3`, `norm3.bias`. In 16 bit
+    `cross_attn.q` is None and its weight stands in `cross_attn.k`: the few keys are multiplied, not the queries."""
     modulation_16D: Tensor
 
 

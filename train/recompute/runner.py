@@ -200,7 +200,11 @@ def _parts(call: _Call) -> BlockParts:
     block = call.block
     linears = {name: _linear_parts(name, module, call) for name, module in call.linears.items()}
     attentions = {"self_attn": block.self_attn, "cross_attn": block.cross_attn}
-    norms = {f"{part}.{n}": getattr(module, f"norm_{n}").weight for part, module in attentions.items() for n in "qk"}
+    norms: dict[str, Any] = {
+        f"{part}.{n}": getattr(module, f"norm_{n}").weight for part, module in attentions.items() for n in "qk"
+    }
+    if call.shared.text_BSD.dtype != torch.float32:
+        norms |= {"cross_attn.k": norms["cross_attn.k"] * norms["cross_attn.q"], "cross_attn.q": None}
     norms |= {"norm3": block.norm3.weight, "norm3.bias": block.norm3.bias}
     return BlockParts(linears, norms, block.modulation)
 
