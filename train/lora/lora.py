@@ -200,16 +200,19 @@ def merge(model: nn.Module) -> None:
         if module.bias is not None:  # its own: the adapted module's moves to the CPU
             plain.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         model.set_submodule(paths[name], plain)
-        kept[paths[name]] = (module.to("cpu"), merged.device)
+        kept[paths[name]] = module.to("cpu")
     if not kept:
         raise UserError("the model has no LoRA to merge", fix="`load` one first")
     setattr(model, _MERGED, kept)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the LoRA is beside the weights again, and those are what they were, to the bit."""
-    for path, (module, device) in getattr(model, _MERGED, {}).items():
-        model.set_submodule(path, module.to(device))
+    """Undo `merge`: the LoRA is beside the weights again, and those are what they were, to the bit.
+
+    They go where the merged ones are now: pipelines move a model between the CPU and the GPU.
+    """
+    for path, module in getattr(model, _MERGED, {}).items():
+        model.set_submodule(path, module.to(model.get_parameter(f"{path}.weight").device))
     if hasattr(model, _MERGED):
         delattr(model, _MERGED)
 
