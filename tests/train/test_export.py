@@ -25,6 +25,8 @@ from train.lora.export import export_lora, export_metadata, locate_lora
 from train.lora.formats import read_lora
 from train.model.dit import build_model
 from train.model.load import save_dit
+from train.parallel.ranks import Ranks
+from train.sampling.preview import Preview
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ def test_compare_samples_the_base_and_every_checkpoint_from_the_same_noise(run, 
     assert "--compare: lora is null" in result.output
 
 
-def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
+def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path, monkeypatch):
     """`sample.decode` names the config of stage 1; its process makes the videos, whose VAE is the demo's random one."""
     key = min(sample.key for sample in open_dataset(tiny_shards).samples if sample.frames > 1)
     sample = {"every_steps": 1, "prompts": [{"name": "sea", "key": key}], "sampler": {"steps": 1}}
@@ -261,8 +263,12 @@ def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
     changes = {"max_steps": 2, "model__checkpoint": str(base), "model__dims": None}
     with pytest.raises(UserError, match=r"sample\.decode: nowhere\.yaml: no such file"):
         fit(make_config(tiny_shards, tmp_path / "no", **changes, sample={**sample, "decode": "nowhere.yaml"}))
-    run = tmp_path / "run"
+    run, order = tmp_path / "run", []
+    barrier, finish = Ranks.barrier, Preview.finish
+    monkeypatch.setattr(Ranks, "barrier", lambda self: order.append("barrier") or barrier(self))
+    monkeypatch.setattr(Preview, "finish", lambda self: order.append("finish") or finish(self))
     fit(make_config(tiny_shards, run, **changes, sample={**sample, "decode": str(prep)}))
+    assert order[-2:] == ["barrier", "finish"], "the other ranks wait for no VAE"
     assert len(list((run / "samples").glob("step-*/sea.mp4"))) == 3, (run / "logs/decode.log").read_text()
     assert (run / "samples/side-by-side.mp4").is_file()
 
