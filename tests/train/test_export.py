@@ -131,6 +131,10 @@ def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_sha
     text = (tmp_path / "b/README.md").read_text()
     assert "| T2V, σ 0.50 | 2.0000 | 1.0000 | -50.0 % |" in text and "| all | 2.0000 | 1.5000 | -25.0 % |" in text
     assert yaml.safe_load(text.split("---")[1])["license"] == "other"
+    held_out.write_text(json.dumps(better) + "\n")  # evaluated from step 6 on
+    out = tmp_path / "three/lora.safetensors"
+    assert _call("export", copied, out, "--step", "3", "--card").exit_code == 0
+    assert "Held-out loss" not in (out.parent / "README.md").read_text()
     result = _call("export", run / "lora.safetensors", tmp_path / "c/lora.safetensors", "--card")
     assert result.exit_code == 2
     assert "a card is made from a run" in result.output
