@@ -46,6 +46,7 @@ def test_the_job_and_the_sky_file_train_with_a_config_that_loads():
     assert {volume["name"] for volume in POD["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
     sky = _fit(shlex.split(SKY["run"].strip().removeprefix("exec ")))
     assert any(sky.output.startswith(mount + "/") for mount in SKY["file_mounts"])
+    assert SKY["file_mounts"]["/runs"]["mode"] == "MOUNT_CACHED"  # MOUNT knows neither append nor random writes
     used = set(re.findall(r"\$\{?(\w+)\}?", SKY["run"] + str(SKY["file_mounts"])))
     assert used - {"HOME", "SKYPILOT_NUM_GPUS_PER_NODE"} == set(SKY["envs"])
 

@@ -210,10 +210,10 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
             LOG.info("%s", line)
         watch.at(progress.step, "the end of the run")
         result = _finish(progress, log, stopped_by)
-        if result.stopped_by is None:
-            preview.finish()
         ranks.barrier()  # no rank ends before the run's files are there
-        return result
+    if result.stopped_by is None:
+        preview.finish()  # a VAE on a CPU takes minutes, and no other rank waits for it
+    return result
 
 
 @contextlib.contextmanager

@@ -107,7 +107,8 @@ def probe_optimizer(name: str, args: str) -> float:
 
     def make() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         generator = torch.Generator().manual_seed(0)
-        shapes = {"lora_A": (8, 32), "lora_B": (32, 8)}
+        # Large enough for packages that keep small tensors' state in float32.
+        shapes = {"lora_A": (16, 512), "lora_B": (512, 16)}
         weights = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
         return weights, _construct(list(weights.values()), config)
 

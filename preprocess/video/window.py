@@ -209,19 +209,21 @@ def _grant(wishes: Iterator[_Wish], lengths: Sequence[_Length], most: int) -> tu
 
 
 def _place(wish: _Wish, lengths: Sequence[_Length], taken: Sequence[tuple[int, int]]) -> tuple[_Length, int] | None:
-    """The longest length with room for a wish, and its start; None where every one would overlap a granted window."""
-    found = None
+    """The longest length with room for a wish, and its start; None where every one would overlap a granted window.
+
+    Beyond its caption's times only the shortest is given.
+    """
     for length in lengths:
         wanted = wish.start_ms(length.ms)
         starts = (min(max(wanted, span.first_ms), span.last_ms) for span in length.spans)
         start = min(starts, key=lambda ms: abs(ms - wanted))
         if any(start < end and begin < start + math.ceil(length.ms) for begin, end in taken):
             continue
-        found = length, start
         # Times in whole milliseconds: a start may be rounded by half of one.
-        if wish.stretch is None or (wish.stretch[0] - 1 <= start and start + length.ms <= wish.stretch[1] + 1):
-            return found
-    return found
+        is_within = wish.stretch is None or (wish.stretch[0] - 1 <= start and start + length.ms <= wish.stretch[1] + 1)
+        if is_within or length is lengths[-1]:
+            return length, start
+    return None
 
 
 def _reject(reason: str, detail: str) -> NoReturn:

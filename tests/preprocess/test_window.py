@@ -150,6 +150,14 @@ def test_shorter_windows_take_what_longer_ones_leave() -> None:
     assert declared_lengths(0.5, record, config) == []
 
 
+def test_a_caption_whose_place_is_taken_gets_no_longer_window_elsewhere() -> None:
+    """Two captions of one stretch, in a shot with room for the shortest alone: 49 frames fit only the shot after it."""
+    captions = tuple(Caption(text=text, start_seconds=0.0, end_seconds=1.0) for text in "ab")
+    config = prep_config(window={"max_windows": 9, "num_frames": [17, 49]})
+    found = choose_windows(facts_for(10.0, cuts=(1.2,)), a_record(object=captions), config)
+    assert [(window.start_seconds, window.num_frames) for window in found] == [(0.146, 17)]
+
+
 @pytest.mark.parametrize(("lengths", "words"), [([17, 18], "18 is not 4k"), ([17, 17], "twice"), ([], "at least 1")])
 def test_lengths_that_cannot_be_meant_are_refused(lengths: list[int], words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -84,6 +84,20 @@ def test_a_runs_lora_gives_its_own_last_loss_and_the_base_its_first(run, own, ti
     assert _call(run) == found
 
 
+@pytest.mark.parametrize("kept", [{"base_dtype": "fp8"}, {"base_dtype": "nf4", "stream_blocks": True}])
+def test_on_a_base_that_is_kept_as_the_run_keeps_it(kept, base, run, tiny_shards, tmp_path):
+    """A LoRA that trained beside rounded weights is measured beside them; the base's own loss too."""
+    given = {"checkpoint": str(base), **kept}
+    changes = {"model": given, "lora__alpha": 8.0, "optim__lr": 2e-2, "data__validation_fraction": 0.4, "eval": EVAL}
+    fit(make_config(tiny_shards, tmp_path / "run", max_steps=3, **changes))
+    lines = read_metrics(tmp_path / "run", "held_out.jsonl")
+    found = _call(tmp_path / "run", "--against", run / "lora.safetensors")["results"]
+    _equal(found["the base"], lines[0])
+    _equal(found[str(tmp_path / "run")], lines[-1])
+    alone = _call(run / "lora.safetensors", "-c", tmp_path / "run" / "config.yaml")["results"]
+    assert found[str(run / "lora.safetensors")] == alone[str(run / "lora.safetensors")]
+
+
 def test_of_a_merged_base_too(run, own, base, tmp_path):
     merge_checkpoint(base, read_lora(run / "lora.safetensors"), tmp_path / "merged")
     found = _call(tmp_path / "merged", "-c", run / "config.yaml")

@@ -25,6 +25,8 @@ from train.lora.export import export_lora, export_metadata, locate_lora
 from train.lora.formats import read_lora
 from train.model.dit import build_model
 from train.model.load import save_dit
+from train.parallel.ranks import Ranks
+from train.sampling.preview import Preview
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,10 @@ def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_sha
     text = (tmp_path / "b/README.md").read_text()
     assert "| T2V, σ 0.50 | 2.0000 | 1.0000 | -50.0 % |" in text and "| all | 2.0000 | 1.5000 | -25.0 % |" in text
     assert yaml.safe_load(text.split("---")[1])["license"] == "other"
+    held_out.write_text(json.dumps(better) + "\n")  # evaluated from step 6 on
+    out = tmp_path / "three/lora.safetensors"
+    assert _call("export", copied, out, "--step", "3", "--card").exit_code == 0
+    assert "Held-out loss" not in (out.parent / "README.md").read_text()
     result = _call("export", run / "lora.safetensors", tmp_path / "c/lora.safetensors", "--card")
     assert result.exit_code == 2
     assert "a card is made from a run" in result.output
@@ -252,7 +258,7 @@ def test_compare_samples_the_base_and_every_checkpoint_from_the_same_noise(run, 
     assert "--compare: lora is null" in result.output
 
 
-def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
+def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path, monkeypatch):
     """`sample.decode` names the config of stage 1; its process makes the videos, whose VAE is the demo's random one."""
     key = min(sample.key for sample in open_dataset(tiny_shards).samples if sample.frames > 1)
     sample = {"every_steps": 1, "prompts": [{"name": "sea", "key": key}], "sampler": {"steps": 1}}
@@ -261,8 +267,12 @@ def test_one_command_trains_and_shows_videos(base, tiny_shards, tmp_path):
     changes = {"max_steps": 2, "model__checkpoint": str(base), "model__dims": None}
     with pytest.raises(UserError, match=r"sample\.decode: nowhere\.yaml: no such file"):
         fit(make_config(tiny_shards, tmp_path / "no", **changes, sample={**sample, "decode": "nowhere.yaml"}))
-    run = tmp_path / "run"
+    run, order = tmp_path / "run", []
+    barrier, finish = Ranks.barrier, Preview.finish
+    monkeypatch.setattr(Ranks, "barrier", lambda self: order.append("barrier") or barrier(self))
+    monkeypatch.setattr(Preview, "finish", lambda self: order.append("finish") or finish(self))
     fit(make_config(tiny_shards, run, **changes, sample={**sample, "decode": str(prep)}))
+    assert order[-2:] == ["barrier", "finish"], "the other ranks wait for no VAE"
     assert len(list((run / "samples").glob("step-*/sea.mp4"))) == 3, (run / "logs/decode.log").read_text()
     assert (run / "samples/side-by-side.mp4").is_file()
 

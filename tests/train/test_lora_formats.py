@@ -442,6 +442,15 @@ def test_bad_files_name_file_and_key(tmp_path):
     assert "no lora_alpha" in _bad(tmp_path, bare, {"lora_adapter_metadata": '{"r": 2}'})
     text = _bad(tmp_path, {}, {"format": "pt"})
     assert "holds no tensors" in text
+    pair = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    for alpha, shown in ((torch.ones(2), "[1.0, 1.0]"), (torch.tensor(torch.nan), "nan")):
+        assert f"{stem}.alpha: {shown}" in _bad(tmp_path, pair | {f"{stem}.alpha": alpha})
+    text = _bad(tmp_path, {f"{stem}.lora_A.weight": down[:0], f"{stem}.lora_B.weight": up[:, :0]})
+    assert "A is (0, 48) and B (48, 0)" in text
+    text = _bad(tmp_path, pair | {f"{stem}.lora_A.weight": down.to(torch.int8)})
+    assert f"{stem}.lora_A.weight: numbers of int8" in text
+    text = _bad(tmp_path, pair | {f"{stem}.lora_down.weight": down.clone()})
+    assert "a second tensor for the same matrix of blocks.0.self_attn.q" in text
 
 
 def test_a_truncated_file_and_a_missing_one(exported, tmp_path):

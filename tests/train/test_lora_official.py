@@ -120,6 +120,15 @@ def test_the_official_module_takes_our_file_merges_and_unmerges_to_the_bit(injec
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_model_that_was_moved_while_merged_is_all_in_its_new_place(official, file):
+    """Pipelines move a model to the GPU and back; `meta` stands in for the GPU."""
+    load(official, file)
+    merge(official)
+    official.to("meta")
+    unmerge(official)
+    assert {str(weight.device) for weight in official.parameters()} == {"meta"}
+
+
 def test_under_autocast_with_16_bit_weights_as_the_official_code_runs_it(official, file):
     official.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -161,6 +161,12 @@ def test_state_of_another_package_goes_through_a_file_to_the_bit(name, tmp_path)
         unpack_optimizer(another, other, {}, saved)
 
 
+def test_the_trial_is_large_enough_for_state_of_8_bits():
+    """bitsandbytes keeps state of tensors below 4096 numbers in float32; here two code books are in each state."""
+    assert probe_optimizer("bitsandbytes.optim.AdamW8bit", "{}") == pytest.approx(2.3, abs=0.05)
+    assert probe_optimizer("bitsandbytes.optim.Lion8bit", "{}") == pytest.approx(1.15, abs=0.05)
+
+
 def test_a_look_at_schedule_free_weights_changes_nothing():
     weight = nn.Parameter(torch.randn(4, 4))
     optimizer = make_optimizer([weight], OptimConfig(name="schedulefree.AdamWScheduleFree", lr=0.1))

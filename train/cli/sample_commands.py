@@ -13,7 +13,7 @@ from shards.config import Config, load_config
 from shards.console import LOG, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
-from train.config.train import BaseModelConfig, ComputeConfig
+from train.config.train import BaseModelConfig, ComputeConfig, ModelConfig
 
 if TYPE_CHECKING:
     from train.evaluate import Evaluation
@@ -134,17 +134,30 @@ def _loras(source: Path, compare: bool) -> dict[str, Path]:
 
 
 def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
-    """The base model in inference mode, on the configured device."""
+    """The base model in inference mode, on the configured device; as a run keeps it where `config` is a run's."""
     from train.device import choose_device, device_info
-    from train.model.dit import build_model
+    from train.model.dit import build_model, init_random
     from train.model.load import load_dit, read_dit_config
-    from train.precision import resolve_precision
+    from train.model.stream import place_base
+    from train.precision import DTYPES, resolve_precision
 
     device = choose_device(precision.device)
     dtype = resolve_precision(precision.compute, device_info(device)).dtype
     dims = config.dims or read_dit_config(str(config.checkpoint))
     LOG.info("loading the base: %s", config.checkpoint or f"random weights, seed {config.random_seed}")
-    model = build_model(dims, dtype, device, seed=config.random_seed if config.checkpoint is None else None)
+    seed = config.random_seed if config.checkpoint is None else None
+    stored, streamed = "auto", False
+    if isinstance(config, ModelConfig):
+        stored, streamed = config.base_dtype, config.stream_blocks is True
+    kept: Any = stored
+    kind, param_dtype = kept if kept in ("fp8", "nf4") else None, DTYPES.get(kept, dtype)
+    if kind is None and not streamed:
+        model = build_model(dims, dtype, device, param_dtype=param_dtype, seed=seed)
+    else:
+        model = build_model(dims, dtype, "meta", param_dtype=param_dtype)
+        model.stream = place_base(model, device, kind, streamed=streamed)
+        if seed is not None:
+            init_random(model, seed)
     if config.checkpoint is not None:
         load_dit(model, config.checkpoint)
     return model.eval()
@@ -218,7 +231,7 @@ def evaluate_models(
 
     def take(model: WanDiT, name: str) -> Any:
         LOG.info("evaluating %s on %d clips", name, len(held_out))
-        device, density = next(model.parameters()).device, sigma_density(loaded.objective)
+        device, density = model.patch_embedding.weight.device, sigma_density(loaded.objective)
         evaluator = Evaluator(opened, held_out, settings, loaded.data, density, model.config.text_len, device)
         with contextlib.closing(evaluator):
             return evaluator.take(model)

@@ -23,6 +23,7 @@ Shapes: r rank, I input channels, O output channels.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,8 +95,8 @@ def read_lora(path: str | Path) -> LoRAFile:
     """Read a LoRA written by any tool of the table above.
 
     Raises UserError naming the file and the key for: a file that is cut short, a tensor that is no part of a plain LoRA
-    (DoRA, full differences, biases), half a pair, ranks that disagree, a module that Wan does not have, a scale that
-    cannot be known.
+    (DoRA, full differences, biases), half a pair or two of one, ranks that disagree, a module that Wan does not have, a
+    scale that cannot be known.
     """
     path = Path(path)
     tensors, metadata = _read_tensors(path)
@@ -114,14 +115,27 @@ def read_lora(path: str | Path) -> LoRAFile:
             )
         module = _official_module(match["module"] or match["owner"], path)
         if match["owner"]:
-            alphas[module] = float(tensor)
-        else:
-            (downs if match["a"] else ups)[module] = tensor
+            alphas[module] = _read_alpha(tensor, f"{path}: {key}")
+            continue
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{path}: {key}: numbers of {tensor.dtype}".replace("torch.", ""), expected="floating point"
+            )
+        held = downs if match["a"] else ups
+        if module in held:
+            raise UserError(f"{path}: {key}: a second tensor for the same matrix of {module}", expected="one")
+        held[module] = tensor
     _refuse_halves(path, downs, ups, alphas)
     ranks = {module: int(down.shape[0]) for module, down in downs.items()}
     found, scales, scale_from = _scales(path, found, metadata, ranks, alphas)
     pairs = {module: Pair(downs[module], ups[module], scales[module]) for module in sorted(downs, key=module_order)}
     return LoRAFile(str(path), found, pairs, metadata, scale_from)
+
+
+def _read_alpha(tensor: Tensor, origin: str) -> float:
+    if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor)):
+        raise UserError(f"{origin}: {tensor.tolist()}", expected="one finite number")
+    return alpha
 
 
 def detect_format(keys: list[str], origin: str) -> Format:
@@ -177,7 +191,7 @@ def _refuse_halves(
             missing = "A (lora_down)" if module not in downs else "B (lora_up)"
             raise UserError(f"{path}: {module}: {missing} is missing", fix="write the file again, or download it again")
         down, up = downs[module], ups[module]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             raise UserError(
                 f"{path}: {module}: A is {tuple(down.shape)} and B {tuple(up.shape)}",
                 expected="A of shape (rank, inputs) and B of shape (outputs, rank), with the same rank",

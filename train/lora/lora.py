@@ -31,11 +31,12 @@ _MERGED = "_wan_merged_lora"
 class LoRALinear(Linear):
     """A frozen linear with a low-rank update: W x + b + scale · B A drop(x)."""
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig, layer: int) -> None:
+    def __init__(self, base: nn.Linear, config: LoRAConfig, layer: int, device: torch.device) -> None:
+        """`device`: of the update."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
+        self.quantised = getattr(base, "quantised", None)
         self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
         self.scale = config.scale
@@ -126,7 +127,11 @@ def linears(model: nn.Module) -> dict[str, str]:
 
 
 def _adapt(model: nn.Module, path: str, config: LoRAConfig, layer: int) -> LoRALinear:
-    adapted = LoRALinear(model.get_submodule(path), config, layer)  # type: ignore[arg-type]
+    linear: nn.Linear = model.get_submodule(path)  # type: ignore[assignment]
+    # A streamed block is in the host's memory until its turn, and a quantised linear's weight is on `meta`.
+    is_elsewhere = getattr(model, "stream", None) is not None or getattr(linear, "quantised", None) is not None
+    device = model.get_parameter("patch_embedding.weight").device if is_elsewhere else linear.weight.device
+    adapted = LoRALinear(linear, config, layer, device)
     adapted.train(model.training)
     model.set_submodule(path, adapted)
     return adapted
@@ -195,16 +200,19 @@ def merge(model: nn.Module) -> None:
         if module.bias is not None:  # its own: the adapted module's moves to the CPU
             plain.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         model.set_submodule(paths[name], plain)
-        kept[paths[name]] = (module.to("cpu"), merged.device)
+        kept[paths[name]] = module.to("cpu")
     if not kept:
         raise UserError("the model has no LoRA to merge", fix="`load` one first")
     setattr(model, _MERGED, kept)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the LoRA is beside the weights again, and those are what they were, to the bit."""
-    for path, (module, device) in getattr(model, _MERGED, {}).items():
-        model.set_submodule(path, module.to(device))
+    """Undo `merge`: the LoRA is beside the weights again, and those are what they were, to the bit.
+
+    They go where the merged ones are now: pipelines move a model between the CPU and the GPU.
+    """
+    for path, module in getattr(model, _MERGED, {}).items():
+        model.set_submodule(path, module.to(model.get_parameter(f"{path}.weight").device))
     if hasattr(model, _MERGED):
         delattr(model, _MERGED)
 
@@ -219,7 +227,7 @@ def detach(model: nn.Module) -> None:
 
 def _plain(module: LoRALinear) -> Linear:
     plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
-    plain.weight, plain.bias = module.weight, module.bias
+    plain.weight, plain.bias, plain.quantised = module.weight, module.bias, module.quantised
     return plain.train(module.training)
 
 

@@ -54,7 +54,12 @@ class Preview:
             return
         self.close()
         LOG.info("decoding the last samples")
-        if code := self._start("--once").wait():
+        self._child = self._start("--once")
+        try:
+            code = self._child.wait()
+        finally:
+            self.close()  # after Ctrl-C it is still at work
+        if code:
             LOG.warning("some samples have no video: `wanprep decode` ended with %d, see %s", code, self._log)
 
     def __enter__(self) -> Preview:
