@@ -188,11 +188,10 @@ def verify_run(path: Path) -> list[Verified]:
     found += [Verified(str(one), "unfinished", []) for one in leftovers]
     for file in sorted(path.glob("*.jsonl")):
         with named_errors(file):
-            lines = file.read_bytes().splitlines(keepends=True)
-        bad = [number for number, line in enumerate(lines, start=1) if line.endswith(b"\n") and not _is_object(line)]
+            *lines, rest = file.read_bytes().split(b"\n")
+        bad = [number for number, line in enumerate(lines, start=1) if not _is_object(line)]
         problems = [f"line {number} is no JSON object" for number in bad]
-        cut = bool(lines) and not lines[-1].endswith(b"\n")
-        found.append(Verified(str(file), "damaged" if bad else "unfinished" if cut else "good", problems))
+        found.append(Verified(str(file), "damaged" if bad else "unfinished" if rest else "good", problems))
     return found
 
 
@@ -346,17 +345,16 @@ def cut_back(path: Path, step: int) -> None:
     A line in the middle that cannot be read is reported: the disk, or somebody else, wrote it.
     """
     with named_errors(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        data = path.read_bytes() if path.is_file() else b""
     kept = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # not splitlines: it parts at a carriage return too
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            LOG.warning("%s, line %d is no record of a step; removed: %.80s", path, number, repr(line)[2:])
-            continue
-        kept.append(line)
-    if kept != lines:
+            found = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = None
+        if type(found) is not int:
+            LOG.warning("%s, line %d is no record of a step; removed: %.80s", path, number, repr(line)[2:-1])
+        elif found <= step:
+            kept.append(line + b"\n")
+    if b"".join(kept) != data:
         write_file(path, kept)
