@@ -65,6 +65,18 @@ def test_a_flipped_bit_is_refused_by_name_and_the_newest_good_one_is_named(tiny_
         fit(make_config(tiny_shards, run, max_steps=12), resume=str(older))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["state.json", "lora.safetensors", "dataset-pin.json"])
+def test_what_is_no_file_in_a_checkpoint_is_named_and_not_waited_for(run, name):
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    (newest / name).unlink()
+    os.mkfifo(newest / name)
+    result = CliRunner().invoke(main, ["verify", str(run)])
+    assert result.exit_code == 1 and name in result.output and "not a regular file" in result.output
+    result = CliRunner().invoke(main, ["export", str(newest), str(run / "out.safetensors")])
+    assert result.exit_code in ((0,) if name == "dataset-pin.json" else (2, 75)), result.output
+
+
 def test_a_checkpoint_without_digests_is_read_and_said_so(tiny_shards, run):
     """As earlier versions wrote them."""
     for path in find_checkpoints(run / "checkpoints"):
