@@ -25,7 +25,7 @@ from pydantic import Field
 from shards.config import Config, validate_config
 from shards.console import LOG
 from shards.errors import ShardDamage, UserError
-from shards.files.write_file import TEMPORARY, named_errors, sync_folder, write_file, write_text
+from shards.files.write_file import TEMPORARY, named_errors, open_file, sync_folder, write_file, write_text
 from shards.format.sealed_json import open_document, seal_document
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def check_files(path: Path, state: CheckpointState) -> list[str]:
     problems = []
     for name, expected in state.files.items():
         try:
-            with (path / name).open("rb") as file:
+            with open_file(path / name) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror}")
@@ -187,12 +187,11 @@ def verify_run(path: Path) -> list[Verified]:
     leftovers = sorted(one for pattern in LEFTOVERS for one in folder.glob(pattern))
     found += [Verified(str(one), "unfinished", []) for one in leftovers]
     for file in sorted(path.glob("*.jsonl")):
-        with named_errors(file):
-            lines = file.read_bytes().splitlines(keepends=True)
-        bad = [number for number, line in enumerate(lines, start=1) if line.endswith(b"\n") and not _is_object(line)]
+        with named_errors(file), open_file(file) as opened:
+            *lines, rest = opened.read().split(b"\n")
+        bad = [number for number, line in enumerate(lines, start=1) if not _is_object(line)]
         problems = [f"line {number} is no JSON object" for number in bad]
-        cut = bool(lines) and not lines[-1].endswith(b"\n")
-        found.append(Verified(str(file), "damaged" if bad else "unfinished" if cut else "good", problems))
+        found.append(Verified(str(file), "damaged" if bad else "unfinished" if rest else "good", problems))
     return found
 
 
@@ -229,9 +228,9 @@ def refuse_damage(path: Path, others: list[Path]) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint or a run. Raises UserError."""
     try:
-        with named_errors(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with named_errors(path), open_file(path) as file:
+            values = json.loads(file.read().decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path.parent}: {path.name} cannot be read: {error}", expected="a complete checkpoint"
         ) from None
@@ -333,7 +332,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with named_errors(path):
-            path.stat()  # the library says "not found" of whatever it cannot open
+            open_file(path).close()  # the library says "not found" of whatever it cannot open
             tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file: {error}", fix=OLDER) from None
@@ -346,17 +345,16 @@ def cut_back(path: Path, step: int) -> None:
     A line in the middle that cannot be read is reported: the disk, or somebody else, wrote it.
     """
     with named_errors(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        data = path.read_bytes() if path.is_file() else b""
     kept = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # not splitlines: it parts at a carriage return too
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            LOG.warning("%s, line %d is no record of a step; removed: %.80s", path, number, repr(line)[2:])
-            continue
-        kept.append(line)
-    if kept != lines:
+            found = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = None
+        if type(found) is not int:
+            LOG.warning("%s, line %d is no record of a step; removed: %.80s", path, number, repr(line)[2:-1])
+        elif found <= step:
+            kept.append(line + b"\n")
+    if b"".join(kept) != data:
         write_file(path, kept)

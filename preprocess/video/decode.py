@@ -356,8 +356,9 @@ def find_cuts(path: Path, facts: ClipFacts, config: PrepConfig) -> tuple[float, 
     if result.timed_out:
         detail = f"shot changes not found within {config.decode.timeout_seconds:g} s"
         raise ClipRejected(Rejection("window", "decode-timeout", detail, True))
-    complaint = first_line(result.stderr.replace(file_url(path), "file"))
-    if result.overflowed or result.returncode or (complaint and config.decode.policy == "strict"):
+    # What the decoder complains about costs the windows that it concerns, when they are decoded; not the clip.
+    if result.overflowed or result.returncode:
+        complaint = first_line(result.stderr.replace(file_url(path), "file"))
         raise ClipRejected(Rejection("window", "decode-errors", complaint or "too many shot changes", False))
     return tuple(float(time) for time in re.findall(rb"pts_time:(-?[0-9.]+)", bytes(result.stdout)))
 

@@ -13,7 +13,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
+from stat import S_ISREG
 
 from shards.errors import SystemFailure
 
@@ -30,6 +32,15 @@ def named_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SystemFailure(OSError(error.errno, error.strerror or str(error), str(path))) from error
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading. Anything else is an OSError: opening a FIFO would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:

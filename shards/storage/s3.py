@@ -293,7 +293,7 @@ class S3Storage:
                         denied = True
                         self._forget_client(client)
                         continue
-                    if code not in _AGAIN and status < 500:
+                    if code not in _AGAIN and status < 500 and status not in (408, 429):
                         raise self._failure(operation, name, error) from None
                     attempts.failed(error)
                 except ResponseParserError as error:

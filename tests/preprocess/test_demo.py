@@ -21,7 +21,7 @@ def _records(corpus):
     return {path.stem: parse_record(path.read_bytes(), path.name) for path in corpus.rglob("*.json")}
 
 
-def test_the_corpus_holds_what_issue_2_lists(demo_corpus):
+def test_the_corpus_holds_each_kind_of_record(demo_corpus):
     records = _records(demo_corpus)
     assert len(records) == 16
     assert isinstance(records["3339002"], Rejection) and records["3339002"].reason == "not-json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -71,9 +72,26 @@ def test_every_fuzzed_annotation_is_a_record_or_a_rejection() -> None:
                 assert all(caption.text and isinstance(caption.text, str) for caption in level), (SEED, number)
 
 
+def mutated_boxes(data: bytes, rng: random.Random) -> bytes:
+    """One box, at any depth, removed, doubled, put elsewhere, put in another's place, or of another size or name."""
+    found = [place.start() - 4 for place in re.finditer(rb"[a-z][a-z0-9]{3}", data) if place.start() >= 4]
+    boxes = [(at, size) for at in found if 8 <= (size := int.from_bytes(data[at : at + 4])) <= len(data) - at]
+    (at, size), (other, other_size) = rng.choice(boxes), rng.choice(boxes)
+    box, rest = data[at : at + size], data[at + size :]
+    odd = rng.choice([0, 1, 7, 8, size + 1, 2 * size, 2**31, 2**32 - 1])
+    return rng.choice([
+        data[:at] + rest,
+        data[:at] + box + box + rest,
+        data[:other] + box + data[other:],
+        data[:at] + data[other : other + other_size] + rest,
+        data[:at] + odd.to_bytes(4) + data[at + 4 :],
+        data[:at] + box[:4] + rng.choice([b"free", b"moov", b"trak", b"uuid", b"stbl"]) + data[at + 8 :],
+    ])  # fmt: skip
+
+
 def mutated_media(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """Flipped bytes, a cut, a stretch left out or doubled, or a piece of another file in the middle."""
-    kind = rng.choice(["flip", "flip", "cut", "drop", "double", "splice", "header"])
+    """Flipped bytes, a cut, a stretch left out or doubled, a piece of another file in the middle, or odd boxes."""
+    kind = rng.choice(["flip", "flip", "cut", "drop", "double", "splice", "header", "box"])
     a, b = sorted(rng.randrange(len(data)) for _ in range(2))
     if kind == "cut":
         return data[:b]
@@ -84,6 +102,8 @@ def mutated_media(data: bytes, others: list[bytes], rng: random.Random) -> bytes
     if kind == "splice":
         other = rng.choice(others)
         return data[:a] + other[: rng.randrange(len(other))] + data[a:]
+    if kind == "box" and data[4:8] == b"ftyp":  # MP4 and MOV
+        return mutated_boxes(data, rng)
     changed, reach = bytearray(data), 400 if kind == "header" else len(data)
     for _ in range(rng.randrange(1, 40)):
         changed[rng.randrange(min(reach, len(changed)))] = rng.randrange(256)

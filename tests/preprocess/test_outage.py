@@ -18,11 +18,13 @@ from s3_servers import BUCKET, serve
 from preprocess.cli.main import main
 from shards.check.verify import verify
 from shards.storage import open_storage, patience
+from shards.storage.s3 import PART_BYTES, S3Storage
 
 
 @pytest.fixture
 def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     names = {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "DEFAULT_REGION": "us-east-1"}
+    monkeypatch.setenv("S3_UPLOAD_PART_MIN_SIZE", "1")  # moto's limit on the size of a part
     for name, value in names.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.02)
@@ -55,6 +57,7 @@ PLACES: dict[str, tuple[str | int, Callable[[Request], bool]]] = {
     "listing": (503, lambda request: "list-type" in request.path),
     "body": ("break", lambda request: request.method == "GET" and "/latents/" in request.path),
     "everything": ("page", lambda request: True),
+    "complete": ("reset", lambda request: request.method == "POST" and "uploadId" in request.path),
 }
 
 
@@ -62,9 +65,11 @@ PLACES: dict[str, tuple[str | int, Callable[[Request], bool]]] = {
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_build_through_two_minutes_of_outage_in_one_place_gives_the_same_dataset(
-    demo_corpus: Path, tmp_path: Path, proxy: FaultProxy, place: str
+    demo_corpus: Path, tmp_path: Path, proxy: FaultProxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In real time, from the third request of that kind on."""
+    # Parts of a few kilobytes, so that the tars of this corpus are uploaded in parts.
+    monkeypatch.setattr(S3Storage.__init__, "__defaults__", (20_000 if place == "complete" else PART_BYTES,))
     counts = build(demo_corpus, tmp_path / "out", **TINY)
     seconds, hits, begun = float(os.environ.get("OUTAGE_SECONDS", "120")), [], []
     kind, concerns = PLACES[place]

@@ -118,6 +118,16 @@ def test_a_stream_that_begins_within_a_group_loses_only_its_beginning(folder: Pa
     assert check_against_reference(path) >= 2
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_looking_for_shot_changes_refuses_no_copy_from_an_open_group(folder: Path, suffix: str) -> None:
+    """All of the clip is decoded for it, and the decoder complains of references before the clip's beginning."""
+    path = folder / f"shots.{suffix}"
+    ffmpeg_run("-ss", "2.1", "-i", source(folder, "h264.mkv", OPEN_H264), "-c", "copy", path)
+    config = prep_config(((160, 96),), window={"policy": "tile", "max_windows": 9, "max_scene_score": 0.4})
+    assert probed(path, config).cuts == ()
+    assert check_against_reference(path, config) >= 2
+
+
 @pytest.fixture(scope="module")
 def damaged(folder: Path) -> Path:
     """The pictures of its first second are destroyed; groups are of one second."""

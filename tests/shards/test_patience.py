@@ -79,6 +79,7 @@ PLACES: dict[str, tuple[Injected, Callable[[Request], bool]]] = {
     "page": ("page", lambda request: True),
     "page-of-a-listing": ("page", lambda request: "list-type" in request.path),
     "page-of-a-body": ("page", lambda request: request.method == "GET" and ".tar" in request.path),
+    "too-many": (429, lambda request: True),
     "refused-for-a-moment": (403, lambda request: request.method == "GET"),
 }
 
@@ -119,7 +120,9 @@ def _with_default_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("place", [place for place in PLACES if "page" not in place and "refused" not in place])
+@pytest.mark.parametrize(
+    "place", [place for place in PLACES if not {"page", "refused", "many"} & set(place.split("-"))]
+)
 def test_two_minutes_of_outage_at_each_place(
     proxy: FaultProxy, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from shards.config import dump_config
 from shards.errors import SystemFailure, UserError
 from shards.files.tensor_files import write_latent
 from shards.files.write_file import TEMPORARY, write_file, write_text
-from train.checkpoint import find_checkpoints, load_tensors, read_checkpoint, write_tensors
+from train.checkpoint import cut_back, find_checkpoints, load_tensors, read_checkpoint, write_tensors
 from train.cli.main import main
 from train.launch.launch import own_command
 from train.loop import fit
@@ -65,6 +65,18 @@ def test_a_flipped_bit_is_refused_by_name_and_the_newest_good_one_is_named(tiny_
         fit(make_config(tiny_shards, run, max_steps=12), resume=str(older))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["state.json", "lora.safetensors", "dataset-pin.json"])
+def test_what_is_no_file_in_a_checkpoint_is_named_and_not_waited_for(run, name):
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    (newest / name).unlink()
+    os.mkfifo(newest / name)
+    result = CliRunner().invoke(main, ["verify", str(run)])
+    assert result.exit_code == 1 and name in result.output and "not a regular file" in result.output
+    result = CliRunner().invoke(main, ["export", str(newest), str(run / "out.safetensors")])
+    assert result.exit_code in ((0,) if name == "dataset-pin.json" else (2, 75)), result.output
+
+
 def test_a_checkpoint_without_digests_is_read_and_said_so(tiny_shards, run):
     """As earlier versions wrote them."""
     for path in find_checkpoints(run / "checkpoints"):
@@ -96,6 +108,20 @@ def test_a_garbage_line_in_the_metrics_is_reported_and_removed(tiny_shards, run)
     fit(make_config(tiny_shards, run, max_steps=12))
     assert "metrics.jsonl, line 4 is no record of a step" in (run / "logs/rank-0.log").read_text()
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"a\rb", b"[" * 200_000, b"null", b"\xff", b"\x85", b"", b'{"step": "3"}', b'{"step": NaN}', b'{"step": 1e999}',
+     b'{"step": 9}'],
+)  # fmt: skip
+def test_a_line_that_is_no_record_costs_no_other_line(tmp_path, garbage):
+    """Nor one of a step that the resume replaces; a last line without its end goes too."""
+    steps = [b'{"step": %d}' % number for number in range(1, 6)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*steps[:2], garbage, *steps[2:], b'{"step": 1']))
+    cut_back(path, 4)
+    assert path.read_bytes() == b"".join(step + b"\n" for step in steps[:4])
 
 
 def test_the_same_tensors_make_the_bytes_of_the_library(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from shards_data import flip_a_latent, write_dataset
 from train_runs import make_config, read_metrics
 
+from shards.console import LOG
 from shards.errors import UserError
 from shards.read.dataset import open_dataset
 from train.config.train import slots_per_rank
@@ -297,6 +298,17 @@ def test_a_missing_tar_refuses_to_start(tiny_shards, tmp_path):
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
         fit(make_config(root, tmp_path / "run"))
+
+
+def test_a_new_run_says_when_planned_units_are_absent(tiny_shards, tmp_path, caplog, monkeypatch):
+    """One commit is gone, with its texts': the others are trained on, and that is said."""
+    root = tmp_path / "shards"
+    shutil.copytree(tiny_shards, root)
+    for commit in root.rglob("shard-000001.json"):
+        commit.unlink()
+    monkeypatch.setattr(LOG, "propagate", True)
+    fit(make_config(root, tmp_path / "run", max_steps=1))
+    assert "2 of 3 planned units are there; `wanshards verify` names the others" in caplog.text
 
 
 def test_datasets_of_one_length_each_train_together(tmp_path):

@@ -126,7 +126,7 @@ def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_sha
     held_out = copied / "held_out.jsonl"
     line = {"sigmas": [0.5, 0.9], "num_clips": 3, "t2v": [2.0, 1.0], "i2v": [4.0, 1.0], "mean": 2.0, "step": 0}
     better = {**line, "t2v": [1.0, 1.0], "mean": 1.5, "step": 6}
-    held_out.write_text("".join(json.dumps(one) + "\n" for one in (line, better)))
+    held_out.write_text("".join(json.dumps(one) + "\n" for one in (line, better)) + '{"step": 9, "me')
     assert _call("export", copied, tmp_path / "b/lora.safetensors", "--licence", "ours", "--card").exit_code == 0
     text = (tmp_path / "b/README.md").read_text()
     assert "| T2V, σ 0.50 | 2.0000 | 1.0000 | -50.0 % |" in text and "| all | 2.0000 | 1.5000 | -25.0 % |" in text
@@ -139,6 +139,9 @@ def test_a_card_says_what_the_lora_was_made_from_and_names_no_path(run, tiny_sha
     assert result.exit_code == 2
     assert "a card is made from a run" in result.output
     assert not (tmp_path / "c").exists()
+    held_out.write_text("garbage\n")
+    result = _call("export", copied, tmp_path / "c/lora.safetensors", "--card")
+    assert result.exit_code == 2 and "`wantrain verify RUN` names the line" in result.output
     result = _call("export", copied, tmp_path / "b/other.safetensors", "--card")
     assert result.exit_code == 2 and "README.md is there already" in result.output
 

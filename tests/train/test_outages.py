@@ -113,6 +113,26 @@ def test_six_runs_under_mixed_faults_are_the_same_run(bucket: Bucket, tmp_path: 
     assert min(num_faults) > 0 and sum(num_faults) > 50
 
 
+@pytest.mark.usefixtures("hasty")
+def test_an_outage_is_no_late_batch(bucket: Bucket, tmp_path: Path) -> None:
+    """In the middle of the run, and longer than `data.read_timeout_seconds`."""
+    begun: list[float] = []
+
+    def outage(request: Request) -> str | None:
+        if ".tar" not in request.path:
+            return None
+        begun.append(time.monotonic())
+        return "break" if len(begun) >= 4 and begun[-1] < begun[3] + 6 else None
+
+    bucket.proxy.fault = outage
+    try:
+        fit(make_config(bucket.root, tmp_path / "run", data__read_timeout_seconds=3.0))
+    finally:
+        bucket.proxy.fault = lambda _: None
+    assert begun[-1] > begun[3] + 6
+    check_same(bucket, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", PLACES)

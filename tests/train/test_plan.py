@@ -66,7 +66,7 @@ def test_days_of_the_seed_are_the_references() -> None:
     assert setting(plan, "none").fits is False
     assert setting(plan, "full").fits is True
     assert plan.fastest is not None and plan.fastest.seconds <= full.seconds
-    assert 12 < plan.encode_days < 14  # issue 8's figure for fp32 encoding there
+    assert 12 < plan.encode_days < 14  # of encoding in fp32 there
 
 
 def test_seconds_follow_gpus_and_efficiency() -> None:

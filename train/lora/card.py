@@ -123,7 +123,11 @@ def _settings(
 
 def _losses(file: Path, step: int | None) -> str:
     """The held-out loss at the beginning and at the exported step, by noise level."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    data = file.read_bytes() if file.is_file() else b""
+    try:
+        lines = [json.loads(line) for line in data.split(b"\n")[:-1]]  # a kill may have cut the last one short
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {error}", fix="`wantrain verify RUN` names the line: remove it") from None
     if not lines:
         return ""
     before, after = lines[0], [line for line in lines if step is None or line["step"] <= step][-1]

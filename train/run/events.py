@@ -58,7 +58,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     return  # being written, or cut short by a kill
                 try:
                     values = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: {error}", expected="a JSON object a line") from None
                 if not isinstance(values, dict):
                     raise UserError(f"{path}, line {number}: {type(values).__name__}", expected="a JSON object a line")
