@@ -38,6 +38,8 @@ class Choice(NamedTuple):
     max_windows: int
     num_samples: int
     """About."""
+    num_gpus: int
+    """Of those there are, as many as the samples can fill a batch for."""
     global_batch: int
     validation_fraction: float
     """0: too few clips to hold one out."""
@@ -70,8 +72,9 @@ def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
         policy, max_windows = "tile", min(4, per_clip)
     num_samples = survey.num_clips * max_windows
     rarest = min(share for share in sizes.shares if share) * num_samples
+    # Half of a size: some clips are held out, and some will be refused when they are decoded.
+    num_gpus = max(1, min(num_gpus, int(0.5 * max(sizes.shares) * num_samples)))
     batch = num_gpus
-    # Half of the rarest size: some clips are held out, and some will be refused when they are decoded.
     while 2 * batch <= min(16, 0.5 * rarest):
         batch *= 2
     fraction, num_held_out = _held_out(survey)
@@ -84,6 +87,7 @@ def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
         policy=policy,
         max_windows=max_windows,
         num_samples=num_samples,
+        num_gpus=num_gpus,
         global_batch=batch,
         validation_fraction=fraction,
         num_held_out=num_held_out,

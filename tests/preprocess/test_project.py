@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_the_configs_fit_the_checkpoint_and_the_card(tmp_path):
-    clips, checkpoint = make_clips(tmp_path / "clips", 3), tmp_path / "model"
+    clips, checkpoint = make_clips(tmp_path / "clips", 8), tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps({"text_len": DIMS.text_len}))
     words = ["--corpus", clips, "--quiet", "--gpus", "2"]
@@ -142,6 +143,29 @@ def test_a_batch_fits_the_rarest_size_and_short_clips_shorten_the_window():
     # Of twenty clips one is held out, and some are refused when they are decoded: sixteen would then be too many.
     few = survey([Shape(853, 480, 2.0)], 20)
     assert choose(few, fitting_sizes(few)[0], 1).global_batch == 8
+
+
+@pytest.mark.parametrize(("num_clips", "num_gpus"), [(1, 4), (3, 2), (5, 8), (100, 64), (100, 8)])
+def test_a_few_clips_are_trained_on_as_many_gpus_as_they_fill_a_batch_for(num_clips, num_gpus):
+    found = survey([Shape(853, 480, 2.0)], num_clips)
+    choice = choose(found, fitting_sizes(found)[0], num_gpus)
+    assert 1 <= choice.num_gpus <= num_gpus and choice.global_batch % choice.num_gpus == 0
+    assert choice.global_batch <= max(1, choice.num_samples - choice.num_held_out)
+    assert choice.num_gpus == min(num_gpus, max(1, choice.num_samples // 2))
+
+
+def test_commands_are_printed_as_they_can_be_typed(tmp_path):
+    clips = make_clips(tmp_path / "my clips", 2)
+    told = run("init", "a project", "--corpus", clips, "--gpus", "4", "--quiet")
+    assert told.exit_code == 0, told.output
+    commands = [shlex.split(line) for line in told.output.partition("next:")[2].splitlines() if line.strip()]
+    assert commands == [["wanprep", "build-shards", "a project/prep.yaml"], ["wantrain", "fit", "a project/train.yaml"]]
+    assert "GPUs       1 of 4: about 2 samples are too few for more" in told.output
+    assert "random weights, small: a trial" in told.output
+    comment = Path("a project/prep.yaml").read_text().splitlines()
+    assert [line for line in comment if "build-shards" in line] == [
+        f"#   wanprep build-shards '{Path.cwd()}/a project/prep.yaml'"
+    ]
 
 
 @pytest.mark.parametrize("num_clips", [2, 5, 33, 100, 3000])
