@@ -74,6 +74,15 @@ def test_a_folder_of_clips_with_text_beside_them(tmp_path):
     assert (found["no-words.mp4"], found["orphan.txt"]) == ("not-utf8", "no-media")
 
 
+def test_a_caption_whose_ending_is_spelled_otherwise_is_read_or_is_a_row(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "a.TXT").write_text("words")
+    (tmp_path / "b.Txt").write_text("words")
+    found = fields_of(tmp_path)
+    assert found["a.mp4"]["object"] == ({"text": "words"},)
+    assert found["b.mp4"]["object"] == () and found["b.Txt"] == "no-media"
+
+
 def test_another_ending_for_captions(tmp_path):
     touch(tmp_path, "a.mp4", "a.txt")
     (tmp_path / "a.caption").write_text("words")
@@ -373,10 +382,13 @@ def test_a_folder_on_s3(monkeypatch):
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         client.create_bucket(Bucket="archive")
-        for name, data in {"a.mp4": b"x", "a.txt": b"words", "in/b.mp4": b"x", "notes.md": b"x"}.items():
+        named = {"a.mp4": b"x", "a.txt": b"words", "in/b.mp4": b"x", "in.x/c.d.mp4": b"x", "in.x/c.d.TXT": b"more"}
+        for name, data in {**named, "notes.md": b"x", "orphan.txt": b"words"}.items():
             client.put_object(Bucket="archive", Key=f"clips/{name}", Body=data)
         found = fields_of(f"s3://archive/clips?endpoint={endpoint}")
     finally:
         server.stop()
     assert found["a.mp4"]["object"] == ({"text": "words"},) and found["in/b.mp4"]["object"] == ()
-    assert found["a.mp4"]["url"] == "s3://archive/clips/a.mp4" and set(found) == {"a.mp4", "in/b.mp4"}
+    assert found["in.x/c.d.mp4"]["object"] == ({"text": "more"},) and found["orphan.txt"] == "no-media"
+    assert found["a.mp4"]["url"] == "s3://archive/clips/a.mp4"
+    assert set(found) == {"a.mp4", "in/b.mp4", "in.x/c.d.mp4", "orphan.txt"}
