@@ -64,7 +64,8 @@ def _check_first(columns: Columns, names: tuple[str, ...], path: Path, config: C
         raise UserError(
             f"{path}: no column says where the clip is; its columns: {shown}",
             expected="a column file_name, path, video or url",
-            fix="name it: corpus.columns: {path: NAME}",
+            fix="name it: corpus.columns: {path: NAME}; where this is another table, and captions are in text files beside "
+            "the clips: corpus.format: folder",
         )
     for field, name in config.columns.items():
         if name not in names and path.suffix not in (".jsonl", ".zst"):
@@ -151,14 +152,16 @@ def _read_header(path: Path, lines: _Lines) -> tuple[str, list[str]]:
 def _iter_csv_rows(name: str, lines: _Lines, delimiter: str, names: list[str]) -> Iterator[Row]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        where = f"{name}:{lines.number + 1}"
+        first = lines.number + 1
+        where = f"{name}:{first}"
         try:
             cells = next(reader, None)
         except (_BadLine, csv.Error) as error:
-            rejection = (
-                error.rejection if isinstance(error, _BadLine) else Rejection("read", "bad-row", short(str(error)))
-            )
-            yield Row(where, rejection)
+            if isinstance(error, _BadLine):
+                yield Row(where, error.rejection)
+            else:  # a quote that is not closed takes the lines below it
+                taken = f"; lines {first:,} to {lines.number:,} are in it" if lines.number > first else ""
+                yield Row(where, Rejection("read", "bad-row", short(f"{error}{taken}")))
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             continue
         if cells is None:

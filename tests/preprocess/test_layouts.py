@@ -16,6 +16,7 @@ import pytest
 from prep_runs import TINY, prep
 
 from preprocess.config import CorpusConfig, FetchConfig
+from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import read_chunk
 from preprocess.corpus.layouts import find_layout, open_corpus
 from preprocess.corpus.records import Record
@@ -32,10 +33,14 @@ from shards.storage import open_storage
 CAPTIONS = {"a.mp4": "A man walks.", "inner/b.mp4": "사람이 걷는다.", "inner/c d.mp4": "A red car. It turns."}
 
 
+def documents_of(location: Path, **keys: Any) -> list[Document]:
+    corpus = CorpusConfig(location=str(location), **keys)
+    return [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+
+
 def fields_of(location: Path, **keys: Any) -> dict[str, Any]:
     """Fields, or the reason of the rejection, by source."""
-    corpus = CorpusConfig(location=str(location), **keys)
-    documents = [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+    documents = documents_of(location, **keys)
     assert len({document.source for document in documents}) == len(documents)
     return {doc.source: doc.rejection.reason if doc.rejection else doc.fields for doc in documents}
 
@@ -213,8 +218,7 @@ def test_bad_rows_are_rows(tmp_path):
         b"f.mp4,good", b"a.mp4,again",
     ]  # fmt: skip
     (tmp_path / "t.csv").write_bytes(b"\n".join(lines) + b'\ng.mp4,"never closed')
-    corpus = CorpusConfig(location=str(tmp_path / "t.csv"))
-    documents = [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+    documents = documents_of(tmp_path / "t.csv")
     reasons = [document.rejection.reason if document.rejection else document.source for document in documents]
     assert reasons == [
         "t.csv#a.mp4", "not-utf8", "bad-row", "bad-row", "bad-row", "t.csv#f.mp4", "t.csv#a.mp4", "bad-row",
@@ -222,6 +226,12 @@ def test_bad_rows_are_rows(tmp_path):
     plan = plan_of(tmp_path / "t.csv", tmp_path / "out")
     assert (plan.num_candidates, plan.num_refused) == (2, 6)
     assert plan.refused_by() == {"read/bad-row": 4, "read/duplicate-clip": 1, "read/not-utf8": 1}
+
+
+def test_a_row_that_swallows_others_says_which(tmp_path):
+    (tmp_path / "t.csv").write_text('file,text\na.mp4,"never closed\nb.mp4,x\nc.mp4,y\n')
+    ((_, row),) = [(document.source, document.rejection) for document in documents_of(tmp_path / "t.csv")]
+    assert row.reason == "bad-row" and row.detail.endswith("; lines 2 to 4 are in it")
 
 
 def test_rows_of_json_that_are_none(tmp_path):
@@ -289,6 +299,11 @@ def test_auto_says_what_it_took_and_why(tmp_path, caplog):
     assert find_layout(CorpusConfig(location=str(mbc))).kind == "mbc"
     (tmp_path / "mbc.jsonl").write_text('{"file_id": "a"}\n')
     assert find_layout(CorpusConfig(location=str(tmp_path / "mbc.jsonl"))).kind == "mbc"
+    notes = touch(tmp_path / "notes", "a.mp4", "a.txt")
+    write_csv(notes / "notes.csv", [["day", "who"], ["1", "me"]])
+    with pytest.raises(UserError, match=r"notes.csv: no column says[\s\S]*beside the clips: corpus.format: folder"):
+        documents_of(notes)
+    assert len(documents_of(notes, format="folder")) == 1
     odd = touch(tmp_path / "odd", "a.mp4", "a.json")
     for folder, message in ((odd, "1 clips and 1 JSON"), (touch(tmp_path / "none", "x.pdf"), "no annotation in it")):
         with pytest.raises(UserError) as caught:
