@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     max_upscale: float
 
 
-class Choice(NamedTuple):
+class ProjectChoice(NamedTuple):
     """What the configs say."""
 
     num_frames: int
@@ -60,7 +60,7 @@ def fitting_sizes(survey: Survey) -> list[Sizes]:
     return found or [_sizes(survey, FAMILIES[-1])]
 
 
-def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
+def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> ProjectChoice:
     """Everything that does not depend on memory."""
     num_frames, policy, max_windows = 1, "captions", 1
     seconds = [shape.seconds for shape in survey.shapes if shape.seconds]
@@ -80,7 +80,7 @@ def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
     fraction, num_held_out = _held_out(survey)
     longest = max(seconds, default=0.0)
     is_mbc = survey.layout.kind == "mbc"
-    return Choice(
+    return ProjectChoice(
         num_frames=num_frames,
         min_seconds=3.0 if is_mbc else math.floor(100 * num_frames / FPS) / 100,
         max_seconds=30.0 if is_mbc else next(length for length in _LENGTHS if length >= min(longest, _LENGTHS[-1])),

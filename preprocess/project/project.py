@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.config import CorpusConfig, PrepConfig
-from preprocess.project.choose import Choice, Sizes, choose, fitting_sizes
+from preprocess.project.choose import ProjectChoice, Sizes, choose, fitting_sizes
 from preprocess.project.survey import Survey, survey_corpus
 from shards.config import load_config, refuse_source_folder
 from shards.errors import UserError
@@ -120,7 +120,7 @@ def _find_card(gpu: str | None) -> tuple[Gpu | None, str]:
         return None, error.problem
 
 
-def _ask_plan(text: str, sizes: Sizes, choice: Choice, card: Gpu) -> Planned:
+def _ask_plan(text: str, sizes: Sizes, choice: ProjectChoice, card: Gpu) -> Planned:
     """Memory and days by `wantrain plan --json` in a process of its own: this package does not import the trainer."""
     words = ["--gpu", card.name, "--gpus", str(choice.num_gpus), "--json"]
     for size in sizes.buckets:
@@ -143,7 +143,7 @@ def _ask_plan(text: str, sizes: Sizes, choice: Choice, card: Gpu) -> Planned:
     return Planned(card.name, gib, made["chosen"]["fits"], made["train_days"], encode_seconds / 86_400)
 
 
-def _describe(survey: Survey, sizes: Sizes, choice: Choice) -> list[str]:
+def _describe(survey: Survey, sizes: Sizes, choice: ProjectChoice) -> list[str]:
     refused = ", ".join(f"{count:,} × {reason}" for reason, count in survey.refused_by.items())
     unread = ", ".join(f"{count} × {reason}" for reason, count in survey.unread_by.items())
     seconds = sorted(shape.seconds for shape in survey.shapes)
@@ -195,7 +195,7 @@ def _quote(value: object) -> str:
 
 
 def _prep_text(
-    folder: Path, corpus: CorpusConfig, checkpoint: Path | None, survey: Survey, sizes: Sizes, choice: Choice
+    folder: Path, corpus: CorpusConfig, checkpoint: Path | None, survey: Survey, sizes: Sizes, choice: ProjectChoice
 ) -> str:
     buckets = "\n".join(f"    - {{width: {size.width}, height: {size.height}}}" for size in sizes.buckets)
     changed = corpus.model_dump(exclude_defaults=True, exclude={"location", "format", "limit"})
@@ -234,7 +234,7 @@ def _checkpoint(checkpoint: Path | None, instead: str) -> str:
     return f"  checkpoint: {_quote(checkpoint.absolute())}"
 
 
-def _train_text(folder: Path, checkpoint: Path | None, choice: Choice, card: Gpu | None) -> str:
+def _train_text(folder: Path, checkpoint: Path | None, choice: ProjectChoice, card: Gpu | None) -> str:
     steps = min(10_000, max(500, -(-100 * choice.num_samples // choice.global_batch))) if checkpoint else 50
     every = max(10, steps // 20)
     model = _checkpoint(checkpoint, "a small random model") + ("" if checkpoint else f"\n  dims: {TRIAL_DIMS}")

@@ -301,7 +301,7 @@ def test_auto_says_what_it_took_and_why(tmp_path, caplog):
     assert find_layout(CorpusConfig(location=str(tmp_path / "mbc.jsonl"))).kind == "mbc"
     notes = touch(tmp_path / "notes", "a.mp4", "a.txt")
     write_csv(notes / "notes.csv", [["day", "who"], ["1", "me"]])
-    with pytest.raises(UserError, match=r"notes.csv: no column says[\s\S]*beside the clips: corpus.format: folder"):
+    with pytest.raises(UserError, match=r"notes.csv: no column says[\s\S]*beside them: corpus.format: folder"):
         documents_of(notes)
     assert len(documents_of(notes, format="folder")) == 1
     odd = touch(tmp_path / "odd", "a.mp4", "a.json")
