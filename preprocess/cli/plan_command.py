@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from preprocess.cli.model_commands import OVERRIDES, load_prep, tokenizer_of
-from shards.console import print_json, set_up_logging
+from shards.console import echo_lines, print_json, set_up_logging
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -102,4 +102,4 @@ def plan(
     if as_json:
         print_json(counts)
     else:
-        click.echo("\n".join(lines))
+        echo_lines(lines)

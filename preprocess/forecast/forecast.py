@@ -80,7 +80,7 @@ def describe_plan(counts: dict[str, Any]) -> list[str]:
         *(f"  {count:>9,}  {reason}" for reason, count in counts["refused_by"].items()),
         f"plan       {counts['units']:,} units in {counts['generations']:,} generation(s), "
         f"{counts['declared_hours']:,.2f} h of video by their records",
-        "buckets    by the declared sizes; the files may differ, and the build's summary tells the truth",
+        "buckets    by the declared sizes; the files may differ: the summary of the build has the true sizes",
         *(f"  {count:>9,}  {name}" for name, count in counts["candidates_by_bucket"].items()),
         *_length_lines(counts.get("windows_by_length", {})),
     ]

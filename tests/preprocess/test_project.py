@@ -196,6 +196,16 @@ def test_a_scan_needs_no_checkpoint(tmp_path):
     assert "checkpoints/Wan2.2-TI2V-5B is not here" in told.output and "caption tokens, a sample of 2" in told.output
 
 
+def test_a_plan_is_read_at_80_columns(tmp_path, monkeypatch):
+    clips = make_clips(tmp_path / "clips", 1)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True)
+    words = ["-o", f"corpus.location={clips}", "-o", f"output={tmp_path / 'shards'}", "--gpu", "h200", "--quiet"]
+    told = run("plan", CONFIGS / "demo/prep.yaml", *words)
+    assert told.exit_code == 0 and "assumed" in told.output
+    assert not [line for line in told.stdout.splitlines() if len(line) > 80]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
