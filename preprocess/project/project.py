@@ -17,9 +17,8 @@ from preprocess.project.choose import ProjectChoice, Sizes, choose, fitting_size
 from preprocess.project.survey import Survey, survey_corpus
 from shards.config import load_config, refuse_source_folder
 from shards.errors import UserError
-from shards.gpus import Gpu, detect_gpu, find_gpu, vae_encode_tflop
+from shards.gpus import GIB, Gpu, detect_gpu, find_gpu, vae_encode_tflop
 
-GIB = 2**30
 TRIAL_DIMS = "{dim: 128, num_heads: 2, num_layers: 2, ffn_dim: 256, text_dim: 64, text_len: 512, freq_dim: 64}"
 _PLAN_SECONDS = 300
 
