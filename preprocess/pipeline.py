@@ -21,7 +21,7 @@ from preprocess.build.vae_precision import measure_apart, settle_precision
 from preprocess.config import PrepConfig
 from preprocess.plan.freeze import ensure_plan
 from preprocess.plan.plan import Plan, open_plan
-from preprocess.plan.retry import Choice, Wanted, choose_retries, freeze_retry, retry_units
+from preprocess.plan.retry import RetryChoice, Wanted, choose_retries, freeze_retry, retry_units
 from shards.check.orphans import sweep_committed
 from shards.console import LOG
 from shards.errors import EXIT_TEMPORARY, UserError
@@ -54,7 +54,7 @@ WHOLE = Part()
 class Retried(NamedTuple):
     """What `retry` chose, and the counts of the dataset afterwards."""
 
-    choice: Choice
+    choice: RetryChoice
     counts: dict[str, Any]
 
 

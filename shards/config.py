@@ -116,6 +116,10 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Iterable[str] =
     except FileNotFoundError:
         fix = f"name a file of your own, or one of those that ship with the package: {shipped_configs()}/*.yaml"
         raise UserError(f"{path}: no such file", expected="a YAML configuration file", fix=fix) from None
+    except IsADirectoryError:
+        inside = sorted(found.name for found in path.glob("*.yaml"))
+        fix = f"name a file in it: {', '.join(inside)}" if inside else "name a YAML file"
+        raise UserError(f"{path}: a folder", expected="a YAML configuration file", fix=fix) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     values = parse_yaml(text, str(path))

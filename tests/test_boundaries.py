@@ -148,6 +148,16 @@ def test_init_files_hold_no_convenience_imports() -> None:
             assert not handed_on or path == ROOT / "shards/storage/__init__.py", path
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    """One meaning a name in the whole project: a reader who searches for a class finds one."""
+    places: dict[str, list[str]] = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
 @pytest.mark.parametrize("module", ["preprocess.cli", "shards.cli", "train.cli"])
 def test_a_module_started_with_m_answers(module: str) -> None:
     done = subprocess.run(

@@ -295,8 +295,6 @@ PACKAGES = ("shards", "preprocess", "train")
 def test_links_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-            if target == "docs/performance.md":  # written by the measurements that `make bench` is run for
-                continue
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.tensor_files import SAMPLES_FOLDER
 from shards.storage.patience import on_wait
 from train import checkpoint
 from train.config.train import TrainConfig
@@ -48,8 +49,6 @@ from train.run.trainee import describe_base, describe_trainee
 from train.sampling.preview import Preview
 from train.sampling.sample import Ready, prepare_prompts, sample_prompts
 from train.step import backward, num_batch_tokens, over_ranks
-
-SAMPLES_FOLDER = "samples"
 
 
 class FitResult(NamedTuple):

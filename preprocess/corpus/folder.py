@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -43,10 +43,20 @@ def _iter_media(root: str, caption_suffix: str) -> Iterator[str | Document]:
         stems = {item.rpartition(".")[0] for item in found if isinstance(item, str) and _is_media(item)}
         for item in found:
             name = item if isinstance(item, str) else item.source
-            if name.lower().endswith(caption_suffix.lower()) and name[: -len(caption_suffix)] in stems:
+            if name.endswith(_spellings(caption_suffix)) and name[: -len(caption_suffix)] in stems:
                 continue  # it is read with its clip
-            is_clip = isinstance(item, Document) or _is_media(item)
-            yield item if is_clip else unread(name, "no-media", "a caption without a clip beside it")
+            yield item if isinstance(item, Document) or _is_media(item) else _no_media(name, caption_suffix)
+
+
+def _spellings(caption_suffix: str) -> tuple[str, str]:
+    """The endings that are read: as the config has it, and in upper case."""
+    return caption_suffix, caption_suffix.upper()
+
+
+def _no_media(name: str, caption_suffix: str) -> Document:
+    if name.endswith(_spellings(caption_suffix)):
+        return unread(name, "no-media", "a caption without a clip beside it")
+    return unread(name, "no-media", f"no caption: it ends neither in {' nor in '.join(_spellings(caption_suffix))}")
 
 
 def _folder_of(item: str | Document) -> str:
@@ -60,8 +70,8 @@ def _is_media(name: str) -> bool:
 def _read_clip(root: str, name: str, caption_suffix: str) -> Document:
     """One clip with the caption beside it; without one the record has no caption, which the filter refuses."""
     stem = name.rpartition(".")[0]
-    for caption in (stem + caption_suffix, stem + caption_suffix.upper()):
-        path = os.path.realpath(f"{root}/{caption}")
+    for ending in _spellings(caption_suffix):
+        path = os.path.realpath(f"{root}/{stem}{ending}")
         if Path(path).exists():
             if not path.startswith(root.rstrip("/") + "/"):
                 return unread(name, "symlink", "its caption leads out of the corpus")
@@ -86,15 +96,32 @@ def _iter_s3(location: str, caption_suffix: str) -> Iterator[Document]:
     storage = open_storage(location)
     prefix = location.partition("?")[0].rstrip("/")  # without `?endpoint=`: fetch.s3_endpoint is for clips
 
-    def read(name: str) -> Document:
+    def read(item: tuple[str, str | None]) -> Document:
+        name, text = item
+        if not _is_media(name):
+            return _no_media(name, caption_suffix)
         try:
-            caption = storage.get(name.rpartition(".")[0] + caption_suffix, max_bytes=MAX_DOCUMENT_BYTES)
-        except MissingObject:
+            caption = storage.get(text, max_bytes=MAX_DOCUMENT_BYTES) if text else b""
+        except MissingObject:  # it was removed since
             caption = b""
         except (ShardDamage, StorageFailure) as error:
             return unread(name, "unreadable", short(error.problem), retryable=True)
         return _make_clip(name, f"{prefix}/{name}", caption)
 
-    names = (entry.name for entry in storage.list() if _is_media(entry.name) and not is_hidden(entry.name))
+    names = (entry.name for entry in storage.list() if not is_hidden(entry.name))
     with ThreadPoolExecutor(NUM_S3_READERS) as pool:
-        yield from map_ahead(pool, read, names, num_ahead=4 * NUM_S3_READERS)
+        yield from map_ahead(pool, read, _with_captions(names, caption_suffix), num_ahead=4 * NUM_S3_READERS)
+
+
+def _with_captions(names: Iterable[str], caption_suffix: str) -> Iterator[tuple[str, str | None]]:
+    """Each clip with the name of its caption, and each caption without a clip, alone. Names are sorted, so those that
+    are alike up to the first dot come together; only they are held at a time."""
+    for _, group in groupby(names, key=lambda name: name.partition(".")[0]):
+        found = [name for name in group if _is_media(name) or name.lower().endswith(caption_suffix.lower())]
+        here, stems = set(found), {name.rpartition(".")[0] for name in found if _is_media(name)}
+        for name in found:
+            if _is_media(name):
+                texts = (name.rpartition(".")[0] + ending for ending in _spellings(caption_suffix))
+                yield name, next((text for text in texts if text in here), None)
+            elif not name.endswith(_spellings(caption_suffix)) or name[: -len(caption_suffix)] not in stems:
+                yield name, None

@@ -32,7 +32,7 @@ _NUM_LOOKED_AT = 2000
 _NUM_PARSED = 20
 
 
-class Layout(NamedTuple):
+class CorpusLayout(NamedTuple):
     """How a corpus is laid out."""
 
     kind: Literal["mbc", "folder", "table"]
@@ -59,16 +59,16 @@ def _iter_rows(table: TableFiles, config: CorpusConfig) -> Iterator[Document]:
             yield from iter_table(path, config, config.root or table.root, table.name)
 
 
-def find_layout(config: CorpusConfig) -> Layout:  # noqa: PLR0911 - one for each kind of location
+def find_layout(config: CorpusConfig) -> CorpusLayout:  # noqa: PLR0911 - one for each kind of location
     """The layout that `corpus.format` names, or the one that the location shows. Raises UserError."""
     location, path = config.location, Path(config.location)
     if config.format in ("mbc", "folder"):
         if config.format == "folder" and "://" not in location and not path.is_dir():
             problem = "not a folder" if path.exists() else "no such folder"
             raise UserError(f"corpus.location: {location}: {problem}", expected="a folder of clips")
-        return Layout(config.format, "the config says so")
+        return CorpusLayout(config.format, "the config says so")
     if (table := find_pattern(location)) is not None:
-        return Layout("table", f"{len(table.files)} files match", table)
+        return CorpusLayout("table", f"{len(table.files)} files match", table)
     if "://" in location:
         return _find_remote(config)
     if path.is_dir():
@@ -82,15 +82,17 @@ def find_layout(config: CorpusConfig) -> Layout:  # noqa: PLR0911 - one for each
                 f"corpus.location: {location}: {'not a table' if path.exists() else 'no such file'}",
                 expected=f"a file that ends in {', '.join(TABLE_SUFFIXES)}",
             )
-        return Layout("mbc", "it is an archive")  # or nothing at all, which its reader says
+        return CorpusLayout("mbc", "it is an archive")  # or nothing at all, which its reader says
     if config.format == "auto" and location.lower().endswith(ARCHIVE_SUFFIXES) and _lines_are_mbc(location):
-        return Layout("mbc", "its lines are annotations")
-    return Layout("table", "it is one", TableFiles((location,), str(path.parent)))
+        return CorpusLayout("mbc", "its lines are annotations")
+    return CorpusLayout("table", "it is one", TableFiles((location,), str(path.parent)))
 
 
-def _table_in_it(table: TableFiles) -> Layout:
+def _table_in_it(table: TableFiles) -> CorpusLayout:
     few = len(table.files) == 1
-    return Layout("table", f"{table.name} is in it" if few else f"{len(table.files)} × {table.name} are in it", table)
+    return CorpusLayout(
+        "table", f"{table.name} is in it" if few else f"{len(table.files)} × {table.name} are in it", table
+    )
 
 
 def _find_table(folder: Path, config: CorpusConfig) -> TableFiles | None:
@@ -125,7 +127,7 @@ def choose_tables(names: list[str], where: str, config: CorpusConfig) -> list[st
         raise
 
 
-def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
+def _find_in_folder(folder: Path, config: CorpusConfig) -> CorpusLayout:
     root = os.path.realpath(folder)
     suffixes = (".json", *MEDIA_SUFFIXES, config.caption_suffix.lower())
     items = islice(walk_tree(root, suffixes), _NUM_LOOKED_AT)
@@ -134,13 +136,13 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
     clips = [name for name in names if name.lower().endswith(MEDIA_SUFFIXES)]
     texts = {name for name in names if name.lower().endswith(config.caption_suffix.lower())}
     if any(_is_mbc(read_file(root, name).data) for name in documents[:_NUM_PARSED]):
-        return Layout("mbc", "its JSON files are annotations")
+        return CorpusLayout("mbc", "its JSON files are annotations")
     captioned = sum(f"{name.rpartition('.')[0]}{config.caption_suffix}" in texts for name in clips)
     if clips and (captioned or not documents):
         beside = f"a {config.caption_suffix} file beside it"
-        return Layout("folder", f"of its first {len(clips):,} clips {captioned:,} have {beside}")
+        return CorpusLayout("folder", f"of its first {len(clips):,} clips {captioned:,} have {beside}")
     if documents and not clips:
-        return Layout("mbc", "it holds JSON files and no clips")  # all damaged, perhaps: each is a row
+        return CorpusLayout("mbc", "it holds JSON files and no clips")  # all damaged, perhaps: each is a row
     problem = f"{len(clips)} clips and {len(documents)} JSON files, of which none is an annotation"
     raise UserError(
         f"corpus.location: {folder}: {problem if names else 'no annotation in it, no clip and no table'}",
@@ -149,12 +151,14 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> Layout:
     )
 
 
-def _find_remote(config: CorpusConfig) -> Layout:
+def _find_remote(config: CorpusConfig) -> CorpusLayout:
     """A table behind a URL, or an `s3://` prefix by its first names."""
     location = config.location
     if not location.startswith("s3://"):
         if is_table(location) or (config.format == "table" and location.startswith(("http://", "https://"))):
-            return Layout("table", "it is one", TableFiles((location,), location.partition("?")[0].rpartition("/")[0]))
+            return CorpusLayout(
+                "table", "it is one", TableFiles((location,), location.partition("?")[0].rpartition("/")[0])
+            )
         raise UserError(
             f"corpus.location: {location}: not a corpus that is read over the network",
             expected=f"s3://bucket/prefix, or the URL of a table: {', '.join(TABLE_SUFFIXES)}",
@@ -165,7 +169,7 @@ def _find_remote(config: CorpusConfig) -> Layout:
             with local_copy(location) as path:
                 if _lines_are_mbc(str(path)):
                     raise _no_archive(location)
-        return Layout("table", "it is one", TableFiles((location,), split_s3(location)[0].partition("?")[0]))
+        return CorpusLayout("table", "it is one", TableFiles((location,), split_s3(location)[0].partition("?")[0]))
     if address.lower().endswith(ARCHIVE_SUFFIXES):
         raise _no_archive(location)
     found = sorted(entry.name for entry in islice(open_storage(location).list(), _NUM_LOOKED_AT))
@@ -184,8 +188,8 @@ def _find_remote(config: CorpusConfig) -> Layout:
     clips = [name for name in names if name.endswith(MEDIA_SUFFIXES)]
     texts = any(name.endswith(config.caption_suffix.lower()) for name in names)
     if clips and texts and not any(map(_is_json, names)):
-        return Layout("folder", f"clips and {config.caption_suffix} files are in it")
-    return Layout("mbc", "it is a prefix of annotations")
+        return CorpusLayout("folder", f"clips and {config.caption_suffix} files are in it")
+    return CorpusLayout("mbc", "it is a prefix of annotations")
 
 
 def _no_archive(location: str) -> UserError:

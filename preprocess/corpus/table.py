@@ -25,7 +25,7 @@ _BATCH_ROWS = 256
 _SKIP_BYTES = 2**16
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One row as it is in the table."""
 
     where: str
@@ -64,14 +64,14 @@ def _check_first(columns: Columns, names: tuple[str, ...], path: Path, config: C
         raise UserError(
             f"{path}: no column says where the clip is; its columns: {shown}",
             expected="a column file_name, path, video or url",
-            fix="name it: corpus.columns: {path: NAME}",
+            fix="name it: corpus.columns: {path: NAME}; for clips with text files beside them: corpus.format: folder",
         )
     for field, name in config.columns.items():
         if name not in names and path.suffix not in (".jsonl", ".zst"):
             raise UserError(f"corpus.columns: {field}: {path} has no column {name!r}", expected=f"one of {shown}")
 
 
-def _iter_rows(path: Path) -> Iterator[Row]:
+def _iter_rows(path: Path) -> Iterator[TableRow]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _iter_parquet(path)
@@ -80,12 +80,12 @@ def _iter_rows(path: Path) -> Iterator[Row]:
     return _iter_csv(path)
 
 
-def _iter_json_lines(path: Path) -> Iterator[Row]:
+def _iter_json_lines(path: Path) -> Iterator[TableRow]:
     for document in iter_archive(str(path)):
         cells = document.rejection or read_json(document.data, set())
         if isinstance(cells, dict) and len(cells) > MAX_COLUMNS:
             cells = Rejection("read", "too-many-columns", f"{len(cells):,}; at most {MAX_COLUMNS:,}")
-        yield Row(document.source, cells)
+        yield TableRow(document.source, cells)
 
 
 class _BadLine(Exception):
@@ -120,7 +120,7 @@ class _Lines:
             raise _BadLine(Rejection("read", "not-utf8", short(str(error)))) from None
 
 
-def _iter_csv(path: Path) -> Iterator[Row]:
+def _iter_csv(path: Path) -> Iterator[TableRow]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
         with path.open("rb") as file:
@@ -148,29 +148,31 @@ def _read_header(path: Path, lines: _Lines) -> tuple[str, list[str]]:
     return delimiter, [name.strip() for name in names]
 
 
-def _iter_csv_rows(name: str, lines: _Lines, delimiter: str, names: list[str]) -> Iterator[Row]:
+def _iter_csv_rows(name: str, lines: _Lines, delimiter: str, names: list[str]) -> Iterator[TableRow]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        where = f"{name}:{lines.number + 1}"
+        first = lines.number + 1
+        where = f"{name}:{first}"
         try:
             cells = next(reader, None)
         except (_BadLine, csv.Error) as error:
-            rejection = (
-                error.rejection if isinstance(error, _BadLine) else Rejection("read", "bad-row", short(str(error)))
-            )
-            yield Row(where, rejection)
+            if isinstance(error, _BadLine):
+                yield TableRow(where, error.rejection)
+            else:  # a quote that is not closed takes the lines below it
+                taken = f"; lines {first:,} to {lines.number:,} are in it" if lines.number > first else ""
+                yield TableRow(where, Rejection("read", "bad-row", short(f"{error}{taken}")))
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             continue
         if cells is None:
             return
         if len(cells) == len(names):
-            yield Row(where, dict(zip(names, cells, strict=True)))
+            yield TableRow(where, dict(zip(names, cells, strict=True)))
         elif cells:
             detail = f"{len(cells)} cells, and the table has {len(names)} columns"
-            yield Row(where, Rejection("read", "bad-row", detail))
+            yield TableRow(where, Rejection("read", "bad-row", detail))
 
 
-def _iter_parquet(path: Path) -> Iterator[Row]:
+def _iter_parquet(path: Path) -> Iterator[TableRow]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -192,7 +194,7 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
                 for cells in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path.name}:{number}", cells)
+                    yield TableRow(f"{path.name}:{number}", cells)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"corpus.location: {path}: damaged: {short(str(error), 200)}",

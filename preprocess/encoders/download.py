@@ -46,7 +46,7 @@ class RemoteFile(NamedTuple):
     git_sha1: str | None
 
 
-class Fetched(NamedTuple):
+class FetchedModel(NamedTuple):
     """What `fetch_model` did."""
 
     revision: str
@@ -65,7 +65,7 @@ def fetch_model(
     part: Part = "all",
     repository: str | None = None,
     revision: str | None = None,
-) -> Fetched:
+) -> FetchedModel:
     """Download the files of one revision into `folder`; call it again to resume.
 
     The endpoint is `HF_ENDPOINT`, the token `HF_TOKEN` or what `hf auth login` stored.
@@ -83,7 +83,7 @@ def fetch_model(
     for place, file in enumerate(missing, 1):
         LOG.info("%d of %d: %s (%.2f GB)", place, len(missing), file.name, file.size / 1e9)
         num_bytes += _download(folder, file, repository, commit)
-    return Fetched(commit, tuple(file.name for file in missing), tuple(file.name for file in present), num_bytes)
+    return FetchedModel(commit, tuple(file.name for file in missing), tuple(file.name for file in present), num_bytes)
 
 
 def _endpoint() -> str:

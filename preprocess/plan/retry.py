@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
         return row.status == "rejected" and (bool(names & self.reasons) or (self.retryable and row.retryable))
 
 
-class Choice(NamedTuple):
+class RetryChoice(NamedTuple):
     """What a retry takes up, and what there is."""
 
     ordinals: tuple[int, ...]
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
     """Units of earlier retries that are not there yet."""
 
 
-def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Choice:
+def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> RetryChoice:
     """The candidates whose latest attempt was rejected as `wanted` says, but for those of a retry that is not done.
 
     So a retry that was stopped is continued, and ends as if it had not been stopped: what failed again in its first
@@ -71,10 +71,10 @@ def choose_retries(plan: Plan, wanted: Wanted, committed: Collection[int]) -> Ch
         if wanted.has(row):
             chosen.append(row.candidate)
             reasons[tag] += 1
-    return Choice(tuple(sorted(chosen)), most_frequent(reasons), most_frequent(rejected), open_units)
+    return RetryChoice(tuple(sorted(chosen)), most_frequent(reasons), most_frequent(rejected), open_units)
 
 
-def freeze_retry(plan: Plan, config: PrepConfig, choice: Choice, scratch: Path) -> Plan:
+def freeze_retry(plan: Plan, config: PrepConfig, choice: RetryChoice, scratch: Path) -> Plan:
     """Append a generation of the chosen candidates; the plan as it then is."""
     if not choice.ordinals:
         return plan
@@ -110,7 +110,7 @@ def retry_units(plan: Plan) -> list[int]:
     return [unit for generation in plan.generations if generation.retried for unit in generation.units]
 
 
-def describe_choice(choice: Choice, wanted: Wanted) -> list[str]:
+def describe_choice(choice: RetryChoice, wanted: Wanted) -> list[str]:
     """What will be tried again, for people; where nothing is, why, and what there is."""
     lines = []
     if choice.open_units:

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     max_upscale: float
 
 
-class Choice(NamedTuple):
+class ProjectChoice(NamedTuple):
     """What the configs say."""
 
     num_frames: int
@@ -38,6 +38,8 @@ class Choice(NamedTuple):
     max_windows: int
     num_samples: int
     """About."""
+    num_gpus: int
+    """Of those there are, as many as the samples can fill a batch for."""
     global_batch: int
     validation_fraction: float
     """0: too few clips to hold one out."""
@@ -58,7 +60,7 @@ def fitting_sizes(survey: Survey) -> list[Sizes]:
     return found or [_sizes(survey, FAMILIES[-1])]
 
 
-def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
+def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> ProjectChoice:
     """Everything that does not depend on memory."""
     num_frames, policy, max_windows = 1, "captions", 1
     seconds = [shape.seconds for shape in survey.shapes if shape.seconds]
@@ -70,20 +72,22 @@ def choose(survey: Survey, sizes: Sizes, num_gpus: int) -> Choice:
         policy, max_windows = "tile", min(4, per_clip)
     num_samples = survey.num_clips * max_windows
     rarest = min(share for share in sizes.shares if share) * num_samples
+    # Half of a size: some clips are held out, and some will be refused when they are decoded.
+    num_gpus = max(1, min(num_gpus, int(0.5 * max(sizes.shares) * num_samples)))
     batch = num_gpus
-    # Half of the rarest size: some clips are held out, and some will be refused when they are decoded.
     while 2 * batch <= min(16, 0.5 * rarest):
         batch *= 2
     fraction, num_held_out = _held_out(survey)
     longest = max(seconds, default=0.0)
     is_mbc = survey.layout.kind == "mbc"
-    return Choice(
+    return ProjectChoice(
         num_frames=num_frames,
         min_seconds=3.0 if is_mbc else math.floor(100 * num_frames / FPS) / 100,
         max_seconds=30.0 if is_mbc else next(length for length in _LENGTHS if length >= min(longest, _LENGTHS[-1])),
         policy=policy,
         max_windows=max_windows,
         num_samples=num_samples,
+        num_gpus=num_gpus,
         global_batch=batch,
         validation_fraction=fraction,
         num_held_out=num_held_out,

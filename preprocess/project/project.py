@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.config import CorpusConfig, PrepConfig
-from preprocess.project.choose import Choice, Sizes, choose, fitting_sizes
+from preprocess.project.choose import ProjectChoice, Sizes, choose, fitting_sizes
 from preprocess.project.survey import Survey, survey_corpus
 from shards.config import load_config, refuse_source_folder
 from shards.errors import UserError
-from shards.gpus import Gpu, detect_gpu, find_gpu, vae_encode_tflop
+from shards.gpus import GIB, Gpu, detect_gpu, find_gpu, vae_encode_tflop
 
-GIB = 2**30
 TRIAL_DIMS = "{dim: 128, num_heads: 2, num_layers: 2, ffn_dim: 256, text_dim: 64, text_len: 512, freq_dim: 64}"
 _PLAN_SECONDS = 300
 
@@ -57,11 +57,17 @@ def make_project(
     survey = survey_corpus(corpus, **progress)
     for sizes in fitting_sizes(survey):
         choice = choose(survey, sizes, num_gpus)
-        text = _train_text(folder, checkpoint, choice, card, num_gpus)
-        planned = Planned(None, problem=problem) if card is None else _ask_plan(text, sizes, choice, card, num_gpus)
+        text = _train_text(folder, checkpoint, choice, card)
+        planned = Planned(None, problem=problem) if card is None else _ask_plan(text, sizes, choice, card)
         if planned.fits is not False:
             break
-    said = [*_describe(survey, sizes, choice), *_describe_plan(planned, num_gpus)]
+    said = [*_describe(survey, sizes, choice), *_describe_plan(planned, choice.num_gpus)]
+    if choice.num_gpus < num_gpus:
+        said.append(
+            f"GPUs       {choice.num_gpus} of {num_gpus}: about {choice.num_samples:,} samples are too few for more"
+        )
+    if checkpoint is None:
+        said.append("model      random weights, small: a trial of the commands; --checkpoint names the real model")
     lines = [part for line in said for part in textwrap.wrap(line, 78, subsequent_indent=" " * 11)]
     prep_text = _prep_text(folder, corpus, checkpoint, survey, sizes, choice)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,12 +75,17 @@ def make_project(
         comment = "".join(f"# {line}\n" for line in lines)
         path.write_text(f"# Written by `wanprep init`; every value may be changed.\n{comment}{body}", encoding="utf-8")
     load_config(PrepConfig, prep)
-    return Project(lines, (f"wanprep build-shards {typed / prep.name}", fit_command(typed / train.name, num_gpus)))
+    return Project(lines, (build_command(typed / prep.name), fit_command(typed / train.name, choice.num_gpus)))
+
+
+def build_command(prep: Path) -> str:
+    """What is typed for stage 1: a name with a space in it is quoted."""
+    return f"wanprep build-shards {shlex.quote(str(prep))}"
 
 
 def fit_command(train: Path, num_gpus: int) -> str:
     """What is typed for stage 2."""
-    return f"wantrain fit {train}" + (f" --nproc-per-node {num_gpus}" if num_gpus > 1 else "")
+    return f"wantrain fit {shlex.quote(str(train))}" + (f" --nproc-per-node {num_gpus}" if num_gpus > 1 else "")
 
 
 def _absolute(corpus: CorpusConfig) -> CorpusConfig:
@@ -108,9 +119,9 @@ def _find_card(gpu: str | None) -> tuple[Gpu | None, str]:
         return None, error.problem
 
 
-def _ask_plan(text: str, sizes: Sizes, choice: Choice, card: Gpu, num_gpus: int) -> Planned:
+def _ask_plan(text: str, sizes: Sizes, choice: ProjectChoice, card: Gpu) -> Planned:
     """Memory and days by `wantrain plan --json` in a process of its own: this package does not import the trainer."""
-    words = ["--gpu", card.name, "--gpus", str(num_gpus), "--json"]
+    words = ["--gpu", card.name, "--gpus", str(choice.num_gpus), "--json"]
     for size in sizes.buckets:
         words += ["--size", f"{size.width}x{size.height}x{choice.num_frames}"]
     with tempfile.TemporaryDirectory(prefix="wanprep-init-") as place:
@@ -126,12 +137,12 @@ def _ask_plan(text: str, sizes: Sizes, choice: Choice, card: Gpu, num_gpus: int)
         share * vae_encode_tflop(size.width, size.height, choice.num_frames)
         for size, share in zip(sizes.buckets, sizes.shares, strict=True)
     )
-    encode_seconds = choice.num_samples * card.encode_seconds("fp32", tflop) / num_gpus
+    encode_seconds = choice.num_samples * card.encode_seconds("fp32", tflop) / choice.num_gpus
     gib = memory["total"] / GIB if memory else 0.0
     return Planned(card.name, gib, made["chosen"]["fits"], made["train_days"], encode_seconds / 86_400)
 
 
-def _describe(survey: Survey, sizes: Sizes, choice: Choice) -> list[str]:
+def _describe(survey: Survey, sizes: Sizes, choice: ProjectChoice) -> list[str]:
     refused = ", ".join(f"{count:,} × {reason}" for reason, count in survey.refused_by.items())
     unread = ", ".join(f"{count} × {reason}" for reason, count in survey.unread_by.items())
     seconds = sorted(shape.seconds for shape in survey.shapes)
@@ -183,13 +194,13 @@ def _quote(value: object) -> str:
 
 
 def _prep_text(
-    folder: Path, corpus: CorpusConfig, checkpoint: Path | None, survey: Survey, sizes: Sizes, choice: Choice
+    folder: Path, corpus: CorpusConfig, checkpoint: Path | None, survey: Survey, sizes: Sizes, choice: ProjectChoice
 ) -> str:
     buckets = "\n".join(f"    - {{width: {size.width}, height: {size.height}}}" for size in sizes.buckets)
     changed = corpus.model_dump(exclude_defaults=True, exclude={"location", "format", "limit"})
     others = "".join(f"\n  {name}: {_quote(value)}" for name, value in changed.items())
     return f"""\
-#   wanprep build-shards {folder / "prep.yaml"}
+#   {build_command(folder / "prep.yaml")}
 output: {_quote(folder / "shards")}
 corpus:
   location: {_quote(corpus.location)}
@@ -222,14 +233,14 @@ def _checkpoint(checkpoint: Path | None, instead: str) -> str:
     return f"  checkpoint: {_quote(checkpoint.absolute())}"
 
 
-def _train_text(folder: Path, checkpoint: Path | None, choice: Choice, card: Gpu | None, num_gpus: int) -> str:
+def _train_text(folder: Path, checkpoint: Path | None, choice: ProjectChoice, card: Gpu | None) -> str:
     steps = min(10_000, max(500, -(-100 * choice.num_samples // choice.global_batch))) if checkpoint else 50
     every = max(10, steps // 20)
     model = _checkpoint(checkpoint, "a small random model") + ("" if checkpoint else f"\n  dims: {TRIAL_DIMS}")
     optimizer = "adamw8bit" if card is not None and card.memory_gib < 40 else "adamw"
     evaluation = f"\n  every_steps: {every}\n  num_clips: {min(16, choice.num_held_out)}"
     return f"""\
-#   {fit_command(folder / "train.yaml", num_gpus)}
+#   {fit_command(folder / "train.yaml", choice.num_gpus)}
 output: {_quote(folder / "run")}
 seed: 0
 max_steps: {steps}                  # {steps * choice.global_batch:,} samples

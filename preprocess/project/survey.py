@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from preprocess.config import CorpusConfig, FetchConfig, PrepConfig, SieveConfig
-from preprocess.corpus.layouts import Layout, find_layout
+from preprocess.corpus.layouts import CorpusLayout, find_layout
 from preprocess.corpus.records import Record
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.freeze import ReportDocuments, freeze_plan
@@ -29,7 +29,7 @@ _NUM_READ = 20_000
 _ANY_LENGTH = SieveConfig(min_seconds=0.05, max_seconds=100_000.0, max_caption_characters=1_000_000)
 
 
-class Shape(NamedTuple):
+class ClipShape(NamedTuple):
     """How one clip shows, and how long it is (0: a picture)."""
 
     width: float
@@ -40,12 +40,12 @@ class Shape(NamedTuple):
 class Survey(NamedTuple):
     """What was found."""
 
-    layout: Layout
+    layout: CorpusLayout
     num_clips: int
     """Records that have a caption and are videos; pictures where there are no videos."""
     refused_by: dict[str, int]
     clip_ids: tuple[str, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[ClipShape, ...]
     """Of the clips that were probed, or as declared where none could be."""
     is_probed: bool
     unread_by: dict[str, int]
@@ -104,7 +104,7 @@ def median_seconds(survey: Survey) -> float:
     return statistics.median([shape.seconds for shape in survey.shapes] or [0.0])
 
 
-def _is_mbc(layout: Layout) -> bool:
+def _is_mbc(layout: CorpusLayout) -> bool:
     return layout.kind == "mbc"
 
 
@@ -121,16 +121,16 @@ def _hosts(records: list[Record]) -> tuple[str, ...]:
     return tuple(sorted(hosts))
 
 
-def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[list[Shape], Counter[str]]:
+def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[list[ClipShape], Counter[str]]:
     LOG.info("probing %d clips", len(records))
-    shapes: list[Shape] = []
+    shapes: list[ClipShape] = []
     unread: Counter[str] = Counter()
     with Fetcher(config.fetch, config.corpus, scratch, threading.Event()) as fetcher:
         for record in records:
             try:
                 with fetcher.fetched(record) as clip:
                     facts = probe_clip(clip.path, record, config)
-                shapes.append(Shape(facts.display_width, facts.display_height, facts.duration_seconds))
+                shapes.append(ClipShape(facts.display_width, facts.display_height, facts.duration_seconds))
             except ClipRejected as rejected:
                 unread[f"{rejected.rejection.stage}/{rejected.rejection.reason}"] += 1
                 if not shapes and unread.total() == _MAX_UNREAD:
@@ -138,9 +138,9 @@ def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[li
     return shapes, unread
 
 
-def _declared(records: list[Record]) -> list[Shape]:
+def _declared(records: list[Record]) -> list[ClipShape]:
     return [
-        Shape(record.declared_width, record.declared_height, record.declared_seconds or 0.0)
+        ClipShape(record.declared_width, record.declared_height, record.declared_seconds or 0.0)
         for record in records[:1000]
         if record.declared_width and record.declared_height
     ]

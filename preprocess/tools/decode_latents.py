@@ -25,12 +25,11 @@ from preprocess.encoders.vae_config import LATENT_MEAN, LATENT_STD, Z_DIM
 from shards.config import parse_yaml
 from shards.console import LOG
 from shards.errors import UserError
-from shards.files.tensor_files import Latent, read_latent_file
+from shards.files.tensor_files import SAMPLES_FOLDER, Latent, read_latent_file
 
 if TYPE_CHECKING:
     import torch
 
-SAMPLES_FOLDER = "samples"
 SHEET_NAME = "contact-sheet.jpg"
 SHEET_HEIGHT = 120
 SIDE_BY_SIDE_NAME = "side-by-side.mp4"

@@ -22,6 +22,8 @@ from shards.format.sealed_json import canonical_json
 PROMPTS_KIND = "wan-prompts-1"
 LATENT_KIND = "wan-latent-1"
 HEADER_KEY = "wan"
+SAMPLES_FOLDER = "samples"
+"""Of a run: `samples/step-0000500/NAME.safetensors`, which `wanprep decode` makes videos of."""
 MAX_BYTES = 2**31
 _LATENT_FROM = "a latent written by `wantrain sample` or `wanprep encode-image`"
 

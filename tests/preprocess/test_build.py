@@ -308,6 +308,7 @@ def test_a_signal_drops_the_open_unit_cleanly(demo_corpus, tmp_path, number, cod
     said, _ = process.communicate(timeout=100)
     assert process.returncode == code, said
     assert "Traceback" not in said
+    assert ("the same command continues" if number == signal.SIGINT else "the next run does it again") in said
     assert not list(output.glob(".tmp*")) and not [name for name in files_of(output) if "tmp" in name]
 
 

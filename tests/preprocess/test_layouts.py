@@ -17,6 +17,7 @@ from peak import PEAK_KIB
 from prep_runs import TINY, prep
 
 from preprocess.config import CorpusConfig, FetchConfig
+from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import read_chunk
 from preprocess.corpus.layouts import find_layout, open_corpus
 from preprocess.corpus.records import Record
@@ -33,10 +34,14 @@ from shards.storage import open_storage
 CAPTIONS = {"a.mp4": "A man walks.", "inner/b.mp4": "사람이 걷는다.", "inner/c d.mp4": "A red car. It turns."}
 
 
+def documents_of(location: Path, **keys: Any) -> list[Document]:
+    corpus = CorpusConfig(location=str(location), **keys)
+    return [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+
+
 def fields_of(location: Path, **keys: Any) -> dict[str, Any]:
     """Fields, or the reason of the rejection, by source."""
-    corpus = CorpusConfig(location=str(location), **keys)
-    documents = [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+    documents = documents_of(location, **keys)
     assert len({document.source for document in documents}) == len(documents)
     return {doc.source: doc.rejection.reason if doc.rejection else doc.fields for doc in documents}
 
@@ -73,6 +78,15 @@ def test_a_folder_of_clips_with_text_beside_them(tmp_path):
     assert found["inner/c d.mp4"]["clip_id"] == "inner/c d.mp4" and found["a.mp4"]["url"] == "file:a.mp4"
     assert found["still.JPG"]["media_type"] == "image" and found["still.JPG"]["object"] == ()
     assert (found["no-words.mp4"], found["orphan.txt"]) == ("not-utf8", "no-media")
+
+
+def test_a_caption_whose_ending_is_spelled_otherwise_is_read_or_is_a_row(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "a.TXT").write_text("words")
+    (tmp_path / "b.Txt").write_text("words")
+    found = fields_of(tmp_path)
+    assert found["a.mp4"]["object"] == ({"text": "words"},)
+    assert found["b.mp4"]["object"] == () and found["b.Txt"] == "no-media"
 
 
 def test_another_ending_for_captions(tmp_path):
@@ -205,8 +219,7 @@ def test_bad_rows_are_rows(tmp_path):
         b"f.mp4,good", b"a.mp4,again",
     ]  # fmt: skip
     (tmp_path / "t.csv").write_bytes(b"\n".join(lines) + b'\ng.mp4,"never closed')
-    corpus = CorpusConfig(location=str(tmp_path / "t.csv"))
-    documents = [document for chunk in open_corpus(corpus) for document in read_chunk(chunk)]
+    documents = documents_of(tmp_path / "t.csv")
     reasons = [document.rejection.reason if document.rejection else document.source for document in documents]
     assert reasons == [
         "t.csv#a.mp4", "not-utf8", "bad-row", "bad-row", "bad-row", "t.csv#f.mp4", "t.csv#a.mp4", "bad-row",
@@ -214,6 +227,12 @@ def test_bad_rows_are_rows(tmp_path):
     plan = plan_of(tmp_path / "t.csv", tmp_path / "out")
     assert (plan.num_candidates, plan.num_refused) == (2, 6)
     assert plan.refused_by() == {"read/bad-row": 4, "read/duplicate-clip": 1, "read/not-utf8": 1}
+
+
+def test_a_row_that_swallows_others_says_which(tmp_path):
+    (tmp_path / "t.csv").write_text('file,text\na.mp4,"never closed\nb.mp4,x\nc.mp4,y\n')
+    ((_, row),) = [(document.source, document.rejection) for document in documents_of(tmp_path / "t.csv")]
+    assert row.reason == "bad-row" and row.detail.endswith("; lines 2 to 4 are in it")
 
 
 def test_rows_of_json_that_are_none(tmp_path):
@@ -281,6 +300,11 @@ def test_auto_says_what_it_took_and_why(tmp_path, caplog):
     assert find_layout(CorpusConfig(location=str(mbc))).kind == "mbc"
     (tmp_path / "mbc.jsonl").write_text('{"file_id": "a"}\n')
     assert find_layout(CorpusConfig(location=str(tmp_path / "mbc.jsonl"))).kind == "mbc"
+    notes = touch(tmp_path / "notes", "a.mp4", "a.txt")
+    write_csv(notes / "notes.csv", [["day", "who"], ["1", "me"]])
+    with pytest.raises(UserError, match=r"notes.csv: no column says[\s\S]*beside them: corpus.format: folder"):
+        documents_of(notes)
+    assert len(documents_of(notes, format="folder")) == 1
     odd = touch(tmp_path / "odd", "a.mp4", "a.json")
     for folder, message in ((odd, "1 clips and 1 JSON"), (touch(tmp_path / "none", "x.pdf"), "no annotation in it")):
         with pytest.raises(UserError) as caught:
@@ -374,10 +398,13 @@ def test_a_folder_on_s3(monkeypatch):
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         client.create_bucket(Bucket="archive")
-        for name, data in {"a.mp4": b"x", "a.txt": b"words", "in/b.mp4": b"x", "notes.md": b"x"}.items():
+        named = {"a.mp4": b"x", "a.txt": b"words", "in/b.mp4": b"x", "in.x/c.d.mp4": b"x", "in.x/c.d.TXT": b"more"}
+        for name, data in {**named, "notes.md": b"x", "orphan.txt": b"words"}.items():
             client.put_object(Bucket="archive", Key=f"clips/{name}", Body=data)
         found = fields_of(f"s3://archive/clips?endpoint={endpoint}")
     finally:
         server.stop()
     assert found["a.mp4"]["object"] == ({"text": "words"},) and found["in/b.mp4"]["object"] == ()
-    assert found["a.mp4"]["url"] == "s3://archive/clips/a.mp4" and set(found) == {"a.mp4", "in/b.mp4"}
+    assert found["in.x/c.d.mp4"]["object"] == ({"text": "more"},) and found["orphan.txt"] == "no-media"
+    assert found["a.mp4"]["url"] == "s3://archive/clips/a.mp4"
+    assert set(found) == {"a.mp4", "in/b.mp4", "in.x/c.d.mp4", "orphan.txt"}

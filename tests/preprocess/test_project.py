@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,11 @@ from small_checkpoint import DIMS, write_checkpoint
 from preprocess.build.text_pass import _caption_identity
 from preprocess.cli.main import main
 from preprocess.config import CaptionsConfig, CorpusConfig
-from preprocess.corpus.layouts import Layout
+from preprocess.corpus.layouts import CorpusLayout
 from preprocess.corpus.records import Caption, Record
 from preprocess.demo.media import Media, make_media
 from preprocess.project.choose import choose, fitting_sizes
-from preprocess.project.survey import Shape, Survey, survey_corpus
+from preprocess.project.survey import ClipShape, Survey, survey_corpus
 from preprocess.text.captions import compose_all
 from shards.format.keys import is_validation
 
@@ -79,7 +80,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_the_configs_fit_the_checkpoint_and_the_card(tmp_path):
-    clips, checkpoint = make_clips(tmp_path / "clips", 3), tmp_path / "model"
+    clips, checkpoint = make_clips(tmp_path / "clips", 8), tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps({"text_len": DIMS.text_len}))
     words = ["--corpus", clips, "--quiet", "--gpus", "2"]
@@ -118,9 +119,9 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "new").exists() and (tmp_path / "done/prep.yaml").read_text() == "mine"
 
 
-def survey(shapes: list[Shape], num_clips: int = 50, **changes: object) -> Survey:
+def survey(shapes: list[ClipShape], num_clips: int = 50, **changes: object) -> Survey:
     ids = tuple(f"{n}.mp4" for n in range(num_clips))
-    found = Survey(Layout("folder", ""), num_clips, {}, ids, tuple(shapes), True, {}, (), False, False)
+    found = Survey(CorpusLayout("folder", ""), num_clips, {}, ids, tuple(shapes), True, {}, (), False, False)
     return found._replace(**changes)
 
 
@@ -129,24 +130,47 @@ def survey(shapes: list[Shape], num_clips: int = 50, **changes: object) -> Surve
     [((1920, 1080), (1280, 704)), ((853, 480), (832, 480)), ((480, 853), (480, 832)), ((700, 700), (608, 608))],
 )
 def test_sizes_enlarge_nothing(shape, size):
-    sizes = fitting_sizes(survey([Shape(*shape, 5.0)] * 10))[0]
+    sizes = fitting_sizes(survey([ClipShape(*shape, 5.0)] * 10))[0]
     assert [(each.width, each.height) for each in sizes.buckets] == [size] and sizes.max_upscale == 1.0
 
 
 def test_a_batch_fits_the_rarest_size_and_short_clips_shorten_the_window():
-    shapes = [Shape(853, 480, 1.0)] * 9 + [Shape(480, 853, 1.5)]
+    shapes = [ClipShape(853, 480, 1.0)] * 9 + [ClipShape(480, 853, 1.5)]
     found = survey(shapes, 100)
     choice = choose(found, fitting_sizes(found)[0], 1)
     assert (choice.num_frames, choice.global_batch, choice.max_seconds) == (21, 4, 30.0)
     assert choice.min_seconds <= choice.num_frames / 24 < choice.min_seconds + 0.01
     # Of twenty clips one is held out, and some are refused when they are decoded: sixteen would then be too many.
-    few = survey([Shape(853, 480, 2.0)], 20)
+    few = survey([ClipShape(853, 480, 2.0)], 20)
     assert choose(few, fitting_sizes(few)[0], 1).global_batch == 8
+
+
+@pytest.mark.parametrize(("num_clips", "num_gpus"), [(1, 4), (3, 2), (5, 8), (100, 64), (100, 8)])
+def test_a_few_clips_are_trained_on_as_many_gpus_as_they_fill_a_batch_for(num_clips, num_gpus):
+    found = survey([ClipShape(853, 480, 2.0)], num_clips)
+    choice = choose(found, fitting_sizes(found)[0], num_gpus)
+    assert 1 <= choice.num_gpus <= num_gpus and choice.global_batch % choice.num_gpus == 0
+    assert choice.global_batch <= max(1, choice.num_samples - choice.num_held_out)
+    assert choice.num_gpus == min(num_gpus, max(1, choice.num_samples // 2))
+
+
+def test_commands_are_printed_as_they_can_be_typed(tmp_path):
+    clips = make_clips(tmp_path / "my clips", 2)
+    told = run("init", "a project", "--corpus", clips, "--gpus", "4", "--quiet")
+    assert told.exit_code == 0, told.output
+    commands = [shlex.split(line) for line in told.output.partition("next:")[2].splitlines() if line.strip()]
+    assert commands == [["wanprep", "build-shards", "a project/prep.yaml"], ["wantrain", "fit", "a project/train.yaml"]]
+    assert "GPUs       1 of 4: about 2 samples are too few for more" in told.output
+    assert "random weights, small: a trial" in told.output
+    comment = Path("a project/prep.yaml").read_text().splitlines()
+    assert [line for line in comment if "build-shards" in line] == [
+        f"#   wanprep build-shards '{Path.cwd()}/a project/prep.yaml'"
+    ]
 
 
 @pytest.mark.parametrize("num_clips", [2, 5, 33, 100, 3000])
 def test_at_least_one_clip_is_held_out_and_stays(num_clips):
-    found = survey([Shape(853, 480, 5.0)], num_clips)
+    found = survey([ClipShape(853, 480, 5.0)], num_clips)
     choice = choose(found, fitting_sizes(found)[0], 1)
     sides = {clip_id for clip_id in found.clip_ids if is_validation(clip_id, choice.validation_fraction)}
     assert 1 <= len(sides) < num_clips and len(sides) == choice.num_held_out
@@ -170,6 +194,16 @@ def test_a_scan_needs_no_checkpoint(tmp_path):
     told = run("scan", CONFIGS / "mbc_832x480.yaml", "-o", f"corpus.location={clips}", "--quiet")
     assert told.exit_code == 0, told.output
     assert "checkpoints/Wan2.2-TI2V-5B is not here" in told.output and "caption tokens, a sample of 2" in told.output
+
+
+def test_a_plan_is_read_at_80_columns(tmp_path, monkeypatch):
+    clips = make_clips(tmp_path / "clips", 1)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True)
+    words = ["-o", f"corpus.location={clips}", "-o", f"output={tmp_path / 'shards'}", "--gpu", "h200", "--quiet"]
+    told = run("plan", CONFIGS / "demo/prep.yaml", *words)
+    assert told.exit_code == 0 and "assumed" in told.output
+    assert not [line for line in told.stdout.splitlines() if len(line) > 80]
 
 
 @pytest.mark.parametrize(

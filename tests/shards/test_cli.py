@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -70,10 +71,13 @@ def test_every_command_that_a_message_names_is_there() -> None:
     found = list(named_commands())
     assert ("wanprep", ["recaption", "x", "CONFIG"]) in found and len(found) > 8
     for program, (name, *arguments) in found:
-        command = programs[program].commands.get(name)
+        group = programs[program]
+        command = group.commands.get(name)
         assert command is not None, f"{program} {name}"
         if arguments:
-            command.make_context(name, arguments).close()
+            # Under its group: click keeps the help option that a command was first asked for, and other tests show it.
+            parent = click.Context(group, info_name=program, **group.context_settings)
+            command.make_context(name, arguments, parent=parent).close()
 
 
 def test_show_tells_one_sample(tiny_shards: Path) -> None:

@@ -100,6 +100,9 @@ def test_overrides_reach_into_groups(write) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_config(Run, tmp_path / "nothing.yaml")
+    (tmp_path / "train.yaml").write_text("output: x")
+    with pytest.raises(UserError, match=r": a folder[\s\S]*name a file in it: train\.yaml"):
+        load_config(Run, tmp_path)
 
 
 def test_dump_reads_back_equal(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """`wantrain report`: a run's numbers and its page, whole, cut short, long, odd; in a real browser."""
 
+import html
 import json
 import logging
 import math
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ from shards.read.dataset import open_dataset
 from train.cli.main import main
 from train.doctor.tables import describe_slots
 from train.loop import fit
+from train.report import page
 from train.report.curves import hard_samples, look_up_levels, smooth, thin
 from train.report.page import summarise, write_run_report
 from train.report.read_run import read_history, read_run, read_steps
@@ -167,6 +171,11 @@ def test_no_run_and_a_run_without_steps(tmp_path, copy):
     for name in ("metrics.jsonl", "held_out.jsonl", "events.jsonl"):
         (copy / name).unlink()
     assert "No step is finished yet" in _page(copy)
+
+
+def test_a_command_on_the_page_can_be_typed():
+    run = SimpleNamespace(folder=Path("my run"), states=[], history=SimpleNamespace(events=[]))
+    assert "wantrain fit 'my run/config.yaml'" in html.unescape(str(page._resume(run)))
 
 
 def test_a_run_of_an_earlier_version_has_no_losses_by_slot(copy):

@@ -1,6 +1,7 @@
 """Kill, stop, resume: to the bit the run that never stopped."""
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -65,12 +66,15 @@ def test_stopped_before_the_first_checkpoint_begins_again(tiny_shards, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_ends(tiny_shards, tmp_path, number):
+def test_a_signal_writes_a_checkpoint_and_ends(tiny_shards, tmp_path, number, caplog, monkeypatch):
+    caplog.set_level("INFO", "wan")
+    monkeypatch.setattr(logging.getLogger("wan"), "propagate", True)
     config = make_config(tiny_shards, tmp_path / "run", max_steps=100_000, checkpoint__every_steps=50_000)
     before = signal.getsignal(number)
     send_when(tmp_path / "run/metrics.jsonl", number)
     result = fit(config)
     assert result.stopped_by == number and result.export is None
+    assert "the same command resumes there" in caplog.text
     assert [path.name for path in checkpoint.find_checkpoints(tmp_path / "run/checkpoints")] == [
         checkpoint.checkpoint_name(result.step)
     ]

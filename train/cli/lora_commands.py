@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def export(
         click.echo(f"{name}: {value}")
     click.echo(f"wrote {out} ({written}, {dtype})")
     if card:
-        click.echo(
-            f"wrote {write_card(source, out, metadata, step)}; `hf upload NAME/REPOSITORY {out.parent}` shares it"
-        )
+        written_card, folder = write_card(source, out, metadata, step), shlex.quote(str(out.parent))
+        click.echo(f"wrote {written_card}; `hf upload NAME/REPOSITORY {folder}` shares it")
 
 
 @click.command()

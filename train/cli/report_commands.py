@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shards.console import print_json, set_up_logging
+from shards.console import echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 
 
@@ -48,9 +48,7 @@ def report(run: Path, out: Path | None, embed_mib: float, hardest: int, no_data:
     notes = write_run_report(
         found, target, budget_bytes=int(embed_mib * 2**20), num_hard=hardest, open_data=not no_data
     )
-    for line in notes:
-        click.echo(line)
-    click.echo(f"{target}: {target.stat().st_size / 2**20:.2f} MiB")
+    echo_lines([*notes, f"{target}: {target.stat().st_size / 2**20:.2f} MiB"])
 
 
 @click.command()

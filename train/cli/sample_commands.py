@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,9 +79,8 @@ def sample(config: Path, overrides: tuple[str, ...], compare: bool) -> None:
     for path in sample_run(loaded, compare=compare):
         click.echo(str(path))
     if compare:
-        click.echo(
-            f"`wanprep decode --watch {loaded.output} --once -c PREP.yaml` makes one sheet and one video of them"
-        )
+        watch = f"wanprep decode --watch {shlex.quote(loaded.output)} --once -c PREP.yaml"
+        click.echo(f"`{watch}` makes one sheet and one video of them")
 
 
 def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def _hard_card(run: Run, hard: Hard, place: int, dataset: Dataset | None, pictur
             caption = f"({error})"
     times = "once" if hard.uses == 1 else f"{hard.uses:,} times"
     facts = f"{hard.ratio:.2f} × typical, mean loss {hard.loss:.4f}, seen {times}"
-    worst = f"wantrain show-step {run.folder}/config.yaml {hard.worst_step}"
+    worst = f"wantrain show-step {shlex.quote(f'{run.folder}/config.yaml')} {hard.worst_step}"
     return tag(
         "li", strip, tag("h3", f"{place} · {clip or hard.key}"),
         tag("p", caption, class_="prompt") if caption else None,
@@ -268,7 +269,7 @@ def _resume(run: Run) -> Html:
                 duration_words(state.seconds),
             )
         )
-    command = tag("code", f"wantrain fit {run.folder}/config.yaml")
+    command = tag("code", f"wantrain fit {shlex.quote(f'{run.folder}/config.yaml')}")
     return join(
         (
             tag("p", command, " resumes from the newest; ", tag("code", "--resume PATH"), " from another."),

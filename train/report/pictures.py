@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -62,7 +63,7 @@ def pictures_section(pictures: Pictures, found: Sequence[SampledLatent], run: Pa
     blocks = [_prompt(pictures, [one for one in found if one.name == name]) for name in names]
     waiting = sum(one.video is None for one in found)
     if waiting:
-        command = tag("code", f"wanprep decode --watch {run} -c CONFIG")
+        command = tag("code", f"wanprep decode --watch {shlex.quote(str(run))} -c CONFIG")
         words.append(tag("p", f"{waiting} of {len(found)} latents have no video yet: ", command, " makes them."))
     if (run / SHEET).is_file():
         words.append(tag("p", "All in one picture: ", pictures.link(run / SHEET, "the contact sheet"), "."))

@@ -17,6 +17,7 @@ import numpy as np
 
 from shards.config import load_config
 from shards.errors import UserError
+from shards.files.tensor_files import SAMPLES_FOLDER
 from train.checkpoint import CheckpointState, find_checkpoints, read_checkpoint
 from train.config.train import TrainConfig
 from train.run.events import EVENTS_FILE, read_json_lines
@@ -234,7 +235,7 @@ def _describe_stop(line: Mapping[str, Any]) -> str:
 def find_pictures(folder: Path) -> list[SampledLatent]:
     """What was sampled during training, by step and name."""
     pictures = []
-    for latent in sorted((folder / "samples").glob("step-*/[!.]*.safetensors")):
+    for latent in sorted((folder / SAMPLES_FOLDER).glob("step-*/[!.]*.safetensors")):
         made = [latent.with_suffix(suffix) for suffix in (".mp4", ".jpg")]
         video, still = (path if path.is_file() else None for path in made)
         pictures.append(SampledLatent(int(latent.parent.name.removeprefix("step-")), latent.stem, latent, video, still))

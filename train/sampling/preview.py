@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.tensor_files import SAMPLES_FOLDER
 from train.config.sampling import SampleConfig
 
 END_SECONDS = 10.0
@@ -34,7 +35,7 @@ class Preview:
         # A session of its own: Ctrl-C asks the run for a checkpoint, and the watch ends with the run.
         self._child = self._start("--with-parent")
         threading.Thread(target=self._report_end, args=(self._child,), daemon=True).start()
-        LOG.info("videos of the samples: %s (%s)", run / "samples", self._log)
+        LOG.info("videos of the samples: %s (%s)", run / SAMPLES_FOLDER, self._log)
 
     def _start(self, option: str) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
