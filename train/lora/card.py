@@ -128,9 +128,10 @@ def _losses(file: Path, step: int | None) -> str:
         lines = [json.loads(line) for line in data.split(b"\n")[:-1]]  # a kill may have cut the last one short
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: {error}", fix="`wantrain verify RUN` names the line: remove it") from None
-    if not lines:
+    lines = [line for line in lines if step is None or line["step"] <= step]
+    if not lines:  # not evaluated, or only later
         return ""
-    before, after = lines[0], [line for line in lines if step is None or line["step"] <= step][-1]
+    before, after = lines[0], lines[-1]
     rows = []
     for name, mode in (("T2V", "t2v"), ("I2V", "i2v")):
         levels = after["sigmas"] if after[mode] else []  # clips of one frame have no image-to-video
