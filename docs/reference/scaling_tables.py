@@ -1,8 +1,8 @@
-"""Write the tables of docs/scaling.md from the planner.
+"""Write the tables of docs/scaling.md, and the figures at the head of the ready configs, from the planner.
 
     python docs/reference/scaling_tables.py
 
-tests/train/test_scaling.py fails while the page differs from what this writes.
+tests/train/test_scaling.py fails while one of them differs from what this writes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from shards.config import load_config
 from shards.gpus import GPUS
 from train.config.model import TI2V_5B
 from train.config.train import DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -20,6 +21,9 @@ from train.estimate.sizes import Size
 from train.geometry import Bucket
 
 PAGE = Path(__file__).parents[1] / "scaling.md"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("ti2v_5b_*.yaml"))
+FIGURES = re.compile(r"^#   \d+×\d+×\d+ .*\n#   \d+×\d+×\d+ .*\n", re.MULTILINE)
+COMMAND = re.compile(r"wantrain plan \S+ --gpu (\S+)(?: --gpus (\d+))?")
 BLOCK = re.compile(r"(<!-- begin: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LARGE, SMALL, LONG = Bucket(49, 704, 1280), Bucket(49, 480, 832), Bucket(121, 704, 1280)
 
@@ -137,5 +141,28 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]]()}\n{match[3]}", text)
 
 
+def headed(path: Path) -> str:
+    """A ready config with the figures of its `wantrain plan` at both sizes."""
+    text = path.read_text(encoding="utf-8")
+    command = COMMAND.search(text)
+    if command is None:
+        raise ValueError(f"{path}: no line says how it is planned")
+    gpu, num_gpus = GPUS[command[1]], int(command[2] or 1)
+    config, lines = load_config(TrainConfig, path), []
+    for bucket in (SMALL, LARGE):
+        plan = make_plan(config, gpu, num_gpus, [Size(bucket, 1.0)])
+        cells = [
+            f"{bucket}",
+            f"{_memory(plan.chosen)}{' a GPU' if num_gpus > 1 else ''}",
+            f"{plan.chosen.seconds:.3g} s a step",
+            f"160,000 samples in {plan.train_days:.2g} days",
+            f"stage 1 before it, {plan.encode_mode}: {plan.encode_days:.2g} days",
+        ]
+        lines.append(f"#   {cells[0]:11}   {'   '.join(cells[1:])}\n")
+    return FIGURES.sub("".join(lines), text)
+
+
 if __name__ == "__main__":
+    for each in CONFIGS:
+        each.write_text(headed(each), encoding="utf-8")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -129,7 +129,10 @@ GEMMS = {
 
 
 class Traffic(LiveBytes):
-    """Bytes that operators read and write, each operand once, by name and dtypes; and the peak of what is alive."""
+    """Bytes that operators read or write, by name and dtypes; and the peak of what is alive.
+
+    Each operand of an operator counts once, one that is written in place too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,13 +143,10 @@ class Traffic(LiveBytes):
         name = func.overloadpacket.__name__
         if func.is_view or func.namespace != "aten" or name.startswith(("empty", "new_empty", "detach")):
             return out
-        given = {key: value for key, value in (kwargs or {}).items() if key not in ("out", "grad_input")}
-        read = [each for each in tree_iter((args, given)) if isinstance(each, Tensor)]
-        written = [each for each in tree_iter(out) if isinstance(each, Tensor)]
-        if name in ("copy_", "fill_", "zero_"):  # what is overwritten is not read
-            read = read[1:]
-        dtypes = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in (*read, *written)}))
-        self.bytes[name, dtypes] += sum(_own_bytes(each) for each in (*read, *written))
+        operands = [each for each in tree_iter((args, kwargs or {}, out)) if isinstance(each, Tensor)]
+        dtypes = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in operands}))
+        apart = {each.untyped_storage()._cdata: _own_bytes(each) for each in operands}
+        self.bytes[name, dtypes] += sum(apart.values())
         return out
 
     def between(self) -> int:

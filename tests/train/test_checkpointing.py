@@ -40,14 +40,18 @@ def make_model(lora: LoRAConfig, dtype: torch.dtype = torch.float32) -> WanDiT:
 
 
 def run(model: WanDiT, image_first: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    latent = torch.randn(2, 48, 3, 4, 6, generator=generator)
-    text = torch.randn(2, 16, 32, generator=generator)
-    times, first, keys = torch.tensor([300.0, 700.0]), torch.tensor([image_first, False]), torch.tensor([5, 6])
-    velocity = model(latent, times, first, text, keys)
+    velocity = model(*_inputs(image_first))
+    generator = torch.Generator().manual_seed(3)
     (velocity * torch.randn(velocity.shape, generator=generator)).mean().backward()
     grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return velocity.detach(), grads
+
+
+def _inputs(image_first: bool = True) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    latent = torch.randn(2, 48, 3, 4, 6, generator=generator)
+    text = torch.randn(2, 16, 32, generator=generator)
+    return latent, torch.tensor([300.0, 700.0]), torch.tensor([image_first, False]), text, torch.tensor([5, 6])
 
 
 def everywhere(saves: tuple[str, ...]) -> ChooseSaves:
@@ -172,6 +176,29 @@ def test_without_gradients_blocks_run_plainly() -> None:
         ours = model(*arguments)
         set_checkpointing(model, "none")
         assert torch.equal(ours, model(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_gradients_in_16_bit_the_numbers_are_those_of_training(dtype: torch.dtype) -> None:
+    """The hand-written forward pass, not the plain block: between two forward passes of training, too."""
+    model = make_model(LoRAConfig(rank=4, targets=EVERY_LINEAR), dtype)
+    keep(model, "full")
+    trained, grads = run(model)
+    model.zero_grad()
+
+    def look(module: WanDiT, arguments: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            seen.append(WanDiT.forward(module, *arguments))
+
+    seen: list[Tensor] = []
+    hook = model.register_forward_pre_hook(look)
+    again = run(model)
+    hook.remove()
+    assert torch.equal(seen[0], trained)
+    assert_same_bits((trained, grads), again)
+    plain = make_model(LoRAConfig(rank=4, targets=EVERY_LINEAR), dtype)
+    with torch.no_grad():
+        assert not torch.equal(plain(*_inputs()), trained)
 
 
 def test_the_choice_follows_the_shape() -> None:

@@ -23,7 +23,7 @@ from train.config.train import (
     PrecisionConfig,
     TrainConfig,
 )
-from train.estimate.flops import forward_work, step_flops, step_work
+from train.estimate.flops import forward_work, step_flops, step_work, with_compile
 from train.estimate.memory import BASES, block_bytes, num_lora_parameters, num_parameters, step_memory
 from train.estimate.plan import Estimate, make_plan
 from train.estimate.plan_text import describe_estimate
@@ -83,7 +83,7 @@ def test_seconds_follow_gpus_and_efficiency() -> None:
 
 @pytest.mark.parametrize(
     ("gpu", "gpus", "size", "seconds", "low", "high"),
-    [("v100-32gb", 2, (49, 704, 1280), 98, 74, 140), ("v100-32gb", 2, (49, 480, 832), 25, 19, 35)],
+    [("v100-32gb", 2, (49, 704, 1280), 96.5, 73, 138), ("v100-32gb", 2, (49, 480, 832), 24.3, 18.5, 34)],
 )
 def test_a_v100s_seconds_are_those_of_the_roofline(gpu, gpus, size, seconds, low, high) -> None:
     """GEMMs, attention forward, attention backward and memory traffic each at their own rate."""
@@ -92,22 +92,22 @@ def test_a_v100s_seconds_are_those_of_the_roofline(gpu, gpus, size, seconds, low
     assert [days * 86_400 / 10_000 for days in plan.train_days_range] == pytest.approx([low, high], rel=0.08)
 
 
-def test_an_h100_is_expected_at_39_percent_and_compiled_near_50() -> None:
+def test_an_h100_is_expected_at_42_percent_and_compiled_near_48() -> None:
     shares = []
     for compiled in (False, True):
         chosen = make_plan(config(model=ModelConfig(dims=TI2V_5B, compile=compiled)), GPUS["h100"], 1, [CLIP]).chosen
         shares.append(chosen.seconds_at_peak / sum(chosen.work_seconds))
-    assert shares == pytest.approx([0.39, 0.49], abs=0.02)
+    assert shares == pytest.approx([0.42, 0.475], abs=0.015)
 
 
 def test_attention_and_gemms_add_up_to_the_executed_flops() -> None:
     for saves in ((SAVE_GROUPS,) * 30, ((),) * 30, (("attention",),) * 30):
         work = step_work(TI2V_5B, Shape(1, 11_440), LoRAConfig(), saves)
         assert work.flops == pytest.approx(step_flops(TI2V_5B, Shape(1, 11_440), LoRAConfig(), saves))
-    # Traced: 46 % of 380 TFLOP is attention at this size, 471 GB are moved, 600 GB where all is computed again.
+    # Traced: 46 % of 380 TFLOP is attention at this size, 359 GB are moved, 466 GB where all is computed again.
     kept, again = (step_work(TI2V_5B, Shape(1, 11_440), LoRAConfig(), (s,) * 30) for s in (SAVE_GROUPS, ()))
     assert (kept.attention_flops + kept.attention_backward_flops) / kept.flops == pytest.approx(0.46, abs=0.01)
-    assert [kept.traffic_bytes / 1e9, again.traffic_bytes / 1e9] == pytest.approx([471, 600], rel=0.01)
+    assert [kept.traffic_bytes / 1e9, again.traffic_bytes / 1e9] == pytest.approx([359, 466], rel=0.01)
 
 
 def test_stage_1_takes_the_days_of_its_precision() -> None:
@@ -365,3 +365,27 @@ def test_the_command_imports_no_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "sizes", "compiles", "why"),
+    [
+        ({}, "h100", 1, True, "minutes"),
+        ({"max_steps": 50}, "h100", 1, False, "it would save about 0 minutes and take about 2"),
+        ({"lora": LoRAConfig(dropout=0.1)}, "h100", 1, False, "LoRA dropout"),
+        ({}, "h100", 17, False, "17 sizes"),
+        ({}, None, 1, False, "no GPU"),
+    ],
+)
+def test_compile_auto_pays_for_itself(changes, gpu, sizes, compiles, why) -> None:
+    asked = config(model=ModelConfig(dims=TI2V_5B, compile="auto"), **changes)
+    notes: list[str] = []
+    shapes = [Shape(1, 11_440 - size) for size in range(sizes)]
+    decided = with_compile(asked, TI2V_5B, gpu and GPUS[gpu], shapes, 8, notes)
+    assert decided.model.compile is compiles and why in notes[0]
+    assert with_compile(decided, TI2V_5B, None, shapes, 8, notes) is decided and len(notes) == 1
+    if gpu and sizes == 1:
+        plan = make_plan(asked, GPUS[gpu], 8, [CLIP])
+        same = make_plan(decided, GPUS[gpu], 8, [CLIP])
+        assert any("model.compile: auto" in note for note in plan.notes)
+        assert plan.chosen.seconds == same.chosen.seconds

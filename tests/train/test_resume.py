@@ -7,12 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from shards_data import write_dataset
 from train_runs import checkpoint_bytes, fit_in_child, make_config, read_metrics, send_when
 
 from shards.errors import UserError
 from train import checkpoint
 from train.loop import fit
+from train.run import session
 from train.run.session import StopSignal
 
 KILLED = -signal.SIGKILL
@@ -311,3 +313,25 @@ def test_a_signal_during_an_evaluation_or_pictures_is_answered_at_once(
     made, meant = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
                    for root in (tmp_path / "run/samples", tmp_path / "straight/samples"))  # fmt: skip
     assert made == meant and len(made) == 8
+
+
+def test_compile_auto_is_decided_once_and_kept(tiny_shards, tmp_path, caplog, monkeypatch):
+    """Written into the run's config.yaml; a resume asks nobody again, unless it is told otherwise."""
+    caplog.set_level("INFO", "wan")
+    monkeypatch.setattr(logging.getLogger("wan"), "propagate", True)
+
+    def run(steps: int, compiles: bool | str) -> str:
+        caplog.clear()
+        config = make_config(tiny_shards, tmp_path / "run", max_steps=steps, model__compile=compiles)
+        fit(config)
+        return yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["compile"]
+
+    assert run(1, "auto") is False and "model.compile: auto is false here: no GPU" in caplog.text
+    monkeypatch.setattr(session, "with_compile", None)
+    assert run(2, "auto") is False and "model.compile" not in caplog.text
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace("compile: false", "compile: true"))
+    asked = []
+    monkeypatch.setattr("train.run.trainee.keep", lambda model, policy, *, compiled, **rest: asked.append(compiled))
+    assert run(3, "auto") is True and asked == [True]
+    assert run(4, False) is False and asked == [True, False]

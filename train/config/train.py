@@ -43,8 +43,9 @@ class ModelConfig(BaseModelConfig):
     stream_blocks: bool | Literal["auto"] = "auto"
     """Keep the frozen blocks in the host's memory and bring each to the GPU ahead of its turn, two at a time, which
     changes no bit. `auto`: where a step does not fit the GPU otherwise."""
-    compile: bool = False
-    """Run each block through torch.compile: half a minute at the start for each bucket, then faster steps."""
+    compile: bool | Literal["auto"] = False
+    """Run each block through torch.compile: a minute or two at the start for each bucket, then faster steps. `auto`: on
+    a GPU, where the run is long enough for it; decided when the run begins, and kept when it is resumed."""
 
 
 class DataConfig(Config):
@@ -275,7 +276,7 @@ class TrainConfig(Config):
                 f"parallel.shard: {self.parallel.shard} and a base that is streamed or quantised: every process holds "
                 "such a base by itself; set parallel.shard: none, or parallel.offload: true in place of stream_blocks"
             )
-        if self.model.compile and self.lora is not None and self.lora.dropout:
+        if self.model.compile is True and self.lora is not None and self.lora.dropout:
             raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
             raise ValueError("checkpoint.export: best needs the held-out loss, and eval is null")

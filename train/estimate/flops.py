@@ -19,16 +19,23 @@ from typing import NamedTuple
 
 from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
+from train.config.train import TrainConfig
 from train.geometry import SAVE_GROUPS, Shape
 from train.lora.targets import match_targets
 
 Adapted = Sequence[frozenset[str]]
 """For each block, which of its linears carry a LoRA."""
-TRAFFIC, TRAFFIC_FORWARD = 447, 122
-"""Bytes a channel, token and block that elementwise operators move, in 16 bits: in a forward and backward pass, and
-in a forward pass that is repeated. Traced on fake CUDA tensors at 1280×704×49."""
-COMPILED_TRAFFIC = 0.35
+TRAFFIC, TRAFFIC_FORWARD = 339, 126
+"""Bytes a channel, token and block that elementwise operators move, in 16 bits: in a forward and backward pass, and in
+a forward pass without gradients. Traced on fake tensors at 1280×704×49."""
+TRAFFIC_REPEATED = {"attention": 37, "projections": 60, "ffn_up": 4}
+"""The same for each group of values that is computed again for the backward pass."""
+COMPILED_TRAFFIC = 0.46
 """Share of the traffic that is left once operators are fused: an estimate."""
+COMPILE_SECONDS = 120.0
+"""Of torch.compile for one size, with and without a first frame: an estimate."""
+MAX_COMPILED_SIZES = 16
+"""Each size and mode has graphs of its own, forward and backward; `auto` compiles no more sizes than these."""
 
 
 class Work(NamedTuple):
@@ -190,12 +197,46 @@ def step_work(
     scores, trained = score_flops(dims, shape), dims.num_layers - first
     forward = scores * (dims.num_layers + sum("attention" not in kept for kept in saves[first:]))
     backward = 2.5 * scores * trained
-    # Each of the two groups between GEMMs that is not kept repeats about half of a forward pass.
-    repeated = sum(len({"projections", "ffn_up"} - set(kept)) for kept in saves[first:]) / 2
-    moved = TRAFFIC * trained + TRAFFIC_FORWARD * (first + repeated)
+    repeated = sum(TRAFFIC_REPEATED[group] for kept in saves[first:] for group in SAVE_GROUPS if group not in kept)
+    moved = TRAFFIC * trained + TRAFFIC_FORWARD * first + repeated
     traffic = shape.all_tokens * dims.dim * moved * (COMPILED_TRAFFIC if compiled else 1)
     gemm = step_flops(dims, shape, lora, saves, num_rows=num_rows) - forward - backward
     return Work(gemm, forward, backward, traffic)
+
+
+def with_compile(
+    config: TrainConfig, dims: DiTConfig, gpu: Gpu | None, shapes: Sequence[Shape], num_gpus: int, notes: list[str]
+) -> TrainConfig:
+    """The config with `model.compile: auto` decided, and a note of why.
+
+    It compiles where that saves twice the seconds that it takes at the start.
+
+    Args:
+        gpu: None where there is none, or its speeds are not known.
+        shapes: of a micro-batch in each bucket.
+    """
+    if config.model.compile != "auto":
+        return config
+    compiles, reason = _compile_pays(config, dims, gpu, shapes, num_gpus)
+    notes.append(f"model.compile: auto is {str(compiles).lower()} here: {reason}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"compile": compiles})})
+
+
+def _compile_pays(
+    config: TrainConfig, dims: DiTConfig, gpu: Gpu | None, shapes: Sequence[Shape], num_gpus: int
+) -> tuple[bool, str]:
+    if gpu is None:
+        return False, "no GPU whose speeds are known"
+    if config.lora is not None and config.lora.dropout:
+        return False, "compiled blocks cannot draw LoRA dropout"
+    if len(shapes) > MAX_COMPILED_SIZES:
+        return False, f"each of {len(shapes)} sizes would be compiled"
+    kept = ((*SAVE_GROUPS,),) * dims.num_layers
+    eager = sum(step_work(dims, shape, config.lora, kept).traffic_bytes for shape in shapes) / len(shapes)
+    passes = config.max_steps * config.data.global_batch / config.data.micro_batch / num_gpus
+    saved = passes * eager * (1 - COMPILED_TRAFFIC) / (gpu.traffic_gb * 1e9)
+    taken = COMPILE_SECONDS * len(shapes)
+    return saved > 2 * taken, f"it would save about {saved / 60:,.0f} minutes and take about {taken / 60:,.0f}"
 
 
 def forward_work(dims: DiTConfig, shape: Shape, lora: LoRAConfig | None) -> Work:

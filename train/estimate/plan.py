@@ -29,7 +29,7 @@ from train.estimate.communication import (
     local_shape,
     rank_work,
 )
-from train.estimate.flops import Work, forward_work
+from train.estimate.flops import Work, forward_work, with_compile
 from train.estimate.memory import BASES, Memory, host_bytes
 from train.estimate.saves import GIB, Saves, base_store, describe_saves, make_chooser, run_memory
 from train.estimate.sizes import Size, read_dims, read_sizes
@@ -138,6 +138,7 @@ def make_plan(
     """
     dims, notes = read_dims(config)
     compute_bytes = _compute_bytes(config, gpu, notes)
+    config = with_compile(config, dims, gpu, _shapes(config, dims, sizes), num_gpus, notes)
     basis = Basis(config, dims, gpu, tuple(sizes), compute_bytes, efficiency)
     mesh, reason = choose_mesh(
         config,
@@ -329,7 +330,7 @@ def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) 
         shape = Shape(micro, _tokens(dims, bucket))
         here = local_shape(shape, mesh.ulysses)
         saves = choose(here)
-        own = rank_work(dims, shape, config.lora, saves, mesh.ulysses, compiled=config.model.compile)
+        own = rank_work(dims, shape, config.lora, saves, mesh.ulysses, compiled=config.model.compile is True)
         if config.lora is not None:
             converted = conversion_traffic(config, dims, saves, basis.compute_bytes, store)
             own = own._replace(traffic_bytes=own.traffic_bytes + converted)

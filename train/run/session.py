@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
 import os
@@ -20,18 +21,23 @@ from typing import Any
 
 import torch
 
-from shards.config import dump_config
+from shards.config import dump_config, parse_yaml
 from shards.console import LOG
 from shards.errors import UserError
 from shards.files.write_file import named_errors, write_text
+from shards.gpus import by_driver_name
 from shards.read.dataset import Dataset
 from train.checkpoint import PIN_FILE, find_checkpoints, read_pin, refuse_damage
+from train.config.model import DiTConfig
 from train.config.train import TrainConfig, dataset_roots, run_identity, slots_per_rank
 from train.data.loader import check_model_fits, select_samples
 from train.data.open import open_data
 from train.data.sampler import Order, describe_buckets
 from train.data.weights import describe_shares, expected_shares, make_order
+from train.device import choose_device, device_info
+from train.estimate.flops import with_compile
 from train.evaluate import Evaluator, choose_held_out
+from train.geometry import Shape, num_tokens
 from train.objective import sigma_density
 from train.parallel.ranks import ALONE, Ranks
 from train.run.trainee import Trainee, make_trainee, resolve_dims, weights_digest
@@ -93,6 +99,9 @@ def open_session(
     dims = resolve_dims(config)  # what does not fit is found before the weights are built, which takes minutes
     for ordinal in ordinals[0], *held_out[:1]:
         check_model_fits(dataset, ordinal, channels=dims.in_channels, text_dim=dims.text_dim, text_len=dims.text_len)
+    if config.model.compile == "auto":
+        compiles = ranks.broadcast(_decide_compile(config, dims, order, start, ranks) if ranks.is_first else None)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"compile": compiles})})
     trainee = make_trainee(config, ranks, device_bytes)
     evaluator = None
     if config.eval is not None:
@@ -102,6 +111,22 @@ def open_session(
         )
     identity = full_identity(config, dataset, trainee)
     return Session(Path(config.output), dataset, ordinals, evaluator, order, trainee, identity, ranks)
+
+
+def _decide_compile(config: TrainConfig, dims: DiTConfig, order: Order, start: Path | None, ranks: Ranks) -> bool:
+    """What `model.compile: auto` comes to: what the run began with, by its config.yaml, or else what the plan says."""
+    begun = None if start is None else start.resolve().parents[1] / "config.yaml"
+    if begun is not None and begun.is_file():
+        kept = parse_yaml(begun.read_text(encoding="utf-8"), str(begun)).get("model", {}).get("compile")
+        if isinstance(kept, bool):
+            return kept
+    facts = device_info(choose_device(config.precision.device, None if ranks.alone else ranks.layout.local_rank))
+    gpu = by_driver_name(facts.name) if facts.kind == "cuda" and importlib.util.find_spec("triton") else None
+    shapes = [Shape(config.data.micro_batch, num_tokens(dims, *bucket)) for bucket in order.buckets]
+    notes: list[str] = []
+    decided = with_compile(config, dims, gpu, shapes, ranks.layout.world_size, notes)
+    LOG.info("%s", notes[0])
+    return bool(decided.model.compile)
 
 
 def full_identity(config: TrainConfig, dataset: Dataset, trainee: Trainee) -> dict[str, Any]:

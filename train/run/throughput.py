@@ -107,7 +107,7 @@ class Throughput:
 
     def _work(self, bucket: Bucket) -> Work:
         config, saves = self._config, self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
-        ranks, compiled = self._layout.ulysses, config.model.compile
+        ranks, compiled = self._layout.ulysses, config.model.compile is True
         work = rank_work(self._dims, self._shape(bucket), config.lora, saves, ranks, compiled=compiled)
         return work.scaled(self._num_passes)
 

@@ -134,7 +134,7 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | 
     policy = choose_policy(config, dims, device_bytes, precision.dtype, ranks.layout)
     if ranks.sequence is not None:
         model.ulysses = Ulysses(ranks.sequence.group_name, ranks.layout.ulysses, ranks.layout.ulysses_rank)
-    keep(model, policy, compiled=config.model.compile, offload_inputs=config.checkpointing.offload_inputs)
+    keep(model, policy, compiled=config.model.compile is True, offload_inputs=config.checkpointing.offload_inputs)
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
