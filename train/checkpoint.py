@@ -252,6 +252,16 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def recorded_overflows(source: Path) -> dict[str, int]:
+    """The overflows by block in the checkpoint that a path is or lies in, of a run in its newest; elsewhere none."""
+    for place in (source, source.resolve().parent):
+        if (place / STATE_FILE).is_file():
+            return read_checkpoint(place).overflows
+        if found := find_checkpoints(place / "checkpoints"):
+            return read_checkpoint(found[-1]).overflows
+    return {}
+
+
 def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> list[Path]:
     """Remove all but the newest `keep_last` and the best; return what was removed."""
     best = checkpoint_name(best_step) if best_step is not None else None

@@ -152,6 +152,17 @@ def fold_outputs(block: nn.Module, exponent: int) -> None:
         block.get_submodule(name).output_scale = 2.0**-exponent  # type: ignore[assignment]
 
 
+def fold_overflows(model: nn.Module, counts: Mapping[str, int]) -> None:
+    """Fold into a model's blocks what a run with these `overflows` in its checkpoint folds; nothing with none."""
+    for name, block in model.get_submodule("blocks").named_children():
+        fold_outputs(block, _exponent(counts, f"blocks.{name}"))
+
+
+def _exponent(counts: Mapping[str, int], name: str) -> int:
+    """What is folded into a block: a function of its forward overflows, so the counts record it."""
+    return min(FOLD_MOST, FOLD_STEP * counts.get(f"{name} forward", 0))
+
+
 class OverflowTelemetry:
     """Names the block where numbers stopped being finite, and folds a power of two into one whose outputs were not.
 
@@ -202,8 +213,8 @@ class OverflowTelemetry:
         return culprit
 
     def exponent(self, name: str) -> int:
-        """What is folded into a block: a function of its forward overflows, so the counts record it."""
-        return min(FOLD_MOST, FOLD_STEP * self.counts[f"{name} forward"])
+        """What is folded into a block, as a power of two."""
+        return _exponent(self.counts, name)
 
     def _fold(self, name: str) -> None:
         exponent = self.exponent(name)

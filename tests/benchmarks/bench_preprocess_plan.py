@@ -23,8 +23,9 @@ SYLLABLES = (
 )
 
 
-def main() -> None:
-    """Generate the files, warm the cache, run the three in turn, print the best of each and the ratios."""
+def main() -> int:
+    """Generate the files, warm the cache, run the three in turn, print the best of each and the ratios; 1 where the
+    promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} files instead of {SMALL:,}")
     parser.add_argument("--files", type=int, help="another number of files")
@@ -32,17 +33,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         run_here(*options.run)
-        return
+        return 0
     num_files = options.files or (FULL if options.full else SMALL)
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as folder:
         start = time.perf_counter()
         num_bytes = generate(Path(folder), num_files)
         print(f"{num_files:,} files of {num_bytes / num_files:,.0f} bytes in {time.perf_counter() - start:.0f} s")
-        measure(folder, num_files)
+        return int(not measure(folder, num_files))
 
 
-def measure(folder: str, num_files: int) -> None:
-    """Run bare, scan and plan in turn, so that all meet the same machine; print the least of each."""
+def measure(folder: str, num_files: int) -> bool:
+    """Run bare, scan and plan in turn, so that all meet the same machine; print the least of each, and return whether
+    the promise is kept."""
     found = {what: [] for what in ("bare", "scan", "plan")}
     run_apart("bare", folder)
     for _ in range(ROUNDS):
@@ -58,6 +60,7 @@ def measure(folder: str, num_files: int) -> None:
         line = f"{what:5} {best[what]:7.2f} s  {best[what] / num_files * 1e6:6.1f} µs a file  {cpu:7.2f} CPU-s"
         print(f"{line}  {ratio:5.2f} × bare  {mib[what]:6.0f} MiB resident, all processes")
     print(f"promise: at most {PROMISED_RATIO} × and {PROMISED_MIB} MiB: {'kept' if kept else 'NOT KEPT'}")
+    return kept
 
 
 def run_apart(what: str, folder: str) -> dict[str, float]:
@@ -169,4 +172,4 @@ def annotation(rng: random.Random, kind: str, number: int, sentences: list[str])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,8 +18,8 @@ PROMISED_BYTES = 50
 KINDS = ("csv", "jsonl", "parquet")
 
 
-def main() -> None:
-    """Write the tables, plan each in a process of its own, print seconds, peak and slope."""
+def main() -> int:
+    """Write the tables, plan each in a process of its own, print seconds, peak and slope; 1 where one is too steep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} rows instead of {SMALL:,}")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of table")
@@ -27,7 +27,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         run_here(options.run)
-        return
+        return 0
+    steep = False
     most = FULL if options.full else SMALL
     for kind in options.kind or KINDS:
         with tempfile.TemporaryDirectory(prefix="bench-table-") as folder:
@@ -37,6 +38,8 @@ def main() -> None:
             f"{kind:8}{most:>10,} rows  {many['seconds']:6.1f} s  {many['kib'] / 1024:6.0f} MiB resident  "
             f"{slope:6.1f} bytes a row  {'kept' if slope <= PROMISED_BYTES else 'NOT KEPT'}"
         )
+        steep |= slope > PROMISED_BYTES
+    return int(steep)
 
 
 def write_table(folder: Path, kind: str, num_rows: int) -> Path:
@@ -89,4 +92,4 @@ def run_here(table: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

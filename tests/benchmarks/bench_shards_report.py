@@ -62,8 +62,8 @@ def _renamed(sample: SampleInfo, prefix: str) -> SampleInfo:
     return sample.model_copy(update={"key": prefix + sample.key, "summary": summary})
 
 
-def main() -> None:
-    """Print the page's size, what it holds, seconds and memory."""
+def main() -> int:
+    """Print the page's size, what it holds, seconds and memory; 1 where the page is too large."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=160_000)
     num_units = -(-parser.parse_args().samples // SAMPLES_PER_UNIT)
@@ -76,7 +76,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     shown = f"{made['samples']:,} of {made['of_samples']:,} samples, {made['samples_with_pictures']:,} with pictures"
     print(f"page: {made['bytes'] / 1e6:.1f} MB (promise < 20), {shown}; {seconds:.0f} CPU s, peak {peak:.0f} MiB")
+    return int(made["bytes"] >= 20e6)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

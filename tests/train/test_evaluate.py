@@ -12,9 +12,12 @@ from click.testing import CliRunner
 from ranks import in_a_group, run_ranks
 from train_runs import DIMS, finish, make_config, read_metrics
 
+from shards.config import validate_config
 from shards.console import set_up_logging
+from shards.files.tensor_files import read_latent_file
 from train import loop
 from train.cli.main import main
+from train.cli.sample_commands import SampleRun, sample_run
 from train.config.model import DiTConfig
 from train.config.sampling import Prompt, SamplerConfig
 from train.evaluate import Evaluator, HeldOut, changes
@@ -117,6 +120,33 @@ def test_a_file_of_another_tool_against_a_checkpoint_on_the_same_draws(run, own,
     assert found["results"][str(first)]["mean"] != found["results"][str(file)]["mean"]
     same = _call(file, "--against", run / "lora.safetensors", "-c", run / "config.yaml")["changes"][-1]
     assert abs(same["share"]) < 1e-6 and abs(same["low"]) < 1e-6
+
+
+def test_what_a_run_in_fp16_folded_is_folded_again_in_evaluate_and_sample(tiny_shards, tmp_path):
+    """A base whose outputs fp16 cannot hold (V100): finite and the run's own last loss, not inf; the base's too."""
+    base, folder = tmp_path / "model.safetensors", tmp_path / "run"
+    model = build_model(DiTConfig(**DIMS), seed=3)
+    with torch.no_grad():
+        model.blocks[1].ffn[2].bias.fill_(6e4)
+        model.blocks[1].ffn[2].weight.fill_(4e3)
+        model.blocks[1].modulation[:, 5].fill_(1e-4)
+    save_dit(model, base)
+    changes = {"model": {"checkpoint": str(base)}, "precision__compute": "fp16", "lora__targets": ["ffn"]}
+    changes |= {"optim__lr": 2e-2, "data__validation_fraction": 0.4, "eval": EVAL}
+    fit(make_config(tiny_shards, folder, max_steps=6, **changes))
+    last = read_metrics(folder, "held_out.jsonl")[-1]
+    assert last["mean"] is not None
+    for source in (folder, folder / "checkpoints/step-0000006", folder / "lora.safetensors"):
+        found = _call(source)["results"]
+        _equal(found[str(source)], last)
+        assert np.isfinite(found["the base"]["mean"])
+    merge_checkpoint(base, read_lora(folder / "lora.safetensors"), tmp_path / "merged")
+    assert np.isfinite(_call(folder, "--against", tmp_path / "merged")["results"][str(tmp_path / "merged")]["mean"])
+    config = {"output": str(tmp_path / "out"), "model": {"checkpoint": str(base)}, "lora": str(folder)}
+    config |= {"data": {"root": str(tiny_shards)}, "prompts": [{"name": "one", "key": "*"}]}
+    config |= {"precision": {"compute": "fp16"}, "sampler": {"steps": 2}}
+    for file in sample_run(validate_config(SampleRun, config, origin="the test's config"), compare=True):
+        assert np.isfinite(read_latent_file(file).values).all(), file
 
 
 def test_without_a_run_or_a_config_it_says_what_to_give(run, tmp_path):

@@ -198,3 +198,17 @@ def test_what_is_refused(official, file):
     for again in (lambda: load(official, file), lambda: inject(official, LORA)):
         with pytest.raises(UserError, match="has a LoRA already"):
             again()
+
+
+def test_a_merge_that_16_bits_cannot_hold_is_refused_and_nothing_is_changed(official, file):
+    """A row near the end of fp16 in the last adapted module: those before it are what they were."""
+    official.half()
+    with torch.no_grad():
+        official.blocks[1].ffn[2].weight[3] = 65_000
+    load(official, file, 1e5)
+    before = {name: value.clone() for name, value in official.state_dict().items()}
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.2: not finite as float16"):
+        merge(official)
+    after = official.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    detach(official)

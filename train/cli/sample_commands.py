@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +94,7 @@ def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
         compare: into OUTPUT/samples/{base, lora or step-N}/NAME.safetensors, which `wanprep decode --watch` compares.
     """
     from shards.read.dataset import open_dataset
+    from train.checkpoint import recorded_overflows
     from train.lora.formats import read_lora
     from train.lora.lora import attach_lora, detach
     from train.model.load import read_dit_config
@@ -110,9 +115,10 @@ def sample_run(config: SampleRun, *, compare: bool = False) -> list[Path]:
     # Read first: a wrong file is reported before twenty gigabytes are loaded.
     files = {} if config.lora is None else _loras(Path(config.lora), compare)
     loras = {name: read_lora(file) for name, file in files.items()}
+    overflows = [recorded_overflows(file) for file in files.values()]
     made, out = [], Path(config.output)
     with determinism(config.precision.deterministic):
-        model = load_base(config.model, config.precision)
+        model = load_base(config.model, config.precision, overflows)
         if compare:
             made += sample_prompts(model, ready, config.sampler, out / "samples" / "base")
         elif not loras:
@@ -133,13 +139,18 @@ def _loras(source: Path, compare: bool) -> dict[str, Path]:
     return {folder.name: locate_lora(folder)[0] for folder in checkpoints} or {"lora": locate_lora(source)[0]}
 
 
-def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
-    """The base model in inference mode, on the configured device; as a run keeps it where `config` is a run's."""
+def load_base(config: BaseModelConfig, precision: ComputeConfig, overflows: Iterable[Mapping[str, int]] = ()) -> WanDiT:
+    """The base model in inference mode, on the configured device; as a run keeps it where `config` is a run's.
+
+    Args:
+        overflows: of checkpoints that will be put into it. What their runs folded into a block is folded, at most.
+    """
+    from train.checkpoint import recorded_overflows
     from train.device import choose_device, device_info
     from train.model.dit import build_model, init_random
     from train.model.load import load_dit, read_dit_config
     from train.model.stream import place_base
-    from train.precision import DTYPES, resolve_precision
+    from train.precision import DTYPES, fold_overflows, resolve_precision
 
     device = choose_device(precision.device)
     dtype = resolve_precision(precision.compute, device_info(device)).dtype
@@ -160,6 +171,8 @@ def load_base(config: BaseModelConfig, precision: ComputeConfig) -> WanDiT:
             init_random(model, seed)
     if config.checkpoint is not None:
         load_dit(model, config.checkpoint)
+        overflows = [*overflows, recorded_overflows(Path(config.checkpoint))]  # a fully trained model's own
+    fold_overflows(model, functools.reduce(operator.or_, map(Counter, overflows), Counter()))  # the most of each
     return model.eval()
 
 
@@ -200,7 +213,7 @@ def evaluate_models(
     source: Path, root: str | None, against: Path | None, config: Path | None, overrides: tuple[str, ...] = ()
 ) -> Evaluation:
     """The held-out loss of the base, of `source` and of `against`, on the same clips and draws."""
-    from train.checkpoint import PIN_FILE, read_pin
+    from train.checkpoint import PIN_FILE, read_pin, recorded_overflows
     from train.config.train import EvalConfig, TrainConfig, dataset_roots
     from train.data.loader import select_samples
     from train.data.open import open_data
@@ -236,7 +249,8 @@ def evaluate_models(
         with contextlib.closing(evaluator):
             return evaluator.take(model)
 
-    model = load_base(loaded.model, loaded.precision)
+    overflows = [recorded_overflows(path) for path in loras]
+    model = load_base(loaded.model, loaded.precision, overflows)
     results = {"the base": take(model, "the base")}
     for path, lora in loras.items():
         if lora is not None:
@@ -247,7 +261,7 @@ def evaluate_models(
         if lora is None:
             merged = loaded.model.model_copy(update={"checkpoint": str(_model_in(path))})
             del model
-            model = load_base(merged, loaded.precision)
+            model = load_base(merged, loaded.precision, overflows)
             results[str(path)] = take(model, str(path))
     return Evaluation(", ".join(dataset_roots(loaded.data)), opened.revision, results)
 

@@ -37,6 +37,7 @@ class LoRALinear(Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.quantised = getattr(base, "quantised", None)
+        self.output_scale = getattr(base, "output_scale", 1.0)
         self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
         self.scale = config.scale
@@ -186,8 +187,11 @@ def merge(model: nn.Module) -> None:
     """Add scale · B A to every adapted weight, rounded once, so that a forward pass costs what it did without a LoRA.
 
     `unmerge` restores the weights to the bit: the adapted ones are kept on the CPU meanwhile.
+
+    Raises: UserError for no LoRA, a base kept in few bits, and a weight that overflows its dtype; nothing is changed.
     """
-    paths, kept = linears(model), {}
+    paths = linears(model)
+    kept: dict[str, LoRALinear] = {}
     for name, module in lora_modules(model).items():
         if module.quantised is not None:
             raise UserError(
@@ -195,8 +199,17 @@ def merge(model: nn.Module) -> None:
                 fix="`wantrain lora merge` reads them from the checkpoint",
             )
         merged = module.weight.float() + module.scale * (module.lora_B @ module.lora_A)
+        merged = merged.to(module.weight.dtype)
+        if not torch.isfinite(merged).all():
+            setattr(model, _MERGED, kept)
+            unmerge(model)  # those before it: the model is left as it was
+            raise UserError(
+                f"{name}: not finite as {module.weight.dtype} with the LoRA in it".replace("torch.", ""),
+                fix="load the base in bfloat16 or float32, or the LoRA at a lower strength; `wantrain lora info` "
+                "shows a LoRA's broken modules",
+            )
         plain = _plain(module)
-        plain.weight = nn.Parameter(merged.to(module.weight.dtype), requires_grad=False)
+        plain.weight = nn.Parameter(merged, requires_grad=False)
         if module.bias is not None:  # its own: the adapted module's moves to the CPU
             plain.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         model.set_submodule(paths[name], plain)
@@ -228,6 +241,7 @@ def detach(model: nn.Module) -> None:
 def _plain(module: LoRALinear) -> Linear:
     plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
     plain.weight, plain.bias, plain.quantised = module.weight, module.bias, module.quantised
+    plain.output_scale = module.output_scale
     return plain.train(module.training)
 
 
