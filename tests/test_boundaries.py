@@ -148,6 +148,19 @@ def test_init_files_hold_no_convenience_imports() -> None:
             assert not handed_on or path == ROOT / "shards/storage/__init__.py", path
 
 
+def test_a_pattern_a_set_or_a_large_number_is_written_down_once() -> None:
+    """Short ones such as a number of threads may be alike by chance."""
+    places: dict[str, list[str]] = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call | ast.Set | ast.Constant):
+                text = ast.unparse(node)
+                if isinstance(node.value, ast.Set) or "re.compile(" in text or text.rpartition(" ")[2][4:].isdigit():
+                    places.setdefault(text, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 50
+    assert not {text: found for text, found in places.items() if len(found) > 1}
+
+
 def test_a_class_has_a_name_of_its_own() -> None:
     """One meaning a name in the whole project: a reader who searches for a class finds one."""
     places: dict[str, list[str]] = {}
