@@ -171,6 +171,19 @@ def test_a_class_has_a_name_of_its_own() -> None:
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_function_has_a_name_of_its_own_in_its_package(package: str) -> None:
+    """Commands are called like what they run, and are not looked at; nor is a script's `main`."""
+    places: dict[str, list[str]] = {}
+    for path in (ROOT / package).rglob("*.py"):
+        if "cli" not in (path.stem, path.parent.name):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 50
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
 @pytest.mark.parametrize("module", ["preprocess.cli", "shards.cli", "train.cli"])
 def test_a_module_started_with_m_answers(module: str) -> None:
     done = subprocess.run(
