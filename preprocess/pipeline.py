@@ -24,7 +24,7 @@ from preprocess.plan.plan import Plan, open_plan
 from preprocess.plan.retry import RetryChoice, Wanted, choose_retries, freeze_retry, retry_units
 from shards.check.orphans import sweep_committed
 from shards.console import LOG
-from shards.errors import EXIT_TEMPORARY, UserError
+from shards.errors import DISK_FULL, EXIT_TEMPORARY, UserError
 from shards.format.commit import committed_units
 from shards.format.names import LATENTS, text_kind
 from shards.read.outcomes import read_outcomes
@@ -35,7 +35,6 @@ from shards.storage.patience import abandon_waits
 
 DEFAULT_SET = "default"
 _TEXTS = text_kind(DEFAULT_SET)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _GONE = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM}
 
 
@@ -300,7 +299,7 @@ def _storage_errors(output: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             fix = "free some space or move the output, then run the same command: it resumes at the last unit"
             full = UserError(f"no space left while writing to {output}", fix=fix)
             full.exit_code = EXIT_TEMPORARY

@@ -47,7 +47,7 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
     wanshards ls demo/shards
     wanshards ls s3://bucket/prefix --json
     """
-    from shards.show.overview import overview, print_overview
+    from shards.show.overview import dataset_overview, print_overview
 
     if keys:
         from shards.read.dataset import open_dataset
@@ -60,7 +60,7 @@ def list_command(root: str, as_json: bool, keys: bool) -> None:
             for name in names:
                 click.echo(name)
         return
-    found = overview(root)
+    found = dataset_overview(root)
     if as_json:
         print_json(found)
     else:

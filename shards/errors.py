@@ -53,7 +53,8 @@ def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str 
     return error
 
 
-_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PASSING = {*DISK_FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
 
 
 class SystemFailure(UserError):

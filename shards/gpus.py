@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from shards.errors import UserError
 
 GIB = 2**30
+DAY_SECONDS = 86_400
 CONTEXT_BYTES = int(0.75 * 2**30)
 """CUDA context and the libraries' own workspaces: an estimate."""
 VaeMode = Literal["fp32", "bf16", "fp16"]

@@ -148,6 +148,19 @@ def test_init_files_hold_no_convenience_imports() -> None:
             assert not handed_on or path == ROOT / "shards/storage/__init__.py", path
 
 
+def test_a_pattern_a_set_or_a_large_number_is_written_down_once() -> None:
+    """Short ones such as a number of threads may be alike by chance."""
+    places: dict[str, list[str]] = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call | ast.Set | ast.Constant):
+                text = ast.unparse(node)
+                if isinstance(node.value, ast.Set) or "re.compile(" in text or text.rpartition(" ")[2][4:].isdigit():
+                    places.setdefault(text, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 50
+    assert not {text: found for text, found in places.items() if len(found) > 1}
+
+
 def test_a_class_has_a_name_of_its_own() -> None:
     """One meaning a name in the whole project: a reader who searches for a class finds one."""
     places: dict[str, list[str]] = {}
@@ -155,6 +168,19 @@ def test_a_class_has_a_name_of_its_own() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_function_has_a_name_of_its_own_in_its_package(package: str) -> None:
+    """Commands are called like what they run, and are not looked at; nor is a script's `main`."""
+    places: dict[str, list[str]] = {}
+    for path in (ROOT / package).rglob("*.py"):
+        if "cli" not in (path.stem, path.parent.name):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 50
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
 
 

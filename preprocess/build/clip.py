@@ -36,7 +36,7 @@ from preprocess.video.measure import Measured, measure_window
 from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window, choose_windows
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import DISK_FULL, UserError
 from shards.format.arrays import array_facts, encode_array
 from shards.format.keys import sample_key
 from shards.format.ledger import LedgerRow, WindowRow
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 Reserve = Callable[[int], None]
 """Called with a number of bytes: waits until that many bytes of frames may be decoded."""
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+_OF_THE_DISK = {*DISK_FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
 _QUERY = re.compile(r"\?[^\s'\"<>]*=[^\s'\"<>]*")
 
 

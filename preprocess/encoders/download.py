@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
+from preprocess.corpus.url import USER_IN_URL
 from shards.console import LOG
 from shards.errors import UserError
 from shards.files.safetensors_index import CheckpointLayout
@@ -32,8 +32,6 @@ _PATTERNS: dict[tuple[CheckpointLayout, Part], tuple[str, ...]] = {
     ("diffusers", "transformer"): ("model_index.json", "transformer/*", "scheduler/*"),
 }
 _CHUNK_BYTES = 2**22
-_USER_IN_URL = re.compile(r"://[^/\s]*@")
-"""User name and password of an endpoint, which no message may hold."""
 
 
 class RemoteFile(NamedTuple):
@@ -135,7 +133,7 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 def _unreachable(error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     return UserError(
-        _USER_IN_URL.sub("://", f"{_endpoint()}: {type(error).__name__}: {text}"),
+        USER_IN_URL.sub("://", f"{_endpoint()}: {type(error).__name__}: {text}"),
         fix="run the command again: it resumes where it stopped. HF_ENDPOINT names another hub or a mirror",
     )
 

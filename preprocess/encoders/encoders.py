@@ -225,7 +225,7 @@ def load_tokenizer(config: EncodersConfig) -> Tokenizer:
         model_bytes = random_encoders.train_tokenizer_model()
         return Tokenizer(random_encoders.load_tokenizer_model(model_bytes), hashlib.sha256(model_bytes).hexdigest())
     folder = Path(config.checkpoint)
-    return Tokenizer(checkpoints.load_tokenizer(folder), _digest_tokenizer(folder))
+    return Tokenizer(checkpoints.load_umt5_tokenizer(folder), _digest_tokenizer(folder))
 
 
 def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncoder:
@@ -237,7 +237,7 @@ def load_text_encoder(config: EncodersConfig, tokenizer: Tokenizer) -> TextEncod
         model = random_encoders.build_random_text_encoder(config.random_seed, len(tokenizer))
         note: str | None = random_encoders.NOTE
     else:
-        model, note = checkpoints.load_text_encoder(Path(config.checkpoint)), None
+        model, note = checkpoints.load_umt5(Path(config.checkpoint)), None
     model = model.eval().requires_grad_(False)
     precision = config.text_precision
     if precision == "auto":

@@ -77,7 +77,7 @@ def load_vae(folder: Path, *, decoder: bool = False) -> Any:
     return vae.float().eval().requires_grad_(False)
 
 
-def load_text_encoder(folder: Path) -> Any:
+def load_umt5(folder: Path) -> Any:
     """Load UMT5 into transformers' `UMT5EncoderModel` as stored (bf16 as published), on the CPU, in eval mode.
 
     Raises UserError when files are missing or damaged, hold another encoder, or one whose two names for the token
@@ -117,7 +117,7 @@ def tokenizer_folder(folder: Path) -> Path:
     return path
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_umt5_tokenizer(folder: Path) -> Any:
     """Load the checkpoint's own tokenizer through transformers."""
     from transformers import AutoTokenizer
 

@@ -12,7 +12,6 @@ link: evicting it would free nothing, so it is skipped. Where links are not poss
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -24,11 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.console import LOG
-from shards.errors import UserError
+from shards.errors import DISK_FULL, UserError
 
 KEPT_SHARE = 0.95
 """Eviction frees space down to this share of the bound, so that the folder is not listed for every clip."""
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ClipCache:
@@ -74,7 +72,7 @@ class ClipCache:
             if not self._keep_link(path, entry, num_bytes):
                 self._keep_copy(path, entry, num_bytes)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in DISK_FULL:
                 raise
             self._warn(f"no space left in {self._folder}: clips are not kept")
 

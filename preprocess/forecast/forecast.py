@@ -27,7 +27,7 @@ from preprocess.text.captions import compose_all
 from preprocess.video.aspect import is_sd
 from preprocess.video.bucket import choose_size
 from preprocess.video.window import declared_lengths
-from shards.gpus import Gpu, VaeMode, vae_encode_tflop
+from shards.gpus import DAY_SECONDS, Gpu, VaeMode, vae_encode_tflop
 
 # What a plan promises before it runs: candidates, units, samples per bucket, and what the upscaling limit excludes.
 
@@ -103,7 +103,6 @@ def _bucket_of(width: int, height: int, config: PrepConfig) -> str:
     return TOO_SMALL if isinstance(bucket, Rejection) else f"{bucket.width}×{bucket.height}"
 
 
-DAY_SECONDS = 86_400
 PROXY_MBIT = 3.0
 """Bit rate that a clip is taken to have where none was probed."""
 _TEXT_TFLOP_PER_TOKEN = 4.85 / 512

@@ -70,7 +70,7 @@ def scratch_database(path: Path) -> Iterator[sqlite3.Connection]:
             ) from None
 
 
-def write_frames(lines: Iterable[bytes], lines_per_frame: int, path: Path) -> tuple[int, ...]:
+def write_in_frames(lines: Iterable[bytes], lines_per_frame: int, path: Path) -> tuple[int, ...]:
     """Write lines, each with its newline, `lines_per_frame` a zstd frame; the length of each frame in bytes."""
     lines = iter(lines)
     texts = iter(lambda: b"".join(line + b"\n" for line in islice(lines, lines_per_frame)), b"")

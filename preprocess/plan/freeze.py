@@ -28,7 +28,7 @@ from preprocess.corpus.archives import Document
 from preprocess.corpus.corpus import Chunk, map_chunks, read_chunk
 from preprocess.corpus.layouts import open_corpus
 from preprocess.corpus.records import read_about, read_json, read_words
-from preprocess.plan.external_sort import EarlierRows, Row, scratch_database, write_frame, write_frames
+from preprocess.plan.external_sort import EarlierRows, Row, scratch_database, write_frame, write_in_frames
 from preprocess.plan.filter import caption_texts, filter_captions, filter_metadata
 from preprocess.plan.plan import (
     PLAN_VERSION,
@@ -69,7 +69,7 @@ def store_generation(plan: Plan, plan_file: Path, ledger_file: Path, **fields: A
 
     Args:
         plan: the generations before.
-        plan_file: its candidates, as `write_frames` wrote them.
+        plan_file: its candidates, as `write_in_frames` wrote them.
         ledger_file: its refused records, as `write_frame` wrote them.
         fields: what else `GenerationInfo` says.
     """
@@ -259,7 +259,7 @@ def _freeze(plan: Plan, config: PrepConfig, num_documents: int, database: sqlite
     limit = config.corpus.limit
     room = math.inf if limit is None else limit - plan.num_candidates
     plan_file, ledger_file = folder / "plan", folder / "ledger"
-    frame_bytes = write_frames(_choose(database, planned, earlier, room, counts), config.shards.unit_size, plan_file)
+    frame_bytes = write_in_frames(_choose(database, planned, earlier, room, counts), config.shards.unit_size, plan_file)
     write_frame(_new_rows(database, planned, sources, earlier, counts), ledger_file)
     if not counts.num_candidates and not counts.num_refused:
         return plan

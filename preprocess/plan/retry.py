@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.config import PrepConfig, frozen_choices
-from preprocess.plan.external_sort import write_frame, write_frames
+from preprocess.plan.external_sort import write_frame, write_in_frames
 from preprocess.plan.freeze import store_generation
 from preprocess.plan.plan import Plan, most_frequent
 from shards.format.ledger import LedgerRow
@@ -80,7 +80,7 @@ def freeze_retry(plan: Plan, config: PrepConfig, choice: RetryChoice, scratch: P
         return plan
     with tempfile.TemporaryDirectory(prefix="retry-", dir=scratch) as folder:
         plan_file, ledger_file = Path(folder, "plan"), Path(folder, "ledger")
-        frame_bytes = write_frames(_frozen_lines(plan, set(choice.ordinals)), config.shards.unit_size, plan_file)
+        frame_bytes = write_in_frames(_frozen_lines(plan, set(choice.ordinals)), config.shards.unit_size, plan_file)
         write_frame([], ledger_file)
         return store_generation(
             plan,

@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
+from preprocess.corpus.url import USER_IN_URL
 from shards.errors import UserError
 
 FFMPEG_VARIABLE = "WANPREP_FFMPEG"
@@ -38,7 +39,6 @@ _SECRET_NAME = re.compile(
     r"^(AWS|AZURE|CLOUDFRONT|GCP|GCS|GOOGLE|HF|OSS|S3|WANDB)_|TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|AUTH|PROXY|KEY(_?ID)?$",
     re.IGNORECASE,
 )
-_USER_IN_URL = re.compile(r"://[^/\s]*@")
 COMPLAINT = re.compile(r"(\[[^\]]* @ 0x[0-9a-f]+\] )*\[(error|fatal|panic)\] ")
 
 
@@ -114,7 +114,7 @@ def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if not (_SECRET_NAME.search(name) or "-----BEGIN" in value or _USER_IN_URL.search(value))
+        if not (_SECRET_NAME.search(name) or "-----BEGIN" in value or USER_IN_URL.search(value))
     }
 
 

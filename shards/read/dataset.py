@@ -220,11 +220,6 @@ class Dataset:
         table = self._opened.latents
         return table.shards[int(table.shard[self._ordinal(key)])]
 
-    def text_shard(self, key: str | int) -> Shard:
-        """The shard that holds a sample's embeddings."""
-        table, row = self._text_row(key)
-        return table.shards[int(table.shard[row])]
-
     def storage(self, shard: Shard) -> Storage:
         """The storage of a shard's root."""
         return self._opened.storages[shard.root]

@@ -27,7 +27,7 @@ from shards.storage import open_storage
 from shards.storage.base import Storage
 
 
-def overview(root: str) -> dict[str, Any]:
+def dataset_overview(root: str) -> dict[str, Any]:
     """What a root holds, as plain values. Counts what is there; `verify` says whether it is complete."""
     storage = open_storage(root)
     info = read_info(storage)

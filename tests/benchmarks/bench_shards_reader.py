@@ -137,11 +137,12 @@ def timed(work: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def print_sizes(dataset: Dataset) -> None:
+def print_sizes(root: Path) -> None:
     """Stored bytes a sample against what they hold."""
-    bytes_of = {}
-    for kind, shard in (("latent", dataset.shard(0)), ("text", dataset.text_shard(0))):
-        bytes_of[kind] = shard.size / SAMPLES
+    kinds = {"latent": "latents", "text": "text/default"}
+    bytes_of = {
+        name: read_commit(open_storage(root), kind, 0).commit.tar.size / SAMPLES for name, kind in kinds.items()
+    }
     raw, padded = int(np.prod(SHAPE)) * 2, 512 * DIM * 2
     print(f"latent {bytes_of['latent']:,.0f} bytes a sample, raw float16 {raw:,}: {bytes_of['latent'] / raw:.3f} ×")
     print(
@@ -157,7 +158,7 @@ def main() -> int:
         root = Path(folder) / "shards"
         write(root)
         dataset = open_dataset(root)
-        print_sizes(dataset)
+        print_sizes(root)
         bare = bare_loop(root)
         bare()
         read_all(dataset)

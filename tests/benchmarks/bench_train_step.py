@@ -10,12 +10,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import torch
 from torch import Tensor, nn
+from train_runs import lora_parameters
 
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.lora import inject, lora_parameters
+from train.lora.lora import inject
 from train.model.dit import build_model
 from train.objective import add_noise, slot_losses
 from train.recompute.runner import keep

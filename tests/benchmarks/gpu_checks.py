@@ -245,9 +245,10 @@ def build(
 ) -> Any:
     """A model of the published width with random weights and a random LoRA, and its sizes."""
     import torch
+    from train_runs import lora_parameters
 
     from train.config.model import LoRAConfig
-    from train.lora.lora import inject, lora_parameters
+    from train.lora.lora import inject
     from train.model.dit import build_model
 
     dims = sizes_of(day, num_layers)
@@ -408,13 +409,13 @@ def measure(
 ) -> tuple[float, int]:
     """Seconds and peak bytes of a step, said beside what was planned; `saves` None: not one of ours."""
     import torch
+    from train_runs import lora_parameters
 
     from shards.gpus import by_driver_name
     from train.config.model import LoRAConfig
     from train.estimate.flops import step_flops, step_work
     from train.estimate.memory import AS_COMPUTED, step_memory
     from train.geometry import Shape, num_tokens
-    from train.lora.lora import lora_parameters
 
     shape, lora = Shape(1, num_tokens(dims, *size)), LoRAConfig(rank=LORA_RANK)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-4, fused=True)
@@ -775,9 +776,10 @@ def compiled(day: Day) -> None:
 def placed(day: Day, dtype: Any, kind: Any, *, streamed: bool, num_layers: int | None = None) -> Any:
     """`build`'s model with its base kept another way: the same random weights and LoRA."""
     import torch
+    from train_runs import lora_parameters
 
     from train.config.model import LoRAConfig
-    from train.lora.lora import inject, lora_parameters
+    from train.lora.lora import inject
     from train.model.dit import build_model, init_random
     from train.model.stream import place_base
 

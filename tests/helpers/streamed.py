@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from train_runs import lora_parameters
 
 from train.config.model import DiTConfig, LoRAConfig
-from train.lora.lora import inject, lora_modules, reset
+from train.lora.lora import inject, reset
 from train.model import stream
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.stream import BlockStream, Copier, place_base
@@ -107,7 +108,7 @@ def passes(model: WanDiT) -> list[Tensor]:
             results.append(model.eval()(latent, torch.tensor([1.0, 2.0]), torch.tensor([False, first]), text))
         model.train()
         results.append(velocity.detach())
-    return results + [weight.grad for module in lora_modules(model).values() for weight in module.loras]
+    return results + [weight.grad for weight in lora_parameters(model)]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -128,6 +128,13 @@ def finish(model: Any, saves: Any, **options: Any) -> Any:
     return model.train()
 
 
+def lora_parameters(model: Any) -> list[Any]:
+    """A and B of every adapted module, in the model's order."""
+    from train.lora.lora import lora_modules
+
+    return [weight for module in lora_modules(model).values() for weight in (module.lora_A, module.lora_B)]
+
+
 def merge(model: Any) -> None:
     """Add scale · B A into every adapted weight; B is zero then."""
     import torch

@@ -14,7 +14,7 @@ from peak import PEAK_KIB
 from safetensors.torch import load_file, save_file
 from small_checkpoint import TEXT_TABLE, VAE_TABLE
 
-from preprocess.encoders.load import OFFICIAL_TEXT, OFFICIAL_VAE, load_text_encoder, load_tokenizer, load_vae
+from preprocess.encoders.load import OFFICIAL_TEXT, OFFICIAL_VAE, load_umt5, load_umt5_tokenizer, load_vae
 from preprocess.encoders.random_weights import (
     build_random_text_encoder,
     build_random_vae,
@@ -107,15 +107,15 @@ def test_both_layouts_give_the_same_text_encoder_and_tokenizer(official, diffuse
     with torch.no_grad():
         truth = text(input_ids=tokens).last_hidden_state
         for folder in (official, diffusers_folder):
-            model = load_text_encoder(folder)
+            model = load_umt5(folder)
             assert torch.equal(model(input_ids=tokens).last_hidden_state, truth)
             assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
-            assert load_tokenizer(folder)("바닷가").input_ids[-1] == 1
+            assert load_umt5_tokenizer(folder)("바닷가").input_ids[-1] == 1
 
 
 def test_bfloat16_is_kept_as_stored(official, text):
     torch.save({name: tensor.bfloat16() for name, tensor in _official_text(text).items()}, official / OFFICIAL_TEXT)
-    assert {parameter.dtype for parameter in load_text_encoder(official).parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in load_umt5(official).parameters()} == {torch.bfloat16}
 
 
 def _refused(call, *arguments):
@@ -141,7 +141,7 @@ def test_every_odd_key_is_named_with_its_file(official, vae, text):
     words = _official_text(text)
     words.pop("blocks.1.ffn.fc1.weight")
     torch.save(words, official / OFFICIAL_TEXT)
-    assert "missing encoder.block.1.layer.1.DenseReluDense.wi_1.weight" in _refused(load_text_encoder, official)
+    assert "missing encoder.block.1.layer.1.DenseReluDense.wi_1.weight" in _refused(load_umt5, official)
 
 
 def test_untied_text_embeddings_are_refused_and_tied_copies_taken(diffusers_folder, text):
@@ -151,16 +151,16 @@ def test_untied_text_embeddings_are_refused_and_tied_copies_taken(diffusers_fold
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("encoder.embed_tokens.weight", None)
     save_file(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}, folder / "model.safetensors")
-    load_text_encoder(diffusers_folder)
+    load_umt5(diffusers_folder)
     save_file(tensors | {"encoder.embed_tokens.weight": 0 * tensors["shared.weight"]}, folder / "model.safetensors")
     assert "untied embeddings: shared.weight and encoder.embed_tokens.weight differ" in _refused(
-        load_text_encoder, diffusers_folder
+        load_umt5, diffusers_folder
     )
     only_one = {name: tensor for name, tensor in tensors.items() if name != "shared.weight"}
     save_file(only_one | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, folder / "model.safetensors")
-    load_text_encoder(diffusers_folder)
+    load_umt5(diffusers_folder)
     save_file(only_one, folder / "model.safetensors")
-    assert "holds no token embedding" in _refused(load_text_encoder, diffusers_folder)
+    assert "holds no token embedding" in _refused(load_umt5, diffusers_folder)
 
 
 def test_other_wan_models_are_refused_by_name(official, diffusers_folder, vae):
@@ -193,12 +193,12 @@ def test_damaged_files_say_so(official, diffusers_folder):
     shard = sorted((diffusers_folder / "text_encoder").glob("model-*.safetensors"))[1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-50])
-    assert shard.name in _refused(load_text_encoder, diffusers_folder)
+    assert shard.name in _refused(load_umt5, diffusers_folder)
     shard.unlink()
-    assert f"files are missing ({shard.name})" in _refused(load_text_encoder, diffusers_folder)
+    assert f"files are missing ({shard.name})" in _refused(load_umt5, diffusers_folder)
     for name in ("spiece.model", "tokenizer.json"):
         (diffusers_folder / "tokenizer" / name).unlink(missing_ok=True)
-    assert "no tokenizer" in _refused(load_tokenizer, diffusers_folder)
+    assert "no tokenizer" in _refused(load_umt5_tokenizer, diffusers_folder)
 
 
 def test_files_of_two_revisions_are_noticed(diffusers_folder):
@@ -206,7 +206,7 @@ def test_files_of_two_revisions_are_noticed(diffusers_folder):
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
-    message = _refused(load_text_encoder, diffusers_folder)
+    message = _refused(load_umt5, diffusers_folder)
     assert "which the index places in" in message
     assert "two revisions" in message
 
@@ -234,7 +234,7 @@ from preprocess.encoders import load as checkpoint
 from preprocess.encoders.random_weights import build_random_text_encoder
 build_random_text_encoder(0, 10)(input_ids=torch.tensor([[1]]))
 before = {PEAK_KIB}
-model = checkpoint.load_text_encoder(Path(sys.argv[1]))
+model = checkpoint.load_umt5(Path(sys.argv[1]))
 total = sum(float(p.float().abs().sum()) for p in model.parameters() if p.numel() < 1e6)
 total += float(model.shared.weight[::7].sum())
 assert total > 0

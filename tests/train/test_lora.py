@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_runs import merge
+from train_runs import lora_parameters, merge
 
 from shards.errors import UserError
 from train.config.model import TI2V_5B, LoRAConfig
@@ -23,7 +23,6 @@ from train.lora.lora import (
     keep_mask,
     load_lora_state,
     lora_modules,
-    lora_parameters,
     lora_state,
     match_targets,
 )

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from train_runs import lora_parameters
 
 from shards.errors import UserError
 from train.config.model import LoRAConfig
 from train.device import DeviceInfo
 from train.doctor.tables import print_ranges
-from train.lora.lora import inject, lora_parameters
+from train.lora.lora import inject
 from train.model.dit import WanDiT, build_model, set_checkpointing
 from train.precision import (
     LossScaler,

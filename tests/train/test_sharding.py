@@ -10,12 +10,12 @@ import torch
 from fake_ranks import resident_bytes
 from ranks import in_a_group, run_ranks
 from torch import Tensor
-from train_runs import finish, make_config
+from train_runs import finish, lora_parameters, make_config
 
 from shards.errors import UserError
 from train.config.model import DiTConfig, LoRAConfig
 from train.estimate.layout import choose_layout
-from train.lora.lora import inject, lora_modules, reset
+from train.lora.lora import inject, reset
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import load_dit, save_dit
 from train.parallel.fsdp import local_shard, shard_base
@@ -66,7 +66,7 @@ def steps(model: WanDiT, dtype: torch.dtype) -> list[Tensor]:
     with torch.no_grad():
         results.append(model.eval()(latent, torch.tensor([1.0, 2.0]), torch.tensor([False, False]), text))
     model.train()
-    return results + [weight.grad for module in lora_modules(model).values() for weight in module.loras]
+    return results + [weight.grad for weight in lora_parameters(model)]
 
 
 def compare(policy: str, dtype: torch.dtype, offload: bool, checkpoint: Path | None) -> tuple[bool, list[int]]:

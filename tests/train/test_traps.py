@@ -54,8 +54,8 @@ TRAPS = (
     ),
     Trap(
         3, "the residual stream rounded", "train/model/block.py",
-        "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)",
-        "return add_gated(x_BLD, y_BLD, gate2, inputs.num_first).to(dtype).float()",
+        "return gated_sum(x_BLD, y_BLD, gate2, inputs.num_first)",
+        "return gated_sum(x_BLD, y_BLD, gate2, inputs.num_first).to(dtype).float()",
         ("train/test_model.py::test_the_residual_stream_is_never_rounded",),
     ),
     Trap(

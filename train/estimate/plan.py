@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from shards.errors import UserError
-from shards.gpus import Gpu, VaeMode, vae_encode_tflop
+from shards.gpus import DAY_SECONDS, Gpu, VaeMode, vae_encode_tflop
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig, is_quantised, slots_per_rank
 from train.estimate.communication import (
@@ -35,7 +35,6 @@ from train.estimate.saves import GIB, Saves, base_store, describe_saves, make_ch
 from train.estimate.sizes import Size, read_dims, read_sizes
 from train.geometry import SAVE_GROUPS, TEMPORAL_STRIDE, Bucket, Shape, num_tokens
 
-DAY_SECONDS = 86_400
 NUM_LEVELS = 9
 """Noise levels of the held-out loss; at each a clip of several latent frames is seen in two modes."""
 OPTIMISTIC, PESSIMISTIC = 0.76, 1.4

@@ -44,11 +44,6 @@ class LoRALinear(Linear):
         self.dropout = config.dropout
         self.layer = layer
 
-    @property
-    def loras(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B: what trains."""
-        return self.lora_A, self.lora_B
-
     def forward(self, x: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """Base and update in x's dtype; the multiplication applies the scale."""
         out = super().forward(x)
@@ -267,11 +262,6 @@ def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
     """Adapted modules by official name, in the model's order."""
     named = model.named_modules()
     return {official_name(path) or path: module for path, module in named if isinstance(module, LoRALinear)}
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every adapted module, in the model's order: what the optimizer is given."""
-    return [weight for module in lora_modules(model).values() for weight in module.loras]
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:

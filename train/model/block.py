@@ -144,18 +144,18 @@ class Block(nn.Module):
             return body(x_BLD)
         dtype = inputs.text_BSD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + inputs.rows_BR6D).unbind(2)
-        y_BLD = modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
+        y_BLD = norm_and_modulate(x_BLD, shift1, scale1, inputs.num_first, eps=self.eps, dtype=dtype)
         gate1 = gate1 / self.self_attn.o.output_scale
         gate2 = gate2 / cast(Linear, self.ffn[2]).output_scale
-        x_BLD = add_gated(x_BLD, self.self_attn(y_BLD, y_BLD, inputs, rotated=True), gate1, inputs.num_first)
+        x_BLD = gated_sum(x_BLD, self.self_attn(y_BLD, y_BLD, inputs, rotated=True), gate1, inputs.num_first)
         y_BLD = self.cross_attn(self.norm3(x_BLD).to(dtype), inputs.text_BSD, inputs, rotated=False)
         x_BLD = torch.add(x_BLD, y_BLD, alpha=1 / self.cross_attn.o.output_scale)
-        y_BLD = modulate(x_BLD, shift2, scale2, inputs.num_first, eps=self.eps, dtype=dtype)
+        y_BLD = norm_and_modulate(x_BLD, shift2, scale2, inputs.num_first, eps=self.eps, dtype=dtype)
         y_BLD = self.ffn[2](self.ffn[1](self.ffn[0](y_BLD, inputs.dropout)), inputs.dropout)
-        return add_gated(x_BLD, y_BLD, gate2, inputs.num_first)
+        return gated_sum(x_BLD, y_BLD, gate2, inputs.num_first)
 
 
-def modulate(
+def norm_and_modulate(
     x_BLD: Tensor, shift_BRD: Tensor, scale_BRD: Tensor, num_first: int, *, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """LayerNorm(x) · (1 + scale) + shift in float32, rounded once to `dtype`; one multiply-add a segment of tokens."""
@@ -167,7 +167,7 @@ def modulate(
     return torch.cat([torch.addcmul(shift, x, scale).to(dtype) for shift, x, scale in segments], dim=1)
 
 
-def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) -> Tensor:
+def gated_sum(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) -> Tensor:
     """x + y · gate in float32, whatever dtype y has."""
     if not num_first:
         return torch.addcmul(x_BLD, y_BLD, gate_BRD)

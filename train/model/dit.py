@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from train.config.model import DiTConfig
 from train.device import device_info
 from train.model.attention import Backend, choose_backend
-from train.model.block import Block, BlockInputs, BlockRunner, DropoutKey, Linear, modulate, run_plain, run_recomputed
+from train.model.block import (
+    Block,
+    BlockInputs,
+    BlockRunner,
+    DropoutKey,
+    Linear,
+    norm_and_modulate,
+    run_plain,
+    run_recomputed,
+)
 from train.model.kernels import probed
 from train.model.patchify import num_patch_channels, patchify, token_grid, unpatchify
 from train.model.quantise import quantised_weights
@@ -43,7 +52,7 @@ class Head(nn.Module):
     def forward(self, x_BLD: Tensor, time_BRD: Tensor, num_first: int) -> Tensor:
         """Norm, modulate by shift and scale, project (Wan model.py, Head)."""
         shift, scale = (self.modulation + time_BRD[:, :, None]).unbind(2)
-        return self.head(modulate(x_BLD, shift, scale, num_first, eps=self.eps, dtype=torch.float32))
+        return self.head(norm_and_modulate(x_BLD, shift, scale, num_first, eps=self.eps, dtype=torch.float32))
 
 
 class WanDiT(nn.Module):
