@@ -23,7 +23,7 @@ from preprocess.plan.freeze import ensure_plan
 from preprocess.plan.plan import Plan, open_plan
 from preprocess.plan.retry import RetryChoice, Wanted, choose_retries, freeze_retry, retry_units
 from shards.check.orphans import sweep_committed
-from shards.console import LOG
+from shards.console import LOG, counted
 from shards.errors import DISK_FULL, EXIT_TEMPORARY, UserError
 from shards.format.commit import committed_units
 from shards.format.names import LATENTS, text_kind
@@ -80,7 +80,8 @@ def build_shards(
     passes = {kind for name, kind in (("latents", LATENTS), ("text", _TEXTS)) if part.only in (None, name)}
     with _working(storage, config.output, passes, part, if_busy) as (scratch, at_work):
         plan = ensure_plan(storage, config, scratch=scratch)
-        LOG.info("plan: %d candidates in %d units, %d refused", plan.num_candidates, plan.num_units, plan.num_refused)
+        candidates, units = counted(plan.num_candidates, "candidate"), counted(plan.num_units, "unit")
+        LOG.info("plan: %s in %s, %d refused", candidates, units, plan.num_refused)
         if part == WHOLE:
             plan = _retry_if_all_refused(storage, plan, config, scratch)
         if part.only != "text":
@@ -191,7 +192,7 @@ def _latent_pass(
     if info is not None:
         check_settled_identity(info, config, f"the dataset at {storage.url()}", plan)
     if not pending.units:
-        LOG.info("latents: all %d units are done", len(chosen_units(plan, part.units)))
+        LOG.info("latents: all %s done", counted(len(chosen_units(plan, part.units)), "unit is", "units are"))
         return {}
     config = settle_precision(storage, config, measure_apart)
     while pending.units:
@@ -222,7 +223,7 @@ def _text_pass(
     if info is not None and set_name in info.text_sets:
         check_settled_texts(info.text_sets[set_name].identity, config, f"text set {set_name!r} at {storage.url()}")
     if not units and done:
-        LOG.info("text set %r: all %d units are done", set_name, len(there))
+        LOG.info("text set %r: all %s done", set_name, counted(len(there), "unit is", "units are"))
         return
     kind = text_kind(set_name)
     with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, style=style) as progress:
@@ -231,7 +232,10 @@ def _text_pass(
         def on_unit(unit: int, counts: TextCounts) -> None:
             if counts.without_words:
                 LOG.warning(
-                    "text set %r: unit %d: %d samples whose caption is empty", set_name, unit, counts.without_words
+                    "text set %r: unit %d: %s an empty caption",
+                    set_name,
+                    unit,
+                    counted(counts.without_words, "sample has", "samples have"),
                 )
             progress.unit(unit)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from shards import __version__
-from shards.console import CommandGroup, as_typed, echo_lines, print_json, set_up_logging
+from shards.console import CommandGroup, as_typed, counted, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def export(root: str, target: Path, plain: bool, text_set: str | None) -> None:
     dataset = open_dataset(root, text_set)
     written = export_plain(dataset, target)
     text = f"text set {text_set}" if text_set else "no text"
-    click.echo(f"{len(written)} tars, {len(dataset)} samples, {text} in {target}")
+    click.echo(f"{counted(len(written), 'tar')}, {counted(len(dataset), 'sample')}, {text} in {target}")
 
 
 @main.command()

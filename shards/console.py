@@ -30,6 +30,11 @@ _LABEL = re.compile(r" *\S+ {2,}(?=\S)| +")
 Item = TypeVar("Item")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things in words: `1 clip`, `1,500 clips`. `many` is the plural where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def as_typed(context: click.Context, parameter: click.Parameter, text: str) -> str:
     """A callback for text that is no path: under LC_ALL=C bytes beyond ASCII come as surrogates; they were UTF-8."""
     try:

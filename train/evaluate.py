@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+from shards.console import counted
 from shards.errors import UserError
 from shards.storage.patience import abandon_waits, result_within
 from train.config.train import DataConfig, EvalConfig
@@ -333,13 +334,13 @@ class Evaluation(NamedTuple):
     def lines(self) -> list[str]:
         """A table a comparison, for people."""
         num_clips = next(iter(self.results.values())).num_clips
-        lines = [f"held-out loss over {num_clips} clips of {self.dataset} (revision {self.revision[:12]})"]
+        lines = [f"held-out loss over {counted(num_clips, 'clip')} of {self.dataset} (revision {self.revision[:12]})"]
         for a, b in self.pairs():
             lines += ["", f"{a} → {b}", f"{'':4} {'σ':>6} {'before':>8} {'after':>8} {'change':>8}  95 % over clips"]
             for one in changes(self.results[a], self.results[b]):
                 level = "mean" if one.sigma is None else f"{one.sigma:.2f}"
-                spread = "" if one.low is None else f"[{100 * one.low:+.1f}, {100 * (one.high or 0):+.1f}] %"
-                share = f"{100 * one.share:+.1f} %"
+                spread = "" if one.low is None else f"[{100 * one.low:+z.1f}, {100 * (one.high or 0):+z.1f}] %"
+                share = f"{100 * one.share:+z.1f} %"
                 lines.append(
                     f"{one.mode:4} {level:>6} {one.before:8.4f} {one.after:8.4f} {share:>8}  {spread}".rstrip()
                 )
@@ -350,7 +351,7 @@ class Evaluation(NamedTuple):
 
 def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -> str:
     """One line for people."""
-    parts = [f"held-out loss {now.mean:.4f} over {now.num_clips} clips"]
+    parts = [f"held-out loss {now.mean:.4f} over {counted(now.num_clips, 'clip')}"]
     for name, losses in (("T2V", now.t2v), ("I2V", now.i2v)):
         if losses:
             parts.append(
@@ -358,7 +359,7 @@ def describe_held_out(now: HeldOut, before: Mapping[str, float] | None = None) -
                 f"σ {now.sigmas[-1]:.2f}: {losses[-1]:.3f})"
             )
     if before and before["mean"] is not None:
-        parts.append(f"{100 * (now.mean / before['mean'] - 1):+.1f} % since the start")
+        parts.append(f"{100 * (now.mean / before['mean'] - 1):+z.1f} % since the start")
     return "; ".join(parts)
 
 

@@ -384,7 +384,7 @@ def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None)
     if stopped_early := _exhausted(progress):
         LOG.info("stopped early: %d evaluations without improvement", progress.evaluations_since_best)
     if before is not None and after is not None:
-        words = f"held-out loss {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.1f} %)"
+        words = f"held-out loss {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+z.1f} %)"
         LOG.info("%s, best at step %s", words, progress.best_step)
     share = 100 * progress.eval_seconds / max(progress.seconds, 1e-9)
     words = f"{progress.updates} updates, {progress.skipped} skipped, {progress.seconds:.0f} s"

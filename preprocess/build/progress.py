@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from preprocess.build.pools import POOLS, find_bottleneck
-from shards.console import LOG, ShowProgress, duration_words, live_bar
+from shards.console import LOG, ShowProgress, counted, duration_words, live_bar
 
 if TYPE_CHECKING:
     from shards.format.ledger import LedgerRow
@@ -103,7 +103,8 @@ class _Lines(PassProgress):
             self._print(self.facts())
 
     def _print(self, facts: dict[str, Any]) -> None:
-        LOG.info("%s: %d of %d units%s", self.title, self.units, self.num_units, describe_facts(facts))
+        done = f"{self.units:,} of {counted(self.num_units, 'unit')}"
+        LOG.info("%s: %s%s", self.title, done, describe_facts(facts))
 
 
 class _Documents(_Lines):

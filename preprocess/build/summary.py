@@ -14,7 +14,7 @@ from preprocess.build.scratch import builds_at_work, describe_note
 from preprocess.plan.plan import Plan
 from preprocess.plan.retry import retry_units
 from preprocess.rejection import INTERNAL_ERROR
-from shards.console import duration_words
+from shards.console import counted, duration_words
 from shards.format.commit import LatentSummary, TextSummary, committed_units, read_commit
 from shards.format.dataset_info import BucketInfo
 from shards.format.names import LATENTS, commit_name, text_kind
@@ -79,22 +79,26 @@ def describe_build(counts: dict[str, Any]) -> list[str]:
         + (f" + {counts['waiting']:,} waiting" if counts["waiting"] else "")
         + (f" + {beyond:,} beyond corpus.limit" if beyond else ""),
         *(f"  {count:>7,}  {reason}" for reason, count in counts["rejected_by"].items()),
-        f"samples  {counts['samples']:,} in {units['latents']:,} of {units['planned']:,} units, "
+        f"samples  {counts['samples']:,} in {units['latents']:,} of {counted(units['planned'], 'unit')}, "
         f"{_mib(counts['bytes']['latents'])} of latents"
-        + (f"; {counts['windows_rejected']:,} windows rejected" if counts["windows_rejected"] else ""),
+        + (f"; {counted(counts['windows_rejected'], 'window')} rejected" if counts["windows_rejected"] else ""),
         *(f"  {count:>7,}  {name}" for name, count in counts["buckets"].items() if count),
         # What an unfinished build has not filled yet is no finding.
         *(f"  {'none':>7}  {name}: this bucket stayed empty" for name in counts["empty_buckets"] if is_done),
-        f"text     set {text['set']!r}: {text['embeddings']:,} embeddings of {text['tokens']:,} tokens for "
-        f"{text['samples']:,} samples, {_mib(text['bytes'])}",
+        f"text     set {text['set']!r}: {counted(text['embeddings'], 'embedding')} of "
+        f"{counted(text['tokens'], 'token')} for {counted(text['samples'], 'sample')}, {_mib(text['bytes'])}",
     ]
     if counts["rejected"]:
         lines.append("         `wanprep why CLIP CONFIG` says what became of one clip, and why")
     if counts["retried"] or counts["retries_waiting"]:
         waiting = f", {counts['retries_waiting']:,} waiting" if counts["retries_waiting"] else ""
-        lines.append(f"retries  {counts['retried']:,} earlier attempts are superseded{waiting}")
+        lines.append(
+            f"retries  {counted(counts['retried'], 'earlier attempt is', 'earlier attempts are')} superseded{waiting}"
+        )
     if counts["internal_errors"]:
-        lines.append(f"errors   {counts['internal_errors']:,} clips met an internal error, a defect of this program:")
+        lines.append(
+            f"errors   {counted(counts['internal_errors'], 'clip')} met an internal error, a defect of this program:"
+        )
         lines.append("         the log has the tracebacks; `wanprep retry CONFIG --reason internal-error`")
     if counts["retryable"]:
         lines.append(f"         {counts['retryable']:,} of the rejected may succeed when they are tried again:")
@@ -139,7 +143,9 @@ def describe_work(work: dict[str, Any]) -> list[str]:
     if not work["builds"] and work["units_left"]:
         seconds = work["seconds_left"]
         pace = "" if seconds is None else f"; at the pace of the last units {duration_words(seconds)} are left"
-        lines.append(f"at work  nobody: {work['units_left']:,} units of latents are left{pace}")
+        lines.append(
+            f"at work  nobody: {counted(work['units_left'], 'unit of latents is', 'units of latents are')} left{pace}"
+        )
         lines.append("         `wanprep build-shards CONFIG` resumes")
     return lines
 

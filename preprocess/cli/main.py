@@ -24,7 +24,7 @@ from preprocess.cli.model_commands import (
 from preprocess.cli.plan_command import plan
 from preprocess.cli.why_command import why
 from shards import __version__
-from shards.console import CommandGroup, echo_lines, print_json, set_up_logging
+from shards.console import CommandGroup, counted, echo_lines, print_json, set_up_logging
 
 if TYPE_CHECKING:
     from preprocess.build.scratch import IfBusy
@@ -92,7 +92,8 @@ def demo_corpus(out: Path, clips: tuple[Path, ...], base_url: str | None, quiet:
 
     _start(quiet)
     written = write_corpus(out, clips, base_url or BASE_URL)
-    click.echo(f"{out}: {written.num_records} records, {written.num_media} media files ({written.num_made} made now)")
+    records, files = counted(written.num_records, "record"), counted(written.num_media, "media file")
+    click.echo(f"{out}: {records}, {files} ({written.num_made} made now)")
 
 
 @main.command("serve-corpus")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.console import print_json, set_up_logging
+from shards.console import counted, print_json, set_up_logging
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def fetch_model(folder: Path, layout: Any, part: Any, repository: str | None, re
 
     set_up_logging()
     done = fetch(folder, layout, part=part or "all", repository=repository, revision=revision)
-    click.echo(f"revision {done.revision}: {len(done.downloaded)} files downloaded ({done.num_bytes / 1e9:.2f} GB)")
+    click.echo(
+        f"revision {done.revision}: {counted(len(done.downloaded), 'file')} downloaded ({done.num_bytes / 1e9:.2f} GB)"
+    )
     num_files = len(done.downloaded + done.present)
     click.echo(f"{len(done.present)} were already there; the digests of all {num_files} are right")
 
@@ -91,7 +93,7 @@ def embed(prompts: tuple[str, ...], out: Path, config: Path, overrides: tuple[st
     set_up_logging()
     written = embed_prompts(prompts, load_prep(config, overrides), out)
     for place, (text, array) in enumerate(zip(written.texts, written.embeddings, strict=True)):
-        click.echo(f"{place}: {len(array)} tokens: {text}")
+        click.echo(f"{place}: {counted(len(array), 'token')}: {text}")
 
 
 @click.command("encode-image")
@@ -152,7 +154,7 @@ def decode(
     if decoder.note:
         click.echo(f"VAE: {decoder.note}: the pictures are for demonstration only", err=True)
     if latents is not None and out is not None:
-        click.echo(f"{out}: {len(decode_file(decoder, latents, out))} frames")
+        click.echo(f"{out}: {counted(len(decode_file(decoder, latents, out)), 'frame')}")
     elif run is not None and once:
         for video in decode_new(decoder, run):
             click.echo(str(video))

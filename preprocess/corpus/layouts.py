@@ -19,7 +19,7 @@ from preprocess.corpus.folder import MEDIA_SUFFIXES, folder_chunks, is_hidden
 from preprocess.corpus.records import read_json
 from preprocess.corpus.table import TABLE_SUFFIXES, iter_table
 from preprocess.corpus.table_files import TableFiles, choose_files, find_pattern, is_table, local_copy, split_s3
-from shards.console import LOG
+from shards.console import LOG, counted
 from shards.errors import UserError
 from shards.storage import open_storage
 
@@ -68,7 +68,7 @@ def find_layout(config: CorpusConfig) -> CorpusLayout:  # noqa: PLR0911 - one fo
             raise UserError(f"corpus.location: {location}: {problem}", expected="a folder of clips")
         return CorpusLayout(config.format, "the config says so")
     if (table := find_pattern(location)) is not None:
-        return CorpusLayout("table", f"{len(table.files)} files match", table)
+        return CorpusLayout("table", counted(len(table.files), "file matches", "files match"), table)
     if "://" in location:
         return _find_remote(config)
     if path.is_dir():
@@ -140,10 +140,12 @@ def _find_in_folder(folder: Path, config: CorpusConfig) -> CorpusLayout:
     captioned = sum(f"{name.rpartition('.')[0]}{config.caption_suffix}" in texts for name in clips)
     if clips and (captioned or not documents):
         beside = f"a {config.caption_suffix} file beside it"
-        return CorpusLayout("folder", f"of its first {len(clips):,} clips {captioned:,} have {beside}")
+        return CorpusLayout("folder", f"of its first {len(clips):,} clips {counted(captioned, 'has', 'have')} {beside}")
     if documents and not clips:
         return CorpusLayout("mbc", "it holds JSON files and no clips")  # all damaged, perhaps: each is a row
-    problem = f"{len(clips)} clips and {len(documents)} JSON files, of which none is an annotation"
+    problem = (
+        f"{counted(len(clips), 'clip')} and {counted(len(documents), 'JSON file')}, of which none is an annotation"
+    )
     raise UserError(
         f"corpus.location: {folder}: {problem if names else 'no annotation in it, no clip and no table'}",
         expected=EXAMPLES,

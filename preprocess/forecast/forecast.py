@@ -27,6 +27,7 @@ from preprocess.text.captions import compose_all
 from preprocess.video.aspect import is_sd
 from preprocess.video.bucket import choose_size
 from preprocess.video.window import declared_lengths
+from shards.console import counted
 from shards.gpus import DAY_SECONDS, Gpu, VaeMode, vae_encode_tflop
 
 # What a plan promises before it runs: candidates, units, samples per bucket, and what the upscaling limit excludes.
@@ -75,10 +76,10 @@ def describe_plan(counts: dict[str, Any]) -> list[str]:
     """The figures as lines for people."""
     beyond = f" + {counts['beyond_limit']:,} beyond corpus.limit" if counts["beyond_limit"] else ""
     return [
-        f"records    {counts['records'] + counts['beyond_limit']:,} read = {counts['candidates']:,} candidates + "
-        f"{counts['refused']:,} refused{beyond}",
+        f"records    {counts['records'] + counts['beyond_limit']:,} read = "
+        f"{counted(counts['candidates'], 'candidate')} + {counts['refused']:,} refused{beyond}",
         *(f"  {count:>9,}  {reason}" for reason, count in counts["refused_by"].items()),
-        f"plan       {counts['units']:,} units in {counts['generations']:,} generation(s), "
+        f"plan       {counted(counts['units'], 'unit')} in {counted(counts['generations'], 'generation')}, "
         f"{counts['declared_hours']:,.2f} h of video by their records",
         "buckets    by the declared sizes; the files may differ: the summary of the build has the true sizes",
         *(f"  {count:>9,}  {name}" for name, count in counts["candidates_by_bucket"].items()),
@@ -377,7 +378,7 @@ def _assumptions(
     return [
         f"sizes as {sizes}; {hardware.network_mbit:,.0f} Mbit/s of network{rate}; {connections} connections of "
         f"{fetching}; {num_decoding} of {hardware.num_cores} cores decode, {decoding}",
-        f"{speeds}; captions of {num_records} records",
+        f"{speeds}; captions of {counted(num_records, 'record')}",
     ]
 
 

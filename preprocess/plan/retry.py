@@ -17,6 +17,7 @@ from preprocess.config import PrepConfig, frozen_choices
 from preprocess.plan.external_sort import write_frame, write_in_frames
 from preprocess.plan.freeze import store_generation
 from preprocess.plan.plan import Plan, most_frequent
+from shards.console import counted
 from shards.format.ledger import LedgerRow
 from shards.read.outcomes import read_outcomes
 
@@ -115,10 +116,10 @@ def describe_choice(choice: RetryChoice, wanted: Wanted) -> list[str]:
     lines = []
     if choice.open_units:
         lines.append(
-            f"retry    {len(choice.open_units):,} units of earlier retries are not done yet: they are continued"
+            f"retry    not done yet of earlier retries, and continued: {counted(len(choice.open_units), 'unit')}"
         )
     if choice.ordinals:
-        lines.append(f"retry    {len(choice.ordinals):,} candidates are tried again:")
+        lines.append(f"retry    {counted(len(choice.ordinals), 'candidate is', 'candidates are')} tried again:")
         lines += [f"  {count:>7,}  {reason}" for reason, count in choice.reasons.items()]
         return lines
     asked = " or ".join([*sorted(wanted.reasons), *(["a retryable reason"] if wanted.retryable else [])])

@@ -16,6 +16,7 @@ from preprocess.config import CorpusConfig, PrepConfig
 from preprocess.project.choose import ProjectChoice, Sizes, choose, fitting_sizes
 from preprocess.project.survey import Survey, survey_corpus
 from shards.config import load_config, refuse_source_folder
+from shards.console import counted
 from shards.errors import UserError
 from shards.gpus import GIB, Gpu, detect_gpu, find_gpu, vae_encode_tflop
 
@@ -157,7 +158,9 @@ def _describe(survey: Survey, sizes: Sizes, choice: ProjectChoice) -> list[str]:
         lines.append(f"lengths    {seconds[0]:.1f} to {seconds[-1]:.1f} s, of {len(seconds)} {source} clips")
     if unread:
         lines.append(f"unread     {unread}")
-    lines.append(f"sizes      {shown}; {choice.num_frames} frames; about {choice.num_samples:,} samples")
+    lines.append(
+        f"sizes      {shown}; {counted(choice.num_frames, 'frame')}; about {counted(choice.num_samples, 'sample')}"
+    )
     held_out = f"{choice.num_held_out:,} of the clips, chosen by a hash of their ids"
     return [*lines, f"held out   {held_out if choice.num_held_out else 'none: one clip is too few'}"]
 

@@ -18,7 +18,7 @@ from preprocess.fetch.fetcher import Fetcher
 from preprocess.plan.freeze import ReportDocuments, freeze_plan
 from preprocess.rejection import ClipRejected
 from preprocess.video.probe import probe_clip
-from shards.console import LOG
+from shards.console import LOG, counted
 from shards.errors import UserError
 from shards.storage import open_storage
 
@@ -122,7 +122,7 @@ def _hosts(records: list[Record]) -> tuple[str, ...]:
 
 
 def _probe(records: list[Record], config: PrepConfig, scratch: Path) -> tuple[list[ClipShape], Counter[str]]:
-    LOG.info("probing %d clips", len(records))
+    LOG.info("probing %s", counted(len(records), "clip"))
     shapes: list[ClipShape] = []
     unread: Counter[str] = Counter()
     with Fetcher(config.fetch, config.corpus, scratch, threading.Event()) as fetcher:

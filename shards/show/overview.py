@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shards.check.verify import Level, Report, total_bytes, verify
-from shards.console import live_bar
+from shards.console import counted, live_bar
 from shards.errors import MissingObject, ShardDamage, UserError
 from shards.format.commit import dataset_revision, read_commit
 from shards.format.dataset_info import read_info, text_command
@@ -202,4 +202,6 @@ def print_report(report: Report) -> None:
     counts = Counter(problem.kind for problem in report.problems)
     verdict = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no problems"
     size = report.num_bytes / 2**30
-    click.echo(f"{verdict}: {report.num_units} shards, {report.num_samples} samples, {size:.3f} GiB")
+    click.echo(
+        f"{verdict}: {counted(report.num_units, 'shard')}, {counted(report.num_samples, 'sample')}, {size:.3f} GiB"
+    )

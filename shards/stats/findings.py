@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from shards.console import counted
 from shards.format.dataset_info import DatasetInfo
 from shards.stats.counter import Histograms
 from shards.stats.drift import OTHER_VAE_SHARE, Channels, channels_off
@@ -98,8 +99,8 @@ def _outliers(evidence: Evidence) -> Iterator[dict[str, Any]]:
     if evidence.outliers:
         worst = evidence.outliers[0]
         what = (
-            f"{len(evidence.outliers)} samples are far from all others; the farthest by {worst['spreads']:.0f} "
-            f"spreads: {worst['what']}"
+            f"{counted(len(evidence.outliers), 'sample is', 'samples are')} far from all others; "
+            f"the farthest by {worst['spreads']:.0f} spreads: {worst['what']}"
         )
         yield _finding("sample-outlier", "warn", what, [item["key"] for item in evidence.outliers])
 
@@ -119,10 +120,11 @@ def _captions(evidence: Evidence) -> Iterator[dict[str, Any]]:
     for row in scripts[1:]:
         # The rare ones: a set of two languages is no mistake.
         if row["count"] < 0.05 * total and row["label"] not in ("empty",):
-            what = f"{row['count']:,} captions are mostly {row['label']}, where the others are {scripts[0]['label']}"
+            mostly = f"{counted(row['count'], 'caption is', 'captions are')} mostly {row['label']}"
+            what = f"{mostly}, where the others are {scripts[0]['label']}"
             yield _finding("caption-language", "info", what, row["examples"], row["count"])
     for row in evidence.texts.rows("no_words"):
-        what = f"{row['count']:,} samples have no caption: {row['label']}"
+        what = f"{counted(row['count'], 'sample has', 'samples have')} no caption: {row['label']}"
         yield _finding("no-caption", "warn", what, row["examples"], row["count"])
     for row in evidence.texts.rows("shortened"):
         yield _finding("caption-cut", "info", f"{row['count']:,} {row['label']}", row["examples"], row["count"])

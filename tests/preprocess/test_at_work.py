@@ -338,7 +338,7 @@ def test_status_of_an_unfinished_build_says_how_long_the_rest_takes(demo_corpus,
     work = count_work(storage, str(tmp_path), counts)
     assert work["units_left"] == 1 and abs(work["seconds_left"] - work["seconds_a_unit"]) <= 1
     said = "\n".join([*describe_build(counts), *describe_work(work)])
-    assert "nobody: 1 units of latents are left; at the pace of the last units" in said and "stayed empty" not in said
+    assert "nobody: 1 unit of latents is left; at the pace of the last units" in said and "stayed empty" not in said
 
 
 def test_a_build_that_was_refused_everything_says_a_fix_and_the_same_command_does_it(demo_corpus, tmp_path):

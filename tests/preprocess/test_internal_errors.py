@@ -128,7 +128,7 @@ def test_the_command_says_how_many_and_exits_with_1_until_a_retry_helps(
     process = start_build(demo_corpus, output, tmp_path / "config.yaml", **TINY)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 1, said
-    assert "1 clips met an internal error" in said and "Traceback" not in said
+    assert "1 clip met an internal error" in said and "Traceback" not in said
     from preprocess.pipeline import retry
     from preprocess.plan.retry import Wanted
 

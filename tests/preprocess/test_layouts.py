@@ -292,7 +292,7 @@ def test_a_line_of_two_gigabytes_takes_no_memory(tmp_path, name):
 def test_auto_says_what_it_took_and_why(tmp_path, caplog):
     touch(tmp_path / "clips", "a.mp4", "b.mp4", "a.txt")
     layout = find_layout(CorpusConfig(location=str(tmp_path / "clips")))
-    assert layout[:2] == ("folder", "of its first 2 clips 1 have a .txt file beside it")
+    assert layout[:2] == ("folder", "of its first 2 clips 1 has a .txt file beside it")
     write_csv(tmp_path / "clips/metadata.csv", [["file_name"], ["a.mp4"]])
     assert find_layout(CorpusConfig(location=str(tmp_path / "clips")))[:2] == ("table", "metadata.csv is in it")
     mbc = touch(tmp_path / "mbc", "a.mp4", "a.txt", "bad.json")
@@ -306,7 +306,7 @@ def test_auto_says_what_it_took_and_why(tmp_path, caplog):
         documents_of(notes)
     assert len(documents_of(notes, format="folder")) == 1
     odd = touch(tmp_path / "odd", "a.mp4", "a.json")
-    for folder, message in ((odd, "1 clips and 1 JSON"), (touch(tmp_path / "none", "x.pdf"), "no annotation in it")):
+    for folder, message in ((odd, "1 clip and 1 JSON"), (touch(tmp_path / "none", "x.pdf"), "no annotation in it")):
         with pytest.raises(UserError) as caught:
             find_layout(CorpusConfig(location=str(folder)))
         assert message in str(caught.value)

@@ -20,7 +20,7 @@ from train.cli.main import main
 from train.cli.sample_commands import SampleRun, sample_run
 from train.config.model import DiTConfig
 from train.config.sampling import Prompt, SamplerConfig
-from train.evaluate import Evaluator, HeldOut, changes
+from train.evaluate import Evaluator, HeldOut, changes, describe_held_out
 from train.loop import fit
 from train.lora.formats import read_lora
 from train.lora.merge import merge_checkpoint
@@ -166,6 +166,21 @@ def _held(t2v, i2v, moving):
     levels = (0.5, 0.9)
     t2v, i2v, moving = torch.as_tensor(t2v).double(), torch.as_tensor(i2v).double(), torch.tensor(moving)
     return HeldOut(0.0, (), (), len(moving), levels, t2v, i2v, moving)
+
+
+def test_a_line_for_people_has_no_negative_zero_and_no_plural_of_one():
+    one = _held([[1.0, 2.0]], [[0.0, 0.0]], [False])._replace(mean=0.99999)
+    assert describe_held_out(one, {"mean": 1.0}) == "held-out loss 1.0000 over 1 clip; +0.0 % since the start"
+    two = _held([[1.0, 2.0]] * 2, [[0.0, 0.0]] * 2, [False] * 2)._replace(mean=0.9)
+    assert describe_held_out(two, {"mean": 1.0}) == "held-out loss 0.9000 over 2 clips; -10.0 % since the start"
+
+
+def test_on_a_cpu_no_memory_of_a_gpu_is_planned_in_the_log(tiny_shards, tmp_path, caplog):
+    with caplog.at_level("INFO", "wan"):
+        fit(make_config(tiny_shards, tmp_path / "run", max_steps=1))
+    lines = caplog.messages
+    assert any("plan, largest bucket" in line for line in lines)
+    assert not [line for line in lines if "workspace" in line or "0.00 GiB" in line]
 
 
 def test_the_interval_is_over_clips_and_paired():

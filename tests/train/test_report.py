@@ -195,7 +195,7 @@ def test_what_went_wrong_stands_at_the_top(copy):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     notes = write_run_report(read_run(copy), copy / "report.html")
     words = " ".join(notes)
-    for expected in ("1 updates were skipped", "blocks.1", "not a finite number in 1 steps", "1 samples could not be",
+    for expected in ("1 update was skipped", "blocks.1", "not a finite number in 1 step.", "1 sample could not be",
                      "50 % of the time went into waiting"):  # fmt: skip
         assert expected in words
     text = (copy / "report.html").read_text()

@@ -15,7 +15,7 @@ import click
 from pydantic import Field, model_validator
 
 from shards.config import Config, load_config
-from shards.console import LOG, echo_lines, print_json, set_up_logging
+from shards.console import LOG, counted, echo_lines, print_json, set_up_logging
 from shards.errors import UserError
 from train.config.sampling import Prompt, SamplerConfig, refuse_twice
 from train.config.train import BaseModelConfig, ComputeConfig, ModelConfig
@@ -243,7 +243,7 @@ def evaluate_models(
     loras = {path: None if _model_in(path) else read_lora(locate_lora(path)[0]) for path in (source, against) if path}
 
     def take(model: WanDiT, name: str) -> Any:
-        LOG.info("evaluating %s on %d clips", name, len(held_out))
+        LOG.info("evaluating %s on %s", name, counted(len(held_out), "clip"))
         device, density = model.patch_embedding.weight.device, sigma_density(loaded.objective)
         evaluator = Evaluator(opened, held_out, settings, loaded.data, density, model.config.text_len, device)
         with contextlib.closing(evaluator):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.console import counted
 from shards.errors import UserError
 from shards.machine import Finding, check_disk, check_python, check_torch, guarded
 from train.config.train import TrainConfig
@@ -88,7 +89,7 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
 
     dataset = open_data(config)
     identity, revision = dataset.identity_digest[:12], dataset.revision[:12]
-    yield Finding("dataset", "ok", f"{len(dataset):,} samples, identity {identity}, revision {revision}")
+    yield Finding("dataset", "ok", f"{counted(len(dataset), 'sample')}, identity {identity}, revision {revision}")
     empty, negative = (len(dataset.null_text(which)) for which in ("empty", "negative"))
     text = f"{config.data.text_set}, identity {str(dataset.text_identity_digest)[:12]}"
     yield Finding("text set", "ok", f"{text}, null captions of {empty} and {negative} tokens")
@@ -97,7 +98,8 @@ def check_dataset(config: TrainConfig) -> Iterator[Finding]:
     train, validation = select_samples(dataset, config.data, hold_out_one=config.eval is not None)
     order = make_order(dataset, train, config)
     batches = order.num_batches(0)
-    sides = f"{order.num_samples:,} samples to train on in {batches:,} batches, {len(validation):,} held out"
+    sides = f"{counted(order.num_samples, 'sample')} to train on in {counted(batches, 'batch', 'batches')}"
+    sides += f", {len(validation):,} held out"
     yield Finding("order", "ok", sides)
     if config.data.weights:
         for line in describe_shares(expected_shares(dataset, train, order, config.data.weights)):
@@ -120,7 +122,7 @@ def check_step(config: TrainConfig) -> Iterator[Finding]:
 
     session = open_session(config)
     trainee, progress = session.trainee, TrainingState(session)
-    what = f"LoRA in {len(trainee.adapted)} modules" if trainee.adapted else "the whole model"
+    what = f"LoRA in {counted(len(trainee.adapted), 'module')}" if trainee.adapted else "the whole model"
     yield Finding("model", "ok", f"{trainee.precision.name} ({trainee.precision.reason}), {what}")
     text_len = trainee.dims.text_len
     loader = Loader(session.dataset, session.order, session.ordinals, config, text_len=text_len)

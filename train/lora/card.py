@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from shards.config import parse_yaml
+from shards.console import counted
 from shards.errors import UserError
 from train.lora.export import NOT_STATED, locate_lora
 from train.lora.formats import read_lora
@@ -139,10 +140,11 @@ def _losses(file: Path, step: int | None) -> str:
             (f"{name}, σ {sigma:.2f}", a, b) for sigma, a, b in zip(levels, before[mode], after[mode], strict=True)
         ]
     rows.append(("all", before["mean"], after["mean"]))
-    head = f"## Held-out loss\n\nOver {after['num_clips']} clips that were not trained on, lower is better.\n\n"
+    clips = counted(after["num_clips"], "clip")
+    head = f"## Held-out loss\n\nOver {clips} that training did not see, lower is better.\n\n"
     table = [f"| | step {before['step']} | step {after['step']} | change |", "| --- | --- | --- | --- |"]
     return head + "\n".join(
-        table + [f"| {name} | {a:.4f} | {b:.4f} | {100 * (b / a - 1):+.1f} % |" for name, a, b in rows]
+        table + [f"| {name} | {a:.4f} | {b:.4f} | {100 * (b / a - 1):+z.1f} % |" for name, a, b in rows]
     )
 
 

@@ -84,7 +84,7 @@ def _level_table(run: Run) -> Html | None:
             words = f"{mode.upper()} at σ {sigma:.2f}: from {values[0]:.4f} to {values[-1]:.4f}"
             rows.append(
                 (f"{mode.upper()} σ {sigma:.2f}", values[0], min(values), values[-1],
-                 None if change is None else f"{change:+.1f} %", spark(values, words))
+                 None if change is None else f"{change:+z.1f} %", spark(values, words))
             )  # fmt: skip
     if not rows:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.console import duration_words
+from shards.console import counted, duration_words
 from shards.errors import UserError
 from shards.files.write_file import named_errors, write_text
 from shards.page.html_page import Child, Html, Section, join, number, page, table, tag
@@ -124,7 +124,7 @@ def _lead(run: Run, summary: Mapping[str, Any]) -> Html:
 
 def _facts(run: Run, summary: Mapping[str, Any]) -> Html:
     first, last, best = (summary[f"held_out_{name}"] for name in ("first", "last", "best"))
-    change = f"{first:.4f} → {last:.4f} ({100 * (last / first - 1):+.1f} %)" if first and last else None
+    change = f"{first:.4f} → {last:.4f} ({100 * (last / first - 1):+z.1f} %)" if first and last else None
     share = summary["data_wait_share"]
     left = _seconds_left(run)
     pairs: list[tuple[str, Child]] = [
@@ -162,14 +162,16 @@ def _notes(run: Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("warn", "No step is finished yet.")]
     skips, substitutes = run.steps.skips, run.steps.substitutes
     if bad := int((~np.isfinite(run.steps.numbers["loss"])).sum()):
-        notes.append(("bad", f"The loss was not a finite number in {bad:,} steps."))
+        notes.append(("bad", f"The loss was not a finite number in {counted(bad, 'step')}."))
     if skips:
         blocks = sorted({skip.block for skip in skips})
         where = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
-        notes.append(("warn", f"{len(skips):,} updates were skipped for overflow, the last at step {skips[-1].step:,} "
-                              f"({where})."))  # fmt: skip
+        notes.append(("warn", f"{counted(len(skips), 'update was', 'updates were')} skipped for overflow, "
+                              f"the last at step {skips[-1].step:,} ({where})."))  # fmt: skip
     if substitutes:
-        notes.append(("bad", f"{len(substitutes):,} samples could not be read and others were taken: see below."))
+        notes.append(
+            ("bad", f"{counted(len(substitutes), 'sample')} could not be read and others were taken: see below.")
+        )
     share = summary["data_wait_share"]
     if share is not None and share > DATA_WAIT_SHARE:
         notes.append(("warn", f"{100 * share:.0f} % of the time went into waiting for data: raise data.workers or "

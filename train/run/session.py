@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from shards.config import dump_config, parse_yaml
-from shards.console import LOG
+from shards.console import LOG, counted
 from shards.errors import UserError
 from shards.files.write_file import named_errors, write_text
 from shards.gpus import by_driver_name
@@ -306,10 +306,12 @@ def describe_data(session: Session) -> list[str]:
     batches, batch = order.num_batches(0), order.global_batch
     shares = expected_shares(dataset, session.ordinals, order, weights) if weights else []
     return [
-        f"data: {order.num_samples:,} samples in {len(order.buckets)} buckets, the first epoch has {batches:,} batches "
-        f"of {batch}; revision {dataset.revision[:12]}",
+        f"data: {counted(order.num_samples, 'sample')} in {counted(len(order.buckets), 'bucket')}, the first epoch has "
+        f"{counted(batches, 'batch', 'batches')} of {batch}; revision {dataset.revision[:12]}",
         *(f"data.weights: {line} expected" for line in describe_shares(shares)),
-        f"held out: {session.held_out.num_clips} clips" if session.held_out else "held out: nothing, no held-out loss",
+        f"held out: {counted(session.held_out.num_clips, 'clip')}"
+        if session.held_out
+        else "held out: nothing, no held-out loss",
     ]
 
 

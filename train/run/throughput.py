@@ -62,7 +62,8 @@ class Throughput:
             "what it takes without recomputing" + self._expected_seconds(largest)
         ]
         memory, saves = self._memory(largest), self._saves(largest)
-        if memory is not None and saves is not None:
+        if memory is not None and saves is not None and self._trainee.device.type == "cuda":
+            # On a CPU it would be a GPU's workspace, and zeros for a small model.
             lines_of = describe_memory(self._config.checkpointing.policy, describe_saves(saves), memory)
             parts = [" ".join(line.split()) for line in lines_of]
             lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")

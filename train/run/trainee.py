@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from shards.console import counted
 from shards.errors import UserError
 from train import checkpoint
 from train.config.model import DiTConfig
@@ -240,7 +241,7 @@ def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     trained = sum(weight.numel() for weight in trainee.weights.values())
     total = sum(weight.numel() for weight in trainee.model.parameters())
     base = describe_base(trainee.config)
-    what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
+    what = f"LoRA of {counted(len(trainee.adapted), 'module')}" if trainee.adapted else "the full model"
     memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
     base += f", linears in {trainee.config.model.base_dtype}" if is_quantised(trainee.config) else ""
     if trainee.model.stream is not None:
