@@ -171,11 +171,12 @@ class ParallelConfig(Config):
     """How processes share the work."""
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine,
-    `none` not at all; `auto`: `none` if a step fits beside the full base, else `hybrid`."""
+    """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine, `none` not
+    at all; `auto`: `none` if a step fits beside the full base, else `hybrid`. With lora: null its gradients and the
+    optimizer's state are sharded too."""
     offload: bool = False
-    """Keep a sharded base in the memory of the host: slower, but a GPU then holds little more than one block. For a
-    base that is not sharded: `model.stream_blocks`."""
+    """Keep a sharded, frozen base in the memory of the host: slower, but a GPU then holds little more than one block.
+    For a base that is not sharded: `model.stream_blocks`."""
     ulysses: Positive | Literal["auto"] = "auto"
     """Processes that share the tokens of one sample; must divide the attention heads. `auto`: the smallest
     number with which the batch can be shared out and a sample fits; usually 1."""
@@ -275,6 +276,10 @@ class TrainConfig(Config):
                 f"parallel.shard: {self.parallel.shard} and a base that is streamed or quantised: every process holds "
                 "such a base by itself; set parallel.shard: none, or parallel.offload: true in place of stream_blocks"
             )
+        if self.lora is None and self.parallel.offload:
+            raise ValueError("parallel.offload is for a frozen base, and lora is null")
+        if self.lora is None and self.model.compile and self.parallel.shard in ("full", "hybrid"):
+            raise ValueError("model.compile cannot follow the gathers of a sharded model that trains: set it to false")
         if self.model.compile and self.lora is not None and self.lora.dropout:
             raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
