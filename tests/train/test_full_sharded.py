@@ -9,18 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from ranks import in_a_group, run_ranks
 from torch import Tensor, nn
 from train_runs import DIMS, make_config, read_metrics, train_spoiled
 
+from shards.config import load_config, validate_config
 from shards.console import set_up_logging
 from shards.errors import UserError
 from train import checkpoint
+from train.cli.main import main
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
 from train.loop import fit
+from train.lora.merge import export_model
+from train.lora.targets import match_weights
 from train.model.dit import WanDiT, build_model, init_random
-from train.model.load import load_dit, save_dit
+from train.model.load import diffusers_key, load_dit, read_dit_config, save_dit
 from train.parallel.fsdp import local_shard, settle, shard_trained, sum_in_backward
 from train.recompute.runner import keep
 
@@ -285,3 +290,93 @@ def test_an_overflow_of_one_rank_is_everybodys(tiny_shards: Path, tmp_path: Path
         assert [step["skipped"] for step in steps] == [0, 0, 1, 1]
         assert steps[2]["scale"] == steps[1]["scale"] / 2 and steps[2]["blamed"].startswith("blocks.")
         assert steps[2]["weights"] == steps[1]["weights"] != steps[3]["weights"]
+
+
+SOME = {"train": ["blocks.1-1", "head", "blocks.0.ffn.2"]}
+
+
+@pytest.mark.parametrize("name", some_slow(["one", *OTHERS], ("full-2",)))
+def test_only_what_is_named_trains_and_the_export_is_the_complete_model(
+    alone: Callable[..., Path], tiny_shards: Path, tmp_path: Path, name: str
+) -> None:
+    """Everything else is the base's to the bit; the checkpoint has what trains alone, and a resume goes on."""
+    run(tiny_shards, tmp_path, name, 4, **SOME)
+    run(tiny_shards, tmp_path, "one", 7, **SOME)
+    run(tiny_shards, tmp_path, name, SHORT_STEPS, **SOME)
+    assert_same_run(alone(SHORT_STEPS, **SOME), tmp_path)
+    kept = checkpoint.load_tensors(tmp_path / "checkpoints/step-0000010/model.safetensors")
+    base = build_model(DiTConfig(**FULL["model"]["dims"]), seed=0)
+    named = ("blocks.1.", "head.", "blocks.0.ffn.2.")
+    assert set(kept) == {weight_name for weight_name, _ in base.named_parameters() if weight_name.startswith(named)}
+    export = checkpoint.load_tensors(tmp_path / "model.safetensors")
+    for weight_name, weight in base.named_parameters():
+        assert weight.equal(export[weight_name]) == (weight_name not in kept), weight_name
+
+
+def test_a_pattern_that_selects_nothing_is_named(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'haed' matches no weight of the model; did you mean 'head'"):
+        fit(make_config(tiny_shards, tmp_path, lora=None, train=["haed"]))
+    with pytest.raises(UserError, match="train is for lora: null"):
+        make_config(tiny_shards, tmp_path, train=["head"])
+    names = [f"blocks.{index}.ffn.{part}.weight" for index in range(12) for part in (0, 2)]
+    assert match_weights(names, ["blocks.9-11.ffn.2"]) == [f"blocks.{index}.ffn.2.weight" for index in (9, 10, 11)]
+    with pytest.raises(UserError, match=r"blocks\.12-13"):
+        match_weights(names, ["blocks.12-13"])
+
+
+def demo_base(shards: Path, output: Path, max_steps: int, **more: Any) -> TrainConfig:
+    """The demo's base model, on the tiny shards."""
+    config = load_config(TrainConfig, Path(__file__).parents[2] / "configs/demo/base.yaml", [])
+    values = config.model_dump(mode="json")
+    values |= {"output": str(output), "max_steps": max_steps, **more}
+    values["data"] |= {"root": str(shards), "include": [], "validation_fraction": 0.2, "micro_batch": 2}
+    values["eval"]["every_steps"] = max_steps
+    return validate_config(TrainConfig, values, origin="the demo's base")
+
+
+@pytest.mark.parametrize("max_steps", [12, pytest.param(400, marks=pytest.mark.slow)])
+def test_the_demos_base_of_two_sharded_processes_is_that_of_one_and_loads_elsewhere(
+    tiny_shards: Path, tmp_path: Path, max_steps: int
+) -> None:
+    """Twelve steps give the same weights; after all 400, where a last bit has become digits, the same held-out loss.
+    The export is read by diffusers and, in the official layout, by this trainer: the same numbers."""
+    from diffusers import WanTransformer3DModel
+
+    run_ranks(1, train, demo_base(tiny_shards, tmp_path / "one", max_steps), 1)
+    run_ranks(2, train, demo_base(tiny_shards, tmp_path / "two", max_steps, parallel={"shard": "full"}), 2)
+    one, two = (read_metrics(tmp_path / name, "held_out.jsonl")[-1]["mean"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6 if max_steps == 12 else 0.01)
+    trained = checkpoint.load_tensors(tmp_path / "two/model.safetensors")
+    if max_steps == 12:
+        alone = checkpoint.load_tensors(tmp_path / "one/model.safetensors")
+        assert all(float((alone[n] - w).norm()) <= 1e-4 * float(w.norm()) for n, w in trained.items())
+    for layout in ("official", "diffusers"):
+        arguments = ["export", str(tmp_path / "two"), str(tmp_path / layout), "--layout", layout]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert read_dit_config(tmp_path / "official").dim == 192
+    loaded = build_model(read_dit_config(tmp_path / "official"))
+    load_dit(loaded, tmp_path / "official")
+    assert all(weight.equal(trained[name]) for name, weight in loaded.named_parameters())
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers/transformer").state_dict()
+    assert all(theirs[diffusers_key(name)].equal(weight) for name, weight in trained.items())
+
+
+def test_a_model_of_which_a_part_trained_is_exported_with_its_bases_other_weights(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    base = build_model(DiTConfig(**DIMS), seed=5)
+    save_dit(base, tmp_path / "base.safetensors")
+    model = {"checkpoint": str(tmp_path / "base.safetensors")}
+    fit(make_config(tiny_shards, tmp_path / "run", lora=None, train=["head"], model=model, max_steps=2))
+    export_model(tmp_path / "run", tmp_path / "out")
+    found = checkpoint.load_tensors(tmp_path / "out/diffusion_pytorch_model.safetensors")
+    complete = checkpoint.load_tensors(tmp_path / "run/model.safetensors")
+    assert found.keys() == complete.keys() and all(found[name].equal(complete[name]) for name in found)
+    changed = {name for name, weight in base.named_parameters() if not weight.equal(found[name])}
+    assert changed == {"head.modulation", "head.head.weight", "head.head.bias"}
+    fit(make_config(tiny_shards, tmp_path / "random", lora=None, train=["head"], max_steps=1))
+    with pytest.raises(UserError, match="the base was random weights"):
+        export_model(tmp_path / "random", tmp_path / "never")
+    fit(make_config(tiny_shards, tmp_path / "lora", max_steps=1))
+    with pytest.raises(UserError, match="trained a LoRA"):
+        export_model(tmp_path / "lora", tmp_path / "never")

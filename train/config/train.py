@@ -172,8 +172,8 @@ class ParallelConfig(Config):
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine, `none` not
-    at all; `auto`: `none` if a step fits beside the full base, else `hybrid`. With lora: null its gradients and the
-    optimizer's state are sharded too."""
+    at all; `auto`: `none` if a step fits beside the full base, else `hybrid`. With lora: null gradients and states are
+    sharded too."""
     offload: bool = False
     """Keep a sharded, frozen base in the memory of the host: slower, but a GPU then holds little more than one block.
     For a base that is not sharded: `model.stream_blocks`."""
@@ -240,7 +240,9 @@ class TrainConfig(Config):
     model: ModelConfig
     data: DataConfig
     lora: LoRAConfig | None = LoRAConfig()
-    """null trains all weights of the model."""
+    """null trains the model's own weights: all, or those of `train`."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """With lora: null the weights that train, by patterns as of `lora.targets`: `[blocks.20-29, head]`. null: all."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -276,10 +278,12 @@ class TrainConfig(Config):
                 f"parallel.shard: {self.parallel.shard} and a base that is streamed or quantised: every process holds "
                 "such a base by itself; set parallel.shard: none, or parallel.offload: true in place of stream_blocks"
             )
+        if self.lora is not None and self.train is not None:
+            raise ValueError("train is for lora: null; lora.targets says what a LoRA adapts")
         if self.lora is None and self.parallel.offload:
             raise ValueError("parallel.offload is for a frozen base, and lora is null")
         if self.lora is None and self.model.compile and self.parallel.shard in ("full", "hybrid"):
-            raise ValueError("model.compile cannot follow the gathers of a sharded model that trains: set it to false")
+            raise ValueError("model.compile cannot follow the gathers of a sharded model that trains")
         if self.model.compile and self.lora is not None and self.lora.dropout:
             raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
@@ -343,6 +347,8 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
         for name in names:
             if identity[section][name] == _default(getattr(config, section), name):
                 del identity[section][name]
+    if config.train is not None:
+        identity["train"] = values["train"]
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
 

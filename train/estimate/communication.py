@@ -5,6 +5,7 @@ and receives in an optimizer step of m micro-steps, with c bytes a number in the
 
     LoRA gradients   2 · 4 · (LoRA numbers) · (n − 1)/n              once, float32, whatever m is
     base             2 · (bytes of all blocks) · (s − 1)/s · m       gathered in the forward and the backward pass
+                     (of a base that trains: train/estimate/full.py)
     tokens           4 · (N/P) · d · c · (P − 1)/P a block and pass  q k v there, the output back; m times
 
 and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
@@ -22,7 +23,8 @@ from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.train import TrainConfig, is_quantised
 from train.estimate.flops import Work, adapted_linears, block_linears, first_trained_block, step_flops, step_work
-from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters, num_parameters
+from train.estimate.full import forward_bytes, gradient_bytes, model_parts, weight_bytes
+from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters
 from train.estimate.saves import AUTO_SHARE, run_memory
 from train.geometry import Shape
 
@@ -228,20 +230,27 @@ def count_exchange(
 ) -> Exchange:
     """What a rank exchanges in a step of one micro-batch shape."""
     micro_steps = config.data.global_batch / mesh.dp_size / shape.batch
-    narrow, wide = num_parameters(dims)
-    trained = num_lora_parameters(dims, config.lora) if config.lora else narrow + wide
     n, s, p = mesh.num_gpus, mesh.base_shards, mesh.ulysses
-    gradients = 8 * trained * (n - 1) / n
-    base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
+    if config.lora is None:
+        parts = model_parts(config, dims, s)
+        gradients = gradient_bytes(parts, s, n)
+        base = weight_bytes(parts, s, compute_bytes, micro_steps)
+    else:
+        gradients = 8 * num_lora_parameters(dims, config.lora) * (n - 1) / n
+        base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
     tokens = micro_steps * _token_bytes(dims, shape, p, num_passes(dims, config.lora, saves), compute_bytes)
     seconds = gradients / mesh.link(gpu, n) + base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
     return Exchange(gradients, base, tokens, seconds)
 
 
-def forward_exchange_seconds(dims: DiTConfig, mesh: Mesh, gpu: Gpu, shape: Shape, compute_bytes: int) -> float:
+def forward_exchange_seconds(
+    config: TrainConfig, dims: DiTConfig, mesh: Mesh, gpu: Gpu, shape: Shape, compute_bytes: int
+) -> float:
     """Seconds that a rank exchanges in a forward pass without gradients: the base once, tokens once a block."""
     s, p = mesh.base_shards, mesh.ulysses
     base = dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s
+    if config.lora is None:
+        base = forward_bytes(model_parts(config, dims, s), s, compute_bytes)
     tokens = _token_bytes(dims, shape, p, dims.num_layers, compute_bytes)
     return base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
 

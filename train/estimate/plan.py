@@ -383,7 +383,7 @@ def _held_out_seconds(basis: Basis, mesh: Mesh) -> tuple[float, float]:
         here = share * config.eval.num_clips / config.eval.batch * NUM_LEVELS * num_modes
         shape = Shape(config.eval.batch, _tokens(dims, bucket))
         work += here * sum(_work_seconds(basis, forward_work(dims, shape, config.lora))) / mesh.ulysses
-        exchanged += here * forward_exchange_seconds(dims, mesh, basis.gpu, shape, basis.compute_bytes)
+        exchanged += here * forward_exchange_seconds(config, dims, mesh, basis.gpu, shape, basis.compute_bytes)
         passes += here
     evaluations = 1 + -(-config.max_steps // config.eval.every_steps)
     times = evaluations * math.ceil(passes / mesh.dp_size) / passes

@@ -147,7 +147,7 @@ class Ranks:
 
         Called once an optimizer step, before the overflow check: what overflowed on one rank overflows on all.
         """
-        if self.alone:
+        if self.alone or not weights:
             return
         import torch
         import torch.distributed as dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -235,11 +236,16 @@ class TrainingState:
         ranks, temporary = self.session.ranks, self.folder / f"{TEMPORARY}{checkpoint.checkpoint_name(state.step)}"
         path = self.folder / checkpoint.checkpoint_name(state.step)
         together(ranks, lambda: checkpoint.begin_checkpoint(self.folder, state.step) if ranks.is_first else None)
-        for file, named in tensors.items():
-            parts = {name: state_rows(self.trainee, name, tensor) for name, tensor in named.items()}
-            kept = {n: p for n, p in parts.items() if ranks.is_first or (p.is_own and ranks.writes_rows)}
-            write_rows(temporary / file, {n: p.rows for n, p in kept.items()}, ranks)
-        digests = digest_files([temporary / file for file in tensors], ranks)
+        try:
+            for file, named in tensors.items():
+                parts = {name: state_rows(self.trainee, name, tensor) for name, tensor in named.items()}
+                kept = {n: p for n, p in parts.items() if ranks.is_first or (p.is_own and ranks.writes_rows)}
+                write_rows(temporary / file, {n: p.rows for n, p in kept.items()}, ranks)
+            digests = digest_files([temporary / file for file in tensors], ranks)
+        except UserError:  # on all ranks
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
         def seal() -> None:
             if ranks.is_first:

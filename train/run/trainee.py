@@ -26,6 +26,7 @@ from train.geometry import Shape
 from train.lora.formats import name_tensors, raw_pairs, save_lora
 from train.lora.load import load
 from train.lora.lora import inject, load_lora_state, reset
+from train.lora.targets import match_weights
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import base_parameters, dit_header, load_dit, read_dit_config, save_dit
 from train.model.quantise import Kind
@@ -205,12 +206,14 @@ def _build(
     elif ranks.layout.base_shards > 1:
         model = build_model(dims, dtype, "meta", param_dtype=torch.float32)
         adapted = ()
+        _choose_trained(model, config)
         shard_trained(model, ranks.base_mesh(device.type, trained=True), device)
         if seed is not None:
             init_random(model, seed)
     else:
         model = build_model(dims, dtype, device, param_dtype=kept if config.lora else torch.float32, seed=seed)
         adapted = ()
+        _choose_trained(model, config)
     if config.model.checkpoint is not None:
         load_dit(model, config.model.checkpoint)
     if config.lora is None and ranks.layout.base_shards > 1:
@@ -218,6 +221,14 @@ def _build(
     if config.lora is not None and not adapted:
         adapted = tuple(inject(model, config.lora, config.seed))
     return model, adapted
+
+
+def _choose_trained(model: nn.Module, config: TrainConfig) -> None:
+    """Freeze what `train` leaves out."""
+    if config.train is not None:
+        chosen = set(match_weights([name for name, _ in model.named_parameters()], config.train))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in chosen)
 
 
 def choose_policy(
@@ -292,6 +303,9 @@ def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     total = sum(weight.numel() for weight in trainee.model.parameters())
     base = describe_base(trainee.config)
     what = f"LoRA of {len(trainee.adapted)} modules" if trainee.adapted else "the full model"
+    what = (
+        what if trainee.config.train is None else f"{len(trainee.weights)} tensors: {', '.join(trainee.config.train)}"
+    )
     memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
     base += f", linears in {trainee.config.model.base_dtype}" if is_quantised(trainee.config) else ""
     if trainee.model.stream is not None:
