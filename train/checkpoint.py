@@ -335,14 +335,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return write_file(path, _safetensors(tensors, metadata or {}))
 
 
-class TensorSpec(NamedTuple):
+class StoredTensor(NamedTuple):
     """What a header says of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-def safetensors_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+def safetensors_header(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """Length and header of a file, and the bytes of the tensors that follow it, in the order of `_in_order`."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -357,7 +357,7 @@ def safetensors_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, s
     return len(text).to_bytes(8, "little") + text, offset
 
 
-def _in_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+def _in_order(specs: Mapping[str, StoredTensor]) -> list[str]:
     import torch
 
     places = {getattr(torch, name): place for place, name in enumerate(_DTYPES) if hasattr(torch, name)}
@@ -375,7 +375,7 @@ def read_header(path: Path) -> dict[str, int]:
 def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     import torch
 
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     yield safetensors_header(specs, metadata)[0]
     for name in _in_order(specs):
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

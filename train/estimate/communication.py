@@ -26,7 +26,7 @@ from train.estimate.flops import Work, adapted_linears, block_linears, first_tra
 from train.estimate.full import forward_bytes, gradient_bytes, model_parts, weight_bytes
 from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters
 from train.estimate.saves import AUTO_SHARE, run_memory
-from train.geometry import Shape
+from train.geometry import SAVE_GROUPS, Shape
 
 ULYSSES_TRIED = (1, 2, 4, 8)
 
@@ -114,7 +114,7 @@ def choose_mesh(
     """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
 
     the base replicated, then sharded over a machine; as few ranks a sample as the batch allows, then more; then the
-    base streamed from the host's memory.
+    base streamed from the host's memory. A base that trains is never streamed, and is sharded over all GPUs at last.
 
     Args:
         shapes: complete micro-batches of the run.
@@ -122,26 +122,28 @@ def choose_mesh(
     Raises: UserError for a layout that these GPUs cannot form.
     """
     wanted, asked = config.parallel.shard, config.parallel.ulysses
-    here = num_gpus // num_nodes
+    here, trains = num_gpus // num_nodes, config.lora is None
     fixed = {"full": num_gpus, "hybrid": here, "none": 1}
     degrees = [asked] if asked != "auto" else _degrees(config, dims, num_gpus, here)
     shards = [fixed[wanted]] if wanted != "auto" else sorted({1, here})
     streamed = config.model.stream_blocks is True
-    if streamed or is_quantised(config):
+    if trains and wanted == "auto" and not config.model.compile:
+        shards = sorted({1, here, num_gpus})
+    if streamed or is_quantised(config) or (trains and config.model.compile):
         shards = [1]
     meshes = [
         make_mesh(num_gpus, num_nodes, size, degree, dims)._replace(streamed=streamed)
         for degree in degrees
         for size in shards
     ]
-    if config.model.stream_blocks == "auto":
+    if config.model.stream_blocks == "auto" and not trains:
         meshes += [mesh._replace(streamed=True) for mesh in meshes if mesh.base_shards == 1]
     first = meshes[0]
     words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
     if asked == "auto" and first.ulysses > 1:
         batch = config.data.global_batch
         words += f"; {batch} samples divided among {num_gpus} processes, so {first.ulysses} share one"
-    if device_bytes is None or config.lora is None or len(meshes) == 1:
+    if device_bytes is None or len(meshes) == 1:
         return first, words
     # `auto` checkpointing leaves a share of the memory free, and refuses what does not fit the rest.
     limit = device_bytes * (AUTO_SHARE if config.checkpointing.policy == "auto" else 1)
@@ -166,9 +168,19 @@ def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> 
 
 
 def _least_memory(config: TrainConfig, dims: DiTConfig, mesh: Mesh, shapes: Sequence[Shape], compute_bytes: int) -> int:
-    saves = ((),) * dims.num_layers
+    keeps_all = config.lora is None and config.checkpointing.policy == "none"  # else it can keep less
+    saves = (SAVE_GROUPS if keeps_all else (),) * dims.num_layers
+    parts = mesh.memory_parts
     return max(
-        run_memory(config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, *mesh.memory_parts).total
+        run_memory(
+            config,
+            dims,
+            local_shape(shape, mesh.ulysses),
+            saves,
+            compute_bytes,
+            *parts,
+            num_ranks=mesh.num_gpus,
+        ).total
         for shape in shapes
     )
 

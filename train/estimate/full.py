@@ -22,10 +22,12 @@ from typing import NamedTuple
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig
 from train.estimate.flops import block_linears
+from train.estimate.memory import CONTEXT_BYTES, FRAGMENTATION, Memory, input_bytes
+from train.geometry import Shape
 from train.lora.targets import match_weights
 
 
-class Part(NamedTuple):
+class GatheredPart(NamedTuple):
     """Numbers of a block, or of what is outside the blocks."""
 
     sharded: int
@@ -40,8 +42,8 @@ class Part(NamedTuple):
 class Parts(NamedTuple):
     """A model by what FSDP2 gathers at a time."""
 
-    blocks: tuple[Part, ...]
-    outside: Part
+    blocks: tuple[GatheredPart, ...]
+    outside: GatheredPart
     first: int
     """The backward pass ends at this block; as many as there are blocks where it does not come to them."""
 
@@ -111,7 +113,7 @@ def _parts(dims: DiTConfig, patterns: tuple[str, ...] | None, shards: int) -> Pa
         size = (rows if is_island else -(-rows // shards) * shards) * math.prod(rest)
         counts[place][2 * is_island] += size
         counts[place][2 * is_island + 1] += size * (name in trained)
-    *blocks, outside = (Part(*count) for count in counts)
+    *blocks, outside = (GatheredPart(*count) for count in counts)
     own = (index for index, block in enumerate(blocks) if block.trained or block.replicated_trained)
     enters = any(not name.startswith(("blocks.", "head.")) for name in trained)
     return Parts(tuple(blocks), outside, 0 if enters else next(own, len(blocks)))
@@ -138,6 +140,97 @@ def gradient_bytes(parts: Parts, shards: int, num_ranks: int) -> float:
     return of_rows + 8 * parts.replicated_trained * (num_ranks - 1) / num_ranks
 
 
-def trained_numbers(parts: Sequence[Part]) -> int:
+def trained_numbers(parts: Sequence[GatheredPart]) -> int:
     """Numbers of some parts that train."""
     return sum(part.trained + part.replicated_trained for part in parts)
+
+
+class _Peak(NamedTuple):
+    """What lives while a block is worked on in the backward pass."""
+
+    gradients: float
+    saved: float
+    transient: float
+
+
+def full_memory(
+    config: TrainConfig,
+    dims: DiTConfig,
+    shape: Shape,
+    *,
+    recomputed: bool,
+    compute_bytes: int,
+    optimizer_bytes: float,
+    shards: int = 1,
+    ulysses: int = 1,
+    num_ranks: int = 1,
+) -> Memory:
+    """Memory of one GPU for a micro-batch of one shape, under autograd.
+
+    c bytes a number in the compute dtype, N tokens held here, width d, feed-forward f, heads h, S text tokens. A block
+    keeps N ((44 + 11c) d + 2cf + 8h + 36) + S ((8 + 2c) d + 4), and cNd more where others share its samples; `full`
+    keeps 4Nd of each, and that of the one block that is worked on. Beside it live N (cf + 4d), a weight's gradient
+    (cdf), two gathered blocks (c each number), the sums of the block before (4), and what is outside the blocks (4).
+    Counted on traces at the real model's proportions (tests/train/test_full_memory.py).
+
+    Args:
+        shape: what one rank holds.
+        recomputed: blocks are run again in the backward pass.
+        shards: ranks that a copy of the model is sharded over.
+    """
+    parts, c = model_parts(config, dims, shards), compute_bytes
+    tokens, text, dim = shape.all_tokens, shape.batch * dims.text_len, dims.dim
+    source, last = 4 * tokens * dim, dims.num_layers - 1
+    saved = tokens * ((44 + 11 * c) * dim + 2 * c * dims.ffn_dim + 8 * dims.num_heads + 36)
+    saved += text * ((8 + 2 * c) * dim + 4) + (c * tokens * dim if ulysses > 1 else 0)
+    block = parts.blocks[0].sharded
+    embeddings = [size for name, size in _sizes(dims).items() if name.startswith(("patch_embedding", "text_embedding"))]
+    outside = 4 * parts.outside.sharded if shards > 1 else 0
+    outside += c * sum(embeddings) if c < 4 else 4 * text * dims.text_dim
+    outside += 2 * c * text * dim
+    adds_up = config.data.global_batch * ulysses > num_ranks * shape.batch
+
+    def gradients(index: int) -> float:
+        done, ahead = (
+            trained_numbers(parts.blocks[index + 1 :]),
+            trained_numbers((*parts.blocks[: index + 1], parts.outside)),
+        )
+        return 4 * done / shards + 4 * ahead * adds_up
+
+    def kept(index: int) -> float:
+        count = index + 1 - parts.first
+        return count * source + saved if recomputed else count * saved + source
+
+    def weights(index: int) -> float:
+        if shards > 1:
+            return block * (2 * c + 4 * (index < last)) + c * dim * dims.ffn_dim
+        return c * dim * dims.ffn_dim + (c * block * (1 if recomputed else index + 1 - parts.first) if c < 4 else 0)
+
+    peaks = [
+        _Peak(gradients(index), kept(index), outside + weights(index) + c * tokens * dims.ffn_dim)
+        for index in range(parts.first, dims.num_layers)
+    ]
+    # Where the backward pass begins, in the float32 head.
+    kept_by_all = (dims.num_layers - parts.first) * (source if recomputed else saved)
+    gathered = c * block * (1 if shards > 1 else 0 if recomputed or c == 4 else dims.num_layers - parts.first)
+    peaks.append(_Peak(gradients(last), kept_by_all, outside + gathered + 23 * tokens * dim))
+    if shards == 1 and num_ranks > 1:  # the sum over the ranks, of one flat copy
+        everything = 4.0 * trained_numbers((*parts.blocks, parts.outside))
+        peaks.append(_Peak(everything, 0, everything))
+    peak = max(peaks, key=sum)
+    own = (parts.trained / shards) + parts.replicated_trained
+    memory = Memory(
+        base=4 * (parts.sharded // shards + parts.replicated),
+        lora=0,
+        gradients=int(peak.gradients),
+        optimizer=int(own * (optimizer_bytes + (4 if config.optim.ema_decay is not None else 0))),
+        saved=int(peak.saved),
+        transient=int(peak.transient),
+        inputs=input_bytes(dims, shape, compute_bytes=c, ulysses=ulysses),
+        workspace=0,
+    )
+    return memory._replace(workspace=CONTEXT_BYTES + int(FRAGMENTATION * memory.total))
+
+
+def _sizes(dims: DiTConfig) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in weight_shapes(dims).items()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from shards.errors import TemporaryFailure, UserError
 from shards.files.write_file import named_errors
-from train.checkpoint import OLDER, TensorSpec, file_digest, read_header, safetensors_header
+from train.checkpoint import OLDER, StoredTensor, file_digest, read_header, safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def write_rows(path: Path, parts: Mapping[str, Rows], ranks: Ranks, metadata: Ma
     def begin() -> None:
         if not ranks.is_first:
             return
-        specs = {name: TensorSpec(part.tensor.dtype, part.shape) for name, part in parts.items()}
+        specs = {name: StoredTensor(part.tensor.dtype, part.shape) for name, part in parts.items()}
         header, size = safetensors_header(specs, metadata or {})
         with named_errors(path), path.open("wb") as file:
             file.write(header)
