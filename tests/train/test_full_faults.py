@@ -18,6 +18,7 @@ from shards.console import set_up_logging
 from shards.errors import UserError
 from train import checkpoint
 from train.config.train import TrainConfig
+from train.launch.failure import RankLost
 from train.loop import fit
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
@@ -134,6 +135,37 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_with_its_reason(
     assert not list((folder / "checkpoints").glob(".*"))
     assert [path.name for path in checkpoint.find_checkpoints(folder / "checkpoints")] == ["step-0000005"]
     run_ranks(2, train, settings(tiny_shards, folder, 10))
+
+
+def train_bad_batch(config: TrainConfig, bad_step: int) -> str:
+    """Rank 1 cannot read the batch of a step; how each rank ends."""
+    from train import loop
+
+    class Loader(loop.Loader):
+        def __next__(self) -> Any:
+            batch, position = super().__next__()
+            if (os.environ["RANK"], batch.step) == ("1", bad_step):
+                raise UserError("a sample is damaged")
+            return batch, position
+
+    loop.Loader = Loader
+    try:
+        train(config)
+    except (UserError, RankLost) as error:
+        return f"{type(error).__name__} {error}"
+    return "no error"
+
+
+def test_a_rank_that_cannot_read_its_batch_leaves_a_checkpoint_of_the_step_before(
+    tiny_shards: Path, half: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    """All ranks write it together, then end."""
+    folder = shutil.copytree(half, tmp_path / "run")
+    ends = run_ranks(2, train_bad_batch, settings(tiny_shards, folder, 10), 8)
+    assert ends == ["RankLost rank 1 failed: UserError: a sample is damaged", "UserError a sample is damaged"]
+    assert checkpoint.find_checkpoints(folder / "checkpoints")[-1].name == "step-0000007"
+    run_ranks(2, train, settings(tiny_shards, folder, 10))
+    assert checkpoint_bytes(folder, 10) == straight
 
 
 def train_one_lost(config: TrainConfig, bad_step: int) -> str:

@@ -27,6 +27,7 @@ from train.lora.targets import match_weights
 from train.model.dit import WanDiT, build_model, init_random
 from train.model.load import diffusers_key, load_dit, read_dit_config, save_dit
 from train.parallel.fsdp import local_shard, settle, shard_trained, sum_in_backward
+from train.precision import OverflowTelemetry
 from train.recompute.runner import keep
 
 _DIMS = DiTConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=100, text_dim=32, text_len=16)
@@ -322,6 +323,13 @@ def test_a_pattern_that_selects_nothing_is_named(tiny_shards: Path, tmp_path: Pa
     assert match_weights(names, ["blocks.9-11.ffn.2"]) == [f"blocks.{index}.ffn.2.weight" for index in (9, 10, 11)]
     with pytest.raises(UserError, match=r"blocks\.12-13"):
         match_weights(names, ["blocks.12-13"])
+
+
+def test_a_gradient_that_overflows_in_another_ranks_rows_is_blamed_by_its_block() -> None:
+    telemetry = OverflowTelemetry(build_model(_DIMS, seed=7))
+    answers = iter([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert telemetry.blame([], lambda *own: next(answers)) == "blocks.1 backward"
+    assert next(answers, None) is None
 
 
 def demo_base(shards: Path, output: Path, max_steps: int, **more: Any) -> TrainConfig:
