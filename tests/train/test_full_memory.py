@@ -124,6 +124,7 @@ def test_peak_memory_is_the_planners(policy: str, frames: int, shards: int, more
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("micro_steps", [1, 2])
 @pytest.mark.parametrize("shards", [8, 64])
 @pytest.mark.parametrize("frames", LATENT_FRAMES)
