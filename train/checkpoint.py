@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from shards.files.write_file import TEMPORARY, named_errors, open_file, sync_fol
 from shards.format.sealed_json import open_document, seal_document
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LORA_FILE = "lora.safetensors"
@@ -106,14 +108,32 @@ def write_checkpoint(
         tensors: named tensors by file name; they are written as they are, from the CPU.
         pin: opens the dataset again as it was.
     """
+    temporary = begin_checkpoint(folder, state.step)
+    try:
+        files = {name: write_tensors(temporary / name, named) for name, named in tensors.items()}
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return seal_checkpoint(folder, state, files, pin)
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """The empty folder that a checkpoint is written into: see `seal_checkpoint`."""
+    temporary = folder / f"{TEMPORARY}{checkpoint_name(step)}"
+    with named_errors(temporary):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    return temporary
+
+
+def seal_checkpoint(folder: Path, state: CheckpointState, digests: Mapping[str, str], pin: Mapping[str, Any]) -> Path:
+    """Give what was written since `begin_checkpoint` its state and its name; `digests` are those of its files."""
     final = folder / checkpoint_name(state.step)
     temporary = folder / f"{TEMPORARY}{final.name}"
     with named_errors(final):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir()
-            files = {name: write_tensors(temporary / name, named) for name, named in tensors.items()}
+            files = dict(digests)
             files[PIN_FILE] = write_text(temporary / PIN_FILE, json.dumps(pin) + "\n")
             body = state.model_copy(update={"files": files}).model_dump(mode="json")
             write_file(temporary / STATE_FILE, [seal_document(body, indent=1)])
@@ -148,14 +168,24 @@ def check_files(path: Path, state: CheckpointState) -> list[str]:
     problems = []
     for name, expected in state.files.items():
         try:
-            with open_file(path / name) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _digest(path / name)
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror}")
             continue
         if found != expected:
             problems.append(f"{name} is damaged: its sha256 is {found}, {STATE_FILE} says {expected}")
     return problems
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex. Raises SystemFailure."""
+    with named_errors(path):
+        return _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def examine_checkpoint(path: Path) -> tuple[CheckpointState | None, list[str]]:
@@ -315,23 +345,49 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return write_file(path, _safetensors(tensors, metadata or {}))
 
 
-def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    import torch
+class StoredTensor(NamedTuple):
+    """What a header says of a tensor."""
 
-    names = {getattr(torch, name): place for place, name in enumerate(_DTYPES) if hasattr(torch, name)}
-    order = sorted(tensors, key=lambda name: (names[tensors[name].dtype], name))
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def safetensors_header(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Length and header of a file, and the bytes of the tensors that follow it, in the order of `_in_order`."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name in _in_order(specs):
+        dtype, shape = specs[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        stored = _DTYPES[str(dtype).removeprefix("torch.")]
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def _in_order(specs: Mapping[str, StoredTensor]) -> list[str]:
+    import torch
+
+    places = {getattr(torch, name): place for place, name in enumerate(_DTYPES) if hasattr(torch, name)}
+    return sorted(specs, key=lambda name: (places[specs[name].dtype], name))
+
+
+def read_header(path: Path) -> dict[str, int]:
+    """Where each tensor of a file that we have begun lies in it, in bytes."""
+    with named_errors(path), open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    import torch
+
+    specs = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    yield safetensors_header(specs, metadata)[0]
+    for name in _in_order(specs):
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

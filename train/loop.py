@@ -198,7 +198,7 @@ def fit(config: TrainConfig, *, resume: str = "auto", verify: bool = False) -> F
                     _save(progress, log)
                     stop.checkpoint = False
                 _note_written(progress, log)
-            if not progress.is_saved:
+            if not progress.is_saved and stop.failed is None:
                 _save(progress, log)
             _note_written(progress, log, to_end=True)
             stopped_by = stop.signal  # one that comes from here on is too late
@@ -233,8 +233,7 @@ def _saved_on_error(progress: TrainingState, log: RunLog | None, stop: StopSigna
         agreed = not ranks.alone and (may_agree or not is_own)
         if agreed and is_own:
             stop.fail()
-        if log is not None:
-            _save_after(error, progress, log)
+        _save_after(error, progress, log, agreed=agreed)
         if agreed:
             messages = ranks.gather(f"{type(error).__name__}: {error}" if is_own else None)
             if not is_own:
@@ -243,11 +242,14 @@ def _saved_on_error(progress: TrainingState, log: RunLog | None, stop: StopSigna
         raise
 
 
-def _save_after(error: Exception, progress: TrainingState, log: RunLog) -> None:
-    """Save what an error leaves exact, and record the error; a step 0 is not worth a checkpoint."""
+def _save_after(error: Exception, progress: TrainingState, log: RunLog | None, *, agreed: bool) -> None:
+    """Save what an error leaves exact, and record the error. A step 0 is not worth a checkpoint."""
     try:
-        if progress.is_exact and progress.step > 0 and not progress.is_saved:
+        may_save = agreed or not progress.trainee.sharded  # which all ranks write
+        if may_save and progress.is_exact and progress.step > 0 and not progress.is_saved:
             _save(progress, log, sync=False)
+        if log is None:
+            return
         _note_written(progress, log, to_end=True)
         log.event("stop", progress.step, reason="error", signal=None, error=str(error), export=None)
     except Exception as another:  # not this one
@@ -286,7 +288,7 @@ def _write_start(progress: TrainingState, log: RunLog, start: Path | None) -> No
     facts = {
         "base": describe_base(trainee.config),
         "parameters": sum(weight.numel() for weight in trainee.model.parameters()),
-        "trained": sum(weight.numel() for weight in trainee.weights.values()),
+        "trained": trainee.num_trained,
         "revision": dataset.revision,
         "processes": progress.session.ranks.layout.world_size,
     }
@@ -354,11 +356,12 @@ def _exhausted(progress: TrainingState) -> bool:
 
 
 def _save(progress: TrainingState, log: RunLog | None, *, sync: bool = True) -> None:
-    """Begin a checkpoint, on rank 0. Without `sync` it does not depend on the log, which may be what failed."""
+    """Begin a checkpoint: on rank 0, of a sharded model on all. Without `sync` a failing log is not in its way."""
     if log is not None:
         _note_written(progress, log, to_end=True)  # one at a time
         if sync:
             log.sync()
+    if log is not None or progress.trainee.sharded:
         progress.save()
     progress.mark_saved()
 
@@ -372,8 +375,10 @@ def _note_written(progress: TrainingState, log: RunLog | None, *, to_end: bool =
 
 
 def _finish(progress: TrainingState, log: RunLog | None, stopped_by: int | None) -> FitResult:
-    """Report the end and write the export, on rank 0."""
+    """Report the end, on rank 0, and write the export."""
     if log is None:
+        if progress.trainee.sharded and stopped_by is None:
+            progress.export()
         return FitResult(progress.step, None, None, None, stopped_by)
     evaluations = log.evaluations()
     before, after = (evaluations[0]["mean"], evaluations[-1]["mean"]) if evaluations else (None, None)

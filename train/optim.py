@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import ModuleType
@@ -25,16 +26,29 @@ from train.config.optim import OptimConfig
 
 STATE_8BIT = ("state1", "state2", "absmax1", "absmax2")
 CODE_BOOKS = ("qmap1", "qmap2")
+SCALED_NUMBERS = 256
+"""Numbers of an 8-bit state that share a scale."""
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    shapes: Mapping[nn.Parameter, tuple[int, ...]] | None = None,
+    *,
+    by_rows: bool = False,
+) -> torch.optim.Optimizer:
     """The configured optimizer over fp32 parameters, in its training mode where it has one.
+
+    Args:
+        shapes: of the complete weights, where parameters may be rows of them: then 8-bit state is for weights whose
+            rows are whole blocks of one scale, so that it is the same however rows are shared out.
+        by_rows: parameters are rows of weights.
 
     Raises UserError when it is not installed, is no optimizer, or refuses its arguments or what is trained.
     """
     kept = list(parameters)
     if not config.is_own:
-        return _make_by_path(kept, config)
+        return _make_by_path(kept, config, by_rows=by_rows)
     common: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
@@ -42,11 +56,23 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamw8bit":
-        optimizer: torch.optim.Optimizer = import_bitsandbytes().optim.AdamW8bit(
-            kept, min_8bit_size=config.min_8bit_size, **common
-        )
+        kind = import_bitsandbytes().optim.AdamW8bit
+        if shapes is not None:
+            kind = _eight_bit_by_rows(kind, shapes)
+        optimizer: torch.optim.Optimizer = kind(kept, min_8bit_size=config.min_8bit_size, **common)
         return optimizer
     return torch.optim.AdamW(kept, fused=True, **common)
+
+
+def _eight_bit_by_rows(kind: Any, shapes: Mapping[nn.Parameter, tuple[int, ...]]) -> Any:
+    class AdamW8bit(kind):
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            found: dict[str, Any] = super().get_config(gindex, pindex, group)
+            shape = shapes[self.param_groups[gindex]["params"][pindex]]
+            is_large = math.prod(shape) >= found["min_8bit_size"] and math.prod(shape[1:]) % SCALED_NUMBERS == 0
+            return {**found, "min_8bit_size": 0 if is_large else sys.maxsize}
+
+    return AdamW8bit
 
 
 def find_class(config: OptimConfig) -> type[torch.optim.Optimizer]:
@@ -79,9 +105,35 @@ def find_class(config: OptimConfig) -> type[torch.optim.Optimizer]:
     return found
 
 
-def _make_by_path(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def _make_by_path(parameters: list[nn.Parameter], config: OptimConfig, *, by_rows: bool) -> torch.optim.Optimizer:
     probe_optimizer(config.name, json.dumps(config.args))
+    if by_rows:
+        probe_rows(config.name, json.dumps(config.args))
     return _construct(parameters, config)
+
+
+@lru_cache(maxsize=8)
+def probe_rows(name: str, args: str) -> None:
+    """Raise UserError where the class at `name` moves halves of a matrix otherwise than all of it: with what it takes
+    from complete matrices, or from all weights together, a run would depend on how rows are shared out."""
+    config = OptimConfig(name=name, args=json.loads(args))
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(32, 512, generator=generator) for _ in range(4))
+    moved = []
+    for parts in (1, 2):
+        weights = [nn.Parameter(part.clone()) for part in start.chunk(parts)]
+        of_each = [_construct([weight], config) for weight in weights]
+        for gradient in gradients:
+            for weight, optimizer, part in zip(weights, of_each, gradient.chunk(parts), strict=True):
+                weight.grad = part.clone()
+                optimizer.step()
+        moved.append(torch.cat([weight.detach() for weight in weights]))
+    if not moved[0].equal(moved[1]):
+        raise UserError(
+            f"optim.name: {name} moves rows by more than themselves, and parallel.shard shares rows out",
+            expected="an optimizer that moves each number by its own gradients",
+            fix="parallel.shard=none, or another optimizer",
+        )
 
 
 def _construct(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -211,10 +263,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Scale gradients down to `max_norm` together; return their norm before it."""
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together."""
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: Tensor | None = None) -> float:
+    """Scale gradients down to `max_norm` together; return their norm before it. `norm` is theirs where others, of other
+    ranks, belong to it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = total_norm(gradients) if norm is None else norm
     if max_norm is not None:
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return float(norm)

@@ -206,7 +206,11 @@ class OverflowTelemetry:
 
         Returns: `blocks.N forward`, `blocks.N backward`, or `outside the blocks`.
         """
-        culprit = self._first_bad_output(over_ranks) or self._last_bad_gradient(parameters) or "outside the blocks"
+        culprit = (
+            self._first_bad_output(over_ranks)
+            or self._last_bad_gradient(parameters, over_ranks)
+            or "outside the blocks"
+        )
         self.counts[culprit] += 1
         if culprit.endswith(" forward"):
             self._fold(culprit.removesuffix(" forward"))
@@ -228,13 +232,16 @@ class OverflowTelemetry:
         bad = [name for name, note in zip(self.names, notes, strict=True) if note]
         return f"{bad[0]} forward" if bad else None
 
-    def _last_bad_gradient(self, parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    def _last_bad_gradient(
+        self, parameters: Iterable[tuple[str, Tensor]], over_ranks: Callable[..., list[float]]
+    ) -> str | None:
         bad = {
             ".".join(name.split(".")[:2])
             for name, parameter in parameters
             if parameter.grad is not None and bool(_not_finite(parameter.grad))
         }
-        ordered = [name for name in self.names if name in bad]
+        notes = over_ranks(*(float(name in bad) for name in self.names))  # of a sharded model a rank has rows alone
+        ordered = [name for name, note in zip(self.names, notes, strict=True) if note]
         return f"{ordered[-1]} backward" if ordered else None
 
     def state_dict(self) -> dict[str, int]:

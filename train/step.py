@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train.data.batch import Batch
 from train.objective import add_noise, loss_weight, model_timestep, sample_sigma, sigma_density, slot_losses
+from train.parallel.fsdp import sum_in_backward
 from train.parallel.ranks import Ranks
 from train.run.trainee import Trainee
 
@@ -76,6 +77,8 @@ def backward(
         rows = slice(start, start + data.micro_batch)
         losses_B = losses(trainee, batch, rows)
         loss = losses_B.sum() / data.global_batch
+        if trainee.sharded:
+            sum_in_backward(trainee.model, wanted=start + data.micro_batch >= len(batch.keys))
         scale_loss(loss).backward()
         total += loss.detach()
         parts.append(losses_B.detach())

@@ -20,7 +20,7 @@ from train.config.model import DiTConfig
 from train.config.train import TrainConfig
 from train.estimate.communication import Exchange, Mesh, count_exchange
 from train.geometry import SAVE_GROUPS, Shape
-from train.parallel.fsdp import local_shard
+from train.parallel.fsdp import local_shard, sum_in_backward
 from train.parallel.ranks import Layout, make_ranks
 from train.run.trainee import make_trainee
 
@@ -57,6 +57,8 @@ class CountedExchange(TorchDispatchMode):
             self._note("all-reduce", 2 * _size(tensor), group.size())
         elif packet is _c10d._allgather_base_:
             self._note("all-gather", _size(args[0]), dist.ProcessGroup.unbox(args[2]).size())
+        elif packet is _c10d._reduce_scatter_base_:
+            self._note("reduce-scatter", _size(args[1]), dist.ProcessGroup.unbox(args[2]).size())
         elif packet is _functional.all_gather_into_tensor:
             self._note("velocity", _size(out), args[1])
         elif packet is _functional.all_to_all_single:
@@ -74,13 +76,13 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def exchange_of(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> CountedExchange:
+def exchange_of(layout: Layout, policy: str, shape: Shape, micro_steps: int, **more: Any) -> CountedExchange:
     """What rank 0 of a layout exchanges in an optimizer step of a small model: forward, backward, and the one sum.
 
     Args:
         shape: samples of a micro-step, and their tokens: a multiple of 15, the tokens of a latent frame.
     """
-    config = small_config(layout, policy, shape, micro_steps)
+    config = small_config(layout, policy, shape, micro_steps, **more)
     with fake_group(layout.world_size):
         ranks = make_ranks(layout)
         trainee = make_trainee(config, ranks)
@@ -88,13 +90,15 @@ def exchange_of(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> 
         text = torch.zeros(shape.batch, DIMS.text_len, DIMS.text_dim)
         image_first = torch.arange(shape.batch) == 0
         with CountedExchange() as counted:
-            for _ in range(micro_steps):
+            for place in range(micro_steps):
+                if trainee.sharded:
+                    sum_in_backward(trainee.model, wanted=place == micro_steps - 1)
                 trainee.model(latent, torch.ones(shape.batch), image_first, text).sum().backward()
-            ranks.reduce_gradients(list(trainee.weights.values()))
+            ranks.reduce_gradients(trainee.replicated)
     return counted
 
 
-def small_config(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> TrainConfig:
+def small_config(layout: Layout, policy: str, shape: Shape, micro_steps: int, **more: Any) -> TrainConfig:
     """A run of the small model whose global batch gives each share so many micro-steps."""
     values = {
         "output": "run",
@@ -107,13 +111,14 @@ def small_config(layout: Layout, policy: str, shape: Shape, micro_steps: int) ->
         },
         "precision": {"compute": "bf16", "device": "cpu"},
         "checkpointing": {"policy": policy},
+        **more,
     }
     return validate_config(TrainConfig, values, origin="the count's config")
 
 
-def planned(layout: Layout, policy: str, shape: Shape, micro_steps: int) -> Exchange:
+def planned(layout: Layout, policy: str, shape: Shape, micro_steps: int, **more: Any) -> Exchange:
     """The same in closed form."""
-    config = small_config(layout, policy, shape, micro_steps)
+    config = small_config(layout, policy, shape, micro_steps, **more)
     saves = [SAVE_GROUPS if policy == "none" else ()] * DIMS.num_layers
     mesh = Mesh(layout.world_size, 1, layout.base_shards, layout.ulysses)
     return count_exchange(config, DIMS, mesh, GPUS["h100"], shape, saves, compute_bytes=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -145,3 +146,30 @@ def merge(model: Any) -> None:
         for module in lora_modules(model).values():
             module.weight.copy_(module.weight.float() + module.scale * (module.lora_B @ module.lora_A))
             module.lora_B.zero_()
+
+
+def train_spoiled(config: TrainConfig, bad_rank: int, bad_step: int) -> list[dict[str, Any]]:
+    """A run in which one rank's latents overflow fp16 in one step; what each rank made of every step."""
+    from shards.console import set_up_logging
+    from train import loop
+    from train.run.state import TrainingState
+
+    plain, seen = loop.backward, []
+
+    def spoiled(trainee: Any, batch: Any, *rest: Any) -> Any:
+        if (int(os.environ["RANK"]), batch.step) == (bad_rank, bad_step):
+            batch.latent_BCTHW[:] = 3e5
+        return plain(trainee, batch, *rest)
+
+    update = TrainingState.update
+
+    def watched(self: TrainingState) -> Any:
+        result = update(self)
+        weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.trainee.tensors().values())).hexdigest()
+        seen.append({"scale": self.scaler.scale, "skipped": self.skipped, "blamed": result[2], "weights": weights})
+        return result
+
+    loop.backward, TrainingState.update = spoiled, watched  # type: ignore[method-assign]
+    set_up_logging(terminal=False)
+    loop.fit(config)
+    return seen

@@ -91,6 +91,30 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+        self._resize: Any = None
+
+    def __enter__(self) -> LiveBytes:
+        # FSDP2 frees and allocates the storage of gathered weights, which no operator shows.
+        plain = self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            before, out = storage.nbytes(), plain(storage, size)
+            self._seen[storage] = None
+            if storage not in self._sizes:
+                self._watch(storage, 0)
+            self._sizes[storage][0] += size - before
+            self.live += size - before
+            self.peak = max(self.peak, self.live)
+            return out
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_iter((args, kwargs or {})):
@@ -105,20 +129,23 @@ class LiveBytes(TorchDispatchMode):
     def outside(self, tensor: Tensor) -> Tensor:
         """Do not count a tensor that has just been made: another device's."""
         self.live -= tensor.untyped_storage().nbytes()
-        weakref.finalize(tensor.untyped_storage(), self._forget, -tensor.untyped_storage().nbytes())
+        weakref.finalize(tensor.untyped_storage(), self._forget, [-tensor.untyped_storage().nbytes()])
         return tensor
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
         self._seen[storage] = None
-        size = storage.nbytes()
-        self.live += size
+        self._watch(storage, storage.nbytes())
+        self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, size)
 
-    def _forget(self, size: int) -> None:
-        self.live -= size
+    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._sizes[storage] = [size]
+        weakref.finalize(storage, self._forget, self._sizes[storage])
+
+    def _forget(self, size: list[int]) -> None:
+        self.live -= size[0]
 
 
 GEMMS = {

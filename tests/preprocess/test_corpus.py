@@ -276,7 +276,7 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert sum(map(len, alone)) == 40
 
 
-HEADER_BOMBS = """
+HEADER_BOMBS = f"""
 import sys
 from preprocess.corpus.corpus import iter_documents
 from shards.errors import UserError

@@ -11,6 +11,7 @@ from fake_ranks import exchange_of, fake_group, planned, resident_bytes
 
 from train.config.model import TI2V_5B, LoRAConfig
 from train.data.sampler import START, Order
+from train.estimate.full import weight_shapes
 from train.estimate.memory import block_bytes
 from train.geometry import Shape
 from train.lora.lora import inject
@@ -77,6 +78,35 @@ def test_what_a_rank_exchanges_is_the_closed_form(layout: Layout, policy: str) -
     assert counted.bytes["all-reduce"] == pytest.approx(plan.gradient_bytes, abs=1)
     assert counted.bytes["all-gather"] == pytest.approx(plan.base_bytes, abs=1)
     assert counted.bytes["all-to-all"] + counted.bytes["velocity"] == pytest.approx(plan.token_bytes, abs=1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(world_size=8),
+        Layout(world_size=8, base_shards=8),
+        Layout(world_size=64, base_shards=8),
+        Layout(world_size=64, base_shards=64, ulysses=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("train", [None, ["blocks.1-2.ffn", "head"], ["head"], ["text_embedding"]], ids=str)
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_what_a_rank_exchanges_where_every_weight_trains(layout: Layout, train: list[str] | None, policy: str) -> None:
+    """To the byte: gradients once a step, in float32; two gathers a block and micro-step, one of blocks without any."""
+    arguments = layout, policy, Shape(2, 45), 2
+    counted = exchange_of(*arguments, lora=None, train=train)
+    plan = planned(*arguments, lora=None, train=train)
+    reduced = counted.bytes["all-reduce"] + counted.bytes["reduce-scatter"]
+    assert reduced == pytest.approx(plan.gradient_bytes, abs=8)
+    assert counted.bytes["all-gather"] == pytest.approx(plan.base_bytes, abs=8)
+    if train is None:
+        assert counted.bytes["all-to-all"] + counted.bytes["velocity"] == pytest.approx(plan.token_bytes, abs=1)
+
+
+def test_the_planner_knows_every_weight() -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in build_model(TI2V_5B, device="meta").named_parameters()}
+    assert weight_shapes(TI2V_5B) == shapes
 
 
 @pytest.mark.parametrize("num_ranks", [64, pytest.param(1024, marks=pytest.mark.slow)])

@@ -6,7 +6,6 @@ twenty steps of each alone, and a resume from each to each.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from ranks import run_ranks
 from shards_data import write_dataset
 from streamed import late_copies
-from train_runs import DIMS, checkpoint_bytes, make_config, read_metrics
+from train_runs import DIMS, checkpoint_bytes, make_config, read_metrics, train_spoiled
 
 from shards.console import set_up_logging
 from train import checkpoint
@@ -207,32 +206,6 @@ def test_a_run_goes_from_any_layout_to_any(
     run(tiny_shards, tmp_path, before, 5)
     run(tiny_shards, tmp_path, after, SHORT_STEPS)
     assert_same_run(alone(SHORT_STEPS), tmp_path)
-
-
-def train_spoiled(config: TrainConfig, bad_rank: int, bad_step: int) -> list[dict[str, Any]]:
-    """A run in which one rank's latents overflow fp16 in one step; what each rank made of every step."""
-    from train import loop
-    from train.run.state import TrainingState
-
-    plain, seen = loop.backward, []
-
-    def spoiled(trainee: Any, batch: Any, *rest: Any) -> Any:
-        if (int(os.environ["RANK"]), batch.step) == (bad_rank, bad_step):
-            batch.latent_BCTHW[:] = 3e5
-        return plain(trainee, batch, *rest)
-
-    update = TrainingState.update
-
-    def watched(self: TrainingState) -> Any:
-        result = update(self)
-        weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.trainee.tensors().values())).hexdigest()
-        seen.append({"scale": self.scaler.scale, "skipped": self.skipped, "blamed": result[2], "weights": weights})
-        return result
-
-    loop.backward, TrainingState.update = spoiled, watched  # type: ignore[method-assign]
-    set_up_logging(terminal=False)
-    loop.fit(config)
-    return seen
 
 
 @pytest.mark.parametrize("name", ["replicate-2", "ulysses-2"])

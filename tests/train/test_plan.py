@@ -138,7 +138,14 @@ def test_the_held_out_share_counts_its_forward_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu"), [("1xh200", "h200"), ("8xh100", "h100"), ("2xv100", "v100-32gb"), ("1xrtx4090", "rtx4090")]
+    ("name", "gpu"),
+    [
+        ("1xh200", "h200"),
+        ("8xh100", "h100"),
+        ("8xh100_full", "h100"),
+        ("2xv100", "v100-32gb"),
+        ("1xrtx4090", "rtx4090"),
+    ],
 )
 def test_the_held_out_loss_takes_at_most_a_fiftieth_on_any_number_of_gpus(name: str, gpu: str) -> None:
     """Of the shipped configs; each replica took all of it once: 10 % on 8 GPUs."""
@@ -280,10 +287,20 @@ def test_a_budget_belongs_to_selective(policy: Any, budget: float | None) -> Non
         CheckpointingConfig(policy=policy, budget_gib=budget)
 
 
-def test_a_whole_model_has_days_but_no_closed_form_of_memory() -> None:
-    plan = make_plan(config(lora=None), GPUS["h200"], 1, [CLIP])
-    assert plan.chosen.memory is None and plan.fastest is None
-    assert "not in closed form" in "\n".join(describe_estimate(plan))
+def test_every_weight_trained_is_planned_and_sharded_where_it_must_be() -> None:
+    """16 bytes a number do not fit an H100 beside a step; over eight they do, and over 64 they are a 64th."""
+    whole = make_plan(config(lora=None), GPUS["h100"], 1, [CLIP])
+    assert whole.chosen.fits is False and whole.chosen.memory.optimizer == 8 * sum(num_parameters(TI2V_5B))
+    eight = make_plan(config(lora=None), GPUS["h100"], 8, [CLIP])
+    assert eight.chosen.mesh.base_shards == 8 and eight.chosen.fits
+    assert eight.chosen.memory.optimizer / whole.chosen.memory.optimizer == pytest.approx(1 / 8, rel=0.01)
+    replicate = next(setting for setting in eight.layouts if setting.mesh.base_shards == 1)
+    assert replicate.fits is False and replicate.exchange.base_bytes == 0
+    assert "GiB" in "\n".join(describe_estimate(eight))
+    sharded = ParallelConfig(shard="full")
+    some = make_plan(config(lora=None, train=("blocks.25-29", "head"), parallel=sharded), GPUS["h100"], 8, [CLIP])
+    assert some.chosen.memory.optimizer < 0.2 * eight.chosen.memory.optimizer
+    assert some.chosen.memory.total < eight.chosen.memory.total
 
 
 def test_bf16_on_a_v100_is_refused() -> None:

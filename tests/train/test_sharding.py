@@ -136,20 +136,21 @@ def test_nothing_is_read_that_is_not_kept(tmp_path: Path) -> None:
     assert sum(t for t, _ in results) == sum(w.numel() for n, w in model.named_parameters() if n.startswith("blocks."))
 
 
-@pytest.mark.parametrize(
-    ("shard", "world", "changes", "words"),
-    [
-        ("hybrid", World(0, 6, 0, 4), {}, "6 processes are not complete machines of 4"),
-        ("full", World(0, 2, 0, 2), {"lora": None}, "lora: null trains it"),
-    ],
-)
-def test_layouts_that_cannot_be_are_the_users(
-    tiny_shards: Path, tmp_path: Path, shard: str, world: World, changes: dict[str, Any], words: str
-) -> None:
+def test_a_layout_that_cannot_be_is_the_users(tiny_shards: Path, tmp_path: Path) -> None:
     """Before any process is met."""
-    config = make_config(tiny_shards, tmp_path, parallel={"shard": shard}, **changes)
-    with pytest.raises(UserError, match=words):
-        choose_layout(config, world, None)
+    config = make_config(tiny_shards, tmp_path, parallel={"shard": "hybrid"})
+    with pytest.raises(UserError, match="6 processes are not complete machines of 4"):
+        choose_layout(config, World(0, 6, 0, 4), None)
+
+
+@pytest.mark.parametrize("changes", [{"parallel": {"offload": True}}, {"model__compile": True}])
+def test_what_a_sharded_model_that_trains_cannot_do_is_refused(
+    tiny_shards: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    parallel = {"shard": "full", **changes.pop("parallel", {})}
+    make_config(tiny_shards, tmp_path, lora=None, parallel={"shard": "full"})
+    with pytest.raises(UserError, match=r"is for a frozen base|cannot follow the gathers"):
+        make_config(tiny_shards, tmp_path, lora=None, parallel=parallel, **changes)
 
 
 def test_auto_spreads_the_base_only_where_a_step_does_not_fit_beside_it(tiny_shards: Path, tmp_path: Path) -> None:

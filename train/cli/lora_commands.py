@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shards.console import echo_lines, print_json, set_up_logging
+from shards.errors import UserError
 
 _PATH = click.Path(path_type=Path)
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -29,6 +30,11 @@ _DTYPE = click.option(
     type=click.Choice(["comfyui", "musubi", "videox", "diffusers", "diffsynth"]),
     help="Tool whose tensor names are written; all of these tools except musubi-tuner also read comfyui.",
 )  # fmt: skip
+@click.option(
+    "--layout", type=click.Choice(["official", "diffusers"]),
+    help="If SOURCE is a run with lora: null: write the complete model to the folder OUT, as in the official "
+    "repository, or as in Diffusers (with transformer/).",
+)  # fmt: skip
 @_DTYPE
 @click.option("--step", type=int, help="If SOURCE is a run: step of the checkpoint.  [default: the newest]")
 @click.option("--licence", help="Licence text for the header of OUT.")
@@ -36,9 +42,16 @@ _DTYPE = click.option(
     "--card", is_flag=True, help="If SOURCE is a run: also write a model card, README.md, beside OUT, for `hf upload`."
 )
 def export(
-    source: Path, out: Path, written: Any, dtype: str, step: int | None, licence: str | None, card: bool
+    source: Path,
+    out: Path,
+    written: Any,
+    layout: Any,
+    dtype: str,
+    step: int | None,
+    licence: str | None,
+    card: bool,
 ) -> None:
-    """Write the LoRA of SOURCE to the file OUT.
+    """Write the LoRA of SOURCE to the file OUT, or with --layout the model that a run trained.
 
     SOURCE is a run, a checkpoint, a LoRA of any tool, or a folder of peft or diffusers. `wantrain export`
     and `wantrain lora convert` are the same command. The LoRA's scale is multiplied into B, so every loader applies it
@@ -47,6 +60,7 @@ def export(
     \b
     wantrain export demo/run lora.safetensors
     wantrain export demo/run shared/lora.safetensors --dtype float16 --licence "CC BY-NC 4.0" --card
+    wantrain export demo/base /models/mine --layout diffusers --dtype bfloat16
     wantrain lora convert theirs.safetensors ours.safetensors
     wantrain lora convert lora.safetensors for-musubi.safetensors --format musubi
     """
@@ -56,6 +70,14 @@ def export(
     from train.lora.export import export_lora
 
     set_up_logging()
+    if layout is not None:
+        from train.lora.merge import export_model
+
+        if card or written != "comfyui":
+            raise UserError("--format and --card are for a LoRA, and --layout writes a model", fix="leave them out")
+        files = export_model(source, out, layout, getattr(torch, dtype), step=step, licence=licence)
+        click.echo(f"wrote {', '.join(map(str, files))} ({layout}, {dtype})")
+        return
     if card:
         check_card(source, out)
     metadata = export_lora(source, out, written, getattr(torch, dtype), step=step, licence=licence)

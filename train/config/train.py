@@ -44,8 +44,8 @@ class ModelConfig(BaseModelConfig):
     """Keep the frozen blocks in the host's memory and bring each to the GPU ahead of its turn, two at a time, which
     changes no bit. `auto`: where a step does not fit the GPU otherwise."""
     compile: bool | Literal["auto"] = False
-    """Run each block through torch.compile: a minute or two at the start for each bucket, then faster steps. `auto`: on
-    a GPU, where the run is long enough for it; decided when the run begins, and kept when it is resumed."""
+    """torch.compile each block: a minute or two for each bucket, then faster steps. `auto`: on a GPU where the run is
+    long enough; decided when it begins, and kept by a resume."""
 
 
 class DataConfig(Config):
@@ -172,23 +172,24 @@ class ParallelConfig(Config):
     """How processes share the work."""
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """Sharding of the frozen base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine,
-    `none` not at all; `auto`: `none` if a step fits beside the full base, else `hybrid`."""
+    """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine, `none` not
+    at all; `auto`: `none` if a step fits beside the full base, else `hybrid`. With lora: null gradients and states are
+    sharded too."""
     offload: bool = False
-    """Keep a sharded base in the memory of the host: slower, but a GPU then holds little more than one block. For a
-    base that is not sharded: `model.stream_blocks`."""
+    """Keep a sharded, frozen base in the memory of the host: slower, but a GPU then holds little more than one block.
+    For a base that is not sharded: `model.stream_blocks`."""
     ulysses: Positive | Literal["auto"] = "auto"
     """Processes that share the tokens of one sample; must divide the attention heads. `auto`: the smallest
     number with which the batch can be shared out and a sample fits; usually 1."""
     start_timeout_seconds: PositiveNumber = 1800.0
-    """Longest wait of a process for the others until all have finished the first step. This includes loading the
-    weights, connecting the GPUs, and compiling."""
+    """Longest wait of a process for the others until all have finished the first step: weights are loaded, GPUs
+    connected, blocks compiled."""
     step_timeout_seconds: PositiveNumber = 600.0
-    """Longest wait after that at one place of a step; then the process names the rank that did not arrive, and ends."""
+    """Longest wait after that at one place of a step; then a process names the rank that is late, and ends."""
     lost_seconds: PositiveNumber = 30.0
-    """A process that reports nothing for this time counts as lost, or its machine does."""
+    """A process that reports nothing for so long counts as lost."""
     grace_seconds: PositiveNumber = 120.0
-    """With `--nproc-per-node`: longest time from a signal to the end of all processes; then the rest is killed."""
+    """With `--nproc-per-node`: longest time from a signal to the end; then what is left is killed."""
 
 
 class CheckpointConfig(Config):
@@ -240,7 +241,9 @@ class TrainConfig(Config):
     model: ModelConfig
     data: DataConfig
     lora: LoRAConfig | None = LoRAConfig()
-    """null trains all weights of the model."""
+    """null trains the model's own weights: all, or those of `train`."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """With lora: null the weights that train, by patterns as of `lora.targets`: `[blocks.20-29, head]`. null: all."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -268,14 +271,19 @@ class TrainConfig(Config):
         kept = self.model.base_dtype != "auto" or self.model.stream_blocks is True or self.checkpointing.offload_inputs
         if self.lora is None and kept:
             raise ValueError(
-                "model.base_dtype, model.stream_blocks and checkpointing.offload_inputs are for a LoRA beside a frozen "
-                "base, and lora is null"
+                "model.base_dtype, model.stream_blocks, checkpointing.offload_inputs need a frozen base: lora"
             )
         if self.parallel.shard in ("full", "hybrid") and (is_quantised(self) or self.model.stream_blocks is True):
             raise ValueError(
                 f"parallel.shard: {self.parallel.shard} and a base that is streamed or quantised: every process holds "
                 "such a base by itself; set parallel.shard: none, or parallel.offload: true in place of stream_blocks"
             )
+        if self.lora is not None and self.train is not None:
+            raise ValueError("train is for lora: null; lora.targets says what a LoRA adapts")
+        if self.lora is None and self.parallel.offload:
+            raise ValueError("parallel.offload is for a frozen base, and lora is null")
+        if self.lora is None and self.model.compile is True and self.parallel.shard in ("full", "hybrid"):
+            raise ValueError("model.compile cannot follow the gathers of a sharded model that trains")
         if self.model.compile is True and self.lora is not None and self.lora.dropout:
             raise ValueError("model.compile cannot draw LoRA dropout; set lora.dropout: 0 or model.compile: false")
         if self.checkpoint.export == "best" and self.eval is None:
@@ -339,6 +347,8 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
         for name in names:
             if identity[section][name] == _default(getattr(config, section), name):
                 del identity[section][name]
+    if config.train is not None:
+        identity["train"] = values["train"]
     identity["schedule_steps"] = None if config.optim.schedule == "constant" else config.max_steps
     return identity
 

@@ -5,6 +5,7 @@ and receives in an optimizer step of m micro-steps, with c bytes a number in the
 
     LoRA gradients   2 · 4 · (LoRA numbers) · (n − 1)/n              once, float32, whatever m is
     base             2 · (bytes of all blocks) · (s − 1)/s · m       gathered in the forward and the backward pass
+                     (of a base that trains: train/estimate/full.py)
     tokens           4 · (N/P) · d · c · (P − 1)/P a block and pass  q k v there, the output back; m times
 
 and a trained block makes three passes: forward, backward, and between them once more, with what is computed again or
@@ -22,9 +23,10 @@ from shards.gpus import Gpu
 from train.config.model import DiTConfig, LoRAConfig
 from train.config.train import TrainConfig, is_quantised
 from train.estimate.flops import Work, adapted_linears, block_linears, first_trained_block, step_flops, step_work
-from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters, num_parameters
+from train.estimate.full import forward_bytes, gradient_bytes, model_parts, weight_bytes
+from train.estimate.memory import BaseStore, block_bytes, num_lora_parameters
 from train.estimate.saves import AUTO_SHARE, run_memory
-from train.geometry import Shape
+from train.geometry import SAVE_GROUPS, Shape
 
 ULYSSES_TRIED = (1, 2, 4, 8)
 
@@ -112,7 +114,7 @@ def choose_mesh(
     """The configured layout, and why. `auto` takes the first of these that a step fits in, keeping the least:
 
     the base replicated, then sharded over a machine; as few ranks a sample as the batch allows, then more; then the
-    base streamed from the host's memory.
+    base streamed from the host's memory. A base that trains is never streamed, and is sharded over all GPUs at last.
 
     Args:
         shapes: complete micro-batches of the run.
@@ -120,26 +122,28 @@ def choose_mesh(
     Raises: UserError for a layout that these GPUs cannot form.
     """
     wanted, asked = config.parallel.shard, config.parallel.ulysses
-    here = num_gpus // num_nodes
+    here, trains = num_gpus // num_nodes, config.lora is None
     fixed = {"full": num_gpus, "hybrid": here, "none": 1}
     degrees = [asked] if asked != "auto" else _degrees(config, dims, num_gpus, here)
     shards = [fixed[wanted]] if wanted != "auto" else sorted({1, here})
     streamed = config.model.stream_blocks is True
-    if streamed or is_quantised(config):
+    if trains and wanted == "auto" and not config.model.compile:
+        shards = sorted({1, here, num_gpus})
+    if streamed or is_quantised(config) or (trains and config.model.compile):
         shards = [1]
     meshes = [
         make_mesh(num_gpus, num_nodes, size, degree, dims)._replace(streamed=streamed)
         for degree in degrees
         for size in shards
     ]
-    if config.model.stream_blocks == "auto":
+    if config.model.stream_blocks == "auto" and not trains:
         meshes += [mesh._replace(streamed=True) for mesh in meshes if mesh.base_shards == 1]
     first = meshes[0]
     words = f"parallel.shard: {wanted}, parallel.ulysses: {asked}"
     if asked == "auto" and first.ulysses > 1:
         batch = config.data.global_batch
         words += f"; {batch} samples divided among {num_gpus} processes, so {first.ulysses} share one"
-    if device_bytes is None or config.lora is None or len(meshes) == 1:
+    if device_bytes is None or len(meshes) == 1:
         return first, words
     # `auto` checkpointing leaves a share of the memory free, and refuses what does not fit the rest.
     limit = device_bytes * (AUTO_SHARE if config.checkpointing.policy == "auto" else 1)
@@ -164,9 +168,19 @@ def _degrees(config: TrainConfig, dims: DiTConfig, num_gpus: int, here: int) -> 
 
 
 def _least_memory(config: TrainConfig, dims: DiTConfig, mesh: Mesh, shapes: Sequence[Shape], compute_bytes: int) -> int:
-    saves = ((),) * dims.num_layers
+    keeps_all = config.lora is None and config.checkpointing.policy == "none"  # else it can keep less
+    saves = (SAVE_GROUPS if keeps_all else (),) * dims.num_layers
+    parts = mesh.memory_parts
     return max(
-        run_memory(config, dims, local_shape(shape, mesh.ulysses), saves, compute_bytes, *mesh.memory_parts).total
+        run_memory(
+            config,
+            dims,
+            local_shape(shape, mesh.ulysses),
+            saves,
+            compute_bytes,
+            *parts,
+            num_ranks=mesh.num_gpus,
+        ).total
         for shape in shapes
     )
 
@@ -228,20 +242,27 @@ def count_exchange(
 ) -> Exchange:
     """What a rank exchanges in a step of one micro-batch shape."""
     micro_steps = config.data.global_batch / mesh.dp_size / shape.batch
-    narrow, wide = num_parameters(dims)
-    trained = num_lora_parameters(dims, config.lora) if config.lora else narrow + wide
     n, s, p = mesh.num_gpus, mesh.base_shards, mesh.ulysses
-    gradients = 8 * trained * (n - 1) / n
-    base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
+    if config.lora is None:
+        parts = model_parts(config, dims, s)
+        gradients = gradient_bytes(parts, s, n)
+        base = weight_bytes(parts, s, compute_bytes, micro_steps)
+    else:
+        gradients = 8 * num_lora_parameters(dims, config.lora) * (n - 1) / n
+        base = 2 * dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s * micro_steps
     tokens = micro_steps * _token_bytes(dims, shape, p, num_passes(dims, config.lora, saves), compute_bytes)
     seconds = gradients / mesh.link(gpu, n) + base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
     return Exchange(gradients, base, tokens, seconds)
 
 
-def forward_exchange_seconds(dims: DiTConfig, mesh: Mesh, gpu: Gpu, shape: Shape, compute_bytes: int) -> float:
+def forward_exchange_seconds(
+    config: TrainConfig, dims: DiTConfig, mesh: Mesh, gpu: Gpu, shape: Shape, compute_bytes: int
+) -> float:
     """Seconds that a rank exchanges in a forward pass without gradients: the base once, tokens once a block."""
     s, p = mesh.base_shards, mesh.ulysses
     base = dims.num_layers * block_bytes(dims, compute_bytes, s) * (s - 1) / s
+    if config.lora is None:
+        base = forward_bytes(model_parts(config, dims, s), s, compute_bytes)
     tokens = _token_bytes(dims, shape, p, dims.num_layers, compute_bytes)
     return base / mesh.link(gpu, s) + tokens / mesh.link(gpu, p)
 

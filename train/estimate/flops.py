@@ -227,7 +227,9 @@ def _compile_pays(
 ) -> tuple[bool, str]:
     if gpu is None:
         return False, "no GPU whose speeds are known"
-    if config.lora is not None and config.lora.dropout:
+    if config.lora is None:
+        return False, "every weight trains"
+    if config.lora.dropout:
         return False, "compiled blocks cannot draw LoRA dropout"
     if len(shapes) > MAX_COMPILED_SIZES:
         return False, f"each of {len(shapes)} sizes would be compiled"

@@ -19,8 +19,6 @@ def choose_layout(config: TrainConfig, world: World, device_bytes: int | None) -
             f"parallel.shard: hybrid: {world.size} processes are not complete machines of {world.local_size}",
             expected="as many processes on every machine",
         )
-    if config.parallel.shard in ("full", "hybrid") and config.lora is None and world.size > 1:
-        raise UserError("parallel.shard spreads a frozen base; lora: null trains it", fix="parallel.shard=none")
     num_nodes = 1 if world.size % world.local_size else world.size // world.local_size
     mesh, reason = plan.choose_run_mesh(config, world.size, num_nodes, device_bytes)
     return Layout(world.rank, world.size, world.local_rank, *mesh.memory_parts), reason

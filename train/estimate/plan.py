@@ -50,7 +50,7 @@ class Setting(NamedTuple):
     saves: str
     """What the blocks keep in the largest bucket."""
     memory: Memory | None
-    """Of the largest bucket; None where it is not in closed form (every weight trains)."""
+    """Of the largest bucket."""
     fits: bool | None
     step_flops: float
     """Executed in a step by all GPUs, mean over the buckets."""
@@ -220,7 +220,7 @@ def choose_run_mesh(config: TrainConfig, num_ranks: int, num_nodes: int, device_
     """The layout of a run about to begin, and why: for the sizes of its dataset. Raises UserError as `choose_mesh`."""
     dims, _ = read_dims(config)
     shapes: list[Shape] = []
-    if device_bytes is not None and config.lora is not None:
+    if device_bytes is not None:
         shapes = _shapes(config, dims, read_sizes(config, ())[0])
     compute_bytes = 4 if config.precision.compute == "fp32" else 2
     return choose_mesh(
@@ -234,8 +234,6 @@ def _shapes(config: TrainConfig, dims: DiTConfig, sizes: Sequence[Size]) -> list
 
 def other_layouts(basis: Basis, own: Mesh) -> list[Setting]:
     """The configured checkpointing under other layouts of the same GPUs, those that are possible."""
-    if basis.config.lora is None:
-        return []
     data = basis.config.data
     found = []
     for mesh in candidates(basis.dims, own.num_gpus, own.num_nodes, data.global_batch, data.micro_batch):
@@ -341,10 +339,8 @@ def cost(basis: Basis, mesh: Mesh, name: str, choose: Callable[[Shape], Saves]) 
         work = Work(*(total + share * part for total, part in zip(work, own, strict=True)))
         counted = count_exchange(config, dims, mesh, gpu, shape, saves, basis.compute_bytes)
         exchange = Exchange(*(total + share * part for total, part in zip(exchange, counted, strict=True)))
-        if config.lora is None:
-            words = "what autograd does" if saves[0] else "input only"
-            continue
-        memory = run_memory(config, dims, here, saves, basis.compute_bytes, *mesh.memory_parts)
+        parts = mesh.memory_parts
+        memory = run_memory(config, dims, here, saves, basis.compute_bytes, *parts, num_ranks=mesh.num_gpus)
         if largest is None or memory.total > largest.total:
             largest, words = memory, describe_saves(saves)
     micro_steps = config.data.global_batch / micro / mesh.dp_size
@@ -383,7 +379,7 @@ def _held_out_seconds(basis: Basis, mesh: Mesh) -> tuple[float, float]:
         here = share * config.eval.num_clips / config.eval.batch * NUM_LEVELS * num_modes
         shape = Shape(config.eval.batch, _tokens(dims, bucket))
         work += here * sum(_work_seconds(basis, forward_work(dims, shape, config.lora))) / mesh.ulysses
-        exchanged += here * forward_exchange_seconds(dims, mesh, basis.gpu, shape, basis.compute_bytes)
+        exchanged += here * forward_exchange_seconds(config, dims, mesh, basis.gpu, shape, basis.compute_bytes)
         passes += here
     evaluations = 1 + -(-config.max_steps // config.eval.every_steps)
     times = evaluations * math.ceil(passes / mesh.dp_size) / passes
@@ -411,18 +407,16 @@ def _suggestions(basis: Basis, chosen: Setting, encode_days: float, encode_fast:
         small = [Size(Bucket(size.bucket.frames, height, width), size.share) for size in basis.sizes]
         less = days - other(small)
         share = _encode_days(basis.gpu, "fp32", small, 1, 1) / _encode_days(basis.gpu, "fp32", basis.sizes, 1, 1)
-        found += [
+        found.append(
             (
                 less + encode_days * (1 - share),
                 f"832×480, where the clips are no larger: training {days - less:.2f} days, stage 1 "
                 f"{encode_days * share:.2f}",
-            ),
-            (
-                0.8 * less,
-                f"80 % of the steps at 832×480, then the rest at full size from that LoRA (lora.start_from): training "
-                f"{days - 0.8 * less:.2f} days",
-            ),
-        ]
+            )
+        )
+        if config.lora is not None:
+            words = f"that LoRA (lora.start_from): training {days - 0.8 * less:.2f} days"
+            found.append((0.8 * less, f"80 % of the steps at 832×480, then the rest at full size from {words}"))
     found.append((0.75 * encode_days, f"a quarter of the clips for four epochs: stage 1 {encode_days / 4:.2f} days"))
     if encode_fast < 0.9 * encode_days:
         words = f"encoders.vae_precision=auto: stage 1 {encode_fast:.2f} days, if 16 bits agree with fp32 on this card"
@@ -431,7 +425,7 @@ def _suggestions(basis: Basis, chosen: Setting, encode_days: float, encode_fast:
         quick = basis._replace(compute_bytes=2)
         fast = cost(quick, chosen.mesh, "", _choices(quick, chosen.mesh)[_own_name(config)]).days(config.max_steps)
         found.append((days - fast, f"precision.compute=auto ({basis.gpu.precision}): training {fast:.2f} days"))
-    if not config.model.compile:
+    if not config.model.compile and (config.lora is not None or chosen.mesh.base_shards == 1):
         fast = other(basis.sizes, model=config.model.model_copy(update={"compile": True}))
         found.append((days - fast, f"model.compile=true: training {fast:.2f} days"))
     total = max(days + encode_days, 1e-12)

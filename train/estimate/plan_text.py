@@ -127,7 +127,7 @@ def describe_bases(plan: Estimate) -> list[str]:
 def describe_memory(name: str, saves: str, memory: Memory | None) -> list[str]:
     """Memory of a setting, part by part."""
     if memory is None:
-        return ["memory: not in closed form when every weight trains"]
+        return []
     lines = [f"memory of {name}: {saves}"]
     for part, size in memory._asdict().items():
         guess = " (an estimate)" if part == "workspace" else ""

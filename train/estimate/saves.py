@@ -18,6 +18,7 @@ from train.config.model import DiTConfig, LoRAConfig
 from train.config.optim import OptimConfig
 from train.config.train import TrainConfig
 from train.estimate.flops import adapted_linears, first_trained_block, recompute_flops
+from train.estimate.full import full_memory
 from train.estimate.memory import BaseStore, Memory, kept_bytes, step_memory
 from train.geometry import SAVE_GROUPS, Shape
 
@@ -83,12 +84,29 @@ def run_memory(
     base_shards: int = 1,
     ulysses: int = 1,
     streamed: bool = False,
+    *,
+    num_ranks: int = 1,
 ) -> Memory:
-    """`step_memory` as a run is configured; `streamed` also where `auto` chose it."""
+    """`step_memory`, or `full_memory`, as a run is configured; `streamed` also where `auto` chose it.
+
+    `num_ranks` counts where every weight trains.
+    """
+    if config.lora is None:
+        return full_memory(
+            config,
+            dims,
+            shape,
+            recomputed=not saves[0],
+            compute_bytes=compute_bytes,
+            optimizer_bytes=_optimizer_bytes(config.optim),
+            shards=base_shards,
+            ulysses=ulysses,
+            num_ranks=num_ranks,
+        )
     return step_memory(
         dims,
         shape,
-        _frozen_base(config),
+        config.lora,
         saves,
         compute_bytes=compute_bytes,
         optimizer_bytes=_optimizer_bytes(config.optim),
@@ -197,7 +215,7 @@ def _refuse_device(shape: Shape, need: Memory, limit: int, store: BaseStore) -> 
 
 def _frozen_base(config: TrainConfig) -> LoRAConfig:
     if config.lora is None:
-        raise ValueError("every weight trains (lora: null): its activations are autograd's, not in closed form")
+        raise ValueError("every weight trains (lora: null): autograd decides what its blocks keep")
     return config.lora
 
 

@@ -1,11 +1,14 @@
-"""Export a run's LoRA, or any LoRA file, under another tool's names, with a header that says where it comes from."""
+"""Find what a run trained; export its LoRA, or any LoRA file, under another tool's names.
+
+The header of an exported file says where it comes from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +18,16 @@ from shards.console import LOG
 from shards.errors import UserError
 from shards.files.write_file import named_errors
 from shards.format.sealed_json import canonical_digest
-from train.checkpoint import AVERAGE_FILE, LORA_FILE, STATE_FILE, checkpoint_name, find_checkpoints, read_checkpoint
+from train.checkpoint import (
+    AVERAGE_FILE,
+    LORA_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    check_files,
+    checkpoint_name,
+    find_checkpoints,
+    read_checkpoint,
+)
 from train.config.model import TI2V_5B
 from train.lora.formats import Format, name_tensors, read_lora, save_lora
 
@@ -135,22 +147,57 @@ def locate_lora(source: Path, step: int | None = None) -> tuple[Path, dict[str, 
     for name in PEFT_FILES:
         if (source / name).is_file():
             return source / name, None, None
-    folder = source
-    if not (source / STATE_FILE).is_file():
-        found = find_checkpoints(source / "checkpoints")
-        if not found:
-            raise UserError(
-                f"{source}: no LoRA file, no checkpoint and no run",
-                expected="RUN, RUN/checkpoints/step-…, FILE, or a folder of peft or diffusers",
-            )
-        folder = found[-1] if step is None else source / "checkpoints" / checkpoint_name(step)
-        if folder not in found:
-            there = ", ".join(path.name.removeprefix("step-").lstrip("0") or "0" for path in found)
-            raise UserError(f"{source}: no checkpoint of step {step}", expected=f"one of {there}")
+    folder = _find_checkpoint(source, step)
     state = read_checkpoint(folder)
     name = AVERAGE_FILE if (folder / AVERAGE_FILE).is_file() else LORA_FILE
     if not (folder / LORA_FILE).is_file():
         raise UserError(
-            f"{folder}: no {LORA_FILE}: this run trained all weights, not a LoRA", expected="a run with a lora section"
+            f"{folder}: no {LORA_FILE}: this run trained the model's weights, not a LoRA",
+            expected="a run with a lora section",
+            fix="`wantrain export RUN FOLDER --layout official` writes the model",
         )
     return folder / name, state.identity, state.step
+
+
+def _find_checkpoint(source: Path, step: int | None) -> Path:
+    if (source / STATE_FILE).is_file():
+        return source
+    found = find_checkpoints(source / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{source}: no LoRA file, no checkpoint and no run",
+            expected="RUN, RUN/checkpoints/step-…, FILE, or a folder of peft or diffusers",
+        )
+    folder = found[-1] if step is None else source / "checkpoints" / checkpoint_name(step)
+    if folder not in found:
+        there = ", ".join(path.name.removeprefix("step-").lstrip("0") or "0" for path in found)
+        raise UserError(f"{source}: no checkpoint of step {step}", expected=f"one of {there}")
+    return folder
+
+
+class TrainedModel(NamedTuple):
+    """Where the weights are of a run that trained the model's own."""
+
+    file: Path
+    """Those that were trained."""
+    base: str | None
+    """Where the others are, if any."""
+    metadata: dict[str, str]
+    """For the header of what is made of it."""
+
+
+def locate_model(source: Path, step: int | None = None, licence: str | None = None) -> TrainedModel:
+    """The weights that a run or a checkpoint trained: the moving average where it has one.
+
+    Raises UserError for a run that trained a LoRA.
+    """
+    folder = _find_checkpoint(source, step)
+    state, base = read_checkpoint(folder), base_of(folder / MODEL_FILE)
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(
+            f"{folder}: no {MODEL_FILE}: this run trained a LoRA", fix="`wantrain merge BASE RUN FOLDER` writes a model"
+        )
+    if problems := check_files(folder, state):
+        raise UserError(f"{folder}: {'; '.join(problems)}")
+    name = AVERAGE_FILE if (folder / AVERAGE_FILE).is_file() else MODEL_FILE
+    return TrainedModel(folder / name, base, export_metadata(state.identity, state.step, licence, base))

@@ -1,6 +1,7 @@
 """Put a LoRA into a checkpoint's weights, or take it out again, without holding the model: W ± scale · B A.
 
-Every output tensor is one input tensor, read, changed in float32, rounded once, and written.
+Every output tensor is one input tensor, read, changed in float32, rounded once, and written. A model that a run trained
+is written in the same way, unchanged.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shards.config import validate_config
 from shards.errors import UserError
 from shards.files.safetensors_index import CheckpointLayout
-from train.lora.export import digest_file
+from train.checkpoint import read_checkpoint
+from train.config.model import DiTConfig
+from train.lora.export import digest_file, locate_model
 from train.lora.formats import LoRAFile, Pair, refuse_other_model
 from train.model.dit import build_model
-from train.model.load import base_parameters, match_tensors, read_dit_config
+from train.model.load import base_parameters, find_tensors, match_tensors, read_dit_config
 from train.model.save import TensorSpec, plan_shards, write_layout
 
 MERGED_KEY = "wan_merged_loras"
@@ -87,6 +91,38 @@ def unmerge_checkpoint(
         )
     records.remove(mine[-1])
     return _rewrite(merged, lora, out, layout, dtype, -float(mine[-1]["scale"]), records)
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    layout: CheckpointLayout = "official",
+    dtype: torch.dtype = torch.float32,
+    *,
+    step: int | None = None,
+    licence: str | None = None,
+) -> list[Path]:
+    """Write the model that a run trained to `out`, one tensor at a time; what did not train is its base's.
+
+    Raises UserError for a run of a LoRA, a damaged checkpoint, a base that is not here, no room, an output that is
+    there.
+    """
+    model = locate_model(source, step, licence)
+    config = validate_config(DiTConfig, read_checkpoint(model.file.parent).identity["dims"], origin=str(model.file))
+    targets = base_parameters(build_model(config, device="meta"))
+    places = find_tensors(model.file)
+    names = {name: name for name in targets}
+    if missing := sorted(targets.keys() - places.keys()):
+        if model.base is None:
+            raise UserError(
+                f"{model.file}: has not {missing[0]}, which did not train, and the base was random weights",
+                fix="`wantrain export` cannot draw them; RUN/model.safetensors is the complete model",
+            )
+        others, named = match_tensors(model.base, targets)
+        names |= {name: named[name] for name in missing}
+        places |= {named[name]: others[named[name]] for name in missing}
+    shards = plan_shards({name: tuple(weight.shape) for name, weight in targets.items()}, layout, dtype)
+    return write_layout(out, layout, shards, config, _changed(shards, places, names, {}, 0.0), model.metadata)
 
 
 def _rewrite(

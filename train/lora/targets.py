@@ -1,10 +1,14 @@
-"""Which linears a LoRA adapts, by name. Importing it imports no torch, so that a plan can use it too."""
+"""Which linears a LoRA adapts, and which weights train without one, by name.
+
+Importing it imports no torch, so that a plan can use it too.
+"""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 from shards.errors import UserError
 
@@ -33,6 +37,35 @@ def match_targets(names: list[str], targets: tuple[str, ...]) -> set[str]:
             )
         chosen |= matched
     return chosen
+
+
+def match_weights(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Weights of a model that the patterns of `train` select, in order: as `match_targets` with the names of weights,
+    and `blocks.20-29` for ten blocks.
+
+    Raises: UserError naming each pattern that selects nothing.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names for one in _numbers_of(pattern) if _is_selected(name, one)}
+        if not matched:
+            parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+            near = difflib.get_close_matches(pattern, sorted(parts), n=1, cutoff=0.5)
+            raise UserError(
+                f"train: {pattern!r} matches no weight of the model" + (f"; did you mean {near[0]!r}?" if near else ""),
+                expected="a part of a name, such as head or self_attn, or blocks.20-29, or blocks.*.ffn.*",
+            )
+        chosen |= matched
+    return [name for name in names if name in chosen]
+
+
+def _numbers_of(pattern: str) -> list[str]:
+    """`blocks.2-4.ffn` as `blocks.2.ffn`, `blocks.3.ffn`, `blocks.4.ffn`; any other pattern as it is."""
+    found = re.search(r"(?<=\.)(\d+)-(\d+)(?=\.|$)", pattern)
+    if found is None:
+        return [pattern]
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    return [f"{pattern[: found.start()]}{number}{pattern[found.end() :]}" for number in numbers]
 
 
 def describe_targets(names: Collection[str], chosen: Collection[str]) -> list[str]:

@@ -221,8 +221,12 @@ def save_dit(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = 
     The model's sizes go into the file's metadata, where `read_dit_config` finds them.
     """
     config: DiTConfig = model.config  # type: ignore[assignment]
-    header = {"format": "pt", CONFIG_KEY: config.model_dump_json(), **(metadata or {})}
-    write_tensors(path, base_parameters(model), header)
+    write_tensors(path, base_parameters(model), dit_header(config, metadata or {}))
+
+
+def dit_header(config: DiTConfig, metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file of a model says of itself: its sizes, and `metadata`."""
+    return {"format": "pt", CONFIG_KEY: config.model_dump_json(), **metadata}
 
 
 def read_dit_config(path: str | Path) -> DiTConfig:

@@ -1,8 +1,14 @@
-"""The frozen base sharded over ranks by FSDP2: a block's weights are gathered when it runs, and freed after it.
+"""The model sharded over ranks by FSDP2: a block's weights are gathered when it runs, and freed after it.
 
-Only blocks are sharded: embeddings and head, 2 % of the real model, are replicated on every rank. So are the LoRA's
-weights, plain tensors that FSDP2 ignores: their gradients are summed once an optimizer step, like any
-(train/parallel/ranks.py), and optimizers, clipping and checkpoints see no shard. Nothing of the base is ever reduced.
+A frozen base (`shard_base`): only blocks are sharded; embeddings and head, 2 % of the real model, are replicated on
+every rank. So are the LoRA's weights, plain tensors that FSDP2 ignores: their gradients are summed once an optimizer
+step, like any (train/parallel/ranks.py), and optimizers, clipping and checkpoints see no shard. Nothing of the base is
+ever reduced.
+
+A model that trains (`shard_trained`): float32 weights, gradients and optimizer states are sharded by rows. A block's
+linears are gathered in the compute dtype; what is outside the blocks, the root's group, in float32, as it is computed
+in. A block's float32 norms and modulation, 0.02 % of the real model, are replicated: in the block's group they would be
+rounded with the linears. Gradients are summed in float32 in the backward pass of a step's last micro-batch.
 
 The model is built without memory (`meta`), sharded, and then each rank allocates its local shards only and reads or
 draws them: no rank holds the full model at any time.
@@ -48,6 +54,44 @@ def shard_base(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload
     _allocate(model, device, torch.device("cpu") if offload else device)
 
 
+def shard_trained(model: WanDiT, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard a float32 model that was built on `meta`, with what trains marked, and allocate the local shards.
+
+    Weights are unset afterwards; `settle` must be called once they are there.
+
+    Args:
+        mesh: one axis, the ranks that one copy is sharded over, or two, the copies and those: gradients are summed over
+            all ranks of the mesh.
+    """
+    narrow, kept = model.compute_dtype, torch.float32
+    linears = MixedPrecisionPolicy(narrow if narrow != kept else None, kept, cast_forward_inputs=False)
+    for block in model.blocks:
+        islands = {
+            weight for one in block.modules() if not isinstance(one, nn.Linear) for weight in one.parameters(False)
+        }
+        fully_shard(block, mesh=mesh, ignored_params=islands, mp_policy=linears)
+    # Freed after the forward pass too: else an evaluation would leave it gathered, with the numbers of before a step.
+    root = MixedPrecisionPolicy(None, kept, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=root, reshard_after_forward=True)
+    for module in (*model.blocks, model):
+        # A sum, as everywhere: gloo has no other, and the loss is divided by the global batch already.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    _allocate(model, device, device)
+
+
+def settle(model: WanDiT) -> None:
+    """Let FSDP2 take the shards as they are now: it moves those of uneven rows, so `local_shard` is valid only then."""
+    model.unshard()  # type: ignore[operator]
+    model.reshard()  # type: ignore[operator]
+
+
+def sum_in_backward(model: nn.Module, *, wanted: bool) -> None:
+    """Whether the next backward pass of a trained, sharded model sums the gradients over the ranks, or adds to those of
+    this rank."""
+    model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+
+
 def _allocate(model: nn.Module, device: torch.device, shard_device: torch.device) -> None:
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -60,7 +104,8 @@ def local_shard(weight: Tensor) -> tuple[Tensor, slice]:
     """The local shard of a parameter, sharing its memory, and which rows of the full parameter it is."""
     if not isinstance(weight, DTensor):
         return weight, slice(0, weight.shape[0] if weight.ndim else None)
-    rank, size = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
+    axis = weight.device_mesh.ndim - 1
+    rank, size = weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
     rows = -(-weight.shape[0] // size)
     start = min(rank * rows, weight.shape[0])
     local = weight.to_local()

@@ -2,10 +2,11 @@
 
     rank = (replica · shard size + shard) · ulysses + place in the sequence
 
-Ranks that share a sample's tokens (Ulysses) are neighbours, and so are those that one copy of the frozen base is
-sharded over. A step's slots are divided among the groups of `ulysses` ranks; trained weights are on every rank; their
-gradients are summed over all ranks once an optimizer step: a slot's loss is already divided by the global batch, and
-each rank of a sequence holds a part of its slots' gradients. So a sum is right in every layout, and a mean in none.
+Ranks that share a sample's tokens (Ulysses) are neighbours, and so are those that one copy of the base is sharded over.
+A step's slots are divided among the groups of `ulysses` ranks. Trained weights are on every rank, unless the base
+trains and is sharded (train/parallel/fsdp.py). Their gradients are summed over all ranks once an optimizer step: a
+slot's loss is already divided by the global batch, and each rank of a sequence holds a part of its slots' gradients. So
+a sum is right in every layout, and a mean in none.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Layout:
     world_size: int = 1
     local_rank: int = 0
     base_shards: int = 1
-    """Neighbouring ranks that one copy of the frozen base is sharded over; 1: every rank holds all of it."""
+    """Neighbouring ranks that one copy of the base is sharded over; 1: every rank holds all of it."""
     ulysses: int = 1
     """Neighbouring ranks that share the tokens of one sample."""
     streamed: bool = False
@@ -136,12 +137,17 @@ class Ranks:
         """Whether this rank writes the run's files."""
         return self.layout.rank == 0
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether this rank writes its rows of what is sharded: those of one copy do."""
+        return self.layout.rank < self.layout.base_shards
+
     def reduce_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of all ranks into each one's `.grad`, by one exchange of one flat bucket.
 
         Called once an optimizer step, before the overflow check: what overflowed on one rank overflows on all.
         """
-        if self.alone:
+        if self.alone or not weights:
             return
         import torch
         import torch.distributed as dist
@@ -193,13 +199,15 @@ class Ranks:
         dist.all_gather(parts, padded)
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
-    def base_mesh(self, device_type: str) -> DeviceMesh:
-        """The ranks that this one's copy of the base is sharded over. Every rank must call it, at the same place."""
+    def base_mesh(self, device_type: str, *, trained: bool = False) -> DeviceMesh:
+        """The ranks that this one's copy of the base is sharded over; of a base that trains with its other copies, if
+        any, as the first axis. Every rank must call it, at the same place."""
         from torch.distributed.device_mesh import init_device_mesh
 
         size = self.layout.base_shards
         sizes = (self.layout.world_size // size, size)
-        return init_device_mesh(device_type, sizes, mesh_dim_names=("copy", "part"))["part"]
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("copy", "part"))
+        return mesh if trained and sizes[0] > 1 else mesh["part"]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

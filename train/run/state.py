@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.write_file import TEMPORARY
 from shards.format.identity import refuse_mismatch
 from train import checkpoint
 from train.checkpoint import Owed
@@ -29,11 +33,14 @@ from train.optim import (
     optimizer_tensors,
     pack_optimizer,
     set_learning_rate,
+    total_norm,
     unpack_optimizer,
     update_average,
 )
+from train.parallel.rows import digest_files, read_rows, together, write_rows
 from train.precision import LossScaler, OverflowTelemetry, has_overflow
 from train.run.session import Session, provenance
+from train.run.sharded import state_rows, state_span
 from train.run.trainee import check_names
 
 COPIED_BYTES = 4 << 30
@@ -77,7 +84,11 @@ class TrainingState:
         self.seconds = 0.0
         """Wall clock of all steps and evaluations."""
         self.eval_seconds = 0.0
-        self.optimizer = make_optimizer(trainee.weights.values(), config.optim)
+        # Of short weights the last ranks of a sharded model hold nothing.
+        self._moved = {name: weight for name, weight in trainee.weights.items() if weight.numel()}
+        shapes = None if trainee.adapted else {weight: trainee.span(name)[0] for name, weight in self._moved.items()}
+        by_rows = bool(trainee.sharded)
+        self.optimizer = make_optimizer(self._moved.values(), config.optim, shapes, by_rows=by_rows)
         self.scaler = LossScaler(
             trainee.precision.scales_loss,
             init_scale=config.precision.initial_scale,
@@ -110,12 +121,15 @@ class TrainingState:
         Returns: learning rate, gradient norm before clipping (None if skipped), and the block that a skip is blamed on.
         Raises UserError when too many updates in a row were skipped.
         """
-        weights = list(self.trainee.weights.values())
-        self.session.ranks.reduce_gradients(weights)
+        weights, ranks = list(self.trainee.weights.values()), self.session.ranks
+        ranks.reduce_gradients(self.trainee.replicated)
+        self.trainee.take_gradients()
         self.is_exact = False
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         self.scaler.unscale_(gradients)
         overflow = bool(has_overflow(gradients))
+        if self.trainee.sharded:  # what is not finite on one rank is on that rank alone
+            overflow = bool(ranks.all_reduce_max(float(overflow))[0])
         rate = learning_rate(self.config.optim, self.updates, self.config.max_steps)
         blamed = None
         if overflow:
@@ -125,7 +139,7 @@ class TrainingState:
             self._bound_skips()
         else:
             set_learning_rate(self.optimizer, rate)
-            norm = clip_gradients(weights, self.config.optim.max_grad_norm)
+            norm = clip_gradients(weights, self.config.optim.max_grad_norm, self._norm_over_ranks())
             self.optimizer.step()
             self.updates += 1
             self.skipped_in_a_row = 0
@@ -134,6 +148,16 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow)
         return rate, norm, blamed
+
+    def _norm_over_ranks(self) -> Tensor | None:
+        """The norm of all gradients where they are sharded; what several ranks hold counts once."""
+        trainee, layout = self.trainee, self.session.ranks.layout
+        if not trainee.sharded:
+            return None
+        rows, whole = [trainee.weights[name] for name in trainee.sharded], trainee.replicated
+        own, common = (float(total_norm([w.grad for w in some if w.grad is not None])) ** 2 for some in (rows, whole))
+        (rows_of_all,) = self.session.ranks.all_reduce_sum(own * layout.base_shards / layout.world_size)
+        return torch.tensor((rows_of_all + common) ** 0.5, device=trainee.device)
 
     def finish_step(self, step: int, position: Position) -> None:
         """The update of `step` is done: from here on the state is that of the step, with what is pending after it."""
@@ -184,16 +208,21 @@ class TrainingState:
         """Begin to write a checkpoint in a thread, which then removes those that need not be kept: see `written`.
 
         What the next step changes is copied first; a state that is too large for that is written before this returns.
+        That of a sharded model is written by all ranks, each its rows, before this returns: every rank calls it then.
         """
-        names = {weight: name for name, weight in self.trainee.weights.items()}
         values: dict[str, Any] = {}
         if self.config.optim.is_own:
-            moments = optimizer_tensors(self.optimizer, names)
+            moments = optimizer_tensors(self.optimizer, {weight: name for name, weight in self._moved.items()})
         else:
-            moments, values = pack_optimizer(self.optimizer, self.trainee.weights)
+            moments, values = pack_optimizer(self.optimizer, self._moved)
         tensors = {self.trainee.file_name: self.trainee.tensors(), checkpoint.OPTIMIZER_FILE: moments}
         if (average := self.average) is not None:
             tensors[checkpoint.AVERAGE_FILE] = average
+        if self.trainee.sharded:
+            saved = self._write_together(self._state(values), tensors)
+            self._writing = Future()
+            self._writing.set_result(saved)
+            return
         size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
         if size <= COPIED_BYTES:
             tensors = {
@@ -202,6 +231,29 @@ class TrainingState:
         self._writing = self._writer.submit(self._write, self._state(values), tensors)
         if size > COPIED_BYTES:
             wait([self._writing])
+
+    def _write_together(self, state: checkpoint.CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Saved:
+        ranks, temporary = self.session.ranks, self.folder / f"{TEMPORARY}{checkpoint.checkpoint_name(state.step)}"
+        path = self.folder / checkpoint.checkpoint_name(state.step)
+        together(ranks, lambda: checkpoint.begin_checkpoint(self.folder, state.step) if ranks.is_first else None)
+        try:
+            for file, named in tensors.items():
+                parts = {name: state_rows(self.trainee, name, tensor) for name, tensor in named.items()}
+                kept = {n: p for n, p in parts.items() if ranks.is_first or (p.is_own and ranks.writes_rows)}
+                write_rows(temporary / file, {n: p.rows for n, p in kept.items()}, ranks)
+            digests = digest_files([temporary / file for file in tensors], ranks)
+        except UserError:  # on all ranks
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+        def seal() -> None:
+            if ranks.is_first:
+                checkpoint.seal_checkpoint(self.folder, state, digests, self.session.dataset.pin())
+                checkpoint.prune_checkpoints(self.folder, self.config.checkpoint.keep_last, state.best_step)
+
+        together(ranks, seal)
+        return Saved(state.step, path)
 
     def _write(self, state: checkpoint.CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Saved:
         path = checkpoint.write_checkpoint(self.folder, state, tensors, self.session.dataset.pin())
@@ -224,20 +276,28 @@ class TrainingState:
         self._writer.shutdown(wait=True)
 
     def export(self) -> Path:
-        """Write the weights for use elsewhere: the last or the best, of the average where there is one."""
+        """Write the weights for use elsewhere: the last or the best, of the average where there is one. Of a sharded
+        model every rank calls it."""
         trainee, config, step = self.trainee, self.config, self.step
         average = self.average
         tensors = trainee.tensors() if average is None else average
         if config.checkpoint.export == "best" and self.best_step is not None and self.best_step != step:
             step = self.best_step
             folder = self.folder / checkpoint.checkpoint_name(step)
-            tensors = checkpoint.load_tensors(
-                folder / (checkpoint.AVERAGE_FILE if average is not None else trainee.file_name)
-            )
+            tensors = self._read(folder / (checkpoint.AVERAGE_FILE if average is not None else trainee.file_name))
         metadata = export_metadata(self.session.identity, step, config.checkpoint.licence, config.model.checkpoint)
         path = self.session.folder / trainee.file_name
-        trainee.export(path, tensors, metadata)
+        if trainee.sharded:
+            trainee.export_rows(path, tensors, metadata, self.session.ranks)
+        else:
+            trainee.export(path, tensors, metadata)
         return path
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """A file of a checkpoint; of a sharded model this rank's rows of it."""
+        if not self.trainee.sharded:
+            return checkpoint.load_tensors(path)
+        return read_rows(path, partial(state_span, self.trainee))
 
     def restore(self, path: Path) -> None:
         """Load a checkpoint. Raises UserError when it belongs to another configuration, model or dataset."""
@@ -254,15 +314,16 @@ class TrainingState:
         for name, was in state.provenance.items():
             if (now := provenance(self.trainee).get(name)) != was:
                 LOG.warning("resuming on another %s: was %s, is %s; the last bits may differ", name, was, now)
-        self.trainee.load(checkpoint.load_tensors(path / self.trainee.file_name))
-        names = {weight: name for name, weight in self.trainee.weights.items()}
-        moments = checkpoint.load_tensors(path / checkpoint.OPTIMIZER_FILE)
+        self.trainee.load(self._read(path / self.trainee.file_name))
+        moments = self._read(path / checkpoint.OPTIMIZER_FILE)
         if self.config.optim.is_own:
-            load_optimizer_tensors(self.optimizer, names, moments)
+            load_optimizer_tensors(self.optimizer, {weight: name for name, weight in self._moved.items()}, moments)
         else:
-            unpack_optimizer(self.optimizer, self.trainee.weights, moments, state.optimizer)
+            saved = state.optimizer.get("state", {})
+            held = {name: of for name, of in saved.items() if name in self._moved or name not in self.trainee.weights}
+            unpack_optimizer(self.optimizer, self._moved, moments, state.optimizer | {"state": held})
         if self._moving_average is not None:
-            loaded = checkpoint.load_tensors(path / checkpoint.AVERAGE_FILE)
+            loaded = self._read(path / checkpoint.AVERAGE_FILE)
             check_names(self._moving_average, loaded, "the checkpoint's average")
             for name, kept in self._moving_average.items():
                 kept.copy_(loaded[name])

@@ -61,14 +61,12 @@ class Throughput:
             f"plan, largest bucket {largest}: {executed / 1e12:.3g} TFLOP a step and process, {executed / own:.2f} × "
             "what it takes without recomputing" + self._expected_seconds(largest)
         ]
-        memory, saves = self._memory(largest), self._saves(largest)
-        if memory is not None and saves is not None and self._trainee.device.type == "cuda":
-            # On a CPU it would be a GPU's workspace, and zeros for a small model.
+        memory, saves = self._memory(largest), self._saves(largest) or (SAVE_GROUPS,) * self._dims.num_layers
+        if self._trainee.device.type == "cuda":  # on a CPU it would be a GPU's workspace, and zeros for a small model
             lines_of = describe_memory(self._config.checkpointing.policy, describe_saves(saves), memory)
             parts = [" ".join(line.split()) for line in lines_of]
             lines.append(f"plan, {memory.total / GIB:.2f} GiB: {'; '.join(parts)}")
-        gib = None if memory is None else memory.total / GIB
-        return {"bucket": str(largest), "tflop": executed / 1e12, "gib": gib}, lines
+        return {"bucket": str(largest), "tflop": executed / 1e12, "gib": memory.total / GIB}, lines
 
     def after(self) -> list[str]:
         """Measured beside planned figures, for people."""
@@ -84,7 +82,7 @@ class Throughput:
             lines.append(f"measured, {bucket}: {median:.3g} s a step" + self._expected_seconds(bucket))
         largest = max(self._seconds, key=self._tokens)
         memory = self._memory(largest)
-        if memory is not None and self._trainee.device.type == "cuda":
+        if self._trainee.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._trainee.device)
             lines.append(
                 f"measured: {peak / GIB:.2f} GiB allocated at the peak, {peak / memory.allocated:.3f} × the planned "
@@ -112,13 +110,13 @@ class Throughput:
         work = rank_work(self._dims, self._shape(bucket), config.lora, saves, ranks, compiled=compiled)
         return work.scaled(self._num_passes)
 
-    def _memory(self, bucket: Bucket) -> Memory | None:
-        saves = self._saves(bucket)
-        if saves is None or self._config.lora is None:
-            return None
+    def _memory(self, bucket: Bucket) -> Memory:
+        saves = self._saves(bucket) or (SAVE_GROUPS,) * self._dims.num_layers
         compute_bytes = self._trainee.precision.dtype.itemsize
         layout, shape = self._layout, local_shape(self._shape(bucket), self._layout.ulysses)
-        return run_memory(self._config, self._dims, shape, saves, compute_bytes, *layout.memory_parts)
+        return run_memory(
+            self._config, self._dims, shape, saves, compute_bytes, *layout.memory_parts, num_ranks=layout.world_size
+        )
 
     def _expected_seconds(self, bucket: Bucket) -> str:
         if self._gpu is None:

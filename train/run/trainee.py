@@ -7,15 +7,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shards.console import counted
 from shards.errors import UserError
+from shards.files.write_file import TEMPORARY, named_errors, sync_folder
 from train import checkpoint
 from train.config.model import DiTConfig
 from train.config.train import TrainConfig, is_quantised
@@ -25,12 +27,14 @@ from train.geometry import Shape
 from train.lora.formats import name_tensors, raw_pairs, save_lora
 from train.lora.load import load
 from train.lora.lora import inject, load_lora_state, reset
+from train.lora.targets import match_weights
 from train.model.dit import WanDiT, build_model, init_random
-from train.model.load import load_dit, read_dit_config, save_dit
+from train.model.load import base_parameters, dit_header, load_dit, read_dit_config, save_dit
 from train.model.quantise import Kind
 from train.model.stream import place_base
-from train.parallel.fsdp import shard_base
+from train.parallel.fsdp import local_shard, settle, shard_base, shard_trained
 from train.parallel.ranks import ALONE, Layout, Ranks
+from train.parallel.rows import Rows, write_rows
 from train.parallel.ulysses import Ulysses
 from train.precision import DTYPES, Name, Precision, resolve_precision
 from train.recompute.runner import ChooseSaves, keep
@@ -60,6 +64,9 @@ class Trainee:
     """What blocks keep for their backward pass: from the shape of a micro-batch, or `none` or `full`."""
     device_bytes: int | None = None
     """Memory that `auto` plans with: the least that was free on any rank's GPU; None on a CPU."""
+    sharded: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Of `weights` those that are sharded over ranks, as FSDP2 knows them: `weights` has the rows of this rank, in the
+    same memory, so that optimizers, clipping and averages see plain tensors."""
 
     @property
     def file_name(self) -> str:
@@ -71,6 +78,27 @@ class Trainee:
         if callable(self.policy):
             return self.policy(shape)
         return None if self.policy == "none" else ((),) * self.dims.num_layers
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers that train, on whatever rank."""
+        return sum(weight.numel() for weight in (self.weights | self.sharded).values())
+
+    @property
+    def replicated(self) -> list[nn.Parameter]:
+        """Of `weights` those that every rank holds all of."""
+        return [weight for name, weight in self.weights.items() if name not in self.sharded]
+
+    def take_gradients(self) -> None:
+        """Hand the gradients that FSDP2 has summed to the rows in `weights`."""
+        for name, weight in self.sharded.items():
+            self.weights[name].grad = None if weight.grad is None else local_shard(weight.grad)[0]
+            weight.grad = None
+
+    def span(self, name: str) -> tuple[tuple[int, ...], slice]:
+        """Shape of a complete trained weight, and which rows of it are this rank's."""
+        weight = self.sharded.get(name, self.weights[name])
+        return tuple(weight.shape), local_shard(weight)[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights, detached, not copied."""
@@ -116,6 +144,20 @@ class Trainee:
             with self.holding(tensors):
                 save_dit(self.model, path, metadata)
 
+    def export_rows(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], ranks: Ranks) -> None:
+        """The same of a model that is sharded, written by all ranks of one copy; every rank calls it."""
+        parts = {}
+        for name, weight in base_parameters(self.model).items():
+            local, rows = local_shard(weight)
+            if ranks.is_first or (isinstance(weight, DTensor) and ranks.writes_rows and local.numel()):
+                parts[name] = Rows(tensors.get(name, local), tuple(weight.shape), rows.start)
+        temporary = path.with_name(TEMPORARY + path.name)
+        write_rows(temporary, parts, ranks, dit_header(self.dims, metadata))
+        if ranks.is_first:
+            with named_errors(path):
+                temporary.replace(path)
+                sync_folder(path.parent)
+
 
 def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | None = None) -> Trainee:
     """Build or load the base, inject the LoRA, freeze the rest. Raises UserError naming what does not fit."""
@@ -139,7 +181,9 @@ def make_trainee(config: TrainConfig, ranks: Ranks = ALONE, device_bytes: int | 
     model.train()
     suffix = ".weight" if adapted else ""
     weights = {name + suffix: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Trainee(config, dims, model, device, precision, weights, adapted, policy, device_bytes)
+    sharded: dict[str, nn.Parameter] = {name: weight for name, weight in weights.items() if isinstance(weight, DTensor)}
+    weights |= {name: nn.Parameter(local_shard(weight)[0].detach()) for name, weight in sharded.items()}
+    return Trainee(config, dims, model, device, precision, weights, adapted, policy, device_bytes, sharded)
 
 
 def _build(
@@ -160,14 +204,32 @@ def _build(
         reset(model, config.seed)
         if seed is not None:
             init_random(model, seed)
+    elif ranks.layout.base_shards > 1:
+        model = build_model(dims, dtype, "meta", param_dtype=torch.float32)
+        adapted = ()
+        _choose_trained(model, config)
+        shard_trained(model, ranks.base_mesh(device.type, trained=True), device)
+        if seed is not None:
+            init_random(model, seed)
     else:
         model = build_model(dims, dtype, device, param_dtype=kept if config.lora else torch.float32, seed=seed)
         adapted = ()
+        _choose_trained(model, config)
     if config.model.checkpoint is not None:
         load_dit(model, config.model.checkpoint)
+    if config.lora is None and ranks.layout.base_shards > 1:
+        settle(model)
     if config.lora is not None and not adapted:
         adapted = tuple(inject(model, config.lora, config.seed))
     return model, adapted
+
+
+def _choose_trained(model: nn.Module, config: TrainConfig) -> None:
+    """Freeze what `train` leaves out."""
+    if config.train is not None:
+        chosen = set(match_weights([name for name, _ in model.named_parameters()], config.train))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in chosen)
 
 
 def choose_policy(
@@ -238,10 +300,12 @@ def describe_base(config: TrainConfig) -> str:
 
 def describe_trainee(trainee: Trainee, dataset: Dataset) -> list[str]:
     """What will be trained, for people."""
-    trained = sum(weight.numel() for weight in trainee.weights.values())
+    trained = trainee.num_trained
     total = sum(weight.numel() for weight in trainee.model.parameters())
     base = describe_base(trainee.config)
     what = f"LoRA of {counted(len(trainee.adapted), 'module')}" if trainee.adapted else "the full model"
+    if trainee.config.train is not None:
+        what = f"{counted(len(trainee.weights), 'tensor')}: {', '.join(trainee.config.train)}"
     memory = "" if trainee.device_bytes is None else f"; {trainee.device_bytes / GIB:.1f} GiB to plan with"
     base += f", linears in {trainee.config.model.base_dtype}" if is_quantised(trainee.config) else ""
     if trainee.model.stream is not None:
