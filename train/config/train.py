@@ -271,7 +271,7 @@ class TrainConfig(Config):
         kept = self.model.base_dtype != "auto" or self.model.stream_blocks is True or self.checkpointing.offload_inputs
         if self.lora is None and kept:
             raise ValueError(
-                "model.base_dtype, model.stream_blocks, checkpointing.offload_inputs need a frozen base: lora"
+                "model.base_dtype, model.stream_blocks, checkpointing.offload_inputs need a frozen base; lora is null"
             )
         if self.parallel.shard in ("full", "hybrid") and (is_quantised(self) or self.model.stream_blocks is True):
             raise ValueError(
