@@ -61,7 +61,7 @@ class Throughput:
             f"plan, largest bucket {largest}: {executed / 1e12:.3g} TFLOP a step and process, {executed / own:.2f} × "
             "what it takes without recomputing" + self._expected_seconds(largest)
         ]
-        memory, saves = self._memory(largest), self._saves(largest) or (SAVE_GROUPS,) * self._dims.num_layers
+        memory, saves = self._memory(largest), self._saves(largest)
         if self._trainee.device.type == "cuda":  # on a CPU it would be a GPU's workspace, and zeros for a small model
             lines_of = describe_memory(self._config.checkpointing.policy, describe_saves(saves), memory)
             parts = [" ".join(line.split()) for line in lines_of]
@@ -96,8 +96,10 @@ class Throughput:
     def _shape(self, bucket: Bucket) -> Shape:
         return Shape(self._config.data.micro_batch, self._tokens(bucket))
 
-    def _saves(self, bucket: Bucket) -> Sequence[Collection[str]] | None:
-        return self._trainee.saves(local_shape(self._shape(bucket), self._layout.ulysses))
+    def _saves(self, bucket: Bucket) -> Sequence[Collection[str]]:
+        """What each block keeps; everything where autograd decides."""
+        saves = self._trainee.saves(local_shape(self._shape(bucket), self._layout.ulysses))
+        return saves or (SAVE_GROUPS,) * self._dims.num_layers
 
     def _flops(self, bucket: Bucket) -> tuple[float, float]:
         """Of one process's share of a step: executed, and without recomputation."""
@@ -105,13 +107,13 @@ class Throughput:
         return self._work(bucket).flops, own * self._num_passes
 
     def _work(self, bucket: Bucket) -> Work:
-        config, saves = self._config, self._saves(bucket) or ((*SAVE_GROUPS,),) * self._dims.num_layers
+        config, saves = self._config, self._saves(bucket)
         ranks, compiled = self._layout.ulysses, config.model.compile is True
         work = rank_work(self._dims, self._shape(bucket), config.lora, saves, ranks, compiled=compiled)
         return work.scaled(self._num_passes)
 
     def _memory(self, bucket: Bucket) -> Memory:
-        saves = self._saves(bucket) or (SAVE_GROUPS,) * self._dims.num_layers
+        saves = self._saves(bucket)
         compute_bytes = self._trainee.precision.dtype.itemsize
         layout, shape = self._layout, local_shape(self._shape(bucket), self._layout.ulysses)
         return run_memory(
