@@ -229,7 +229,12 @@ def _text_pass(
     with show_progress(f"text {set_name}", num_units=len(units), num_clips=None, style=style) as progress:
         at_work.progress = progress.facts
 
-        def on_unit(unit: int, counts: TextCounts) -> None:
+        failed: set[int] = set()
+
+        def on_unit(unit: int, counts: TextCounts | None) -> None:
+            if counts is None:
+                failed.add(unit)
+                return
             if counts.without_words:
                 LOG.warning(
                     "text set %r: unit %d: %s an empty caption",
@@ -242,7 +247,14 @@ def _text_pass(
         while units:
             claimed = at_work.claim(kind, units)
             build_texts(storage, set_name, claimed, config, scratch, on_unit=on_unit, on_worker=progress.worker)
-            units = at_work.wait_for_others(kind, units)
+            units = [unit for unit in at_work.wait_for_others(kind, units) if unit not in failed]
+    if failed:
+        what = counted(len(failed), "unit has", "units have")
+        raise UserError(
+            f"text set {set_name!r}: {what} no texts yet, because an internal error ended one of its texts; all others "
+            "are done",
+            fix="read the tracebacks above, then run the same command: it embeds these units alone",
+        )
 
 
 def _release_memory() -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from preprocess.build.clip import internal_error, propagates
 from preprocess.build.dataset_info import add_text_set, find_info
 from preprocess.build.processes import run_processes
-from preprocess.build.worker import Description, library_versions
+from preprocess.build.worker import Description, ErrorsInARow, library_versions
 from preprocess.config import PrepConfig
 from preprocess.corpus.records import Record
 from preprocess.encoders.encoders import devices_of
@@ -60,7 +61,16 @@ class UnitTexts(NamedTuple):
     """A unit that was embedded."""
 
     unit: int
-    counts: TextCounts
+    counts: TextCounts | None
+    """None: an internal error in one of its texts; it is not committed."""
+
+
+class _TextFailed(Exception):
+    """An unexpected exception in one clip's text; it is logged."""
+
+    def __init__(self, clip_id: str, rejection: Rejection) -> None:
+        super().__init__(clip_id)
+        self.clip_id, self.rejection = clip_id, rejection
 
 
 def build_texts(
@@ -70,12 +80,13 @@ def build_texts(
     config: PrepConfig,
     scratch: Path,
     *,
-    on_unit: Callable[[int, TextCounts], None],
+    on_unit: Callable[[int, TextCounts | None], None],
     on_worker: Callable[[], None] = lambda: None,
 ) -> None:
     """Embed the captions of `units`, whose latents are committed, into text set `set_name`, on every GPU here.
 
-    `on_worker` is called for each encoder that is loaded. Raises UserError.
+    `on_worker` is called for each encoder that is loaded; `on_unit` with a unit's counts, or None where an internal
+    error in one of its texts left it without a commit. Raises UserError.
     """
     config = _settle_precision(storage, set_name, config)
     if not is_committed(storage, text_kind(set_name), NULL_UNIT):
@@ -120,6 +131,7 @@ class TextWorker:
         self.description = Description(identity, encoder.note, {**library_versions(), **encoder.provenance()})
         # A copy: torch allocates its array between what the forward pass frees, and the heap would grow with each text.
         self._embed = lru_cache(_REMEMBERED_TEXTS)(lambda text: encoder.embed(text).copy())
+        self._errors = ErrorsInARow()
 
     def commits(
         self,
@@ -137,7 +149,13 @@ class TextWorker:
                     self._write_null()
                     yield UnitTexts(unit, TextCounts())
                     continue
-                commit, counts = self._write_unit(unit)
+                try:
+                    commit, counts = self._write_unit(unit)
+                except _TextFailed as failed:
+                    self._errors.add(failed.clip_id, failed.rejection)
+                    on_row(UnitTexts(unit, None))
+                    yield UnitTexts(unit, None)
+                    continue
                 on_row(UnitTexts(unit, counts))
                 yield commit
 
@@ -158,7 +176,14 @@ class TextWorker:
         with ShardWriter(self._storage, kind, unit, about.identity, self._scratch, about.provenance) as writer:
             counts = TextCounts()
             for sample in read_commit(self._storage, LATENTS, unit).commit.samples:
-                written = _write_sample(writer, sample, records, self._config, self._encoder, self._embed)
+                record = _record_of(writer, sample, records)
+                try:
+                    written = _write_sample(writer, sample, record, self._config, self._encoder, self._embed)
+                except Exception as error:
+                    if propagates(error, self._scratch):
+                        raise
+                    raise _TextFailed(record.clip_id, internal_error("text", error, record.clip_id)) from None
+                self._errors.add(record.clip_id, None)
                 counts = TextCounts(*map(sum, zip(counts, written, strict=True)))
             return writer.seal(), counts
 
@@ -199,23 +224,28 @@ def negative_prompt(config: PrepConfig) -> str:
     return clean_text(NEGATIVE_PROMPT if chosen is None else chosen)
 
 
-def _write_sample(
-    writer: ShardWriter,
-    sample: SampleInfo,
-    records: dict[str, Record],
-    config: PrepConfig,
-    encoder: TextEncoder,
-    embed: Callable[[str], np.ndarray],
-) -> TextCounts:
+def _record_of(writer: ShardWriter, sample: SampleInfo, records: dict[str, Record]) -> Record:
     summary = sample.summary
     if not isinstance(summary, LatentSummary) or summary.clip not in records:
         raise UserError(
             f"unit {writer}: clip of sample {sample.key!r} is not in the plan's unit",
             fix="`wanshards verify` the dataset: its plan and its latents do not belong together",
         )
+    return records[summary.clip]
+
+
+def _write_sample(
+    writer: ShardWriter,
+    sample: SampleInfo,
+    record: Record,
+    config: PrepConfig,
+    encoder: TextEncoder,
+    embed: Callable[[str], np.ndarray],
+) -> TextCounts:
+    summary = cast("LatentSummary", sample.summary)
     start_seconds = summary.start_ms / 1000
     end_seconds = start_seconds + summary.frames / config.window.fps
-    captions = compose_all(records[summary.clip], start_seconds, end_seconds, config.captions, encoder.tokenizer.count)
+    captions = compose_all(record, start_seconds, end_seconds, config.captions, encoder.tokenizer.count)
     texts = [""] if isinstance(captions, Rejection) else [caption.text for caption in captions.composed]
     arrays = [embed(text) for text in texts]
     tokens = [len(array) for array in arrays]

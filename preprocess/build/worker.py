@@ -30,7 +30,7 @@ from preprocess.encoders.encoders import devices_of
 from preprocess.fetch.fetcher import Fetcher
 from preprocess.fetch.transfer import TransferStopped
 from preprocess.plan.plan import Candidate, Plan, open_plan
-from preprocess.rejection import INTERNAL_ERROR
+from preprocess.rejection import INTERNAL_ERROR, Rejection
 from preprocess.video.ffmpeg import ffmpeg_version, runs_that_end
 from shards.errors import UserError
 from shards.format.commit import Commit
@@ -197,18 +197,21 @@ class _OpenUnit:
 
 
 class ErrorsInARow:
-    """Counts internal errors in a row, in the order of writing. Raises UserError at the tenth."""
+    """Counts clips in a row that ended by an internal error. Raises UserError at the tenth."""
 
     def __init__(self) -> None:
         self._num = 0
 
-    def add(self, row: LedgerRow) -> None:
-        """Count a clip's row."""
-        self._num = self._num + 1 if row.reason == INTERNAL_ERROR else 0
+    def add(self, clip_id: str, outcome: LedgerRow | Rejection | None) -> None:
+        """Count a clip by its row, or by its rejection, None where it has none."""
+        if outcome is None or outcome.reason != INTERNAL_ERROR:
+            self._num = 0
+            return
+        self._num += 1
         if self._num == MAX_ERRORS_IN_A_ROW:
             raise UserError(
-                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {row.clip_id} in stage "
-                f"{row.stage}: {row.detail}",
+                f"{MAX_ERRORS_IN_A_ROW} clips in a row ended by an internal error, the last {clip_id} in stage "
+                f"{outcome.stage}: {outcome.detail}",
                 expected="an internal error now and then at most: this is the machine, or a defect of this program",
                 fix="read the tracebacks above, then run the same command: it resumes at the open unit",
             )
@@ -255,7 +258,7 @@ class _ClipStages:
             row = write_clip(clip, unit.shard, self._worker.config) if clip else None
             if row:
                 unit.rows.append(row)
-                self._errors.add(row)
+                self._errors.add(row.clip_id, row)
             if written.is_last:
                 commit = unit.shard.seal(unit.rows)
                 self._open.pop(task.unit).shard.close()

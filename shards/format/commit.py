@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from shards.config import Config, validate_config
 from shards.errors import ShardDamage, UserError
@@ -20,10 +22,16 @@ from shards.format.names import (
     commit_name,
     parse_name,
 )
-from shards.format.sealed_json import canonical_digest, document_seal, open_document, seal_document
+from shards.format.sealed_json import canonical_digest, document_seal, open_document, seal_document, sealed_part
 from shards.storage.base import Storage
 
 MAX_COMMIT_BYTES = 2**26
+_WRITTEN = re.compile(
+    rb'(\{"format_version":\d+,"identity_sha256":"[^"]*","kind":"[^"]*",)'
+    rb'("ledger":(?:null|\{[^}]*\}),"provenance":\{[^}]*\},)"revision":"([0-9a-f]{64})",("samples":\[.*),',
+    re.DOTALL,
+)
+"""What a seal covers of a commit: content, what a revision leaves out, the revision, content."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=0, lt=2**62)]
 """A count, size or offset that fits the readers' 64-bit columns."""
@@ -127,19 +135,42 @@ def commit_bytes(commit: Commit) -> bytes:
 
 def parse_commit(data: bytes, file: str, kind: str, unit: int) -> StoredCommit:
     """A commit from untrusted bytes, expected to be the one of `kind` and `unit`. Raises ShardDamage naming it."""
-    body = open_document(data, file)
-    check_format_version(body.get("format_version"), file)
-    revision = body.pop("revision", None)
-    try:
-        commit = validate_config(Commit, body, origin=file)
-    except UserError as error:
-        raise ShardDamage(file, error.problem) from None
+    opened = _open_as_written(sealed_part(data, file))
+    if opened is not None:
+        commit, revision = opened
+        found = revision
+    else:
+        body = open_document(data, file)
+        check_format_version(body.get("format_version"), file)
+        revision = body.pop("revision", None)
+        try:
+            commit = validate_config(Commit, body, origin=file)
+        except UserError as error:
+            raise ShardDamage(file, error.problem) from None
+        found = content_digest(body)
     if (commit.kind, commit.unit) != (kind, unit):
         raise ShardDamage(file, f"it is the commit of unit {commit.unit} of {commit.kind}, not of {unit} of {kind}")
-    if revision != (found := content_digest(body)):
+    if revision != found:
         raise ShardDamage(file, f"its revision is {revision}, its content's {found}")
     _check_content(commit, file)
     return StoredCommit(commit=commit, revision=revision, size=len(data), seal=document_seal(data))
+
+
+def _open_as_written(sealed: bytes) -> tuple[Commit, str] | None:
+    """A sound commit and its revision, in half the time: from the bytes of `commit_bytes`, not from parsed values.
+
+    None where anything is otherwise: the slow way says what.
+    """
+    if (parts := _WRITTEN.fullmatch(sealed)) is None:
+        return None
+    start, of_the_run, revision, content = parts.groups()
+    if hashlib.sha256(start + content + b"}").hexdigest() != revision.decode():
+        return None
+    try:
+        commit = Commit.model_validate_json(start + of_the_run + content + b"}")
+    except ValidationError:
+        return None
+    return (commit, revision.decode()) if commit.format_version == FORMAT_VERSION else None
 
 
 def read_commit(storage: Storage, kind: str, unit: int) -> StoredCommit:

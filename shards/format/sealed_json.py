@@ -40,8 +40,8 @@ def seal_document(body: Mapping[str, Any], indent: int | None = None) -> bytes:
     return head + _TAIL_START + hashlib.sha256(head).hexdigest().encode() + _TAIL_END
 
 
-def open_document(data: bytes, file: str) -> dict[str, Any]:
-    """The body of a sealed document, without its seal. Raises ShardDamage naming `file`."""
+def sealed_part(data: bytes, file: str) -> bytes:
+    """All of a sealed document that its seal covers, which is checked. Raises ShardDamage naming `file`."""
     head, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
     if not (tail.startswith(_TAIL_START) and tail.endswith(_TAIL_END)):
         raise ShardDamage(
@@ -51,6 +51,12 @@ def open_document(data: bytes, file: str) -> dict[str, Any]:
     stored = tail[len(_TAIL_START) : -len(_TAIL_END)].decode("latin-1")
     if found != stored:
         raise ShardDamage(file, f"its bytes have sha256 {found}, its seal says {stored}")
+    return head
+
+
+def open_document(data: bytes, file: str) -> dict[str, Any]:
+    """The body of a sealed document, without its seal. Raises ShardDamage naming `file`."""
+    sealed_part(data, file)
     body = parse_json(data, file)
     if not isinstance(body, dict):
         raise ShardDamage(file, f"its top level is {type(body).__name__}, not an object")

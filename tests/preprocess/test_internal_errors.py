@@ -17,10 +17,12 @@ from preprocess.demo.corpus import BASE_URL
 from preprocess.demo.server import served
 from preprocess.encoders import encoders
 from preprocess.plan.plan import open_plan
+from preprocess.rejection import Rejection
 from shards.console import LOG
 from shards.errors import UserError
 from shards.format.commit import committed_units, read_commit
 from shards.format.ledger import LedgerRow, read_ledger
+from shards.format.names import LATENTS, text_kind
 from shards.storage import open_storage
 
 STAGES = {
@@ -112,11 +114,49 @@ def test_ten_in_a_row_stop_the_build_and_nine_do_not() -> None:
     def count_all(reasons: list[str]) -> None:
         count = worker.ErrorsInARow()
         for reason in reasons:
-            count.add(row(reason))
+            count.add("c", row(reason))
 
     count_all([*["internal-error"] * 9, "no-frames", *["internal-error"] * 9])
     with pytest.raises(UserError, match="10 clips in a row"):
         count_all(["internal-error"] * 10)
+    texts = worker.ErrorsInARow()  # those of the text pass have no row
+    for _ in range(9):
+        texts.add("c", Rejection("text", "internal-error", "d"))
+    texts.add("c", None)
+    texts.add("c", Rejection("text", "internal-error", "d"))
+
+
+def test_an_exception_in_a_text_costs_its_unit_until_the_next_run(
+    demo_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its caption was composed and counted in the first pass: what fails here is the machine, and is tried again."""
+    output, more_units = tmp_path / "out", {**TINY, "shards": {"unit_size": 2}}
+    real, texts = encoders.TextEncoder.embed, []
+
+    def embed(encoder: Any, text: str) -> Any:
+        texts.append(text)
+        if len(texts) == 3:  # after the two null embeddings
+            raise ZeroDivisionError
+        return real(encoder, text)
+
+    monkeypatch.setattr(LOG, "propagate", True)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"'default': 1 unit has no texts yet"),
+        caplog.at_level(logging.ERROR),
+    ):
+        patch.setattr(encoders.TextEncoder, "embed", embed)
+        build(demo_corpus, output, **more_units)
+    assert "internal error in stage text" in caplog.text and "ZeroDivisionError" in caplog.text
+    storage, kind = open_storage(output), text_kind("default")
+    units, there = committed_units(storage, LATENTS), committed_units(storage, kind)
+    assert len(units) > 2 and units - there == {min(units)}
+    build(demo_corpus, output, **more_units)
+    build(demo_corpus, tmp_path / "undisturbed", **more_units)
+    undisturbed = open_storage(tmp_path / "undisturbed")
+    for unit in units:
+        commits = [read_commit(each, kind, unit).commit for each in (storage, undisturbed)]
+        assert commits[0].tar == commits[1].tar
 
 
 def test_the_command_says_how_many_and_exits_with_1_until_a_retry_helps(

@@ -13,6 +13,10 @@ import pytest
 import zstandard
 
 from shards.check.verify import verify
+from shards.errors import ShardDamage, UserError
+from shards.format import commit
+from shards.format.names import commit_name
+from shards.format.sealed_json import seal_document
 from shards.read.dataset import open_dataset
 from shards.storage import open_storage
 
@@ -44,6 +48,27 @@ def test_the_golden_dataset_opens_and_is_whole() -> None:
     assert {key: hashlib.sha256(data).hexdigest()[:16] for key, data in found.items()} == SAMPLES
     assert [dataset.null_text(which).shape for which in ("empty", "negative")] == [(1, 64), (9, 64)]
     assert verify(open_storage(GOLDEN), "deep").problems == []
+
+
+@pytest.mark.parametrize("kind", ["latents", "text/default"])
+def test_a_commit_opens_alike_as_it_was_written_and_as_any_other_json(kind: str, monkeypatch: Any) -> None:
+    """The quick way is taken where the bytes are those of `commit_bytes`, and never for another value."""
+    path = GOLDEN / commit_name(kind, 0)
+    written, values = path.read_bytes(), sealed(path)
+    values.pop("seal")
+    spaced, turned = seal_document(values, indent=1), seal_document(values | {"unit": 1})
+    as_any = commit.parse_commit(spaced, "f", kind, 0)
+    with pytest.raises(ShardDamage, match="its revision is"):
+        commit.parse_commit(turned, "f", kind, 1)
+    future = seal_document(values | {"format_version": 99})
+    with pytest.raises(UserError, match="version 99"):
+        commit.parse_commit(future, "f", kind, 0)
+    monkeypatch.setattr(commit, "open_document", None)
+    assert commit.parse_commit(written, "f", kind, 0).commit == as_any.commit
+    assert as_any.revision == as_any.commit.revision == values["revision"]
+    for damaged in (spaced, turned, future):
+        with pytest.raises(TypeError, match="not callable"):
+            commit.parse_commit(damaged, "f", kind, 0)
 
 
 # What follows knows the document and nothing of the package.

@@ -48,7 +48,7 @@ def test_with_and_without_index_are_one_dataset(root: Path, monkeypatch: pytest.
     without = state(open_dataset(root))
     assert write_index(open_storage(root)) == 7
     # With it no commit is read.
-    monkeypatch.setattr("shards.read.index.read_commit", None)
+    monkeypatch.setattr("shards.read.index.parse_commit", None)
     assert state(open_dataset(root)) == without
 
 
