@@ -29,7 +29,7 @@ from shards.format.names import JSON_MEMBER, LATENT_MEMBER, text_member
 from shards.format.sealed_json import parse_json
 from shards.format.tar import BLOCK, tar_header
 from shards.read.open import Opened, open_roots
-from shards.read.table import Shard, Table
+from shards.read.table import NUMBERS, Shard, Table
 from shards.read.tags import clip_tags
 from shards.storage.base import Storage
 
@@ -331,4 +331,13 @@ class SampleView(Sequence[Sample]):
         )
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[place] for place in range(len(self)))
+        """By columns, a piece at a time: of a million samples `self[place]` takes four times as long."""
+        table, row = self._table, self._table.summary
+        for start in range(0, len(self), 4096):
+            part = slice(start, start + 4096)
+            numbers = [row[field][part].tolist() for field in NUMBERS]
+            media = ["image" if is_image else "video" for is_image in row["is_image"][part].tolist()]
+            variants = self._num_variants[part].tolist()
+            yield from map(
+                Sample, table.keys[part], row["clip"][part], *numbers, media, row["category"][part], variants
+            )

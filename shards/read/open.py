@@ -139,33 +139,35 @@ def _add_root(
 ) -> None:
     listing = list_root(storage, kinds)
     digests = {kind: canonical_digest(info.kind_identity(kind)) for kind in kinds}
-    has_null = False
+    has_null, index = False, storage.url(INDEX_NAME)
     for columns in load_columns(storage, kinds, listing):
-        with refusing_odd_columns(columns, storage.url(INDEX_NAME)):
+        with refusing_odd_columns(columns, index):
             kind, unit = columns["kind"], columns["unit"]
             if pinned is not None:
                 pinned[kind, unit, columns["revision"]] -= 1
                 if pinned[kind, unit, columns["revision"]] < 0:
                     continue
-            file = storage.url(commit_name(kind, unit))
-            _check_unit(columns, listing, digests[kind], storage, file)
+            _check_unit(columns, listing, digests[kind], storage)
         is_null = unit == NULL_UNIT
         # The null embeddings of one identity are the same in every root: the first root's are read.
         if not (is_null and root > 0 and has_null):
-            builders["null" if is_null else kind].add(root, columns, file)
+            builders["null" if is_null else kind].add(root, columns, index)
         has_null = has_null or is_null
         provenance.setdefault(kind, Counter())[str(columns.get("provenance"))] += 1
 
 
-def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storage: Storage, file: str) -> None:
+def _check_unit(columns: dict[str, Any], listing: Listing, identity: str, storage: Storage) -> None:
     name, size, _ = columns["tar"]
     if columns["identity_sha256"] != identity:
+        commit = commit_name(columns["kind"], columns["unit"])
         raise IdentityMismatch(
-            f"{file}: its identity is {columns['identity_sha256']}, the dataset's {identity}; they may not be mixed",
-            fix=f"remove this unit (its commit, {commit_name(columns['kind'], columns['unit'])}) and build it again",
+            f"{storage.url(commit)}: its identity is {columns['identity_sha256']}, the dataset's {identity}; they may "
+            "not be mixed",
+            fix=f"remove this unit (its commit, {commit}) and build it again",
         )
     if name not in listing.objects:
-        raise MissingObject(storage.url(name), f"missing, but its commit {file} is there")
+        commit = storage.url(commit_name(columns["kind"], columns["unit"]))
+        raise MissingObject(storage.url(name), f"missing, but its commit {commit} is there")
     if listing.objects[name] != size:
         raise ShardDamage(
             storage.url(name),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from shards.format.commit import StoredCommit
 from shards.format.names import JSON_MEMBER, KEY, LATENTS
 
 _JSON_CHECK_DIGITS = 16
+_KEYS = re.compile(rf"(?:{KEY.pattern}\n)*")
 NUMBERS = ("start_ms", "frames", "height", "width")
 """The integer fields of a latent's summary."""
 
@@ -70,7 +72,12 @@ def pack(values: Iterable[int]) -> str:
 
 def unpack(text: str) -> np.ndarray:
     """int64 of what `pack` wrote. Raises ValueError or TypeError on anything else."""
-    return np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i8").astype(np.int64, copy=False)
+    return np.frombuffer(_unpack_bytes(text), "<i8").astype(np.int64, copy=False)
+
+
+def _unpack_bytes(text: str) -> bytes:
+    """The same as its bytes, for columns that are collected as they are: an array of each costs more than its words."""
+    return binascii.a2b_base64(text, strict_mode=True)
 
 
 @contextmanager
@@ -161,32 +168,38 @@ class TableBuilder:
 
     def _append(self, root: int, columns: Mapping[str, Any]) -> None:
         keys, counts = columns["key"], unpack(columns["num_arrays"])
-        documents = [unpack(column) for column in columns["json"]]
-        offsets, sizes, checks, spec_of = (unpack(column) for column in columns["arrays"])
-        ordinals = np.array([self._spec(dtype, tuple(shape)) for dtype, shape in columns["specs"]], np.int64)
-        _same_length(len(keys), counts, *documents)
-        _same_length(int(counts.sum()), offsets, sizes, checks, spec_of)
-        if len(documents) != 3 or (counts < 1).any() or (spec_of < 0).any():
+        documents = [_unpack_bytes(column) for column in columns["json"]]
+        *places, spec_of = columns["arrays"]
+        places, spec_of = [_unpack_bytes(column) for column in places], unpack(spec_of)
+        specs = [(dtype, tuple(shape)) for dtype, shape in columns["specs"]]
+        ordinals = np.array([self._specs.get(spec) or self._spec(*spec) for spec in specs], np.int64)
+        _same_length(len(keys), counts)
+        _same_length(8 * len(keys), *documents)
+        _same_length(int(counts.sum()), spec_of)
+        _same_length(8 * len(spec_of), *places)
+        if len(documents) != 3 or len(places) != 3 or (counts < 1).any() or (spec_of < 0).any():
             raise ValueError("counts out of range")
-        if not all(map(KEY.fullmatch, keys)):
+        lines = "\n".join([*keys, ""])
+        if lines.count("\n") != len(keys) or not _KEYS.fullmatch(lines):
             raise ValueError("an invalid key")
-        words = {"num_arrays": counts, **{f"json{place}": column for place, column in enumerate(documents)}}
-        arrays = (offsets, sizes, checks, ordinals[spec_of] if len(spec_of) else spec_of)
+        words = {"num_arrays": counts.tobytes(), **{f"json{place}": column for place, column in enumerate(documents)}}
+        arrays = (*places, (ordinals[spec_of] if len(spec_of) else spec_of).tobytes())
         words |= {f"arrays{place}": column for place, column in enumerate(arrays)}
         if self._kind == LATENTS:
             words |= self._summary(columns, len(keys))
         name, size, sha256 = columns["tar"]
         shard = Shard(root, columns["kind"], columns["unit"], name, int(size), sha256, columns["revision"])
         for field, column in words.items():
-            self._words[field] += column.tobytes()
+            self._words[field] += column
         self._keys.extend(keys)
         self._rows_of_shard.append(len(keys))
         self._shards.append(shard)
 
-    def _summary(self, columns: Mapping[str, Any], num_rows: int) -> dict[str, np.ndarray]:
-        words = {field: unpack(columns[field]) for field in (*NUMBERS, "is_image")}
+    def _summary(self, columns: Mapping[str, Any], num_rows: int) -> dict[str, bytes]:
+        words = {field: _unpack_bytes(columns[field]) for field in (*NUMBERS, "is_image")}
         clips, categories = columns["clip"], columns["category"]
-        _same_length(num_rows, clips, categories, *words.values())
+        _same_length(num_rows, clips, categories)
+        _same_length(8 * num_rows, *words.values())
         if not all(type(clip) is str for clip in clips):
             raise TypeError("a clip id that is not text")
         self._clips.extend(clips)
@@ -195,7 +208,7 @@ class TableBuilder:
         return words
 
     def _column(self, field: str) -> np.ndarray:
-        return np.frombuffer(self._words[field], np.int64)
+        return np.frombuffer(self._words[field], "<i8").astype(np.int64, copy=False)
 
     def _spec(self, dtype: Any, shape: tuple[Any, ...]) -> int:
         ordinal = self._specs.get((dtype, shape))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -78,11 +79,11 @@ class Order:
     ) -> None:
         self.seed = seed
         self.global_batch = global_batch
-        members: dict[Bucket, list[int]] = {}
+        members: defaultdict[Bucket, list[int]] = defaultdict(list)
         keys: list[str] = []  # read once: `samples` may be a view that makes each sample on access
         for ordinal, sample in enumerate(samples):
             keys.append(sample.key)
-            members.setdefault(Bucket(sample.frames, sample.height, sample.width), []).append(ordinal)
+            members[Bucket(sample.frames, sample.height, sample.width)].append(ordinal)
         self.too_small = {bucket: len(some) for bucket, some in sorted(members.items()) if len(some) < global_batch}
         """Buckets that cannot fill a batch, with their number of samples; they are never trained on."""
         self.buckets = [bucket for bucket in sorted(members) if bucket not in self.too_small]
