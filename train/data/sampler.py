@@ -79,11 +79,12 @@ class Order:
     ) -> None:
         self.seed = seed
         self.global_batch = global_batch
-        members: defaultdict[Bucket, list[int]] = defaultdict(list)
+        members_by_size: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
         keys: list[str] = []  # read once: `samples` may be a view that makes each sample on access
         for ordinal, sample in enumerate(samples):
             keys.append(sample.key)
-            members[Bucket(sample.frames, sample.height, sample.width)].append(ordinal)
+            members_by_size[sample.frames, sample.height, sample.width].append(ordinal)
+        members = {Bucket(*size): ordinals for size, ordinals in members_by_size.items()}
         self.too_small = {bucket: len(some) for bucket, some in sorted(members.items()) if len(some) < global_batch}
         """Buckets that cannot fill a batch, with their number of samples; they are never trained on."""
         self.buckets = [bucket for bucket in sorted(members) if bucket not in self.too_small]
@@ -99,7 +100,7 @@ class Order:
             # By key, so that the order in which the samples are listed does not matter.
             ordinals = sorted(members[bucket], key=keys.__getitem__)
             self._ordinals.append(np.array(ordinals, dtype=np.int64))
-            hashes = np.array([hash_key(keys[ordinal]) for ordinal in ordinals], dtype=np.uint64)
+            hashes = _hash_keys([keys[ordinal] for ordinal in ordinals])
             self._hashes.append(hashes)
             own = None if weights is None else [weights[ordinal] for ordinal in ordinals]
             self._uses.append(None if own is None else _Uses(mix(hashes, seed, PHASE), own))
@@ -176,8 +177,8 @@ class Order:
 
     def _mix(self, epoch: int) -> list[tuple[int, int]]:
         batches = [(which, index) for which in range(len(self.buckets)) for index in self._indices(which, epoch)]
-        names = [hash_key(f"{self.buckets[which]} {index}") for which, index in batches]
-        places = np.argsort(mix(np.array(names, dtype=np.uint64), self.seed, epoch), kind="stable")
+        names = _hash_keys(f"{self.buckets[which]} {index}" for which, index in batches)
+        places = np.argsort(mix(names, self.seed, epoch), kind="stable")
         return [batches[place] for place in places]
 
 
@@ -221,7 +222,13 @@ class _Uses:
 
 def hash_key(key: str) -> int:
     """A uint64 of a key, the same in every process and version."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int(_hash_keys([key])[0])
+
+
+def _hash_keys(keys: Iterable[str]) -> np.ndarray:
+    """uint64, one per key."""
+    digests = b"".join([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys])
+    return np.frombuffer(digests, "<u8").astype(np.uint64, copy=False)
 
 
 def mix(hashes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
