@@ -14,7 +14,8 @@ comes on top. Importing this imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from shards.gpus import Gpu
@@ -66,13 +67,15 @@ class Work(NamedTuple):
         return Work(*(factor * part for part in self))
 
 
-def block_linears(dims: DiTConfig) -> dict[str, tuple[int, int]]:
+@lru_cache(maxsize=16)
+def block_linears(dims: DiTConfig) -> Mapping[str, tuple[int, int]]:
     """Linears of a block by their name in it: channels in, channels out."""
     dim, inner = dims.dim, dims.ffn_dim
     sizes = {f"{part}.{leaf}": (dim, dim) for part in ("self_attn", "cross_attn") for leaf in "qkvo"}
     return {**sizes, "ffn.0": (dim, inner), "ffn.2": (inner, dim)}
 
 
+@lru_cache(maxsize=64)  # a plan asks for each layout and policy, and a pattern is matched with every name
 def adapted_linears(dims: DiTConfig, lora: LoRAConfig | None) -> tuple[frozenset[str], ...]:
     """For each block, the linears that the LoRA's targets select. Raises UserError when a target selects nothing."""
     linears = block_linears(dims)
