@@ -6,12 +6,15 @@ Promise: at most 50 bytes a row, resident, from 100,000 rows (where all caches a
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from peak import peak_kib
 
 BASE, SMALL, FULL = 100_000, 400_000, 1_000_000
 PROMISED_BYTES = 50
@@ -86,9 +89,7 @@ def run_here(table: str) -> None:
         seconds = time.perf_counter() - start
     if plan.num_candidates + plan.num_refused != int(Path(table).stem):
         raise SystemExit(f"{plan.num_candidates} + {plan.num_refused} of {Path(table).stem} rows")
-    print(
-        json.dumps({"seconds": seconds, "kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "pid": os.getpid()})
-    )
+    print(json.dumps({"seconds": seconds, "kib": peak_kib(), "pid": os.getpid()}))
 
 
 if __name__ == "__main__":
