@@ -207,6 +207,8 @@ def run_cases(work: Path, kind: str, num: int, seed: int) -> None:
         except BaseException:
             print(f"seed {seed}, {kind} case {number}: {path}", file=sys.stderr)
             raise
+        if number % 500 == 499:
+            print(f"{kind}: {number + 1} of {num}", flush=True)
 
 
 @pytest.mark.parametrize("kind", ["crafted", "damaged"])
