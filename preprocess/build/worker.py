@@ -1,9 +1,10 @@
-"""A worker: the encoder on one device, with pools that fetch, decode and write around it. Every engine runs this alone.
+"""A worker: the encoder on one device, with pools that fetch, decode and write around it. Every engine runs this.
 
     units ─▶ candidates ─▶ fetch (threads) ─▶ decode (threads) ─▶ encode (the caller's) ─▶ write (a thread) ─▶ commits
 
 A unit's commit is a function of the unit and the config alone: not of the engine, the device's number, the units that
-this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand one out again.
+this worker did before, or how often the unit was begun. So an engine only hands out units, and may hand out a unit
+twice.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ClipDone(NamedTuple):
 
     row: LedgerRow
     pool_seconds: dict[str, float]
-    """Of the encoder's thread since the clip before: at work, and waiting for each other pool."""
+    """Since the clip before: how long the encoder's thread worked, and how long it waited for each other pool."""
 
 
 OnClip = Callable[[ClipDone], None]
@@ -64,7 +65,7 @@ class Description(NamedTuple):
     identity: dict[str, Any]
     """Of the latents it would write: all workers of a dataset must agree."""
     note: str | None
-    """`random weights`."""
+    """Of an encoder that is not the published one: `random weights`."""
     provenance: dict[str, str]
     """Versions and device: a difference warns."""
 
@@ -75,8 +76,8 @@ class UnitWorker:
     The encoder is loaded while the first clips are being fetched.
 
     Args:
-        config: with `encoders.vae_precision` settled (not `auto`).
-        scratch: a folder of this machine for clips and growing tars.
+        config: its `encoders.vae_precision` is no longer `auto`.
+        scratch: a folder on this machine for downloaded clips and unfinished tars.
         device: overrides `encoders.device`.
         num_workers: how many such workers share this machine's cores.
     """
@@ -95,7 +96,7 @@ class UnitWorker:
         self._has_tokenizer, self._stop = threading.Event(), threading.Event()
 
     def load(self) -> Description:
-        """Load the tokenizer and the encoder, once; what this worker would write. Raises UserError."""
+        """Load the tokenizer and the encoder, once, and return what this worker says of itself. Raises UserError."""
         from preprocess.encoders.encoders import load_tokenizer, load_vae_encoder
 
         if self._description is None:
@@ -124,12 +125,13 @@ class UnitWorker:
         on_row: OnClip | None = None,
         on_description: Callable[[Description], None] = lambda about: None,
     ) -> Generator[Commit, None, None]:
-        """Encode units as they are handed out, beginning the next ahead: a unit's number is taken when it is needed.
+        """Encode units as they are handed out. A unit's number is taken only when its first clip is begun.
 
-        Commits come as units are complete, not in order: a clip that takes minutes holds up its own unit alone.
-        `on_description` is called when the encoder is loaded, before anything is encoded; `on_row` with each clip that
-        is written, by the writer's thread. Left by an exception (Ctrl-C too) it drops the open units; what is committed
-        stays. Raises UserError; a bad clip is a ledger row.
+        The next unit begins before the last one is complete. Commits come as units are complete, not in order: a clip
+        that takes minutes delays only its own unit. `on_description` is called when the encoder is loaded, before
+        anything is encoded; `on_row` with each clip that is written, by the writer's thread. If an exception ends it
+        (Ctrl-C too), the open units are dropped and the committed ones stay. Raises UserError; a bad clip is a ledger
+        row.
         """
         from preprocess.encoders.encoders import cpu_threads
 
@@ -172,11 +174,11 @@ class UnitWorker:
 class _Task(NamedTuple):
     unit: int
     place: int
-    """In the unit."""
+    """Index in the unit."""
     candidate: Candidate | None
-    """None: the unit is made again and later generations have taken over every candidate; its tar is empty."""
+    """None: the unit is built again after later generations took over all its candidates; its tar is empty."""
     is_last: bool
-    """Of its unit."""
+    """Whether it is the last task of its unit."""
 
 
 def _tasks(plan: Plan, units: Iterable[int]) -> Iterator[_Task]:
@@ -203,7 +205,7 @@ class ErrorsInARow:
         self._num = 0
 
     def add(self, clip_id: str, outcome: LedgerRow | Rejection | None) -> None:
-        """Count a clip by its row, or by its rejection, None where it has none."""
+        """Count a clip by its ledger row or its rejection; None: it was not rejected."""
         if outcome is None or outcome.reason != INTERNAL_ERROR:
             self._num = 0
             return
@@ -242,7 +244,7 @@ class _ClipStages:
         return encode_clip(prepared, self._worker.vae) if prepared else None
 
     def write(self, task: _Task, encoded: Encoded | None) -> Iterator[Commit]:
-        """Write what its turn has come for; the unit's commit after its last clip.
+        """Write each clip whose turn has come, and the unit's commit after its last clip.
 
         Raises UserError: too many internal errors in a row.
         """

@@ -1,14 +1,15 @@
-"""Every weight trained, or those that `train` names: what is where, and what is exchanged, in closed form.
+"""Training of all weights, or of those that `train` names: a rank's memory and what it receives, in closed form.
 
-T numbers train. Sharded over s ranks, in m copies of the model (n = s · m ranks), a rank holds 1/s of the float32
-weights, of their gradients and of the optimizer's state, and the norms and modulations of the blocks completely. It
-receives in an optimizer step of so many micro-steps, with c bytes a number in the compute dtype,
+T numbers train. The model is sharded over s ranks, in m copies (n = s · m ranks). A rank holds 1/s of the float32
+weights, of their gradients and of the optimizer's state, and all norms and modulations of the blocks. In an optimizer
+step it receives these bytes (c: bytes of a number in the compute dtype):
 
-    weights     2 · (c · blocks + 4 · what is outside them) · (s − 1)/s a micro-step    forward and backward pass
-    gradients   4 · T · (s − 1)/s, then 8 · T/s · (m − 1)/m over the copies, once a step, float32
+    weights     2 · (c · blocks + 4 · what is outside them) · (s − 1)/s   per micro-step: forward and backward pass
+    gradients   4 · T · (s − 1)/s, then 8 · T/s · (m − 1)/m over the copies   per step, in float32
 
-rows padded so that they divide by s. Blocks ahead of the first that trains are gathered for the forward pass
-alone, but for the last of them.
+Rows are padded to a multiple of s. Blocks before the first that trains are gathered in the forward pass only, except
+the last of them, which FSDP2 gathers in the backward pass too.
+
 Importing this imports no torch.
 """
 
@@ -33,7 +34,7 @@ class GatheredPart(NamedTuple):
     sharded: int
     """Padded, so that rows divide by the ranks."""
     trained: int
-    """Of them, padded too."""
+    """How many of them train; padded too."""
     replicated: int = 0
     """Norms and modulation of a block, which every rank holds."""
     replicated_trained: int = 0
@@ -45,7 +46,7 @@ class Parts(NamedTuple):
     blocks: tuple[GatheredPart, ...]
     outside: GatheredPart
     first: int
-    """The backward pass ends at this block; as many as there are blocks where it does not come to them."""
+    """Index of the block where the backward pass ends; the number of blocks if it reaches none of them."""
 
     @property
     def sharded(self) -> int:
@@ -121,7 +122,7 @@ def _parts(dims: DiTConfig, patterns: tuple[str, ...] | None, shards: int) -> Pa
 
 def weight_bytes(parts: Parts, shards: int, compute_bytes: int, micro_steps: float) -> float:
     """What a rank receives of weights in a step."""
-    # FSDP2 fetches a block ahead in the backward pass, also the one that it does not come to.
+    # In the backward pass FSDP2 gathers one block ahead, so also the block before `first`, which is not used.
     gathers = sum(1 + (index >= parts.first - 1) for index in range(len(parts.blocks)))
     inside = sum(block.sharded for block in parts.blocks[:1]) * gathers * compute_bytes
     return micro_steps * (inside + 2 * 4 * parts.outside.sharded) * (shards - 1) / shards
@@ -134,7 +135,7 @@ def forward_bytes(parts: Parts, shards: int, compute_bytes: int) -> float:
 
 
 def gradient_bytes(parts: Parts, shards: int, num_ranks: int) -> float:
-    """What a rank receives of gradients in a step; a sum over ranks that is not of shards is counted twice."""
+    """What a rank receives of gradients in a step; an all-reduce counts twice, a reduce-scatter once."""
     copies = num_ranks // shards
     of_rows = 4 * parts.trained * (shards - 1) / shards + 8 * parts.trained / shards * (copies - 1) / copies
     return of_rows + 8 * parts.replicated_trained * (num_ranks - 1) / num_ranks
@@ -146,7 +147,7 @@ def trained_numbers(parts: Sequence[GatheredPart]) -> int:
 
 
 class _Peak(NamedTuple):
-    """What lives while a block is worked on in the backward pass."""
+    """Bytes in memory at one moment of the backward pass."""
 
     gradients: float
     saved: float
@@ -168,9 +169,10 @@ def full_memory(
     """Memory of one GPU for a micro-batch of one shape, under autograd.
 
     c bytes a number in the compute dtype, N tokens held here, width d, feed-forward f, heads h, S text tokens. A block
-    keeps N ((44 + 11c) d + 2cf + 8h + 36) + S ((8 + 2c) d + 4), and cNd more where others share its samples; `full`
-    keeps 4Nd of each, and that of the one block that is worked on. Beside it live N (cf + 4d), a weight's gradient
-    (cdf), two gathered blocks (c each number), the sums of the block before (4), and what is outside the blocks (4).
+    keeps N ((44 + 11c) d + 2cf + 8h + 36) + S ((8 + 2c) d + 4), and cNd more where others share its samples. With
+    the policy `full` each block keeps 4Nd, and only the block in work keeps the rest. Also in memory: N (cf + 4d), a
+    weight's gradient (cdf), two gathered blocks (c bytes per number), the gradient sums of the block before (4 bytes
+    per number), and what is outside the blocks (4 bytes per number).
     Counted on traces at the real model's proportions (tests/train/test_full_memory.py).
 
     Args:
@@ -214,7 +216,7 @@ def full_memory(
     kept_by_all = (dims.num_layers - parts.first) * (source if recomputed else saved)
     gathered = c * block * (1 if shards > 1 else 0 if recomputed or c == 4 else dims.num_layers - parts.first)
     peaks.append(_Peak(gradients(last), kept_by_all, outside + gathered + 23 * tokens * dim))
-    if shards == 1 and num_ranks > 1:  # the sum over the ranks, of one flat copy
+    if shards == 1 and num_ranks > 1:  # the all-reduce is done on one flat copy
         everything = 4.0 * trained_numbers((*parts.blocks, parts.outside))
         peaks.append(_Peak(everything, 0, everything))
     peak = max(peaks, key=sum)

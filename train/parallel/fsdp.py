@@ -1,14 +1,15 @@
 """The model sharded over ranks by FSDP2: a block's weights are gathered when it runs, and freed after it.
 
 A frozen base (`shard_base`): only blocks are sharded; embeddings and head, 2 % of the real model, are replicated on
-every rank. So are the LoRA's weights, plain tensors that FSDP2 ignores: their gradients are summed once an optimizer
-step, like any (train/parallel/ranks.py), and optimizers, clipping and checkpoints see no shard. Nothing of the base is
-ever reduced.
+every rank. So are the LoRA's weights, plain tensors that FSDP2 ignores: their gradients are summed once per optimizer
+step, as without sharding (train/parallel/ranks.py), and optimizers, clipping and checkpoints see no shard. The base has
+no gradients, so none are reduced.
 
 A model that trains (`shard_trained`): float32 weights, gradients and optimizer states are sharded by rows. A block's
-linears are gathered in the compute dtype; what is outside the blocks, the root's group, in float32, as it is computed
-in. A block's float32 norms and modulation, 0.02 % of the real model, are replicated: in the block's group they would be
-rounded with the linears. Gradients are summed in float32 in the backward pass of a step's last micro-batch.
+linears are gathered in the compute dtype; what is outside the blocks, the root's group, in float32, because it is
+computed in float32. A block's float32 norms and modulation, 0.02 % of the real model, are replicated: in the block's
+group they would be rounded with the linears. Gradients are summed in float32 in the backward pass of a step's last
+micro-batch.
 
 The model is built without memory (`meta`), sharded, and then each rank allocates its local shards only and reads or
 draws them: no rank holds the full model at any time.
@@ -55,13 +56,13 @@ def shard_base(model: WanDiT, mesh: DeviceMesh, device: torch.device, *, offload
 
 
 def shard_trained(model: WanDiT, mesh: DeviceMesh, device: torch.device) -> None:
-    """Shard a float32 model that was built on `meta`, with what trains marked, and allocate the local shards.
+    """Shard a float32 model that was built on `meta`, and allocate the local shards.
 
-    Weights are unset afterwards; `settle` must be called once they are there.
+    `requires_grad` says which weights train. Weights are unset afterwards; `settle` must be called when they are set.
 
     Args:
-        mesh: one axis, the ranks that one copy is sharded over, or two, the copies and those: gradients are summed over
-            all ranks of the mesh.
+        mesh: one axis (the ranks that one copy is sharded over), or two (the copies, then the ranks of a copy).
+            Gradients are summed over all ranks of the mesh.
     """
     narrow, kept = model.compute_dtype, torch.float32
     linears = MixedPrecisionPolicy(narrow if narrow != kept else None, kept, cast_forward_inputs=False)
@@ -70,25 +71,30 @@ def shard_trained(model: WanDiT, mesh: DeviceMesh, device: torch.device) -> None
             weight for one in block.modules() if not isinstance(one, nn.Linear) for weight in one.parameters(False)
         }
         fully_shard(block, mesh=mesh, ignored_params=islands, mp_policy=linears)
-    # Freed after the forward pass too: else an evaluation would leave it gathered, with the numbers of before a step.
+    # Freed after the forward pass too: else it would stay gathered after an evaluation, with values from before a step.
     root = MixedPrecisionPolicy(None, kept, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=root, reshard_after_forward=True)
     for module in (*model.blocks, model):
-        # A sum, as everywhere: gloo has no other, and the loss is divided by the global batch already.
+        # A sum, no average, as everywhere: gloo has no average, and the loss is divided by the global batch already.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _allocate(model, device, device)
 
 
 def settle(model: WanDiT) -> None:
-    """Let FSDP2 take the shards as they are now: it moves those of uneven rows, so `local_shard` is valid only then."""
+    """Let FSDP2 register the shards as they are now.
+
+    It moves those whose rows do not divide evenly, so only a `local_shard` taken after this call is valid.
+    """
     model.unshard()  # type: ignore[operator]
     model.reshard()  # type: ignore[operator]
 
 
 def sum_in_backward(model: nn.Module, *, wanted: bool) -> None:
-    """Whether the next backward pass of a trained, sharded model sums the gradients over the ranks, or adds to those of
-    this rank."""
+    """Set whether the next backward pass of a trained, sharded model sums the gradients over the ranks.
+
+    If not, each rank adds them to its own gradients.
+    """
     model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
 
 
