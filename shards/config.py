@@ -24,6 +24,10 @@ _MAX_DEPTH = 100
 _MAX_NODES = 100_000
 
 
+Number = Annotated[int, pydantic.Field(ge=0, lt=2**62)]
+"""A count, size or offset that fits the readers' 64-bit columns."""
+
+
 class Config(pydantic.BaseModel):
     """Base of every configuration and every document of the contract: strict, frozen, no unknown keys."""
 

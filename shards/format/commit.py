@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from shards.config import Config, validate_config
+from shards.config import Config, Number, validate_config
 from shards.errors import ShardDamage, UserError
 from shards.format.dataset_info import check_format_version
 from shards.format.names import (
@@ -33,8 +33,6 @@ _WRITTEN = re.compile(
 )
 """What a seal covers of a commit: content, what a revision leaves out, the revision, content."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Number = Annotated[int, Field(ge=0, lt=2**62)]
-"""A count, size or offset that fits the readers' 64-bit columns."""
 
 
 class Blob(Config):

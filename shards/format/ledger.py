@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import zstandard
 
-from shards.config import Config
+from shards.config import Config, Number
 from shards.errors import ShardDamage
 from shards.format.arrays import check_frame
 from shards.format.sealed_json import canonical_json
@@ -47,8 +47,8 @@ class WindowRow(_Row):
 class LedgerRow(_Row):
     """What became of one candidate."""
 
-    candidate: int
-    """Its ordinal in the plan."""
+    candidate: Annotated[int, pydantic.Field(ge=-1, lt=2**62)]
+    """Its ordinal in the plan; -1 where it is not in it."""
     clip_id: str
     source: str
     """Name of its annotation, relative to the corpus."""
@@ -59,11 +59,11 @@ class LedgerRow(_Row):
     """A code in kebab-case."""
     detail: str | None
     retryable: bool
-    attempts: int
+    attempts: Number
     windows: tuple[WindowRow, ...]
-    seconds: dict[str, float]
+    seconds: dict[str, Annotated[float, pydantic.Field(ge=0, le=1e9)]]
     """Seconds spent, by stage."""
-    bytes: int
+    bytes: Number
     """Bytes downloaded."""
     facts: dict[str, pydantic.JsonValue] | None = None
     """What the file of a rejected candidate says, and what was decided about it; null where it was not read."""

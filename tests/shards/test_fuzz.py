@@ -1,6 +1,6 @@
 """Damaged and crafted files through every command: an answer or one line, no traceback, no hang, bounded memory.
 
-python tests/shards/test_fuzz.py 10000 [SEED]      that many of each kind; the seed is printed
+python tests/shards/test_fuzz.py 10000 [SEED [KIND]]      that many of each kind; the seed is printed
 """
 
 from __future__ import annotations
@@ -196,10 +196,10 @@ class Dataset:
                 each.write_bytes(content)
 
 
-def run_cases(work: Path, kind: str, num: int, seed: int) -> None:
-    """`num` cases of a kind. Each is a function of (seed, kind, its number)."""
+def run_cases(work: Path, kind: str, num: int, seed: int, first: int = 0) -> None:
+    """Cases `first` to `num` of a kind. Each is a function of (seed, kind, its number)."""
     dataset = Dataset(work)
-    for number in range(num):
+    for number in range(first, num):
         draw = random.Random(f"{seed} {kind} {number}")
         path, data = (crafted if kind == "crafted" else damaged)(dataset.root, draw)
         try:
@@ -209,6 +209,12 @@ def run_cases(work: Path, kind: str, num: int, seed: int) -> None:
             raise
         if number % 500 == 499:
             print(f"{kind}: {number + 1} of {num}", flush=True)
+
+
+@pytest.mark.parametrize(("kind", "seed", "number"), [("crafted", 1858, 4567)])
+def test_cases_that_once_ended_badly(tmp_path: Path, kind: str, seed: int, number: int) -> None:
+    """A ledger's row of 1e308 seconds."""
+    run_cases(tmp_path, kind, number + 1, seed, first=number)
 
 
 @pytest.mark.parametrize("kind", ["crafted", "damaged"])
@@ -228,6 +234,6 @@ if __name__ == "__main__":
 
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 10**9
     print(f"seed {seed}")
-    for kind in ("crafted", "damaged"):
+    for kind in sys.argv[3:] or ("crafted", "damaged"):
         with tempfile.TemporaryDirectory() as folder:
             run_cases(Path(folder), kind, int(sys.argv[1]), seed)

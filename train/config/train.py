@@ -173,8 +173,8 @@ class ParallelConfig(Config):
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine, `none` not
-    at all; `auto`: `none` if a step fits beside the full base, else `hybrid`. With lora: null gradients and states are
-    sharded too."""
+    at all; `auto`: `none` if a step fits so, else `hybrid`. With lora: null gradients and states are sharded too, and
+    `auto` may be `full`."""
     offload: bool = False
     """Keep a sharded, frozen base in the memory of the host: slower, but a GPU then holds little more than one block.
     For a base that is not sharded: `model.stream_blocks`."""
