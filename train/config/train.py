@@ -172,7 +172,7 @@ class ParallelConfig(Config):
     """How processes share the work."""
 
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
-    """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of each machine, `none` not
+    """Sharding of the base by FSDP2: `full` over all processes, `hybrid` over the processes of a machine, `none` not
     at all; `auto`: `none` if a step fits so, else `hybrid`. With lora: null gradients and states are sharded too, and
     `auto` may be `full`."""
     offload: bool = False
