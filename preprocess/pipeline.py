@@ -24,7 +24,7 @@ from preprocess.plan.plan import Plan, open_plan
 from preprocess.plan.retry import RetryChoice, Wanted, choose_retries, freeze_retry, retry_units
 from shards.check.orphans import sweep_committed
 from shards.console import LOG, counted
-from shards.errors import DISK_FULL, EXIT_TEMPORARY, UserError
+from shards.errors import DISK_FULL, EXIT_TEMPORARY, UserError, WorkLeftUndone
 from shards.format.commit import committed_units
 from shards.format.names import LATENTS, text_kind
 from shards.read.outcomes import read_outcomes
@@ -250,7 +250,7 @@ def _text_pass(
             units = [unit for unit in at_work.wait_for_others(kind, units) if unit not in failed]
     if failed:
         what = counted(len(failed), "unit has", "units have")
-        raise UserError(
+        raise WorkLeftUndone(
             f"text set {set_name!r}: {what} no texts yet, because an internal error ended one of its texts; all others "
             "are done",
             fix="read the tracebacks above, then run the same command: it embeds these units alone",

@@ -46,6 +46,12 @@ class TemporaryFailure(UserError):
     exit_code = 75
 
 
+class WorkLeftUndone(UserError):
+    """Internal errors left some of the work undone; their tracebacks are in the log. Exit code 1, as of any defect."""
+
+    exit_code = 1
+
+
 def _rebuild(cls: type[UserError], problem: str, expected: str | None, fix: str | None, state: dict) -> UserError:
     error = cls.__new__(cls)
     UserError.__init__(error, problem, expected=expected, fix=fix)

@@ -142,11 +142,12 @@ def test_an_exception_in_a_text_costs_its_unit_until_the_next_run(
     monkeypatch.setattr(LOG, "propagate", True)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"'default': 1 unit has no texts yet"),
+        pytest.raises(UserError, match=r"'default': 1 unit has no texts yet") as failure,
         caplog.at_level(logging.ERROR),
     ):
         patch.setattr(encoders.TextEncoder, "embed", embed)
         build(demo_corpus, output, **more_units)
+    assert failure.value.exit_code == 1
     assert "internal error in stage text" in caplog.text and "ZeroDivisionError" in caplog.text
     storage, kind = open_storage(output), text_kind("default")
     units, there = committed_units(storage, LATENTS), committed_units(storage, kind)
