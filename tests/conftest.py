@@ -14,6 +14,8 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: children would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: children would, this process still does
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # Workers share the machine: threads of torch that wait for each other would wait for the other worker's too.
 if "PYTEST_XDIST_WORKER" in os.environ:
