@@ -65,14 +65,6 @@ class UnitTexts(NamedTuple):
     """None: an internal error in one of its texts; it is not committed."""
 
 
-class _TextFailed(Exception):
-    """An unexpected exception in one clip's text; it is logged."""
-
-    def __init__(self, clip_id: str, rejection: Rejection) -> None:
-        super().__init__(clip_id)
-        self.clip_id, self.rejection = clip_id, rejection
-
-
 def build_texts(
     storage: Storage,
     set_name: str,
@@ -149,15 +141,9 @@ class TextWorker:
                     self._write_null()
                     yield UnitTexts(unit, TextCounts())
                     continue
-                try:
-                    commit, counts = self._write_unit(unit)
-                except _TextFailed as failed:
-                    self._errors.add(failed.clip_id, failed.rejection)
-                    on_row(UnitTexts(unit, None))
-                    yield UnitTexts(unit, None)
-                    continue
-                on_row(UnitTexts(unit, counts))
-                yield commit
+                commit, written = self._write_unit(unit)
+                on_row(written)
+                yield commit or written
 
     def _write_null(self) -> None:
         negative = negative_prompt(self._config)
@@ -170,7 +156,8 @@ class TextWorker:
             scratch=self._scratch, provenance=about.provenance, negative_prompt=negative,
         )  # fmt: skip
 
-    def _write_unit(self, unit: int) -> tuple[Commit, TextCounts]:
+    def _write_unit(self, unit: int) -> tuple[Commit | None, UnitTexts]:
+        """The unit's commit; None after an internal error in one of its texts, which is logged and counted."""
         about, kind = self.description, text_kind(self._set_name)
         records = {candidate.record.clip_id: candidate.record for candidate in self._plan.unit(unit)}
         with ShardWriter(self._storage, kind, unit, about.identity, self._scratch, about.provenance) as writer:
@@ -182,10 +169,11 @@ class TextWorker:
                 except Exception as error:
                     if propagates(error, self._scratch):
                         raise
-                    raise _TextFailed(record.clip_id, internal_error("text", error, record.clip_id)) from None
+                    self._errors.add(record.clip_id, internal_error("text", error, record.clip_id))
+                    return None, UnitTexts(unit, None)
                 self._errors.add(record.clip_id, None)
                 counts = TextCounts(*map(sum, zip(counts, written, strict=True)))
-            return writer.seal(), counts
+            return writer.seal(), UnitTexts(unit, counts)
 
 
 def _settle_precision(storage: Storage, set_name: str, config: PrepConfig) -> PrepConfig:

