@@ -76,7 +76,8 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/reference/scaling_tables.py
 
 bench: $(VENV)/.dev
-	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+	@broken=; for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || broken="$$broken $$bench"; done; \
+	  if [ "$$broken" ]; then echo "a promise was not kept, or the benchmark failed:$$broken"; exit 1; fi
 
 # No set-up: a machine with a GPU may have no network. The script names what is missing.
 gpu:

@@ -139,7 +139,8 @@ def _blank_lines(lumas: Sequence[np.ndarray]) -> int:
     means_PHC = np.stack(
         [luma[:, : width // 24 * 24].reshape(height, -1, 24).mean(axis=2, dtype=np.float32) for luma in lumas]
     )
-    means_PHC = means_PHC[..., means_PHC[:, rows:].max(axis=(0, 1)) > 40]  # not those of a pillarbox
+    # Not those of black borders at the sides, nor the two beside them, which may be part border, part picture.
+    means_PHC = means_PHC[..., means_PHC[:, rows:].max(axis=(0, 1)) > 40][..., 1:-1]
     if means_PHC.shape[2] < 8:
         return 0
     steady_HC, levels_PH = means_PHC.mean(axis=0), means_PHC.mean(axis=2)

@@ -24,7 +24,7 @@ from preprocess.video.measure import measure_window
 from preprocess.video.probe import probe_clip
 from preprocess.video.window import Window
 
-RUNS = 5
+RUNS = 9
 SCALE = "flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact:out_range=full"
 H264 = ("-c:v", "libx264", "-preset", "veryfast", "-b:v", "3M", "-pix_fmt", "yuv420p", "-g", "60")
 WOVEN = (*H264, "-flags", "+ilme+ildct", "-x264-params", "tff=1")
