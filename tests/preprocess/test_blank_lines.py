@@ -124,7 +124,7 @@ def lines_of(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "height", "border"), CUT)
 def test_each_kind_is_cut_and_the_picture_keeps_its_shape(tmp_path: Path, kind: str, height: int, border: int) -> None:
-    """As the proxies have it: 32 lines above 480, kept or scaled to 480 with them, also 704 pixels wide; coded with loss."""
+    """32 lines above 480, kept or scaled to 480 with them, as proxies do; 720 or 704 pixels wide; coded with loss."""
     shown = pictures("bikes.mp4", 480)[:4]
     frames = np.concatenate([np.broadcast_to(lines_of(kind), (4, 32, 720)), shown], axis=1)
     frames[..., :border] = frames[..., 720 - border :] = 16
