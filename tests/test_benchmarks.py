@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from shards_scale import write_commits
 
 BENCHMARKS = sorted((Path(__file__).parent / "benchmarks").glob("bench_*.py"))
@@ -33,6 +34,13 @@ def _load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("image_first", [False, True])
+def test_a_block_has_no_more_operators_than_promised(image_first: bool) -> None:
+    count = _load("bench_train_counts").count_operators
+    for dtype, most in ((torch.float32, 185), (torch.bfloat16, 200)):
+        assert 100 < count(4, dtype, image_first) - count(3, dtype, image_first) <= most
 
 
 def test_an_opening_that_takes_too_long_or_too_much_ends_with_1(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,7 +1,7 @@
 """Damaged annotations and media by the thousand: every one ends as a record, samples or a row, none as an exception.
 
 NUM_FUZZED_RECORDS and NUM_FUZZED_MEDIA set how many, FUZZ_SEED which; a failure prints seed and number. 10,000 media:
-`NUM_FUZZED_MEDIA=10000 pytest -m slow tests/preprocess/test_fuzzed_files.py`.
+`NUM_FUZZED_MEDIA=10000 pytest -s -m slow tests/preprocess/test_fuzzed_files.py`.
 """
 
 from __future__ import annotations
@@ -144,3 +144,5 @@ def test_every_mutated_medium_is_samples_or_a_row(tmp_path: Path) -> None:
             except Exception as error:
                 raise AssertionError(f"FUZZ_SEED={SEED}, number {number}, {suffix}") from error
             assert time.monotonic() - begun < 150, (SEED, number)
+            if number % 500 < 2:
+                print(f"{policy}: {number} of {NUM_MEDIA}", flush=True)

@@ -83,7 +83,7 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for
     # The input is kept wherever something below reads it.
     x_BLD, dtype = cast(Tensor, values.get("x")), shared.text_BSD.dtype
     if "n1" not in values:
-        values["n1"], values["r1"] = normalise(x_BLD, shared.eps, dtype)
+        values["n1"], values["r1"] = normalise(x_BLD, shared.eps, dtype, shared.zeros_BL1)
         y_BLD = modulate(values["n1"], mod[:, :, 0], mod[:, :, 1], shared.num_first)
         for name, leaf in (("q", "q"), ("k", "k"), ("v", "v")):
             values[name] = linear(values, f"self_attn.{leaf}", y_BLD, parts)
@@ -95,7 +95,7 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for
         out = linear(values, "self_attn.o", values["a"], parts)
         x_BLD = add_gated(x_BLD, out, _gate(mod, 2, parts, "self_attn.o"), shared.num_first)
         del out
-        values["n2"], values["r2"] = normalise(x_BLD, shared.eps, dtype)
+        values["n2"], values["r2"] = normalise(x_BLD, shared.eps, dtype, shared.zeros_BL1)
         y_BLD = rounded(parts.norms["norm3.bias"], values["n2"], parts.norms["norm3"], dtype)
         values["q2"] = linear(values, "cross_attn.q", y_BLD, parts)
         del y_BLD
@@ -109,7 +109,7 @@ def _fill(values: Values, parts: BlockParts, shared: Shared, mod: Tensor, *, for
         out = linear(values, "cross_attn.o", values["a2"], parts)
         x_BLD.add_(out, alpha=1 / parts.linears["cross_attn.o"].output_scale)
         del out
-        values["n3"], values["r3"] = normalise(x_BLD, shared.eps, dtype)
+        values["n3"], values["r3"] = normalise(x_BLD, shared.eps, dtype, shared.zeros_BL1)
     if "h" not in values:
         y_BLD = modulate(values["n3"], mod[:, :, 3], mod[:, :, 4], shared.num_first)
         values["h"] = linear(values, "ffn.0", y_BLD, parts)

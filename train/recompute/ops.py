@@ -82,12 +82,12 @@ def add_gated_(x_BLD: Tensor, y_BLD: Tensor, gate_BRD: Tensor, num_first: int) -
     return x_BLD
 
 
-def normalise(x_BLD: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalise(x_BLD: Tensor, eps: float, dtype: torch.dtype, zeros_BL1: Tensor) -> tuple[Tensor, Tensor]:
     """LayerNorm without weights: the normalised input in `dtype`, and 1 / standard deviation, B × L × 1 float32."""
     if is_narrow(dtype):
         variance_BL1, mean_BL1 = torch.var_mean(x_BLD, dim=-1, correction=0, keepdim=True)
         r_BL1 = variance_BL1.add_(eps).rsqrt_()
-        return rounded(mean_BL1.mul_(r_BL1).neg_(), x_BLD, r_BL1, dtype), r_BL1
+        return rounded(torch.addcmul(zeros_BL1, mean_BL1, r_BL1, value=-1), x_BLD, r_BL1, dtype), r_BL1
     n_BLD, _, r_BL1 = torch.native_layer_norm(x_BLD, x_BLD.shape[-1:], None, None, eps)
     return n_BLD.to(dtype), r_BL1
 
@@ -97,10 +97,14 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if is_narrow(dtype) else torch.float32
 
 
+def statistics_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What LayerNorm's backward kernel wants mean and scale in: its gradient's dtype on a CPU, float32 on CUDA."""
+    return dtype if device.type == "cpu" else torch.float32
+
+
 def layer_norm_backward(dn_BLD: Tensor, n_BLD: Tensor, zeros_BL1: Tensor, ones_BL1: Tensor) -> Tensor:
     """Gradient of LayerNorm's input in `dn`'s dtype, still to be multiplied by 1 / standard deviation."""
-    # The CPU's kernel wants mean and scale in the input's dtype, CUDA's in float32.
-    kind = dn_BLD.dtype if dn_BLD.device.type == "cpu" else torch.float32
+    kind = statistics_dtype(dn_BLD.dtype, dn_BLD.device)
     mean_BL1, scale_BL1 = zeros_BL1.to(kind), ones_BL1.to(kind)
     dx_BLD: Tensor = _aten.native_layer_norm_backward(
         dn_BLD, n_BLD.to(dn_BLD.dtype), n_BLD.shape[-1:], mean_BL1, scale_BL1, None, None, [True, False, False]
@@ -191,9 +195,10 @@ def _rms_backward(dn_BLD: Tensor, x_BLD: Tensor, r_BL1: Tensor) -> Tensor:
 def _narrow_rms_backward(x_BLD: Tensor, r_BL1: Tensor, dn_BLD: Tensor, factor: Tensor) -> Tensor:
     """The same from two factors of that gradient times the norm's scale, rounded once beside the small term's own."""
     width = x_BLD.shape[-1]
-    rows = product(dn_BLD, factor, x_BLD.dtype).flatten(0, 1).unsqueeze(1)
-    # Neither a sum nor a mean: as large as a typical number of the gradient, so that float16 holds it.
-    dot_M11 = torch.baddbmm(rows.new_empty(1), rows, x_BLD.reshape(-1, width, 1), beta=0, alpha=width**-0.5)
+    rows, columns = product(dn_BLD, factor, x_BLD.dtype).flatten(0, 1).unsqueeze(1), x_BLD.reshape(-1, width, 1)
+    # Neither a sum nor a mean: as large as a typical number of the gradient, so that float16 holds it. At a beta of 0
+    # the first operand is not read.
+    dot_M11 = torch.baddbmm(columns[:, :1], rows, columns, beta=0, alpha=width**-0.5)
     back_BL1 = dot_M11.view_as(r_BL1) * r_BL1.square().mul_(-(width**-0.5))
     out_BLD = torch.mul(x_BLD, back_BL1, out=rows.view_as(x_BLD))
     return torch.addcmul(out_BLD, dn_BLD, factor, out=out_BLD)

@@ -30,7 +30,7 @@ from train.model.dit import WanDiT, set_checkpointing
 from train.model.kernels import kernel_name
 from train.model.stream import Copier, HostInput
 from train.recompute.block import backward_block, forward_block
-from train.recompute.ops import make_rotation
+from train.recompute.ops import make_rotation, norm_dtype, statistics_dtype
 from train.recompute.parts import BlockParts, LinearParts, LoRAParts, Shared, Values
 
 Saves = Sequence[Collection[str]]
@@ -121,14 +121,15 @@ class RecomputeRunner:
     def _begin(self, x_BLD: Tensor, block: Block, inputs: BlockInputs) -> None:
         dtype, device = inputs.text_BSD.dtype, x_BLD.device
         batch, tokens = x_BLD.shape[:2]
+        kind = statistics_dtype(norm_dtype(dtype), device)
         self._before = None
         self._casts = _cast_all(self._adapted, dtype)
         self._shared = Shared(
             rows_BR6D=inputs.rows_BR6D,
             text_BSD=inputs.text_BSD,
             rotation=make_rotation(*inputs.rope),
-            zeros_BL1=torch.zeros(batch, tokens, 1, device=device),
-            ones_BL1=torch.ones(batch, tokens, 1, device=device),
+            zeros_BL1=torch.zeros(batch, tokens, 1, dtype=kind, device=device),
+            ones_BL1=torch.ones(batch, tokens, 1, dtype=kind, device=device),
             num_first=inputs.num_first,
             heads=block.self_attn.heads,
             eps=block.eps,
