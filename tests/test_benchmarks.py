@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,13 @@ def _load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.slow
+def test_a_build_started_again_is_timed() -> None:
+    """It stands in for a method of the build; a name that is gone ends it."""
+    command = [sys.executable, str(BENCHMARKS[0].with_name("bench_preprocess_restart.py")), "--units", "10"]
+    assert "10 units missing" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("image_first", [False, True])

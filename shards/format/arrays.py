@@ -102,16 +102,18 @@ def array_facts(array: np.ndarray) -> dict[str, Any]:
 def largest_magnitude(array: np.ndarray) -> float:
     """The largest absolute value of a stored array; infinity where it holds infinities or NaN.
 
-    By the bits, which for a cleared sign grow with the value: numpy computes in float16 far more slowly.
+    By the bits, which grow with the magnitude: numpy computes in float16 far more slowly. As signed integers the
+    largest is that of the positive values, as unsigned ones that of the negative. No copy is made.
     """
     if not array.size:
         return 0.0
     name = dtype_name(array.dtype)
-    words = array.view(np.uint32) & 0x7FFFFFFF if name == "float32" else array.view(np.uint16) & 0x7FFF
-    bits = words.max()
-    if name == "bfloat16":
-        bits = np.uint32(bits) << np.uint32(16)
-    found = float(bits.view(np.float16 if name == "float16" else np.float32))
+    signed, unsigned = (np.int32, np.uint32) if name == "float32" else (np.int16, np.uint16)
+    bits = max(int(array.view(signed).max()), int(array.view(unsigned).max()) & np.iinfo(signed).max)
+    if name == "float16":
+        found = float(np.uint16(bits).view(np.float16))
+    else:
+        found = float(np.uint32(bits << 16 if name == "bfloat16" else bits).view(np.float32))
     return found if math.isfinite(found) else math.inf
 
 

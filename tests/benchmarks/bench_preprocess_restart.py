@@ -32,13 +32,13 @@ def build(folder: Path) -> None:
 
     encoders.load_text_encoder(config := encoders.EncodersConfig(device="cpu"), encoders.load_tokenizer(config))
     encoders.load_vae_encoder = lambda config: FixedVae(0.0)
-    prepare, first = parts.Preparer.prepare, []
+    fetch, first = parts.Preparer.fetch, []
 
-    def timed(preparer, candidate, reserve):
+    def timed(preparer, candidate):
         first.append(time.perf_counter())
-        return prepare(preparer, candidate, reserve)
+        return fetch(preparer, candidate)
 
-    parts.Preparer.prepare = timed
+    parts.Preparer.fetch = timed
     config = engine_config(folder / "corpus", folder / "out", (320, 192), 17, shards={"unit_size": 1})
     with copied_frames():
         start = time.perf_counter()

@@ -20,6 +20,7 @@ from shards.format.arrays import (
     encode_array,
     frame_checksum,
     inspect_array,
+    largest_magnitude,
     npy_header,
 )
 
@@ -33,6 +34,15 @@ def arrays(draw: st.DrawFn) -> tuple[str, np.ndarray]:
     shape = draw(SHAPES)
     bits = draw(hnp.arrays(np.dtype(f"<u{DTYPES[name].itemsize}"), shape))
     return name, bits.view(DTYPES[name]) if bits.ndim else bits.reshape(1).view(DTYPES[name]).reshape(())
+
+
+@given(arrays())
+def test_the_largest_magnitude_of_any_bits(case: tuple[str, np.ndarray]) -> None:
+    name, array = case
+    bits = array.astype(np.uint32) << 16 if name == "bfloat16" else None
+    values = np.abs((array if bits is None else bits.view(np.float32)).astype(np.float64))
+    largest = values.max(initial=0.0)
+    assert largest_magnitude(array) == (largest if np.isfinite(largest) else np.inf)
 
 
 @given(arrays())
