@@ -41,13 +41,16 @@ def hole_in(facts: ClipFacts, needed: tuple[float, ...], *, is_damaged: bool) ->
 
 
 def step_back(decoded: list[float], facts: ClipFacts, needed: tuple[float, ...]) -> tuple[float, float] | None:
-    """Where the decoded pictures' times go back within a window, as (time, earlier time); None: nowhere.
+    """Where the decoded pictures' times begin again within a window, as (time, earlier time); None: nowhere.
 
-    Pictures whose file gives them no time (a Matroska file that begins before zero) get one that others have.
+    Pictures whose file gives them no time (a Matroska file that begins before zero) get one that others have. Two
+    neighbours in the wrong order, as a program stream may have them, are no new beginning.
     """
     if not needed:
         return None
     times = [seconds - facts.zero_seconds for seconds in decoded]
     first, last = needed[0] - 0.5 / facts.fps, needed[-1]
-    pairs = itertools.pairwise(times)
-    return next(((one, other) for one, other in pairs if other < one and other < last and first < one), None)
+    for lowest, (one, other) in zip(itertools.accumulate(times, min), itertools.pairwise(times), strict=False):
+        if other < one and other < lowest + 0.9 / facts.fps and other < last and first < one:
+            return one, other
+    return None

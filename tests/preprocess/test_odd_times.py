@@ -41,11 +41,12 @@ def test_pictures_before_the_zero_of_a_matroska_file_are_not_shown_as_others(tmp
 
 
 def test_times_that_go_back_beside_a_window_cost_it_nothing(tmp_path: Path) -> None:
-    facts = probed(clip(tmp_path / "whole.mp4", *SMALL))
+    facts = probed(clip(tmp_path / "whole.mp4", *SMALL)).model_copy(update={"zero_seconds": 0.0})
     needed = (1.0, 1.04, 1.08)
-    assert step_back([0.5, 0.54, 0.9, 0.94, 1.0, 1.04, 1.08], facts, needed) is None
-    assert step_back([0.5, 0.2, 0.9, 1.0, 1.04, 1.08, 1.12, 1.1], facts, needed) is None
-    assert step_back([0.5, 1.2, 0.9, 1.0, 1.04, 1.08], facts, needed) == (1.2, 0.9)
+    assert step_back([0.5, 0.54, 0.5, 0.54, 1.0, 1.04, 1.08], facts, needed) is None, "before it"
+    assert step_back([1.0, 1.04, 1.08, 1.2, 1.1], facts, needed) is None, "after it"
+    assert step_back([0.92, 0.96, 1.04, 1.0, 1.08], facts, needed) is None, "two neighbours"
+    assert step_back([0.9, 0.94, 1.2, 0.92, 0.96, 1.0, 1.04, 1.08], facts, needed) == (1.2, 0.92)
 
 
 @pytest.mark.parametrize("suffix", ["ts", "mpg"])
