@@ -45,10 +45,11 @@ _SIZE = re.compile(r"\s*([0-9]{1,5})\s*(?:[,xX×*:]|\s)\s*([0-9]{1,5})\s*(?:px)?
 _RATE = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,9})?)(?:\s*/\s*([0-9]{1,6}))?\s*(?:fps)?\s*", re.ASCII | re.IGNORECASE)
 _USER = re.compile(r"(?:[^/?#]*//)?[^/?#]*@")
 _KEYWORD_MARKS = re.compile(r"[,;#\n\r]+")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".jfif", ".jpe")
 VIDEO_SUFFIXES = (
     ".mp4", ".mov", ".mxf", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".m2ts", ".mts", ".m2t", ".ts", ".m4v",
-    ".wmv", ".dv", ".flv", ".3gp", ".3g2", ".asf", ".f4v", ".mpe", ".ogv", ".qt",
+    ".wmv", ".dv", ".flv", ".3gp", ".3g2", ".asf", ".f4v", ".mpe", ".ogv", ".qt", ".divx", ".m2p",
+    ".ogm", ".tod", ".trp",
 )  # fmt: skip
 """The most frequent first: the order in which a clip beside its JSON is looked for."""
 

@@ -296,6 +296,7 @@ class Fetcher:
     def _beside(self, record: Record) -> Path | None:
         """The media file of the record's kind with the JSON's stem in the JSON's folder, if there is one.
 
+        `walk.mp4`, `walk.MP4` or `walk.Mp4` is beside `walk.json`, and so is `walk.mp4` beside `walk.mp4.json`.
         A video's thumbnail is often there too; for a record of unknown kind any medium is taken, a video first.
         """
         if self._folder is None or not record.source.lower().endswith(".json"):
@@ -303,7 +304,10 @@ class Fetcher:
         source = self._folder / record.source
         kinds = {"video": (*VIDEO_SUFFIXES, ".gif"), "image": IMAGE_SUFFIXES}
         suffixes = kinds.get(record.media_type or "", (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-        names = (source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper()))
+        names = [source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper())]
+        names += [source.with_suffix(suffix.title()) for suffix in suffixes]
+        if source.with_suffix("").suffix.lower() in suffixes:
+            names.append(source.with_suffix(""))
         return next((path for path in names if path.is_file()), None)
 
 

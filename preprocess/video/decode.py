@@ -7,7 +7,6 @@ the bucket with Lanczos, cut at the centre. T frames, H rows and W columns of th
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 import signal
@@ -23,6 +22,7 @@ from preprocess.facts import ClipFacts
 from preprocess.rejection import ClipRejected, Rejection
 from preprocess.video.ffmpeg import Result, complaints, file_url, first_line, run_ffmpeg
 from preprocess.video.inspection import complaints_within
+from preprocess.video.lost import hole_in, is_bearable, lost_pictures, step_back
 from preprocess.video.window import Window
 
 TRANSFORM_VERSION = 2
@@ -59,20 +59,24 @@ def decode_window(
         _refuse_corrupt(facts, needed)
     seek = _seek_seconds(facts, window, needed)
     result, decoded = _run(path, facts, window, bucket, config, seek)
-    lost = _lost(decoded, facts, needed)
+    lost = lost_pictures(decoded, facts, needed)
     if seek is not None and lost:
         # A seek may end behind the key frame that was asked for, and an MPEG-TS has no index to know better.
         result, decoded = _run(path, facts, window, bucket, config, None)
-        lost = _lost(decoded, facts, needed)
+        lost = lost_pictures(decoded, facts, needed)
     _refuse_new_size(result, facts)
     frames = _frames_of(result, window, bucket, config)
-    if lost and not (config.decode.policy == "tolerant" and _is_bearable(lost, needed, window)):
-        complaint = next(iter(complaints(result.stderr)), "")
+    complaint = next(iter(complaints(result.stderr)), "")
+    if lost and not (config.decode.policy == "tolerant" and is_bearable(lost, needed, window)):
         reason = "decode-errors" if complaint and config.decode.policy == "strict" else "missing-frames"
         detail = f"{len(lost)} of {len(needed)} pictures were not decoded; {complaint or 'nothing reported'}"
         _reject(reason, detail)
+    if back := step_back(decoded, facts, needed):
+        _reject("odd-timestamps", f"the picture at {back[1]:.3f} s comes after the one at {back[0]:.3f} s")
     if config.decode.policy == "strict":
         _refuse_complaints(result, path, facts, needed, config)
+    elif hole := hole_in(facts, needed, is_damaged=bool(complaint)):
+        _reject("missing-frames", f"no picture from {hole[0]:.3f} to {hole[1]:.3f} s; {complaint or 'marked corrupt'}")
     return frames
 
 
@@ -94,25 +98,6 @@ def _refuse_corrupt(facts: ClipFacts, needed: tuple[float, ...]) -> None:
     for time in facts.corrupt_seconds:
         if key <= time <= needed[-1]:
             _reject("decode-errors", f"the packet at {time:.3f} s is marked corrupt")
-
-
-def _lost(decoded: list[float], facts: ClipFacts, needed: tuple[float, ...]) -> list[float]:
-    """Which of the needed pictures no decoded one has the time of; `decoded`: on the file's own clock, sorted."""
-    decoded = [seconds - facts.zero_seconds for seconds in decoded]
-    lost = []
-    for time in needed:
-        place = bisect_left(decoded, time)
-        near = decoded[max(0, place - 1) : place + 1]
-        if all(abs(other - time) > 0.45 / facts.fps for other in near):
-            lost.append(time)
-    return lost
-
-
-def _is_bearable(lost: list[float], needed: tuple[float, ...], window: Window) -> bool:
-    """Whether enough pictures are left for every frame to be another one, with no two lost in a row."""
-    places = [needed.index(time) for time in lost]
-    apart = all(b - a > 1 for a, b in itertools.pairwise(places))
-    return apart and len(needed) - len(lost) >= window.num_frames
 
 
 def _refuse_complaints(
@@ -151,13 +136,13 @@ def _run(
 
 
 def split_log(stderr: str) -> tuple[list[float], str]:
-    """Times of the decoded pictures in seconds, sorted, and the log without what the `metadata` filter printed of them.
+    """Times of the decoded pictures, in seconds and as they came, and the log without what `metadata` printed of them.
 
     The filter prints from a thread of its own, and libav's log writes the parts of a line (context, level, message) one
     after the other. So what is printed may stand between two parts; without it the line is complete again.
     """
     ticks = [int(match[2]) for match in PRINTED.finditer(stderr) if match[2] not in (None, "NOPTS")]
-    return sorted(each / TICKS_PER_SECOND for each in ticks), PRINTED.sub(r"\1", stderr)
+    return [each / TICKS_PER_SECOND for each in ticks], PRINTED.sub(r"\1", stderr)
 
 
 def _refuse_new_size(result: Result, facts: ClipFacts) -> None:

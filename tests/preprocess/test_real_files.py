@@ -318,16 +318,37 @@ def test_wide_primaries_are_refused_by_name(folder: Path, primaries: int, reason
     assert caught.value.rejection[:2] == ("probe", "primaries-unsupported") and reason in caught.value.rejection.detail
 
 
-@pytest.mark.parametrize("suffix", ["mts", "m2t", "vob", "dv", "flv", "3gp", "gif", "avif", "MTS", "ogv", "3g2"])
+SUFFIXES = [
+    "mts",
+    "m2t",
+    "vob",
+    "dv",
+    "flv",
+    "3gp",
+    "gif",
+    "avif",
+    "MTS",
+    "ogv",
+    "3g2",
+    "Mp4",
+    "Mov",
+    "divx",
+    "jfif",
+    "Jpeg",
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_clip_beside_its_json_is_found_whatever_its_suffix(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"clip.{suffix}").write_bytes(b"x")
-    media = "image" if suffix == "avif" else "video"
-    record = Record(clip_id="clip", source="clip.json", media_type=media)
-    with (
-        Fetcher(FetchConfig(), CorpusConfig(location=str(tmp_path)), tmp_path, threading.Event()) as fetcher,
-        fetcher.fetched(record) as clip,
-    ):
-        assert clip.path.name == f"clip.{suffix}"
+    media = "image" if suffix in ("avif", "jfif", "Jpeg") else "video"
+    for source in ("clip.json", f"clip.{suffix}.json"):
+        record = Record(clip_id="clip", source=source, media_type=media)
+        with (
+            Fetcher(FetchConfig(), CorpusConfig(location=str(tmp_path)), tmp_path, threading.Event()) as fetcher,
+            fetcher.fetched(record) as clip,
+        ):
+            assert clip.path.name == f"clip.{suffix}"
 
 
 def test_a_gif_is_read(folder: Path) -> None:
