@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
@@ -28,7 +28,8 @@ _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _TAKEN = {"412", "PreconditionFailed"}
 _AGAIN = {"409", "ConditionalRequestConflict", "500", "502", "503", "504", "InternalError", "SlowDown",
           "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
-_DENIED = {"401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+_DENIED = {"400",  # of HEAD, whose answer has no body, all that tells of an expired token
+           "401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
            "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "TokenRefreshRequired"}  # fmt: skip
 _NO_CONDITIONS = {"501", "NotImplemented"}
 _BEYOND = {"416", "InvalidRange"}
@@ -39,6 +40,8 @@ _MARKS = {
     "list": "IsTruncated",
 }
 """What every S3 server's answer to an operation has, and the page of a proxy or of a captive network has not."""
+_ROOT = "s3://bucket/prefix or s3://bucket/prefix?endpoint=URL"
+_KEYS = "remove them; S3 reads keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile: AWS_PROFILE"
 _FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
@@ -62,12 +65,22 @@ class Upload(NamedTuple):
 
 def open_s3(root: str) -> S3Storage:
     """The storage of `s3://bucket/prefix[?endpoint=URL]`. Raises UserError on anything else."""
-    parts = urlsplit(root)
+    try:
+        parts = urlsplit(root)
+    except ValueError as error:  # such as a [ without its ]
+        raise UserError(f"{_shown(root)}: not an S3 root: {error}", expected=_ROOT) from None
     options = parse_qs(parts.query)
+    if any("@" in each for each in (parts.netloc, *options.get("endpoint", ()))):
+        raise UserError("an S3 root that holds a user or a password", expected=_ROOT, fix=_KEYS)
     if not parts.netloc or parts.fragment or options.keys() - {"endpoint"}:
-        raise UserError(f"{root}: not an S3 root", expected="s3://bucket/prefix or s3://bucket/prefix?endpoint=URL")
+        raise UserError(f"{_shown(root)}: not an S3 root", expected=_ROOT)
     prefix = parts.path.strip("/")
     return S3Storage(S3Root(parts.netloc, f"{prefix}/" if prefix else "", options.get("endpoint", [None])[0]))
+
+
+def _shown(text: object) -> str:
+    """A root or an error for messages; not where it may hold a user or a password."""
+    return "…" if "@" in unquote(str(text)) else str(text)
 
 
 class S3Storage:
@@ -349,13 +362,16 @@ def _make_client(endpoint: str | None) -> Any:
         settings["response_checksum_validation"] = "when_required"
         settings["s3"] = {"addressing_style": "path"}
     try:
-        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:  # an endpoint that is no URL is a ValueError
         raise UserError(
-            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {error}",
+            f"no S3 client{f' for endpoint {_shown(endpoint)!r}' if endpoint else ''}: {_shown(error)}",
             expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
             fix="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
         ) from None
+    if "@" in client.meta.endpoint_url:  # messages name it, and so would the log
+        raise UserError("the S3 endpoint holds a user or a password", fix=_KEYS)
+    return client
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
