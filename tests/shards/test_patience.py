@@ -211,13 +211,14 @@ def test_damage_outage_and_refusal_are_three_errors(proxy: FaultProxy, tmp_path:
             assert len(proxy.log) - before == 2  # read twice; asked again once, with fresh credentials
 
 
+@pytest.mark.parametrize("code", [403, 400])  # HEAD of an expired token is 400 without a word
 def test_a_refused_request_is_repeated_with_fresh_credentials(
-    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     storage = open_storage(f"s3://{BUCKET}/fresh?endpoint={proxy.url}")
     storage.put("x", b"1")
     client = storage._s3()  # type: ignore[attr-defined]
-    proxy.fault = Outage(403, 0.1, lambda request: True)
+    proxy.fault = Outage(code, 0.1, lambda request: True)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     assert storage.get("x") == b"1" and storage._s3() is not client  # type: ignore[attr-defined]
 
