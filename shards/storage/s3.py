@@ -26,8 +26,8 @@ _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _TAKEN = {"412", "PreconditionFailed"}
-_AGAIN = {"409", "ConditionalRequestConflict", "500", "502", "503", "504", "InternalError", "SlowDown",
-          "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
+_AGAIN = {"409", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "InternalError",
+          "SlowDown", "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
 _DENIED = {"400",  # of HEAD, whose answer has no body, all that tells of an expired token
            "401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
            "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "TokenRefreshRequired"}  # fmt: skip
@@ -42,6 +42,7 @@ _MARKS = {
 """What every S3 server's answer to an operation has, and the page of a proxy or of a captive network has not."""
 _ROOT = "s3://bucket/prefix or s3://bucket/prefix?endpoint=URL"
 _KEYS = "remove them; S3 reads keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile: AWS_PROFILE"
+_EXPECTING = {"put_object", "get_object", "complete_multipart_upload", "abort_multipart_upload", "list uploads"}
 _FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
@@ -249,7 +250,7 @@ class S3Storage:
             LOG.warning("%s: this server knows no conditional put; a second writer would win", self.url(name))
             if self.exists(name):
                 return False
-            send({})
+            return self._finish_put(name, size, send, {})
         return True
 
     def _abort(self, name: str, upload: str) -> None:
@@ -300,17 +301,20 @@ class S3Storage:
                     code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                     if code in _ABSENT:
                         raise MissingObject(self.url(name)) from None
-                    if code in _FOR_THE_CALLER:
+                    if code in _FOR_THE_CALLER and operation in _EXPECTING:
                         raise
                     if (code in _DENIED or status in (401, 403)) and not denied:
                         denied = True
                         self._forget_client(client)
                         continue
-                    if code not in _AGAIN and status < 500 and status not in (408, 429):
+                    passes = code in _AGAIN or status >= 500 or status in (408, 429)
+                    if not passes or code in _FOR_THE_CALLER:
                         raise self._failure(operation, name, error) from None
                     attempts.failed(error)
-                except ResponseParserError as error:
-                    attempts.failed(f"an answer that is not an S3 server's: {error}")
+                except (ResponseParserError, RecursionError) as error:
+                    # boto3 follows a redirect by looking for the bucket's region, again and again.
+                    what = "redirected without end" if isinstance(error, RecursionError) else error
+                    attempts.failed(f"an answer that is not an S3 server's: {what}")
                 except _connection_errors() as error:
                     if "CERTIFICATE_VERIFY_FAILED" in str(error):
                         raise self._failure(operation, name, error) from None

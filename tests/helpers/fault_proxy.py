@@ -20,8 +20,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-_CODES = {400: "ExpiredToken", 401: "AccessDenied", 403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError",
-          503: "SlowDown"}  # fmt: skip
+_CODES = {400: "ExpiredToken", 401: "AccessDenied", 403: "AccessDenied", 429: "TooManyRequests",
+          500: "InternalError", 503: "SlowDown", 302: "Found", 412: "PreconditionFailed", 416: "InvalidRange", 501: "NotImplemented"}  # fmt: skip
 _OF_ONE_HOP = {"connection", "transfer-encoding", "content-length", "expect", "server", "date"}
 
 

@@ -18,7 +18,7 @@ from shards_data import write_dataset
 import shards.storage.s3
 from shards.cli import main
 from shards.config import StorageConfig
-from shards.errors import ShardDamage, StorageFailure, StorageOutage
+from shards.errors import ShardDamage, StorageFailure, StorageOutage, UserError
 from shards.read.dataset import open_dataset
 from shards.read.index import write_index
 from shards.storage import open_storage, patience
@@ -279,3 +279,22 @@ def test_pauses_grow_with_jitter_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(30):
             attempts.failed("no")
     assert pauses[0] <= 0.05 and max(pauses) <= 30 and len(set(pauses[-10:])) == 10 and min(pauses[-10:]) >= 15
+
+
+@pytest.mark.parametrize("code", [302, 412, 416, 501])
+def test_an_answer_with_an_odd_status_is_one_line(proxy: FaultProxy, code: int) -> None:
+    """boto3 follows redirects without end; the others have a meaning for some operations alone."""
+    storage = open_storage(f"s3://{BUCKET}/odd?endpoint={proxy.url}")
+    storage.put("x", b"1")
+    set_patience(StorageConfig(patience_minutes=0.005))
+    proxy.fault = lambda request: code
+    operations: list[Callable[[], object]] = [
+        lambda: storage.get("x"), lambda: list(storage.list()), lambda: storage.exists("x"),
+        lambda: storage.put("x", b"2"), lambda: storage.delete("x"), lambda: list(storage.uploads(0)),  # type: ignore[attr-defined]
+    ]  # fmt: skip
+    for operation in operations:
+        with pytest.raises(StorageOutage if code == 302 else StorageFailure):
+            operation()
+    if code != 412:  # which says that the name is taken
+        with pytest.raises(StorageOutage if code == 302 else UserError):
+            storage.put("y", b"2", if_absent=True)
