@@ -27,7 +27,8 @@ _READ_SECONDS = 60
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _TAKEN = {"412", "PreconditionFailed"}
 _AGAIN = {"409", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "InternalError",
-          "SlowDown", "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
+          "SlowDown", "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling",
+          "ThrottlingException"}  # fmt: skip
 _DENIED = {"400",  # of HEAD, whose answer has no body, all that tells of an expired token
            "401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
            "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "TokenRefreshRequired"}  # fmt: skip
