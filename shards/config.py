@@ -66,8 +66,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, origin: str) -> Any:
-    """Parse YAML safely. Raises UserError naming `origin`, line and column."""
+def parse_yaml(text: str, origin: str, *, quoted: bool = True) -> Any:
+    """Parse YAML safely. Raises UserError naming `origin` and, where `quoted`, line, column and a part of the text."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -79,7 +79,8 @@ def parse_yaml(text: str, origin: str) -> Any:
             )
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the date 2024-13-45, or 1,000 brackets
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        problem = str(error) if quoted else getattr(error, "problem", None) or str(error)
+        raise UserError(f"{origin}: not valid YAML: {' '.join(problem.split())}") from None
 
 
 def shipped_configs() -> Path:
@@ -170,6 +171,8 @@ def validate_config(cls: type[ConfigT], values: Mapping[str, Any], origin: str) 
             expected="text, numbers, true or false, lists and mappings",
             fix="put a date or a time that is meant as text in quotes",
         ) from None
+    if "\\u0000" in text.replace("\\\\", ""):  # no path may hold one
+        raise UserError(f"{origin}: a text that holds the character NUL (\\0)", expected="text without it")
     try:
         return cls.model_validate_json(text)
     except pydantic.ValidationError as error:
@@ -220,7 +223,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         place = inner
     if text.startswith("{") and re.fullmatch(r"(\{\w+\}[^:]*)+", text):  # YAML reads {object} as a mapping
         raise UserError(f"-o {override}: a text that begins with {{", fix=f"put it in quotes: -o '{key}=\"{text}\"'")
-    place[leaf] = parse_yaml(text, f"-o {override}")
+    place[leaf] = parse_yaml(text, f"-o {override}", quoted=False)  # a part of it may be half a password
 
 
 def _describe(cls: type[Config], error: pydantic.ValidationError, origin: str) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wan")
 REPORT_SECONDS = 30.0
+_PASSWORD = re.compile(r"://[^/?#\s]*@")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LABEL = re.compile(r" *\S+ {2,}(?=\S)| +")
 """What further pieces of a long line are set under: what follows `days       `, or its own indentation."""
 Item = TypeVar("Item")
@@ -57,7 +59,7 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {without_passwords(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
             if error.errno == errno.EPIPE:  # `| head`: click ends quietly
@@ -70,6 +72,11 @@ class CommandGroup(click.Group):
             ctx.exit(130)
 
 
+def without_passwords(text: str) -> str:
+    """A message in which no URL has a user or a password, as one that was typed in a root or in -o may have."""
+    return _PASSWORD.sub("://…@", text)
+
+
 def print_json(value: Any) -> None:
     """Write one JSON document to standard output, for programs."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
@@ -79,6 +86,8 @@ def echo_lines(lines: Iterable[str]) -> None:
     """Lines for people on standard output; on a terminal too long ones are broken between words."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in lines:
+        # What a server answered may hold characters that move the cursor.
+        line = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)  # noqa: PLW2901
         label = _LABEL.match(line)
         indent = min(len(label[0]) if label else 0, 30)
         click.echo(line if width is None else "\n".join(break_line(line, width, indent)))

@@ -194,7 +194,10 @@ def examine_checkpoint(path: Path) -> tuple[CheckpointState | None, list[str]]:
         state = read_checkpoint(path)
     except UserError as error:
         return None, [error.problem.removeprefix(f"{path}: ")]
-    return state, check_files(path, state)
+    problems = check_files(path, state)
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != state.step:
+        problems.append(f"{STATE_FILE} is of step {state.step}")
+    return state, problems
 
 
 class Verified(NamedTuple):

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISFIFO, S_ISREG
 
 from shards.errors import SystemFailure
 
@@ -41,6 +41,20 @@ def open_file(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def no_pipe(path: str, flags: int) -> int:
+    """An `opener` of `open` for a file that is written. A FIFO is an OSError: opening it would wait for a reader."""
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # of a FIFO without a reader, and of a socket
+            raise OSError(errno.EINVAL, "not a regular file", path) from None
+        raise
+    if S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,9 +71,16 @@ def document_seal(data: bytes) -> str:
 
 
 def parse_json(data: bytes, file: str, member: str | None = None, offset: int | None = None) -> Any:
-    """JSON from untrusted bytes. Raises ShardDamage on anything that is not JSON."""
+    """JSON from untrusted bytes. Raises ShardDamage on anything that is not JSON, NaN and infinity among it."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         what = f"not JSON: {str(error)[:200]}"
         raise ShardDamage(file, what, member=member, offset=offset) from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"a number that is not finite: {text}")
+    return number

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
@@ -26,9 +26,11 @@ _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _TAKEN = {"412", "PreconditionFailed"}
-_AGAIN = {"409", "ConditionalRequestConflict", "500", "502", "503", "504", "InternalError", "SlowDown",
-          "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling", "ThrottlingException"}  # fmt: skip
-_DENIED = {"401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+_AGAIN = {"409", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "InternalError",
+          "SlowDown", "ServiceUnavailable", "RequestTimeout", "408", "429", "Throttling",
+          "ThrottlingException"}  # fmt: skip
+_DENIED = {"400",  # of HEAD, whose answer has no body, all that tells of an expired token
+           "401", "403", "AccessDenied", "Forbidden", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
            "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestExpired", "TokenRefreshRequired"}  # fmt: skip
 _NO_CONDITIONS = {"501", "NotImplemented"}
 _BEYOND = {"416", "InvalidRange"}
@@ -39,6 +41,9 @@ _MARKS = {
     "list": "IsTruncated",
 }
 """What every S3 server's answer to an operation has, and the page of a proxy or of a captive network has not."""
+_ROOT = "s3://bucket/prefix or s3://bucket/prefix?endpoint=URL"
+_KEYS = "remove them; S3 reads keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile: AWS_PROFILE"
+_EXPECTING = {"put_object", "get_object", "complete_multipart_upload", "abort_multipart_upload", "list uploads"}
 _FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
@@ -62,12 +67,22 @@ class Upload(NamedTuple):
 
 def open_s3(root: str) -> S3Storage:
     """The storage of `s3://bucket/prefix[?endpoint=URL]`. Raises UserError on anything else."""
-    parts = urlsplit(root)
+    try:
+        parts = urlsplit(root)
+    except ValueError as error:  # such as a [ without its ]
+        raise UserError(f"{_shown(root)}: not an S3 root: {error}", expected=_ROOT) from None
     options = parse_qs(parts.query)
+    if any("@" in each for each in (parts.netloc, *options.get("endpoint", ()))):
+        raise UserError("an S3 root that holds a user or a password", expected=_ROOT, fix=_KEYS)
     if not parts.netloc or parts.fragment or options.keys() - {"endpoint"}:
-        raise UserError(f"{root}: not an S3 root", expected="s3://bucket/prefix or s3://bucket/prefix?endpoint=URL")
+        raise UserError(f"{_shown(root)}: not an S3 root", expected=_ROOT)
     prefix = parts.path.strip("/")
     return S3Storage(S3Root(parts.netloc, f"{prefix}/" if prefix else "", options.get("endpoint", [None])[0]))
+
+
+def _shown(text: object) -> str:
+    """A root or an error for messages; not where it may hold a user or a password."""
+    return "…" if "@" in unquote(str(text)) else str(text)
 
 
 class S3Storage:
@@ -236,7 +251,7 @@ class S3Storage:
             LOG.warning("%s: this server knows no conditional put; a second writer would win", self.url(name))
             if self.exists(name):
                 return False
-            send({})
+            return self._finish_put(name, size, send, {})
         return True
 
     def _abort(self, name: str, upload: str) -> None:
@@ -287,17 +302,20 @@ class S3Storage:
                     code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                     if code in _ABSENT:
                         raise MissingObject(self.url(name)) from None
-                    if code in _FOR_THE_CALLER:
+                    if code in _FOR_THE_CALLER and operation in _EXPECTING:
                         raise
                     if (code in _DENIED or status in (401, 403)) and not denied:
                         denied = True
                         self._forget_client(client)
                         continue
-                    if code not in _AGAIN and status < 500 and status not in (408, 429):
+                    passes = code in _AGAIN or status >= 500 or status in (408, 429)
+                    if not passes or code in _FOR_THE_CALLER:
                         raise self._failure(operation, name, error) from None
                     attempts.failed(error)
-                except ResponseParserError as error:
-                    attempts.failed(f"an answer that is not an S3 server's: {error}")
+                except (ResponseParserError, RecursionError) as error:
+                    # boto3 follows a redirect by looking for the bucket's region, again and again.
+                    what = "redirected without end" if isinstance(error, RecursionError) else error
+                    attempts.failed(f"an answer that is not an S3 server's: {what}")
                 except _connection_errors() as error:
                     if "CERTIFICATE_VERIFY_FAILED" in str(error):
                         raise self._failure(operation, name, error) from None
@@ -349,13 +367,16 @@ def _make_client(endpoint: str | None) -> Any:
         settings["response_checksum_validation"] = "when_required"
         settings["s3"] = {"addressing_style": "path"}
     try:
-        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:  # an endpoint that is no URL is a ValueError
         raise UserError(
-            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {error}",
+            f"no S3 client{f' for endpoint {_shown(endpoint)!r}' if endpoint else ''}: {_shown(error)}",
             expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
             fix="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
         ) from None
+    if "@" in client.meta.endpoint_url:  # messages name it, and so would the log
+        raise UserError("the S3 endpoint holds a user or a password", fix=_KEYS)
+    return client
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

@@ -20,7 +20,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-_CODES = {401: "AccessDenied", 403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown"}
+_CODES = {
+    302: "Found", 400: "ExpiredToken", 401: "AccessDenied", 403: "AccessDenied", 412: "PreconditionFailed",
+    416: "InvalidRange", 429: "TooManyRequests", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown",
+}  # fmt: skip
 _OF_ONE_HOP = {"connection", "transfer-encoding", "content-length", "expect", "server", "date"}
 
 

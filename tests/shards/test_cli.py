@@ -22,6 +22,7 @@ import shards
 import train.cli.main
 from preprocess.build.scratch import scratch_folder
 from shards.cli import main
+from shards.console import echo_lines
 from shards.format.dataset_info import read_info, write_info
 from shards.read.dataset import open_dataset
 from shards.storage import open_storage
@@ -195,3 +196,22 @@ def test_a_file_that_may_not_be_read_is_named(root: Path, monkeypatch: pytest.Mo
 def test_no_dataset_is_a_users_error(tmp_path: Path, command: list[str]) -> None:
     result = run(command[0], tmp_path, *command[1:])
     assert result.exit_code == 2 and "no dataset here" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[s3://b?endpoint=http://me:hush@h",
+        "{a: http://me:hush-and-a-long@h",
+        "{a: http://me:hush-and-a-long-password@h}?",
+    ],
+)
+def test_no_message_about_an_override_holds_its_password(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text("data: {}\n")
+    result = CliRunner().invoke(train.cli.main.main, ["fit", str(tmp_path / "a.yaml"), "-o", f"data.root={text}"])
+    assert result.exit_code == 2 and "error: -o data.root=" in result.output and "hush" not in result.output
+
+
+def test_what_a_server_answered_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_lines(["404 \x1b[2J\r ü\x9b1A", "days       1"])
+    assert capsys.readouterr().out == "404 \\x1b[2J\\r ü\\x9b1A\ndays       1\n"

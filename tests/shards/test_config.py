@@ -132,3 +132,10 @@ def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path:
         parse_yaml((tmp_path / "bomb.yaml").read_text(), "bomb.yaml")
     assert time.monotonic() - start < 5
     assert parse_yaml("a: &a [1, 2]\nb: *a", "x") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_text_with_nul_is_named(write) -> None:
+    """No path may hold one; a backslash before u0000 is only text."""
+    with pytest.raises(UserError, match=r"config.yaml: a text that holds the character NUL"):
+        load_config(Run, write('output: "a\\0b"'))
+    assert load_config(Run, write("output: 'a\\u0000b'")).output == r"a\u0000b"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -191,3 +192,32 @@ def test_a_clip_id_beyond_ascii_is_found_under_the_plain_locale(tmp_path: Path) 
     command = [sys.executable, "-m", "shards.cli", "show", str(tmp_path / "root"), "한국-é-0-gone", "--json"]
     found = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
     assert found.returncode == 0 and json.loads(found.stdout)["attempts"][0]["reason"] == "fetch-404", found.stderr
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_sealed_number_that_is_not_finite_is_one_line(root: Path, number: float) -> None:
+    body = json.loads((root / "dataset.json").read_bytes())
+    del body["seal"]
+    body["identity"]["dtype"] = number
+    head = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()[:-1] + b","
+    for text in (head, head.replace(b":Infinity", b":1e999")):
+        seal = hashlib.sha256(text).hexdigest().encode()
+        (root / "dataset.json").write_bytes(text + b'"seal":"' + seal + b'"}\n')
+        for command in (["ls"], ["verify"], ["show", "clip-0"]):
+            result = _run(command[0], root, *command[1:])
+            assert result.exit_code in (1, 2) and "a number that is not finite" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://me:hush@b/p", "s3://b/p?endpoint=http://me:hush@127.0.0.1:1x", "s3://[b/me:hush@p",
+        "s3://b/p?endpoint=http%3A%2F%2Fme%3Ahush%40127.0.0.1%3A1&more=1", "http://me:hush@127.0.0.1:1", "me:hush@127",
+    ],
+)  # fmt: skip
+def test_no_message_about_an_s3_root_holds_its_password(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    if not place.startswith("s3:"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", place)
+        place = "s3://b/p"
+    result = _run("ls", place)
+    assert result.exit_code == 2 and result.output.startswith("error: ") and "hush" not in result.output

@@ -18,7 +18,7 @@ from shards_data import write_dataset
 import shards.storage.s3
 from shards.cli import main
 from shards.config import StorageConfig
-from shards.errors import ShardDamage, StorageFailure, StorageOutage
+from shards.errors import ShardDamage, StorageFailure, StorageOutage, UserError
 from shards.read.dataset import open_dataset
 from shards.read.index import write_index
 from shards.storage import open_storage, patience
@@ -211,13 +211,14 @@ def test_damage_outage_and_refusal_are_three_errors(proxy: FaultProxy, tmp_path:
             assert len(proxy.log) - before == 2  # read twice; asked again once, with fresh credentials
 
 
+@pytest.mark.parametrize("code", [403, 400])  # HEAD of an expired token is 400 without a word
 def test_a_refused_request_is_repeated_with_fresh_credentials(
-    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     storage = open_storage(f"s3://{BUCKET}/fresh?endpoint={proxy.url}")
     storage.put("x", b"1")
     client = storage._s3()  # type: ignore[attr-defined]
-    proxy.fault = Outage(403, 0.1, lambda request: True)
+    proxy.fault = Outage(code, 0.1, lambda request: True)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     assert storage.get("x") == b"1" and storage._s3() is not client  # type: ignore[attr-defined]
 
@@ -278,3 +279,22 @@ def test_pauses_grow_with_jitter_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(30):
             attempts.failed("no")
     assert pauses[0] <= 0.05 and max(pauses) <= 30 and len(set(pauses[-10:])) == 10 and min(pauses[-10:]) >= 15
+
+
+@pytest.mark.parametrize("code", [302, 412, 416, 501])
+def test_an_answer_with_an_odd_status_is_one_line(proxy: FaultProxy, code: int) -> None:
+    """boto3 follows redirects without end; the others have a meaning for some operations alone."""
+    storage = open_storage(f"s3://{BUCKET}/odd?endpoint={proxy.url}")
+    storage.put("x", b"1")
+    set_patience(StorageConfig(patience_minutes=0.005))
+    proxy.fault = lambda request: code
+    operations: list[Callable[[], object]] = [
+        lambda: storage.get("x"), lambda: list(storage.list()), lambda: storage.exists("x"),
+        lambda: storage.put("x", b"2"), lambda: storage.delete("x"), lambda: list(storage.uploads(0)),  # type: ignore[attr-defined]
+    ]  # fmt: skip
+    for operation in operations:
+        with pytest.raises(StorageOutage if code == 302 else StorageFailure):
+            operation()
+    if code != 412:  # which says that the name is taken
+        with pytest.raises(StorageOutage if code == 302 else UserError):
+            storage.put("y", b"2", if_absent=True)

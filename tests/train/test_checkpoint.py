@@ -77,6 +77,15 @@ def test_what_is_no_file_in_a_checkpoint_is_named_and_not_waited_for(run, name):
     assert result.exit_code in ((0,) if name == "dataset-pin.json" else (2, 75)), result.output
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_named(tiny_shards, run):
+    older, newest = find_checkpoints(run / "checkpoints")
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    with pytest.raises(UserError, match=r"step-0000010: state.json is of step 5") as caught:
+        fit(make_config(tiny_shards, run, max_steps=12))
+    assert str(older) in str(caught.value)
+
+
 def test_a_checkpoint_without_digests_is_read_and_said_so(tiny_shards, run):
     """As earlier versions wrote them."""
     for path in find_checkpoints(run / "checkpoints"):

@@ -18,6 +18,7 @@ from shards_data import flip_a_latent, write_dataset
 from train_runs import checkpoint_bytes, make_config, read_metrics, send_when
 
 from shards.config import dump_config
+from shards.console import set_up_logging
 from shards.errors import SystemFailure, UserError
 from shards.storage import open_storage
 from train import checkpoint, loop
@@ -26,6 +27,7 @@ from train.evaluate import Evaluator
 from train.launch.failure import RankLost
 from train.launch.launch import own_command
 from train.loop import fit
+from train.run.events import write_event
 from train.run.log import RunLog
 
 
@@ -289,3 +291,41 @@ def test_the_other_ranks_learn_of_a_last_checkpoint_that_could_not_be_written(ti
     first, second = run_ranks(2, fit_on_a_full_disk, config, 3)
     assert first.startswith("SystemFailure:") and "No space left on device" in first
     assert second.startswith("RankLost: rank 0 failed: SystemFailure:") and "No space left on device" in second
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "logs/rank-0.log"])
+def test_a_pipe_in_place_of_a_file_that_a_run_writes_is_named_and_not_waited_for(tiny_shards, tmp_path, name):
+    (tmp_path / "run/logs").mkdir(parents=True)
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(UserError, match=f"{name}: not a regular file"):
+        fit(make_config(tiny_shards, tmp_path / "run", max_steps=1))
+
+
+def test_a_log_file_that_cannot_be_written_is_said_once_and_ends_nothing(tiny_shards, tmp_path, capfd):
+    (tmp_path / "run/logs").mkdir(parents=True)
+    (tmp_path / "run/logs/rank-0.log").symlink_to("/dev/full")
+    set_up_logging()
+    fit(make_config(tiny_shards, tmp_path / "run"))
+    said = capfd.readouterr().err
+    assert newest(tmp_path / "run") == 10 and "Traceback" not in said
+    assert said.count("rank-0.log is incomplete from here on: [Errno 28] No space left on device") == 1
+
+
+def test_a_full_disk_under_the_events_is_one_line(tiny_shards, tmp_path):
+    """/dev/full reads as zeros without end: no more than the file's end is read."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/events.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"events.jsonl: No space left on device") as caught:
+        fit(make_config(tiny_shards, tmp_path / "run"))
+    assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"torn", b"x" * 200_000, b'{"a": 1}\n', b'{"a": 1}\ntorn', b"{}\n" + b"x" * 99_999]
+)
+def test_what_a_kill_left_of_an_event_is_cut_off(tmp_path, left):
+    (tmp_path / "events.jsonl").write_bytes(left)
+    write_event(tmp_path, "stop", 1)
+    kept, line = left[: left.rfind(b"\n") + 1], (tmp_path / "events.jsonl").read_bytes()
+    assert line.startswith(kept) and json.loads(line[len(kept) :])["event"] == "stop"

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 import click
 
-from shards.console import LOG
+from shards.console import LOG, without_passwords
 from shards.errors import EXIT_TEMPORARY, EXIT_USER, SystemFailure, UserError
 
 CRASH_EXIT = 1
@@ -104,7 +104,7 @@ def record(failure: Failure) -> None:
     folder = launch_folder()
     if folder is None:
         if failure.kind == "lost":  # the others are printed by the command line
-            click.echo(f"error: rank {failure.rank}: {failure.message}", err=True)
+            click.echo(f"error: rank {failure.rank}: {without_passwords(failure.message)}", err=True)
         return
     path = folder / f"rank-{failure.rank}.json"
     if folder.is_dir() and not path.exists():

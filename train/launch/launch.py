@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import click
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.files.write_file import no_pipe
 from train.launch.failure import (
     FOLDER_VARIABLE,
     LAUNCHER_VARIABLE,
@@ -155,7 +156,7 @@ class _Launcher:
                 return
             environment = os.environ | self._environment(rank, local, host, port)
             with ExitStack() as stack:
-                output = None if rank == 0 else stack.enter_context(self.log_path(rank).open("ab"))
+                output = None if rank == 0 else stack.enter_context(self._open_log(rank))
                 # A session of its own: signals come through the launcher alone, and one call ends its children too.
                 self._processes[rank] = subprocess.Popen(
                     command,
@@ -170,6 +171,9 @@ class _Launcher:
 
     def log_path(self, rank: int) -> Path:
         return self._folder / "logs" / f"rank-{rank}.log"
+
+    def _open_log(self, rank: int) -> IO[bytes]:
+        return open(self.log_path(rank), "ab", opener=no_pipe)
 
     def _master(self) -> tuple[str, int]:
         if self._place.master is None:

@@ -19,15 +19,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import threading
 from collections.abc import Iterator
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Literal
 
 from shards.errors import UserError
-from shards.files.write_file import named_errors
+from shards.files.write_file import named_errors, no_pipe, open_file
 
 EVENTS_FILE = "events.jsonl"
+_BLOCK_BYTES = 65_536
 _LOCK = threading.Lock()
 """Waits for storage are reported by the threads that wait."""
 EventName = Literal["start", "resume", "device", "plan", "checkpoint", "waiting", "stop"]
@@ -38,12 +41,22 @@ def write_event(folder: Path, event: EventName, step: int, **values: Any) -> Non
     time = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     line = {"time": time, "event": event, "step": step, **values}
     path = folder / EVENTS_FILE
-    with _LOCK, named_errors(path), path.open("ab+") as file:
-        file.seek(0)
-        written = file.read()
-        if not written.endswith(b"\n"):
-            file.truncate(written.rfind(b"\n") + 1)
+    with _LOCK, named_errors(path), open(path, "ab+", opener=no_pipe) as file:
+        _end_with_a_line(file)
         file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def _end_with_a_line(file: BufferedRandom) -> None:
+    """Cut off what follows the last line's end; only the file's end is read."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        end = start + file.read(end - start).rfind(b"\n") + 1
+        if end > start:
+            break
+    if end < size:
+        file.truncate(end)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -52,7 +65,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises UserError for a line that is no object, unless it is the last one and has no end yet.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     return  # being written, or cut short by a kill

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from shards.console import LOG, live_bar
 from shards.errors import SystemFailure, UserError
-from shards.files.write_file import named_errors
+from shards.files.write_file import named_errors, no_pipe
 from train.config.train import LogConfig
 from train.evaluate import HeldOut
 from train.run.events import EventName, read_json_lines, write_event
@@ -69,10 +69,12 @@ class RunLog:
 
     def __init__(self, folder: Path, config: LogConfig, *, first_step: int, max_steps: int, settings: str) -> None:
         self._config, self._folder = config, folder
-        self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
-        self._board = _open_tensorboard(folder / "tensorboard", first_step)
-        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._held_out = (folder / HELD_OUT_FILE).open("a", encoding="utf-8")
+        with contextlib.ExitStack() as opened:
+            self._metrics = opened.enter_context(_open_to_append(folder / METRICS_FILE))
+            self._held_out = opened.enter_context(_open_to_append(folder / HELD_OUT_FILE))
+            self._wandb = _open_wandb(config.wandb_project, folder, settings) if config.wandb_project else None
+            self._board = _open_tensorboard(folder / "tensorboard", first_step)
+            opened.pop_all()
         self._bar = _Bar(first_step - 1, max_steps)
 
     def write_step(self, record: StepRecord) -> None:
@@ -175,6 +177,11 @@ class _Bar:
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    with named_errors(path):
+        return open(path, "a", encoding="utf-8", opener=no_pipe)
 
 
 def _append(file: IO[str], values: Mapping[str, Any]) -> None:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from shards.config import dump_config, parse_yaml
 from shards.console import LOG, counted
 from shards.errors import UserError
-from shards.files.write_file import named_errors, write_text
+from shards.files.write_file import named_errors, no_pipe, write_text
 from shards.gpus import by_driver_name
 from shards.read.dataset import Dataset
 from train.checkpoint import PIN_FILE, find_checkpoints, read_pin, refuse_damage
@@ -184,7 +184,7 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with named_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(path.open("w"))
+            lock = stack.enter_context(open(path, "w", opener=no_pipe))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -194,13 +194,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+class _LogFile(logging.StreamHandler[IO[str]]):
+    """Lines into a file; where that fails, as on a full disk, the terminal says so once, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """In place of a traceback for each line that cannot be written."""
+        LOG.removeHandler(self)
+        LOG.warning("%s is incomplete from here on: %s", self.stream.name, sys.exc_info()[1])
+
+
 @contextlib.contextmanager
 def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     """Copy the log to `logs/rank-N.log`."""
     path = folder / "logs" / f"rank-{rank}.log"
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        file = open(path, "a", encoding="utf-8", opener=no_pipe)  # noqa: SIM115 - closed below
+    handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     try:
@@ -208,6 +218,8 @@ def log_file(folder: Path, rank: int = 0) -> Iterator[None]:
     finally:
         LOG.removeHandler(handler)
         handler.close()
+        with contextlib.suppress(OSError):  # `handleError` has said so
+            file.close()
 
 
 class StoppedBySignal(Exception):

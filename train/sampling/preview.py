@@ -13,6 +13,7 @@ from pathlib import Path
 from shards.console import LOG
 from shards.errors import UserError
 from shards.files.tensor_files import SAMPLES_FOLDER
+from shards.files.write_file import no_pipe
 from train.config.sampling import SampleConfig
 
 END_SECONDS = 10.0
@@ -38,7 +39,7 @@ class Preview:
         LOG.info("videos of the samples: %s (%s)", run / SAMPLES_FOLDER, self._log)
 
     def _start(self, option: str) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
+        with open(self._log, "ab", opener=no_pipe) as log:
             return subprocess.Popen(
                 [*self._command, option], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
