@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -155,7 +156,7 @@ def read_checkpoint(path: Path) -> CheckpointState:
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", expected="a folder such as RUN/checkpoints/step-0000500")
     values = _read_object(path / STATE_FILE)
-    if values.pop("seal", None) is not None:
+    if values.pop("seal", None) is not None or values.get("files"):  # those without digests had no seal
         try:
             open_document((path / STATE_FILE).read_bytes(), STATE_FILE)
         except ShardDamage as error:
@@ -278,8 +279,10 @@ def read_pin(folder: Path) -> dict[str, Any]:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
+    """Complete checkpoints under a run's `checkpoints` folder, oldest first. Raises UserError where it is no folder."""
     if not folder.is_dir():
+        if os.path.lexists(folder):  # else found at the first checkpoint, when there is something to lose
+            raise UserError(f"{folder}: not a folder, and no link to one", fix="move it away")
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]

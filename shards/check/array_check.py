@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.errors import ShardDamage
-from shards.format.arrays import MAX_LATENT_MAGNITUDE, decode_array, implausible_latent, largest_magnitude
+from shards.format.arrays import (
+    MAX_LATENT_MAGNITUDE,
+    MAX_LATENT_RMS,
+    decode_array,
+    implausible_latent,
+    largest_magnitude,
+    root_mean_square,
+)
 from shards.format.commit import Commit, MemberInfo, SampleInfo
 from shards.format.names import JSON_MEMBER, LATENTS
 from shards.format.sealed_json import parse_json
@@ -54,3 +61,5 @@ def _check_array(storage: Storage, commit: Commit, member: MemberInfo, facts: An
     largest = largest_magnitude(array)
     if largest > (MAX_LATENT_MAGNITUDE if commit.kind == LATENTS else sys.float_info.max):
         raise ShardDamage("array", implausible_latent(largest))
+    if commit.kind == LATENTS and array.size and (rms := root_mean_square(array)) > MAX_LATENT_RMS:
+        raise ShardDamage("array", f"its root mean square is {rms:.3g}: a normalised latent's is near 1")

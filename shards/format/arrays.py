@@ -25,6 +25,8 @@ MAX_ARRAY_BYTES = 2**28
 """Largest array of the format: a 121-frame 1280×704 latent in float32 is a twelfth of it."""
 MAX_LATENT_MAGNITUDE = 1000.0
 """Latents are normalised to a standard deviation near 1: values beyond this are not an encoder's."""
+MAX_LATENT_RMS = 100.0
+"""A normalised latent has a root mean square near 1."""
 MAX_DIMENSIONS = 8
 _LEVEL = 1
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -115,6 +117,13 @@ def largest_magnitude(array: np.ndarray) -> float:
     else:
         found = float(np.uint32(bits << 16 if name == "bfloat16" else bits).view(np.float32))
     return found if math.isfinite(found) else math.inf
+
+
+def root_mean_square(array: np.ndarray) -> float:
+    """Of an array of finite values in a stored type."""
+    if array.dtype == DTYPES["bfloat16"]:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return math.sqrt(np.mean(np.square(array, dtype=np.float64)))
 
 
 def implausible_latent(largest: float) -> str:

@@ -26,8 +26,10 @@ def clip_history(storage: Storage, clip: str) -> dict[str, Any]:
     """What the ledgers say of a clip, given by its id or by the name of its annotation, as plain values.
 
     `attempts` are in the order they were made; the last one counts. Where nothing is known of it, `status` is
-    "unknown" and `attempts` is empty. Raises ShardDamage.
+    "unknown" and `attempts` is empty. Raises ShardDamage, and UserError where the clip has no name.
     """
+    if not clip:
+        raise UserError("the clip is empty", expected="a clip id, or the name of its annotation")
     attempts = _plan_attempts(storage, clip)
     units = sorted(committed_units(storage, LATENTS))
     with reader_pool(_THREADS) as pool:

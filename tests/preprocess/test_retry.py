@@ -240,6 +240,8 @@ def test_why_tells_every_attempt_at_a_clip_and_whether_a_retry_helps(demo_corpus
     shown = CliRunner().invoke(shards_main, ["show", str(output), gone, "--json"])
     assert json.loads(shown.stdout)["attempts"] == found["attempts"]
 
+    nameless = CliRunner().invoke(main, ["why", "", str(path)])
+    assert nameless.exit_code == 2 and "the clip is empty" in nameless.output
     unknown = CliRunner().invoke(main, ["why", "nobody", str(path)])
     assert unknown.exit_code == 2 and "no record of clip 'nobody'" in unknown.output
     unknown = CliRunner().invoke(shards_main, ["show", str(output), "nobody"])

@@ -419,12 +419,14 @@ def test_a_latent_that_no_encoder_gives_is_named_before_it_is_used(root: Path, t
     good = np.full((3, 1, 2, 2), 3.0, np.float32)
     stored = {np.uint16: (good.view(np.uint32) >> 16).astype(np.uint16)}.get(dtype, good.astype(dtype))
     bad = np.full_like(stored, {np.uint16: 0xC76A, np.float16: -6e4, np.float32: -6e4}[dtype])
-    write_unit(root, tmp_path, {"huge": bad, "good": stored}, {})
+    loud = (stored * np.array(70, stored.dtype)) if dtype != np.uint16 else np.full_like(stored, 0x4352)  # 210
+    write_unit(root, tmp_path, {"huge": bad, "good": stored, "loud": loud}, {})
     dataset = open_dataset(root, None)
     assert np.array_equal(dataset.latent("good@0-1-32x32"), stored)
     with pytest.raises(ShardDamage, match=r"huge@0-1-32x32.*values up to (6|5.99)e\+04.*stays below 1000"):
         dataset.latent("huge@0-1-32x32")
     assert np.array_equal(dataset.latent("huge@0-1-32x32", plausible=False), bad)
-    (found,) = [problem for problem in problems(root, "deep") if problem.member]
+    found, second = sorted((each for each in problems(root, "deep") if each.member), key=lambda each: each.member)
     assert found.member == "huge@0-1-32x32.latent.npy.zst" and "values up to" in found.what
+    assert second.member == "loud@0-1-32x32.latent.npy.zst" and "its root mean square is 210" in second.what
     assert dataset.latent_channels() == {2: dataset.samples[0].key, 3: "huge@0-1-32x32"}

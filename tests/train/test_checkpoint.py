@@ -86,6 +86,25 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(tiny_shards, run):
     assert str(older) in str(caught.value)
 
 
+def test_a_state_with_digests_and_without_its_seal_was_edited(tiny_shards, run):
+    path = find_checkpoints(run / "checkpoints")[-1] / "state.json"
+    values = json.loads(path.read_text())
+    del values["seal"]
+    path.write_text(json.dumps({**values, "step": values["step"] + 1}, indent=1) + "\n")
+    with pytest.raises(UserError, match=r"state.json is damaged.*without a seal"):
+        fit(make_config(tiny_shards, run, max_steps=12))
+
+
+@pytest.mark.parametrize("kind", ["file", "looping link"])
+def test_checkpoints_that_are_no_folder_are_named_before_the_first_step(tiny_shards, tmp_path, kind):
+    place = tmp_path / "run/checkpoints"
+    place.parent.mkdir()
+    place.write_text("x") if kind == "file" else place.symlink_to(place)
+    with pytest.raises(UserError, match="checkpoints: not a folder"):
+        fit(make_config(tiny_shards, place.parent))
+    assert not (place.parent / "metrics.jsonl").exists() or not (place.parent / "metrics.jsonl").read_text()
+
+
 def test_a_checkpoint_without_digests_is_read_and_said_so(tiny_shards, run):
     """As earlier versions wrote them."""
     for path in find_checkpoints(run / "checkpoints"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from shards.errors import UserError
+from shards.format.arrays import MAX_LATENT_RMS, root_mean_square
 from train.data.draws import SlotDraws
 from train.data.sampler import OrderedBatch
 from train.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Bucket
@@ -74,11 +75,8 @@ class Batch:
     """(unreadable key, key taken instead)."""
 
 
-LARGEST_RMS = 100.0
-"""A normalised latent has a root mean square near 1: what is beyond this is none."""
-_FIX = (
-    "`wanshards verify ROOT --deep` finds such latents; build their units again, or set data.on_bad_sample=substitute"
-)
+_FIX = "build its unit again, or set data.on_bad_sample=substitute"
+_FIX_RMS = f"`wanshards verify ROOT --deep` finds such latents; {_FIX}"
 
 
 def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
@@ -88,10 +86,9 @@ def read_latent(dataset: Dataset, ordinal: int, sample: Sample) -> np.ndarray:
     expected = (frames, sample.height // SPATIAL_STRIDE, sample.width // SPATIAL_STRIDE)
     if latent.shape[1:] != expected:
         raise UserError(f"sample {sample.key}: its latent is {latent.shape}", expected=f"(C, {expected})", fix=_FIX)
-    rms = float(np.sqrt(np.mean(np.square(latent, dtype=np.float64))))
-    if rms > LARGEST_RMS:
+    if (rms := root_mean_square(latent)) > MAX_LATENT_RMS:
         problem = f"sample {sample.key}: the root mean square of its latent is {rms:.3g}"
-        raise UserError(problem, expected=f"near 1, at most {LARGEST_RMS:g}: it is not normalised", fix=_FIX)
+        raise UserError(problem, expected=f"near 1, at most {MAX_LATENT_RMS:g}: it is not normalised", fix=_FIX_RMS)
     return latent
 
 
