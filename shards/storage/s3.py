@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from shards.console import LOG
+from shards.console import LOG, without_passwords
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
 from shards.storage.base import MAX_OBJECT_BYTES, Entry
 from shards.storage.patience import Attempts
@@ -44,6 +44,9 @@ _MARKS = {
 _ROOT = "s3://bucket/prefix or s3://bucket/prefix?endpoint=URL"
 _KEYS = "remove them; S3 reads keys from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from a profile: AWS_PROFILE"
 _EXPECTING = {"put_object", "get_object", "complete_multipart_upload", "abort_multipart_upload", "list uploads"}
+_MAX_REDIRECTS = 4
+_REDIRECTS = threading.local()
+"""How often a thread's operation was redirected."""
 _FOR_THE_CALLER = _TAKEN | _NO_CONDITIONS | _BEYOND | _NO_UPLOADS
 Result = TypeVar("Result")
 
@@ -70,19 +73,14 @@ def open_s3(root: str) -> S3Storage:
     try:
         parts = urlsplit(root)
     except ValueError as error:  # such as a [ without its ]
-        raise UserError(f"{_shown(root)}: not an S3 root: {error}", expected=_ROOT) from None
+        raise UserError(f"{without_passwords(root)}: not an S3 root: {error}", expected=_ROOT) from None
     options = parse_qs(parts.query)
     if any("@" in each for each in (parts.netloc, *options.get("endpoint", ()))):
         raise UserError("an S3 root that holds a user or a password", expected=_ROOT, fix=_KEYS)
     if not parts.netloc or parts.fragment or options.keys() - {"endpoint"}:
-        raise UserError(f"{_shown(root)}: not an S3 root", expected=_ROOT)
+        raise UserError(f"{root}: not an S3 root", expected=_ROOT)
     prefix = parts.path.strip("/")
     return S3Storage(S3Root(parts.netloc, f"{prefix}/" if prefix else "", options.get("endpoint", [None])[0]))
-
-
-def _shown(text: object) -> str:
-    """A root or an error for messages; not where it may hold a user or a password."""
-    return "…" if "@" in unquote(str(text)) else str(text)
 
 
 class S3Storage:
@@ -292,7 +290,7 @@ class S3Storage:
         denied = False
         with Attempts(f"{self.url(name)}: {operation}", patient=patient) as attempts:
             while True:
-                client = self._s3()
+                client, _REDIRECTS.number = self._s3(), 0
                 try:
                     answer = send(client)
                     if _MARKS.get(operation, "") in ("", *cast("dict[str, Any]", answer)):
@@ -313,9 +311,7 @@ class S3Storage:
                         raise self._failure(operation, name, error) from None
                     attempts.failed(error)
                 except (ResponseParserError, RecursionError) as error:
-                    # boto3 follows a redirect by looking for the bucket's region, again and again.
-                    what = "redirected without end" if isinstance(error, RecursionError) else error
-                    attempts.failed(f"an answer that is not an S3 server's: {what}")
+                    attempts.failed(f"an answer that is not an S3 server's: {error}")
                 except _connection_errors() as error:
                     if "CERTIFICATE_VERIFY_FAILED" in str(error):
                         raise self._failure(operation, name, error) from None
@@ -370,13 +366,21 @@ def _make_client(endpoint: str | None) -> Any:
         client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:  # an endpoint that is no URL is a ValueError
         raise UserError(
-            f"no S3 client{f' for endpoint {_shown(endpoint)!r}' if endpoint else ''}: {_shown(error)}",
+            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {without_passwords(str(error))}",
             expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
             fix="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
         ) from None
     if "@" in client.meta.endpoint_url:  # messages name it, and so would the log
         raise UserError("the S3 endpoint holds a user or a password", fix=_KEYS)
+    client.meta.events.register("before-call.s3.HeadBucket", _count_redirect)
     return client
+
+
+def _count_redirect(**_: object) -> None:
+    """boto3 follows a redirect by asking for the bucket's region, and a redirect of that answer in the same way."""
+    _REDIRECTS.number += 1
+    if _REDIRECTS.number > _MAX_REDIRECTS:
+        raise RecursionError("redirected without end")
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
