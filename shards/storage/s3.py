@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qs, urlsplit
 
-from shards.console import LOG, without_passwords
+from shards.console import LOG
 from shards.errors import MissingObject, ShardDamage, StorageFailure, UserError
 from shards.storage.base import MAX_OBJECT_BYTES, Entry
 from shards.storage.patience import Attempts
@@ -72,8 +72,8 @@ def open_s3(root: str) -> S3Storage:
     """The storage of `s3://bucket/prefix[?endpoint=URL]`. Raises UserError on anything else."""
     try:
         parts = urlsplit(root)
-    except ValueError as error:  # such as a [ without its ]
-        raise UserError(f"{without_passwords(root)}: not an S3 root: {error}", expected=_ROOT) from None
+    except ValueError:  # such as a [ without its ]; it may show a password
+        raise UserError("the S3 root is not a URL", expected=_ROOT) from None
     options = parse_qs(parts.query)
     if any("@" in each for each in (parts.netloc, *options.get("endpoint", ()))):
         raise UserError("an S3 root that holds a user or a password", expected=_ROOT, fix=_KEYS)
@@ -365,8 +365,9 @@ def _make_client(endpoint: str | None) -> Any:
     try:
         client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:  # an endpoint that is no URL is a ValueError
+        what = "not a URL" if "@" in str(error) else error
         raise UserError(
-            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {without_passwords(str(error))}",
+            f"no S3 client{f' for endpoint {endpoint!r}' if endpoint else ''}: {what}",
             expected="an endpoint such as http://host:9000, and a profile that ~/.aws/config has",
             fix="check ?endpoint=, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_PROFILE and AWS_DEFAULT_REGION",
         ) from None
