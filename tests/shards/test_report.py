@@ -16,6 +16,8 @@ from browser import (
 )
 from click.testing import CliRunner
 from prep_runs import build
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.support.ui import WebDriverWait
 from shards_data import PREVIEW, write_dataset
 from stats_data import clip_name, key_of, write_latents
 
@@ -39,6 +41,12 @@ def evil_report(tmp_path_factory):
 def _gallery(driver):
     titles = driver.find_elements("css selector", "#gallery .cards h3")
     return driver.find_element("id", "found").text, [title.text for title in titles]
+
+
+def _wait_for_focus(driver, name):
+    """A link to a place within the page is followed a moment later, and what had the focus may be gone by then."""
+    wait = WebDriverWait(driver, 10, ignored_exceptions=[StaleElementReferenceException])
+    wait.until(lambda driver: driver.switch_to.active_element.get_attribute("id") == name)
 
 
 def _type(driver, text):
@@ -92,17 +100,17 @@ def test_keys_and_pages_by_keyboard(evil_report, driver):
     open_page(driver, evil_report)
     for key in ["\ue004", "\ue007"]:  # Tab to the skip link, Enter
         driver.switch_to.active_element.send_keys(key)
-    assert driver.switch_to.active_element.get_attribute("id") == "content"
+    _wait_for_focus(driver, "content")
     driver.find_element("xpath", "//button[.='Next']").send_keys("\ue007")
     assert len(_gallery(driver)[1]) == 42 - 24
     assert driver.switch_to.active_element.text == "Previous", "the focus stays among the pages"
     driver.switch_to.active_element.send_keys("\ue007")
     link = driver.find_element("css selector", "#gallery .cards h3 a")
     link.send_keys("\ue007")
-    assert driver.switch_to.active_element.get_attribute("id") == "one-title"
+    _wait_for_focus(driver, "one-title")
     back = driver.find_element("css selector", "#one button")
     back.send_keys("\ue007")
-    assert driver.switch_to.active_element.get_attribute("id") == "find"
+    _wait_for_focus(driver, "find")
     assert not driver.find_element("id", "one").is_displayed()
 
 
