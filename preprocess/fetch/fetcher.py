@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from posixpath import splitext
 from typing import NamedTuple
@@ -304,11 +305,12 @@ class Fetcher:
         source = self._folder / record.source
         kinds = {"video": (*VIDEO_SUFFIXES, ".gif"), "image": IMAGE_SUFFIXES}
         suffixes = kinds.get(record.media_type or "", (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-        names = [source.with_suffix(cased) for suffix in suffixes for cased in (suffix, suffix.upper())]
-        names += [source.with_suffix(suffix.title()) for suffix in suffixes]
-        if source.with_suffix("").suffix.lower() in suffixes:
-            names.append(source.with_suffix(""))
-        return next((path for path in names if path.is_file()), None)
+        spelled = chain(
+            (cased for suffix in suffixes for cased in (suffix, suffix.upper())),
+            (suffix.title() for suffix in suffixes),
+            [""] if source.with_suffix("").suffix.lower() in suffixes else [],
+        )
+        return next((path for path in map(source.with_suffix, spelled) if path.is_file()), None)
 
 
 def _host_key(url: str) -> str:

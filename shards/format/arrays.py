@@ -119,11 +119,16 @@ def largest_magnitude(array: np.ndarray) -> float:
     return found if math.isfinite(found) else math.inf
 
 
+def to_float32(stored: np.ndarray) -> np.ndarray:
+    """float16, float32, or bf16 as uint16 bits, to float32."""
+    if stored.dtype == DTYPES["bfloat16"]:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
 def root_mean_square(array: np.ndarray) -> float:
     """Of an array of finite values in a stored type."""
-    if array.dtype == DTYPES["bfloat16"]:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return math.sqrt(np.mean(np.square(array, dtype=np.float64)))
+    return math.sqrt(np.mean(np.square(to_float32(array), dtype=np.float64)))
 
 
 def implausible_latent(largest: float) -> str:

@@ -27,12 +27,11 @@ from shards_scale import write_commits
 from train_runs import make_config
 
 from shards.config import dump_config
-from shards.format.arrays import decode_array, encode_array
+from shards.format.arrays import decode_array, encode_array, to_float32
 from shards.gpus import GPUS
 from shards.read.dataset import open_dataset
 from train import checkpoint
 from train.config.model import TI2V_5B, DiTConfig, LoRAConfig
-from train.data.batch import to_float32
 from train.data.draws import draw_noise
 from train.data.sampler import Order
 from train.estimate.memory import num_lora_parameters

@@ -12,10 +12,11 @@ from train_runs import make_config, read_metrics
 
 from shards.console import LOG
 from shards.errors import UserError
+from shards.format.arrays import to_float32
 from shards.read.dataset import open_dataset
 from train.config.train import slots_per_rank
 from train.data import loader as loader_module
-from train.data.batch import pad_texts, to_float32
+from train.data.batch import pad_texts
 from train.data.draws import draw_noise
 from train.data.loader import Loader, plan_step, select_samples
 from train.data.sampler import START, Order

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from shards.errors import UserError
-from shards.format.arrays import MAX_LATENT_RMS, root_mean_square
+from shards.format.arrays import MAX_LATENT_RMS, root_mean_square, to_float32
 from train.data.draws import SlotDraws
 from train.data.sampler import OrderedBatch
 from train.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Bucket
@@ -97,13 +97,6 @@ def check_text(text: np.ndarray, text_len: int, key: str) -> np.ndarray:
     if len(text) > text_len:
         raise UserError(f"sample {key}: its caption has {len(text)} tokens, the model takes {text_len}")
     return text
-
-
-def to_float32(stored: np.ndarray) -> np.ndarray:
-    """float16, float32, or bf16 as uint16 bits, to float32."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def pad_texts(texts: Sequence[np.ndarray], text_len: int) -> Tensor:
